@@ -1,0 +1,253 @@
+"""Which combinations of fields are legal. Every rule is one generator; ``problems`` runs them all.
+
+A rule that depends on the number of ranks is asked only where that number is known.
+"""
+
+from collections.abc import Iterator
+
+from megatron_qwen.config.fields import bound_problems
+from megatron_qwen.config.pipeline import StageSplitError, layers_per_stage
+from megatron_qwen.config.run import SECTION_TYPES, RunConfig
+from megatron_qwen.errors import ConfigError, Problem
+
+
+def problems(config: RunConfig, *, world_size: int | None = None) -> list[Problem]:
+    """Everything that is wrong with a configuration.
+
+    Args:
+        config: the resolved configuration.
+        world_size: ranks the run is to have; None skips the rules about batch and data parallelism.
+    """
+    found = [problem for section in SECTION_TYPES for problem in bound_problems(section, getattr(config, section))]
+    for rule in (_shape, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute):
+        found += rule(config)
+    if world_size is not None:
+        found += _world(config, world_size)
+    return found
+
+
+def require_legal(config: RunConfig, *, world_size: int | None = None) -> None:
+    """Raises ConfigError with every problem, or returns."""
+    if found := problems(config, world_size=world_size):
+        raise ConfigError(found)
+
+
+def _indivisible(where: str, value: int, by: int, what: str, fix: str) -> Iterator[Problem]:
+    if by and value % by:
+        yield Problem(where, value, f"must divide by {by} ({what}); {fix}")
+
+
+def _shape(config: RunConfig) -> Iterator[Problem]:
+    model, data = config.model, config.data
+    if model.kv_channels is None:
+        yield from _indivisible(
+            "model.hidden_size", model.hidden_size, model.num_attention_heads, "num_attention_heads",
+            "change one of them or set model.kv_channels.",
+        )
+    if model.head_dim % 2:
+        yield Problem("model.kv_channels", model.head_dim, "the head dimension must be even for RoPE.")
+    yield from _indivisible(
+        "model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "num_query_groups",
+        "every KV head serves the same number of query heads.",
+    )
+    if data.seq_length > model.max_position_embeddings:
+        yield Problem(
+            "data.seq_length", data.seq_length,
+            f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower it or raise that.",
+        )
+
+
+def _moe(config: RunConfig) -> Iterator[Problem]:
+    model = config.model
+    if not model.is_moe:
+        for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+            if getattr(model, name) is not None:
+                yield Problem(f"model.{name}", getattr(model, name), "needs model.num_moe_experts; set that or drop this.")
+        return
+    assert model.num_moe_experts is not None
+    if model.moe_ffn_hidden_size is None:
+        yield Problem("model.moe_ffn_hidden_size", "null", "must be given when model.num_moe_experts is.")
+    if model.moe_router_topk > model.num_moe_experts:
+        yield Problem(
+            "model.moe_router_topk", model.moe_router_topk, f"must be at most model.num_moe_experts = {model.num_moe_experts}."
+        )
+    if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
+        yield Problem(
+            "model.moe_shared_expert_gate", "true", "needs a shared expert; set model.moe_shared_expert_intermediate_size."
+        )
+
+
+def _tensor(config: RunConfig) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    tp = parallel.tensor_model_parallel_size
+    if tp == 1:
+        if parallel.sequence_parallel:
+            yield Problem(
+                "parallel.sequence_parallel", "true", "needs parallel.tensor_model_parallel_size > 1; set it to false."
+            )
+        return
+    groups = model.num_query_groups
+    if groups % tp:
+        yield Problem(
+            "parallel.tensor_model_parallel_size", tp,
+            f"must divide the {groups} KV heads (model.num_query_groups); use at most {groups}.",
+        )
+    for name in ("num_attention_heads", "ffn_hidden_size", "moe_shared_expert_intermediate_size"):
+        size = getattr(model, name)
+        if size is not None:
+            yield from _indivisible(
+                f"model.{name}", size, tp, "parallel.tensor_model_parallel_size", "choose another size."
+            )
+    if model.is_moe and not parallel.sequence_parallel:
+        yield Problem(
+            "parallel.sequence_parallel", "false", "must be true for a mixture of experts with tensor parallelism."
+        )
+    if parallel.sequence_parallel and config.data.seq_length % (tp * parallel.context_parallel_size):
+        yield Problem(
+            "data.seq_length", config.data.seq_length,
+            f"must divide by TP x CP = {tp * parallel.context_parallel_size} with sequence parallelism.",
+        )
+
+
+def _pipeline(config: RunConfig) -> Iterator[Problem]:
+    parallel = config.parallel
+    pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_stages
+    if vp > 1 and pp == 1:
+        yield Problem(
+            "parallel.virtual_pipeline_model_parallel_size", vp, "needs parallel.pipeline_model_parallel_size > 1."
+        )
+    if vp > 1 and pp == 2 and not parallel.overlap_p2p_comm:
+        yield Problem(
+            "parallel.overlap_p2p_comm", "false",
+            "must be true for the interleaved schedule with pipeline size 2: batched sends give wrong gradients there.",
+        )
+    try:
+        layers_per_stage(config.model.num_layers, parallel)
+    except StageSplitError as error:
+        yield Problem("model.num_layers", config.model.num_layers, str(error))
+
+
+def _context(config: RunConfig) -> Iterator[Problem]:
+    cp = config.parallel.context_parallel_size
+    if cp > 1:
+        yield from _indivisible(
+            "data.seq_length", config.data.seq_length, 2 * cp, "2 x context_parallel_size, for causal load balance",
+            "choose another length.",
+        )
+        if config.model.attention_dropout:
+            yield Problem(
+                "model.attention_dropout", config.model.attention_dropout, "must be 0 with context parallelism."
+            )
+
+
+def _expert(config: RunConfig) -> Iterator[Problem]:
+    model, parallel = config.model, config.parallel
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    if not model.is_moe:
+        if ep > 1:
+            yield Problem("parallel.expert_model_parallel_size", ep, "must be 1: the model has no experts.")
+        if etp is not None and etp != parallel.tensor_model_parallel_size:
+            yield Problem("parallel.expert_tensor_parallel_size", etp, "must be null: the model has no experts.")
+        return
+    assert model.num_moe_experts is not None
+    if model.num_moe_experts % ep:
+        yield Problem(
+            "parallel.expert_model_parallel_size", ep, f"must divide model.num_moe_experts = {model.num_moe_experts}."
+        )
+    if model.moe_ffn_hidden_size is not None:
+        yield from _indivisible(
+            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, parallel.expert_tensor_size,
+            "parallel.expert_tensor_parallel_size", "choose another size.",
+        )
+
+
+def _precision(config: RunConfig) -> Iterator[Problem]:
+    precision = config.precision
+    if precision.fp8 and precision.backend == "torch":
+        yield Problem(
+            "precision.fp8", precision.fp8, "needs the te backend (Transformer Engine on a GPU); set precision.backend=te."
+        )
+    if precision.fp8 and precision.dtype != "bf16":
+        yield Problem("precision.fp8", precision.fp8, "needs precision.dtype=bf16 for what FP8 does not cover.")
+    if precision.emulate_fp8:
+        yield Problem("precision.emulate_fp8", "true", "is not available yet; set it to false.")
+
+
+def _optimizer(config: RunConfig) -> Iterator[Problem]:
+    optim, parallel, iters = config.optim, config.parallel, config.training.train_iters
+    if optim.min_learning_rate > optim.learning_rate:
+        yield Problem(
+            "optim.min_learning_rate", optim.min_learning_rate, f"exceeds optim.learning_rate = {optim.learning_rate}."
+        )
+    decay_end = optim.lr_decay_iters or iters
+    if optim.lr_warmup_iters and optim.lr_warmup_iters >= decay_end:
+        yield Problem(
+            "optim.lr_warmup_iters", optim.lr_warmup_iters, f"must be below the end of the decay, iteration {decay_end}."
+        )
+    if optim.lr_decay_style == "wsd" and (optim.lr_wsd_decay_iters or 0) + optim.lr_warmup_iters > decay_end:
+        yield Problem(
+            "optim.lr_wsd_decay_iters", optim.lr_wsd_decay_iters, f"warm-up and decay exceed {decay_end} iterations."
+        )
+    if not parallel.use_distributed_optimizer:
+        yield Problem(
+            "parallel.use_distributed_optimizer", "false",
+            "must be true: checkpoints that any layout can load need the distributed optimizer.",
+        )
+    if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
+        yield Problem("parallel.overlap_param_gather", "true", "needs parallel.overlap_grad_reduce=true.")
+
+
+def _recompute(config: RunConfig) -> Iterator[Problem]:
+    training = config.training
+    moe_only = {"moe", "moe_act", "shared_experts"}
+    if training.recompute_granularity == "selective":
+        if not training.recompute_modules:
+            yield Problem("training.recompute_modules", "[]", "must name at least one module for selective recompute.")
+        for name in training.recompute_modules:
+            if (name in moe_only and not config.model.is_moe) or (name == "mlp" and config.model.is_moe):
+                yield Problem("training.recompute_modules", name, "does not exist in this model.")
+    if training.recompute_granularity == "full" and training.recompute_num_layers > config.model.num_layers:
+        yield Problem(
+            "training.recompute_num_layers", training.recompute_num_layers, f"the model has {config.model.num_layers} layers."
+        )
+
+
+def _world(config: RunConfig, world_size: int) -> Iterator[Problem]:
+    parallel, training = config.parallel, config.training
+    mp = parallel.model_parallel_size
+    if world_size % mp:
+        yield Problem("ranks", world_size, f"must divide by TP x PP x CP = {mp}; change --nproc / nodes or the layout.")
+        return
+    expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    if config.model.is_moe and world_size % expert:
+        yield Problem("ranks", world_size, f"must divide by ETP x EP x PP = {expert}; change --nproc / nodes or the layout.")
+    dp = world_size // mp
+    step = training.micro_batch_size * dp
+    yield from _indivisible(
+        "training.global_batch_size", training.global_batch_size, step, f"micro batch x DP = {training.micro_batch_size} x {dp}",
+        "change the batch or the ranks.",
+    )
+    pp = parallel.pipeline_model_parallel_size
+    if parallel.virtual_stages > 1 and training.global_batch_size % (step * pp):
+        yield Problem(
+            "training.global_batch_size", training.global_batch_size, f"the interleaved schedule needs micro-batches in multiples of {pp}."
+        )
+    yield from _rampup(config, step)
+
+
+def _rampup(config: RunConfig, step: int) -> Iterator[Problem]:
+    ramp, target = config.training.rampup_batch_size, config.training.global_batch_size
+    if ramp is None:
+        return
+    if len(ramp) != 3:
+        yield Problem("training.rampup_batch_size", list(ramp), "must be [start, increment, samples].")
+        return
+    start, increment, _ = ramp
+    if start > target:
+        yield Problem("training.rampup_batch_size", start, f"starts above training.global_batch_size = {target}.")
+    elif (target - start) % increment:
+        yield Problem("training.rampup_batch_size", list(ramp), f"{target} - {start} must divide by the increment {increment}.")
+    for name, size in (("start", start), ("increment", increment)):
+        yield from _indivisible(
+            f"training.rampup_batch_size {name}", size, step, "micro batch x DP", "every batch of the ramp must be whole."
+        )

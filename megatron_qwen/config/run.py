@@ -1,0 +1,74 @@
+"""A whole run: the sections together."""
+
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from megatron_qwen.config.fields import FieldInfo, field_infos
+from megatron_qwen.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    PerformanceConfig,
+    PrecisionConfig,
+    ResilienceConfig,
+    TrainingConfig,
+)
+
+SECTION_TYPES: dict[str, type] = {
+    "model": ModelConfig,
+    "parallel": ParallelConfig,
+    "precision": PrecisionConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "training": TrainingConfig,
+    "checkpoint": CheckpointConfig,
+    "metrics": MetricsConfig,
+    "resilience": ResilienceConfig,
+    "performance": PerformanceConfig,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides what a run computes. Written to run.yaml as it was resolved."""
+
+    recipe: str
+    model: ModelConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
+    performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+
+    def with_section(self, section: str, /, **changes: Any) -> "RunConfig":
+        """A copy in which some fields of one section are changed."""
+        return replace(self, **{section: replace(getattr(self, section), **changes)})
+
+
+def all_fields() -> dict[str, FieldInfo]:
+    """Every field of every section by its path, ``section.field``."""
+    return {
+        info.path: info
+        for section, cls in SECTION_TYPES.items()
+        for info in field_infos(section, cls).values()
+    }
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as plain YAML values, sections in their order."""
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    sections = {
+        name: {item.name: plain(getattr(getattr(config, name), item.name)) for item in fields(cls)}
+        for name, cls in SECTION_TYPES.items()
+    }
+    return {"recipe": config.recipe, **sections}

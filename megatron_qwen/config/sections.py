@@ -1,0 +1,234 @@
+"""The sections of a run configuration, as typed and documented dataclasses.
+
+A field carries megatron-core's name where megatron-core has one. What a combination of fields may be is
+checked in ``checks.py``; what one field may be is said here.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_qwen.config.fields import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the network, in the terms of the released Qwen configurations."""
+
+    num_layers: int = setting(doc="Transformer layers.", minimum=1)
+    hidden_size: int = setting(doc="Width of the residual stream.", minimum=1)
+    ffn_hidden_size: int = setting(doc="Width of the SwiGLU feed-forward of a dense layer.", minimum=1)
+    num_attention_heads: int = setting(doc="Query heads.", minimum=1)
+    num_query_groups: int = setting(doc="Key/value heads (grouped-query attention).", minimum=1)
+    kv_channels: int | None = setting(None, doc="Head dimension; null is hidden_size / num_attention_heads.", minimum=2)
+    vocab_size: int = setting(
+        doc="Embedding rows of the exported model. Padding that a layout needs is added to this, takes no part "
+        "in the loss and is cut at export.",
+        minimum=1,
+    )
+    max_position_embeddings: int = setting(doc="Longest sequence the exported model declares.", minimum=1)
+    rotary_base: float = setting(1_000_000.0, doc="RoPE base (theta).", above=1)
+    layernorm_epsilon: float = setting(1e-6, doc="RMSNorm epsilon.", above=0)
+    add_qkv_bias: bool = setting(True, doc="Bias on Q, K and V (Qwen2 family).")
+    share_embeddings_and_output_weights: bool = setting(False, doc="One matrix for input embedding and output layer.")
+    init_method_std: float = setting(
+        0.02, doc="Standard deviation of the normal initialisation (released configs: initializer_range).", above=0
+    )
+    scale_output_init: bool = setting(
+        True, doc="Divide the initialisation of attention output and second feed-forward matrix by sqrt(2 x layers)."
+    )
+    hidden_dropout: float = setting(0.0, doc="Dropout after attention and feed-forward.", minimum=0, maximum=0.9)
+    attention_dropout: float = setting(0.0, doc="Dropout of attention weights.", minimum=0, maximum=0.9)
+    num_moe_experts: int | None = setting(None, doc="Routed experts of every layer; null is a dense model.", minimum=2)
+    moe_router_topk: int = setting(2, doc="Experts that a token is sent to.", minimum=1)
+    moe_ffn_hidden_size: int | None = setting(None, doc="Width of a routed expert.", minimum=1)
+    moe_shared_expert_intermediate_size: int | None = setting(None, doc="Width of the shared expert.", minimum=1)
+    moe_shared_expert_gate: bool = setting(False, doc="Sigmoid gate on the shared expert (Qwen2-MoE).")
+    moe_router_pre_softmax: bool = setting(
+        True,
+        doc="true: the softmax over all experts weighs the chosen ones as it is (norm_topk_prob false); "
+        "false: the weights of the chosen experts are renormalised to sum to one.",
+    )
+    moe_router_load_balancing_type: Literal["aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = setting(
+        "aux_loss", doc="Over which tokens the load-balancing loss is taken."
+    )
+    moe_aux_loss_coeff: float = setting(0.001, doc="Weight of the load-balancing loss.", minimum=0)
+    moe_z_loss_coeff: float | None = setting(None, doc="Weight of the router z-loss; null is none.", minimum=0)
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the layers hold routed experts."""
+        return self.num_moe_experts is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """The layout: how the model and the batch are spread over ranks. Data parallelism is what is left over."""
+
+    tensor_model_parallel_size: int = setting(1, doc="Ranks that share every matrix product (TP).", minimum=1)
+    sequence_parallel: bool = setting(False, doc="Shard norms and residual stream over the TP ranks as well (SP).")
+    pipeline_model_parallel_size: int = setting(1, doc="Ranks that share the layers (PP).", minimum=1)
+    virtual_pipeline_model_parallel_size: int | None = setting(
+        None, doc="Model chunks a pipeline rank holds (interleaved schedule); null or 1 is plain 1F1B.", minimum=1
+    )
+    num_layers_in_first_pipeline_stage: int | None = setting(
+        None, doc="Layers of the first pipeline rank; null is an even share.", minimum=1
+    )
+    num_layers_in_last_pipeline_stage: int | None = setting(
+        None, doc="Layers of the last pipeline rank; null is an even share.", minimum=1
+    )
+    context_parallel_size: int = setting(1, doc="Ranks that share every sequence (CP).", minimum=1)
+    expert_model_parallel_size: int = setting(1, doc="Ranks that share the experts (EP).", minimum=1)
+    expert_tensor_parallel_size: int | None = setting(
+        None, doc="TP inside an expert (ETP); null is the tensor parallel size.", minimum=1
+    )
+    use_distributed_optimizer: bool = setting(True, doc="Shard the optimizer over the data-parallel ranks (ZeRO-1).")
+    overlap_grad_reduce: bool = setting(False, doc="Reduce gradients while the backward pass runs.")
+    overlap_param_gather: bool = setting(False, doc="Gather parameters while the forward pass runs.")
+    overlap_p2p_comm: bool = setting(
+        True, doc="Overlap pipeline sends with compute in the interleaved schedule (and send unbatched)."
+    )
+    distributed_timeout_minutes: int = setting(30, doc="Longest wait inside one collective call.", minimum=1)
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the dense part of the model for one sequence."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    @property
+    def expert_tensor_size(self) -> int:
+        """Tensor parallel size inside an expert."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def virtual_stages(self) -> int:
+        """Model chunks on each pipeline rank."""
+        return self.virtual_pipeline_model_parallel_size or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrecisionConfig:
+    """Number formats, and which kernels compute in them."""
+
+    backend: Literal["auto", "te", "torch"] = setting(
+        "auto", doc="te: Transformer Engine modules; torch: plain torch modules, CPU and GPU; auto: te where it can run."
+    )
+    dtype: Literal["bf16", "fp32"] = setting("bf16", doc="Compute format; bf16 keeps fp32 main weights.")
+    fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = setting(
+        None, doc="FP8 recipe of the te backend; null is none. mxfp8 needs Blackwell."
+    )
+    emulate_fp8: bool = setting(False, doc="Imitate FP8 rounding in the torch backend. Not available yet.")
+    grad_reduce_in_fp32: bool = setting(True, doc="Accumulate and reduce gradients in fp32.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which tokens are read and how samples are cut from them."""
+
+    path: str | None = setting(None, doc="Prefix of a .bin / .idx pair (without the ending).")
+    tokenizer: str | None = setting(None, doc="Hugging Face tokenizer directory the tokens were made with.")
+    seq_length: int = setting(4096, doc="Tokens of one sample.", minimum=2)
+    validation_fraction: float = setting(
+        0.01, doc="Share of the documents held out for validation.", minimum=0, maximum=0.5
+    )
+    eod_mask_loss: bool = setting(False, doc="Take no loss on the token that follows an end of document.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, clipping and the learning-rate schedule."""
+
+    learning_rate: float = setting(3e-4, doc="Peak learning rate.", above=0)
+    min_learning_rate: float = setting(3e-5, doc="Learning rate at the end of the decay.", minimum=0)
+    weight_decay: float = setting(0.1, doc="Decoupled weight decay; never on norms and biases.", minimum=0)
+    adam_beta1: float = setting(0.9, doc="Decay of the first moment.", minimum=0, maximum=0.9999)
+    adam_beta2: float = setting(0.95, doc="Decay of the second moment.", minimum=0, maximum=0.99999)
+    adam_eps: float = setting(1e-8, doc="Term that keeps the division finite.", above=0)
+    clip_grad: float = setting(1.0, doc="Largest global gradient norm; 0 is no clipping.", minimum=0)
+    lr_decay_style: Literal["cosine", "wsd", "linear", "constant"] = setting(
+        "cosine", doc="Schedule after warm-up; wsd is warm-up, stable, decay."
+    )
+    lr_warmup_iters: int = setting(0, doc="Iterations of linear warm-up.", minimum=0)
+    lr_decay_iters: int | None = setting(None, doc="Iteration at which the decay ends; null is train_iters.", minimum=1)
+    lr_wsd_decay_iters: int | None = setting(
+        None, doc="Length of the final decay of wsd; null is a tenth of the run.", minimum=1
+    )
+    lr_wsd_decay_style: Literal["linear", "cosine", "minus_sqrt"] = setting(
+        "minus_sqrt", doc="Shape of the final decay of wsd (minus_sqrt: 1 - sqrt, Haegele et al. 2024)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Batches, length of the run, validation, recompute."""
+
+    train_iters: int = setting(1000, doc="Optimizer steps of the whole run.", minimum=1)
+    micro_batch_size: int = setting(1, doc="Sequences that one rank computes at once.", minimum=1)
+    global_batch_size: int = setting(8, doc="Sequences of one optimizer step, over all ranks.", minimum=1)
+    rampup_batch_size: tuple[int, ...] | None = setting(
+        None, doc="[start, increment, samples]: the batch grows from start to global_batch_size over that many samples.",
+        minimum=1,
+    )
+    seed: int = setting(1234, doc="Seed of initialisation, sample order and dropout.", minimum=0)
+    eval_interval: int = setting(100, doc="Iterations between validations; 0 is none before the end.", minimum=0)
+    eval_iters: int = setting(10, doc="Batches of a validation; 0 is no validation.", minimum=0)
+    recompute_granularity: Literal["selective", "full"] | None = setting(
+        None, doc="What the backward pass computes again: selective (recompute_modules), full layers, or null nothing."
+    )
+    recompute_method: Literal["uniform", "block"] = setting("uniform", doc="Which layers full recompute takes.")
+    recompute_num_layers: int = setting(1, doc="Layers of a recomputed unit (uniform) or recomputed layers (block).", minimum=1)
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm", "shared_experts"], ...] = setting(
+        ("core_attn",), doc="Modules that selective recompute takes."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written, which are kept, how they are trusted."""
+
+    save_interval: int = setting(500, doc="Iterations between checkpoints; 0 saves at the end only.", minimum=0)
+    async_save: bool = setting(False, doc="Write while training goes on; the step waits for a copy in memory only.")
+    keep_last: int = setting(3, doc="Newest checkpoints that are kept.", minimum=1)
+    keep_every: int | None = setting(None, doc="Checkpoints at multiples of this many iterations are kept for good.", minimum=1)
+    load: str | None = setting(
+        None, doc="Checkpoint to start from where the run directory has none: weights and optimizer, at iteration 0."
+    )
+    strict: bool = setting(False, doc="Refuse to start where the newest checkpoint is damaged, instead of an older one.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """What is written where. metrics.jsonl is always written, a line a step."""
+
+    log_interval: int = setting(1, doc="Iterations between progress lines.", minimum=1)
+    tensorboard: bool = setting(True, doc="Write event files under tensorboard/.")
+    wandb_project: str | None = setting(None, doc="Weights & Biases project; null is off.")
+    profile_start: int | None = setting(None, doc="First iteration of a torch profiler window; null is off.", minimum=1)
+    profile_iters: int = setting(3, doc="Iterations of the profiler window.", minimum=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResilienceConfig:
+    """When a run gives up."""
+
+    max_consecutive_skips: int = setting(
+        5, doc="Steps in a row whose loss or gradient is not finite before the run stops with exit 17.", minimum=1
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerformanceConfig:
+    """Choices that change speed, not results."""
+
+    threads_per_rank: int | None = setting(
+        None, doc="CPU threads of a rank; null shares the cores among the local ranks. Part of bit-exact resumes.", minimum=1
+    )
+    cross_entropy_chunk_tokens: int = setting(
+        1024, doc="Tokens whose logits exist at once in the torch backend's loss; 0 keeps all logits.", minimum=0
+    )

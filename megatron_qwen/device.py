@@ -1,0 +1,259 @@
+"""CUDA or CPU: the only file that asks torch.cuda or patches it.
+
+megatron-core calls torch.cuda throughout. On a machine without CUDA, ``prepare()`` maps those calls to the
+CPU, so that the core's own code paths run over gloo; where CUDA is there it changes nothing. It must run
+before megatron.core is imported, because the core binds some of these names at import.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_CPU = torch.device("cpu")
+_FACTORIES = (
+    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
+    "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
+)
+
+
+def has_cuda() -> bool:
+    """Whether ranks compute on GPUs."""
+    return torch.cuda.is_available()
+
+
+def backend() -> str:
+    """The torch.distributed backend of the device."""
+    return "nccl" if has_cuda() else "gloo"
+
+
+def compute_device(local_rank: int = 0) -> torch.device:
+    """The device this rank computes on."""
+    return torch.device("cuda", local_rank) if has_cuda() else _CPU
+
+
+def select(local_rank: int) -> None:
+    """Makes the GPU of this rank the current one; nothing to do on a CPU."""
+    if has_cuda():
+        torch.cuda.set_device(local_rank)
+
+
+def device_name() -> str:
+    """What the log and the performance figures call the device."""
+    return torch.cuda.get_device_name() if has_cuda() else "CPU"
+
+
+def compute_capability() -> tuple[int, int]:
+    """CUDA compute capability, (0, 0) without a GPU."""
+    return torch.cuda.get_device_capability() if has_cuda() else (0, 0)
+
+
+def synchronize() -> None:
+    """Waits until the device has done what it was given."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank held at once: allocator peak on a GPU, resident set on a CPU."""
+    if has_cuda():
+        return int(torch.cuda.max_memory_allocated())
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rng_state() -> torch.Tensor:
+    """State of the device's default generator."""
+    return torch.cuda.get_rng_state() if has_cuda() else torch.get_rng_state()
+
+
+def set_rng_state(state: torch.Tensor) -> None:
+    """Restores what ``rng_state`` gave."""
+    torch.cuda.set_rng_state(state) if has_cuda() else torch.set_rng_state(state)
+
+
+def set_threads(count: int) -> None:
+    """Fixes the CPU threads of this rank; results on a CPU depend on the count, bit for bit."""
+    torch.set_num_threads(count)
+    os.environ["OMP_NUM_THREADS"] = str(count)
+
+
+@functools.cache
+def prepare() -> None:
+    """Makes megatron-core importable and runnable on this machine; once per process, first of all."""
+    # Notices of the core about what it lacks; which kernels run is in our own log.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", message=".*pynvml.*")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    if has_cuda():
+        return
+    _map_calls()
+    _map_factories()
+    _map_tensor_methods()
+    _map_collectives()
+    _map_expert_splits()
+
+
+class _Stream:
+    """A stream or event of a device that has none: everything is already in order."""
+
+    device = _CPU
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        pass
+
+    def wait_stream(self, stream: object) -> None: ...
+
+    def wait_event(self, event: object) -> None: ...
+
+    def record_event(self, event: object = None) -> "_Stream":
+        return self
+
+    def record(self, stream: object = None) -> None: ...
+
+    def wait(self, stream: object = None) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def query(self) -> bool:
+        return True
+
+
+def _map_calls() -> None:
+    stream = _Stream()
+    cuda: Any = torch.cuda
+
+    @contextlib.contextmanager
+    def nothing(*args: object, **kwargs: object) -> Iterator[None]:
+        yield
+
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _CPU,
+        "set_device": lambda device: None,
+        "device_count": lambda: 1,
+        "synchronize": lambda device=None: None,
+        "empty_cache": lambda: None,
+        "ipc_collect": lambda: None,
+        "Stream": _Stream,
+        "Event": _Stream,
+        "current_stream": lambda device=None: stream,
+        "default_stream": lambda device=None: stream,
+        "stream": nothing,
+        "device": nothing,
+        "memory_allocated": lambda device=None: 0,
+        "max_memory_allocated": lambda device=None: 0,
+        "memory_reserved": lambda device=None: 0,
+        "max_memory_reserved": lambda device=None: 0,
+        "reset_peak_memory_stats": lambda device=None: None,
+        "is_current_stream_capturing": lambda: False,
+        "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
+        "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "default_generators": _OneGenerator(),
+        # Deferred until CUDA is initialised, which would be never.
+        "_lazy_call": lambda callable_, **kwargs: callable_(),
+    }
+    for name, value in replacements.items():
+        setattr(cuda, name, value)
+    cuda.random.get_rng_state = replacements["get_rng_state"]
+    cuda.random.set_rng_state = replacements["set_rng_state"]
+
+
+class _OneGenerator:
+    """``torch.cuda.default_generators`` where every index is the CPU's generator."""
+
+    def __getitem__(self, index: object) -> torch.Generator:
+        return torch.default_generator
+
+
+def _is_cuda_device(device: object) -> bool:
+    return isinstance(device, str | torch.device) and str(device).startswith("cuda")
+
+
+def _map_factories() -> None:
+    def on_cpu(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if _is_cuda_device(kwargs.get("device")):
+                kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return call
+
+    for name in _FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+
+
+def _map_tensor_methods() -> None:
+    tensor: Any = torch.Tensor
+    plain_to, plain_type = tensor.to, tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args and _is_cuda_device(args[0]):
+            args = (_CPU, *args[1:])
+        if _is_cuda_device(kwargs.get("device")):
+            kwargs["device"] = _CPU
+        return plain_to(self, *args, **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # The core sorts parameters by this name and knows only the CUDA ones.
+        name = plain_type(self, *args, **kwargs)
+        return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
+
+    tensor.to, tensor.type = to, type_
+    tensor.cuda = lambda self, *args, **kwargs: self
+    tensor.record_stream = lambda self, stream: None
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+
+
+def _map_collectives() -> None:
+    """gloo's all_gather and reduce_scatter want pieces of one size, which expert tensor parallelism has not."""
+    plain_gather, plain_scatter = dist.all_gather, dist.reduce_scatter
+
+    def all_gather(outputs: list[torch.Tensor], piece: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
+        longest = max(output.shape[0] if output.dim() else 1 for output in outputs)
+        if all(output.shape == piece.shape for output in outputs):
+            return plain_gather(outputs, piece, group=group, async_op=async_op)
+        assert not async_op
+        padded = piece.new_zeros((longest, *piece.shape[1:]))
+        padded[: piece.shape[0]] = piece
+        gathered = [torch.empty_like(padded) for _ in outputs]
+        plain_gather(gathered, padded, group=group)
+        for output, whole in zip(outputs, gathered, strict=True):
+            output.copy_(whole[: output.shape[0]])
+        return None
+
+    def reduce_scatter(
+        output: torch.Tensor, pieces: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None,
+        async_op: bool = False,
+    ) -> Any:
+        if all(piece.shape == output.shape for piece in pieces):
+            return plain_scatter(output, pieces, op=op, group=group, async_op=async_op)
+        assert not async_op
+        whole = torch.cat(pieces)
+        dist.all_reduce(whole, op=op, group=group)
+        start = sum(piece.shape[0] for piece in pieces[: dist.get_rank(group)])
+        output.copy_(whole[start : start + output.shape[0]])
+        return None
+
+    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+
+
+def _map_expert_splits() -> None:
+    """The all-to-all of experts takes host lists for its split sizes; the core makes them of CUDA tensors only."""
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    def host_list(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = host_list
+    token_dispatcher.maybe_move_tensor_to_cpu = host_list

@@ -1,0 +1,1 @@
+"""Ranks: how a process joins, which groups it is in, and what they agree on."""

@@ -1,0 +1,91 @@
+"""The errors a user can cause or meet, each with the exit code that scripts rely on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+EXIT_FAILURE = 1
+EXIT_CONFIG = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_NUMERICS = 17
+EXIT_REQUEUE = 75
+EXIT_LOST_PEER = 76
+EXIT_DO_NOT_REQUEUE = 93
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong: where, with which value, and the way out.
+
+    Args:
+        where: a field (``parallel.tensor_model_parallel_size``) or a file (``data.jsonl:17``).
+        value: the offending value, or None where there is none to show.
+        fix: one sentence that says what is wrong and what to do.
+    """
+
+    where: str
+    value: object
+    fix: str
+
+    def __str__(self) -> str:
+        shown = "" if self.value is None else f" = {self.value}"
+        return f"{self.where}{shown}: {self.fix}"
+
+
+class UserError(ValueError):
+    """A mistake that a person can mend; printed without a traceback.
+
+    Holds every problem found, not only the first, so that one round of mending is enough.
+    """
+
+    exit_code = EXIT_FAILURE
+    kind = "error"
+
+    def __init__(self, problems: str | Problem | Sequence[Problem]) -> None:
+        if isinstance(problems, Problem):
+            problems = (problems,)
+        self.problems: tuple[Problem, ...] = () if isinstance(problems, str) else tuple(problems)
+        text = problems if isinstance(problems, str) else "\n".join(f"  {problem}" for problem in problems)
+        super().__init__(text)
+
+    def render(self) -> str:
+        """The message for stderr: the kind of error, then a line for each problem."""
+        if not self.problems:
+            return f"{self.kind}: {self}"
+        if len(self.problems) == 1:
+            return f"{self.kind}: {self.problems[0]}"
+        return f"{self.kind}, {len(self.problems)} problems:\n{self}"
+
+
+class ConfigError(UserError):
+    """The configuration or the command line is wrong (exit 2)."""
+
+    exit_code = EXIT_CONFIG
+    kind = "configuration error"
+
+
+class DataError(UserError):
+    """Text, tokens or a tokenizer cannot be used (exit 3)."""
+
+    exit_code = EXIT_DATA
+    kind = "data error"
+
+
+class CheckpointError(UserError):
+    """No checkpoint that can be trusted (exit 4)."""
+
+    exit_code = EXIT_CHECKPOINT
+    kind = "checkpoint error"
+
+
+class ConversionError(UserError):
+    """A conversion that cannot be done as asked (exit 1)."""
+
+    kind = "conversion error"
+
+
+class NumericsError(UserError):
+    """Too many consecutive steps with a loss or gradient that is not finite (exit 17)."""
+
+    exit_code = EXIT_NUMERICS
+    kind = "numerics error"

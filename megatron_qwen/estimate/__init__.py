@@ -1,0 +1,1 @@
+"""What a configuration will need and do, computed without torch."""

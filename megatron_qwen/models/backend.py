@@ -1,0 +1,43 @@
+"""Chooses the backend, and says why."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_qwen.config.sections import PrecisionConfig
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.models import te_backend
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A chosen backend.
+
+    Args:
+        name: ``te`` or ``torch``.
+        reason: why, for the log.
+        provider: megatron-core's BackendSpecProvider.
+    """
+
+    name: str
+    reason: str
+    provider: Any
+
+
+def choose(precision: PrecisionConfig) -> Backend:
+    """Picks the backend that was asked for, or the best that runs here.
+
+    Raises:
+        ConfigError: te or FP8 is asked for where it cannot run; says what is missing.
+    """
+    missing = te_backend.why_not() if precision.backend != "torch" else "precision.backend=torch"
+    if precision.backend == "te" and missing:
+        raise ConfigError(Problem("precision.backend", "te", f"cannot run here: {missing}. Use torch or auto."))
+    if precision.fp8:
+        lacking = missing or te_backend.why_not_fp8(precision.fp8)
+        if lacking:
+            raise ConfigError(Problem("precision.fp8", precision.fp8, f"cannot run here: {lacking}. Set it to null."))
+    if missing:
+        from megatron_qwen.models.torch_backend import TorchSpecProvider
+
+        return Backend("torch", missing, TorchSpecProvider())
+    return Backend("te", "Transformer Engine imports and there is a CUDA device", te_backend.provider())

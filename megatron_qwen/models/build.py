@@ -1,0 +1,101 @@
+"""Builds the model chunks of a rank."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
+from megatron_qwen.models.backend import Backend
+from megatron_qwen.models.core_config import transformer_config
+from megatron_qwen.models.initialise import initialise
+from megatron_qwen.models.layer_spec import block_spec
+from megatron_qwen.models.vocabulary import padded_vocab_size
+
+
+@dataclass(frozen=True)
+class Model:
+    """The chunks of this rank, and the core's configuration they share.
+
+    Args:
+        core: megatron-core's configuration.
+        chunks: wrapped for data parallelism, in the order of their virtual stages.
+    """
+
+    core: TransformerConfig
+    chunks: list[DistributedDataParallel]
+
+    @property
+    def modules(self) -> list[GPTModel]:
+        """The bare GPTModel of each chunk."""
+        return [_unwrap(chunk) for chunk in self.chunks]
+
+    def train(self, mode: bool = True) -> None:
+        """Sets training or evaluation mode."""
+        for chunk in self.chunks:
+            chunk.train(mode)
+
+
+def build_model(
+    config: RunConfig, groups: ProcessGroupCollection, backend: Backend, *, device: torch.device
+) -> Model:
+    """Builds, initialises and wraps the chunks of this rank.
+
+    Args:
+        config: the run.
+        groups: the groups of this rank.
+        backend: whose modules the layers are made of.
+        device: where the parameters go.
+    """
+    core = transformer_config(config, backend)
+    virtual = config.parallel.virtual_stages
+    modules = [
+        _chunk(config, core, groups, backend, vp_stage=stage if virtual > 1 else None) for stage in range(virtual)
+    ]
+    for module in modules:
+        module.to(device)
+    initialise(modules, config, groups)
+    if core.bf16:
+        modules = [Float16Module(core, module) for module in modules]
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
+        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+    )
+    chunks = [
+        DistributedDataParallel(core, ddp, module, disable_bucketing=index > 0, pg_collection=groups)
+        for index, module in enumerate(modules)
+    ]
+    return Model(core, chunks)
+
+
+def _chunk(
+    config: RunConfig, core: TransformerConfig, groups: ProcessGroupCollection, backend: Backend, *, vp_stage: int | None
+) -> GPTModel:
+    model = config.model
+    last = config.parallel.virtual_stages - 1
+    return GPTModel(
+        config=core,
+        transformer_layer_spec=block_spec(core, backend.provider, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
+        vocab_size=padded_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size),
+        max_sequence_length=config.data.seq_length,
+        pre_process=is_first_stage(groups) and (vp_stage or 0) == 0,
+        post_process=is_last_stage(groups) and (vp_stage or 0) == last,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        pg_collection=groups,
+        vp_stage=vp_stage,
+    )
+
+
+def _unwrap(module: torch.nn.Module) -> GPTModel:
+    while not isinstance(module, GPTModel):
+        module = module.module
+    return module

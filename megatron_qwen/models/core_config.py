@@ -1,0 +1,122 @@
+"""A run's configuration as megatron-core's TransformerConfig."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer import TransformerConfig
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.models.apex_kernels import nvidia_apex_is_here
+from megatron_qwen.models.backend import Backend
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
+    """The core's configuration of the model, its layout and its kernels."""
+    return TransformerConfig(
+        **_shape(config), **_experts(config), **_layout(config), **_numbers(config, backend), **_recompute(config)
+    )
+
+
+def _shape(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    return {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "add_bias_linear": False,
+        "add_qkv_bias": model.add_qkv_bias,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "hidden_dropout": model.hidden_dropout,
+        "attention_dropout": model.attention_dropout,
+        # Weights are drawn by initialise.py, the same under every layout.
+        "perform_initialization": False,
+        "cuda_graph_modules": [],
+    }
+
+
+def _experts(config: RunConfig) -> dict[str, Any]:
+    model = config.model
+    if not model.is_moe:
+        return {}
+    return {
+        "num_moe_experts": model.num_moe_experts,
+        "moe_router_topk": model.moe_router_topk,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+        "moe_shared_expert_gate": model.moe_shared_expert_gate,
+        "moe_router_pre_softmax": model.moe_router_pre_softmax,
+        "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": model.moe_z_loss_coeff,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _layout(config: RunConfig) -> dict[str, Any]:
+    parallel = config.parallel
+    virtual = parallel.virtual_stages
+    interleaved = virtual > 1
+    return {
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual if interleaved else None,
+        "num_layers_in_first_pipeline_stage": parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": parallel.num_layers_in_last_pipeline_stage,
+        "context_parallel_size": parallel.context_parallel_size,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_size,
+        "overlap_p2p_comm": interleaved and parallel.overlap_p2p_comm,
+        # Batched sends are wrong in the interleaved schedule with two pipeline ranks.
+        "batch_p2p_comm": not (interleaved and parallel.overlap_p2p_comm),
+        "deallocate_pipeline_outputs": True,
+        "pipeline_dtype": DTYPES[config.precision.dtype],
+        "variable_seq_lengths": False,
+    }
+
+
+def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
+    precision, te = config.precision, backend.name == "te"
+    numbers: dict[str, Any] = {
+        "bf16": precision.dtype == "bf16",
+        "params_dtype": DTYPES[precision.dtype],
+        # Losses are sums over tokens; the core divides the gradients by the tokens of the global batch.
+        "calculate_per_token_loss": True,
+        "transformer_impl": "transformer_engine" if te else "local",
+        "apply_rope_fusion": te,
+        "bias_activation_fusion": te,
+        "bias_dropout_fusion": te,
+        "moe_grouped_gemm": te and config.model.is_moe,
+        "moe_permute_fusion": te and config.model.is_moe,
+        "gradient_accumulation_fusion": te and nvidia_apex_is_here(),
+    }
+    if precision.fp8:
+        numbers |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}
+        if precision.fp8 != "delayed":  # the core refuses the exclusion with delayed scaling
+            numbers["first_last_layers_bf16"] = True
+        else:
+            numbers |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    return numbers
+
+
+def _recompute(config: RunConfig) -> dict[str, Any]:
+    training = config.training
+    if training.recompute_granularity == "full":
+        return {
+            "recompute_granularity": "full",
+            "recompute_method": training.recompute_method,
+            "recompute_num_layers": training.recompute_num_layers,
+        }
+    if training.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": list(training.recompute_modules)}
+    return {}

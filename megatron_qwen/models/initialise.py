@@ -1,0 +1,55 @@
+"""Initial weights that do not depend on the layout.
+
+Every tensor of every layer is drawn in blocks of rows, each from a generator seeded by (seed, tensor name,
+layer, expert, block). A rank draws the blocks its slice touches and keeps its part, so the same seed gives the
+same model under any tensor, pipeline, expert or data parallelism, and no rank ever holds a whole large tensor.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import xxhash
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.models.sharding import Slice, slices
+
+_BLOCK_ROWS = 1024
+_RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+@torch.no_grad()
+def initialise(modules: Sequence[GPTModel], config: RunConfig, groups: ProcessGroupCollection) -> None:
+    """Fills the parameters of this rank's chunks: normal matrices, zero biases, unit norms."""
+    model = config.model
+    residual_std = model.init_method_std
+    if model.scale_output_init:
+        residual_std /= math.sqrt(2 * model.num_layers)
+    for part in slices(modules, groups):
+        if part.name.endswith(("layer_norm_weight", "layernorm.weight")):
+            part.data.fill_(1.0)
+        elif part.name.endswith("bias"):
+            part.data.zero_()
+        else:
+            assert len(part.global_shape) == 2, part.name
+            std = residual_std if part.name.endswith(_RESIDUAL_OUTPUTS) else model.init_method_std
+            _fill(part, std=std, seed=config.training.seed)
+
+
+def _fill(part: Slice, *, std: float, seed: int) -> None:
+    width = part.global_shape[1]
+    local = part.data.view(-1, part.data.shape[-1])  # drops leading dimensions of size one
+    start, column = part.offset
+    stop = start + local.shape[0]
+    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+        first = block * _BLOCK_ROWS
+        key = f"{seed}/{part.name}/{'/'.join(map(str, part.leading))}/{block}"
+        generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & (2**63 - 1))
+        # Always a full block: a generator's n-th number may depend on how many are asked for.
+        rows = torch.empty(_BLOCK_ROWS, width).normal_(0.0, std, generator=generator)
+        low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
+        local[low - start : high - start] = rows[low - first : high - first, column : column + local.shape[1]].to(
+            local.device
+        )

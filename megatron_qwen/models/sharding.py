@@ -1,0 +1,87 @@
+"""Names and places of a rank's parameters in the whole model.
+
+megatron-core's sharded state dict says of each local tensor which slice of which global tensor it is. All that
+must not depend on the layout (initial weights, exports, comparisons) goes by these names.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
+from megatron.core.models.gpt import GPTModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+# What the core needs to know to make names that are the same under every layout.
+CHECKPOINT_METADATA: dict[str, Any] = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+    "singleton_local_shards": False,
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A local tensor and where it lies in the global tensor ``name``.
+
+    Args:
+        name: such as ``decoder.layers.self_attention.linear_qkv.weight``; layers and experts are leading dimensions.
+        data: the local values, without those leading dimensions of size one.
+        leading: index in the leading (layer, expert) dimensions.
+        global_shape: shape of the rest of the global tensor.
+        offset: where the local values begin in the rest.
+        is_main_replica: whether this rank, of those that hold the same values, is the one that counts.
+    """
+
+    name: str
+    data: torch.Tensor
+    leading: tuple[int, ...]
+    global_shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    is_main_replica: bool
+
+
+def sharded_state_dict(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> dict[str, Any]:
+    """The core's sharded state dict of all chunks of this rank; the key of chunk i is ``model{i}``."""
+    metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
+    if len(modules) == 1:
+        return {"model": modules[0].sharded_state_dict(metadata=metadata)}
+    return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+
+
+def slices(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> Iterator[Slice]:
+    """Every parameter slice this rank holds, as views: writing to ``data`` writes to the parameter."""
+    for state in sharded_state_dict(modules, groups).values():
+        tensors = {key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+        apply_factories(tensors)
+        yield from _walk(tensors)
+
+
+def _walk(node: Any) -> Iterator[Slice]:
+    if isinstance(node, ShardedTensor):
+        yield _slice(node)
+    elif isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from _walk(child)
+
+
+def _slice(tensor: ShardedTensor) -> Slice:
+    axes = tensor.prepend_axis_num
+    assert tensor.data is not None
+    replica = tensor.replica_id if isinstance(tensor.replica_id, tuple) else (tensor.replica_id,)
+    return Slice(
+        name=tensor.key,
+        data=tensor.data,
+        leading=tuple(tensor.global_offset[:axes]),
+        global_shape=tuple(tensor.global_shape[axes:]),
+        offset=tuple(tensor.global_offset[axes:]),
+        is_main_replica=not any(replica),
+    )
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a name that spells it out (``decoder.layers.3.mlp...``), or None."""
+    match = re.search(r"layers\.(\d+)\.", name)
+    return int(match.group(1)) if match else None

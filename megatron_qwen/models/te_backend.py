@@ -1,0 +1,36 @@
+"""The backend of Transformer Engine's modules: fused norm + linear, FP8, grouped GEMM. GPUs only."""
+
+import importlib.util
+from typing import Any
+
+from megatron_qwen import device
+
+
+def why_not() -> str | None:
+    """What this machine lacks to run Transformer Engine, or None where it can."""
+    if not device.has_cuda():
+        return "there is no CUDA device"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return "transformer_engine is not installed (pip install 'megatron_qwen[gpu]')"
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except Exception as error:
+        return f"transformer_engine does not import ({error})"
+    return None
+
+
+def why_not_fp8(recipe: str) -> str | None:
+    """What the GPU lacks for an FP8 recipe, or None where it can."""
+    major = device.compute_capability()[0]
+    if recipe == "mxfp8" and major < 10:
+        return "mxfp8 needs a Blackwell GPU"
+    if major < 9 and device.compute_capability() != (8, 9):
+        return "FP8 needs an Ada, Hopper or newer GPU"
+    return None
+
+
+def provider() -> Any:
+    """megatron-core's BackendSpecProvider of Transformer Engine modules."""
+    from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+    return TESpecProvider()

@@ -1,0 +1,41 @@
+"""The backend of plain torch modules: the same numbers on a CPU and on a GPU, no Transformer Engine needed."""
+
+from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megatron_qwen.models.torch_attention import TorchAttention
+from megatron_qwen.models.torch_norm import RMSNorm
+
+
+class TorchSpecProvider(BackendSpecProvider):
+    """Which module the layer spec takes for each part."""
+
+    def column_parallel_linear(self) -> type:
+        """Linear split over its output features."""
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        """Linear split over its input features."""
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """Norm and linear are two modules."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        """There is no fused module."""
+
+    def layer_norm(self, rms_norm: bool = True, for_qk: bool = False, has_residual: bool = False) -> type:
+        """RMSNorm, whatever is asked: the family has no other."""
+        return RMSNorm
+
+    def core_attention(self) -> type:
+        """SDPA, with context parallelism."""
+        return TorchAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> object:
+        """The core's experts one after the other."""
+        return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
+
+    def activation_func(self) -> None:
+        """The functional activation of the configuration."""

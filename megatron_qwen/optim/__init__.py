@@ -1,0 +1,1 @@
+"""The optimizer and the schedules of learning rate and batch size."""

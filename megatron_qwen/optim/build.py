@@ -1,0 +1,39 @@
+"""Builds megatron-core's distributed optimizer for a model."""
+
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.models.build import Model
+from megatron_qwen.models.core_config import DTYPES
+
+
+def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> ChainedOptimizer:
+    """AdamW, sharded over the data-parallel ranks, without weight decay on norms and biases.
+
+    The groups are read from megatron-core's own registry (``groups`` made them), because the core builds its
+    gloo twins of the data-parallel groups only on that path.
+    """
+    optim, precision = config.optim, config.precision
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=optim.learning_rate,
+        min_lr=optim.min_learning_rate,
+        weight_decay=optim.weight_decay,
+        adam_beta1=optim.adam_beta1,
+        adam_beta2=optim.adam_beta2,
+        adam_eps=optim.adam_eps,
+        clip_grad=optim.clip_grad,
+        bf16=precision.dtype == "bf16",
+        params_dtype=DTYPES[precision.dtype],
+        use_distributed_optimizer=True,
+        overlap_param_gather=config.parallel.overlap_param_gather,
+    )
+    return get_megatron_optimizer(settings, model.chunks)
+
+
+def set_learning_rate(optimizer: ChainedOptimizer, rate: float, *, weight_decay: float) -> None:
+    """Sets the rate of the next step; groups of norms and biases keep a decay of zero."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+        group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,0 +1,48 @@
+"""Learning rate and batch size as functions of progress."""
+
+import math
+
+from megatron_qwen.config.sections import OptimConfig, TrainingConfig
+
+
+def learning_rate(iteration: int, *, optim: OptimConfig, train_iters: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        iteration: the step, counted from 1.
+        optim: peak, floor, warm-up and decay.
+        train_iters: length of the run; the decay ends there unless lr_decay_iters says otherwise.
+    """
+    peak, floor = optim.learning_rate, optim.min_learning_rate
+    warmup, end = optim.lr_warmup_iters, optim.lr_decay_iters or train_iters
+    if iteration <= warmup:
+        return peak * iteration / warmup
+    if optim.lr_decay_style == "constant":
+        return peak
+    if optim.lr_decay_style == "wsd":
+        length = optim.lr_wsd_decay_iters or max(1, end // 10)
+        progress = (iteration - (end - length)) / length
+        shape = optim.lr_wsd_decay_style
+    else:
+        progress = (iteration - warmup) / max(1, end - warmup)
+        shape = optim.lr_decay_style
+    return floor + (peak - floor) * _remaining(shape, min(max(progress, 0.0), 1.0))
+
+
+def _remaining(shape: str, progress: float) -> float:
+    """What is left of the way from floor to peak, 1 to 0, at a progress from 0 to 1."""
+    if shape == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if shape == "minus_sqrt":
+        return 1 - math.sqrt(progress)
+    return 1 - progress
+
+
+def global_batch_size(consumed_samples: int, training: TrainingConfig) -> int:
+    """Sequences of the next step, by the ramp of the configuration."""
+    if training.rampup_batch_size is None:
+        return training.global_batch_size
+    start, increment, samples = training.rampup_batch_size
+    steps = (training.global_batch_size - start) // increment
+    done = consumed_samples * (steps + 1) // samples if samples else steps
+    return start + min(steps, done) * increment

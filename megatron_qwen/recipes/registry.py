@@ -1,0 +1,26 @@
+"""All recipes by name."""
+
+from collections.abc import Callable
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.recipes import dense, moe, small
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    recipe.__name__: recipe
+    for recipe in (
+        dense.qwen2_5_0_5b,
+        dense.qwen2_5_1_5b,
+        dense.qwen2_5_3b,
+        dense.qwen2_5_7b,
+        dense.qwen2_5_14b,
+        dense.qwen2_5_32b,
+        dense.qwen2_5_72b,
+        moe.qwen1_5_moe_a2_7b,
+        moe.qwen2_57b_a14b,
+        moe.qwen2_5_turbo_standin,
+        moe.qwen2_5_plus_standin,
+        small.tiny_dense,
+        small.tiny_moe,
+        small.demo,
+    )
+}

@@ -1,0 +1,53 @@
+"""One micro-batch through a model chunk, to the sum of its losses."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.batches import Batch
+from megatron_qwen.models.loss import output_loss
+
+LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFunction]]
+
+
+def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> ForwardStep:
+    """The function megatron-core's schedules call for every micro-batch and model chunk.
+
+    A chunk in the middle of the pipeline needs no tokens and is handed None for its batch.
+    """
+
+    def output_layer_loss(*, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any) -> Any:
+        return output_loss(
+            hidden_states,
+            output_layer.weight if output_weight is None else output_weight,
+            context.labels,
+            context.loss_mask,
+            groups=groups,
+            sequence_parallel=config.parallel.sequence_parallel,
+            vocab_size=config.model.vocab_size,
+            chunk_tokens=config.performance.cross_entropy_chunk_tokens,
+        )
+
+    def forward_step(batches: Iterator[Batch | None], chunk: Any) -> tuple[torch.Tensor, LossFunction]:
+        batch = next(batches)
+        if batch is None:
+            return chunk(None, None, None), partial(_sum_loss, torch.ones(1, 1))
+        output = chunk(
+            batch.tokens, batch.position_ids, None, labels=batch.labels,
+            output_processor=output_layer_loss, output_processor_context=batch,
+        )
+        return output, partial(_sum_loss, batch.loss_mask)
+
+    return forward_step
+
+
+def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss summed over tokens, number of tokens, and both for the log."""
+    tokens = mask.sum()
+    report = torch.stack((output.detach().float(), tokens.float()))
+    return output, tokens.to(torch.int), {"loss and tokens": report}

@@ -1,0 +1,104 @@
+"""Builds the parts of a run, one ``build_*`` each, in the order in which they need one another."""
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen import device
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.batches import Shard
+from megatron_qwen.data.samples import Split, open_split
+from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.distributed.rank import RankInfo
+from megatron_qwen.models.backend import Backend, choose
+from megatron_qwen.models.build import Model, build_model
+from megatron_qwen.optim.adamw import install_where_needed
+from megatron_qwen.optim.build import build_optimizer
+from megatron_qwen.training.forward import ForwardStep, make_forward_step
+from megatron_qwen.training.progress import Progress
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything a step needs.
+
+    Args:
+        config: the run.
+        groups: process groups of this rank.
+        backend: whose kernels compute.
+        model: chunks of this rank.
+        optimizer: sharded over data-parallel ranks.
+        data: training and validation samples.
+        shard: this rank's part of a batch.
+        forward_step: what the schedule calls.
+        progress: counters, changed by the trainer.
+    """
+
+    config: RunConfig
+    groups: ProcessGroupCollection
+    backend: Backend
+    model: Model
+    optimizer: ChainedOptimizer
+    data: Split
+    shard: Shard
+    forward_step: ForwardStep
+    progress: Progress
+
+
+def build_parts(config: RunConfig, info: RankInfo) -> Parts:
+    """Builds a run on this rank; torch.distributed must have been joined.
+
+    Args:
+        config: a legal configuration.
+        info: where this rank stands.
+    """
+    quiet_core()
+    data = build_data(config)
+    backend = choose(config.precision)
+    adam = install_where_needed()
+    groups = process_groups.create(config.parallel, seed=config.training.seed)
+    place = device.compute_device(info.local_rank)
+    model = build_model(config, groups, backend, device=place)
+    optimizer = build_optimizer(config, model, groups)
+    connect(model, optimizer, groups)
+    if dist.get_rank() == 0:
+        log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
+    shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
+    return Parts(
+        config, groups, backend, model, optimizer, data, shard, make_forward_step(config, groups), Progress()
+    )
+
+
+def build_data(config: RunConfig) -> Split:
+    """Opens the training and validation samples."""
+    return open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+
+
+def connect(model: Model, optimizer: ChainedOptimizer, groups: ProcessGroupCollection) -> None:
+    """Tells megatron-core's schedules how this model's gradients are finished and synchronised."""
+    core = model.core
+    core.finalize_model_grads_func = partial(finalize_model_grads, pg_collection=groups)
+    core.grad_scale_func = optimizer.scale_loss
+    overlapped = model.chunks[0].ddp_config.overlap_grad_reduce
+    single = len(model.chunks) == 1
+    if overlapped:
+        syncs = [chunk.no_sync for chunk in model.chunks]
+        core.no_sync_func = syncs[0] if single else syncs
+        starts = [chunk.start_grad_sync for chunk in model.chunks]
+        core.grad_sync_func = starts[0] if single else starts
+    if model.chunks[0].ddp_config.overlap_param_gather:
+        gathers = [chunk.start_param_sync for chunk in model.chunks]
+        core.param_sync_func = gathers[0] if single else gathers
+
+
+def quiet_core() -> None:
+    """Keeps megatron-core's notices (each on every rank) below errors."""
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)

@@ -1,0 +1,126 @@
+"""One optimizer step."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.batches import Batch, Shard, micro_batches
+from megatron_qwen.data.samples import WindowSource
+from megatron_qwen.models.build import Model
+from megatron_qwen.training.forward import ForwardStep
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did.
+
+    Args:
+        loss: mean cross-entropy of the global batch, in nats per token.
+        grad_norm: global gradient norm before clipping.
+        tokens: tokens that carried loss.
+        skipped: whether the weights were left alone because a number was not finite.
+    """
+
+    loss: float
+    grad_norm: float
+    tokens: int
+    skipped: bool
+
+
+def train_step(
+    config: RunConfig,
+    model: Model,
+    optimizer: ChainedOptimizer,
+    groups: ProcessGroupCollection,
+    forward_step: ForwardStep,
+    source: WindowSource,
+    shard: Shard,
+    *,
+    first_sample: int,
+    global_batch_size: int,
+) -> StepResult:
+    """Forward and backward over a global batch, then the update, on all ranks together.
+
+    The gradient norm is reduced over every rank that holds a part of the model, so a value that is not finite
+    anywhere makes it so everywhere, and all ranks skip the update together without a further collective.
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss, tokens = run_batch(
+        config, model, groups, forward_step, source, shard,
+        first_sample=first_sample, global_batch_size=global_batch_size, forward_only=False,
+    )
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
+        return StepResult(loss, grad_norm, tokens, skipped=True)
+    if config.optim.clip_grad:
+        for part in optimizer.chained_optimizers:
+            if parameters := part.get_parameters():
+                clip_grad_by_total_norm_fp32(parameters, config.optim.clip_grad, grad_norm)
+    optimizer.step_with_ready_grads()
+    return StepResult(loss, grad_norm, tokens, skipped=False)
+
+
+def run_batch(
+    config: RunConfig,
+    model: Model,
+    groups: ProcessGroupCollection,
+    forward_step: ForwardStep,
+    source: WindowSource,
+    shard: Shard,
+    *,
+    first_sample: int,
+    global_batch_size: int,
+    forward_only: bool,
+) -> tuple[float, int]:
+    """Runs megatron-core's schedule over one global batch.
+
+    Returns:
+        Mean loss in nats per token and the number of tokens, the same on every rank.
+    """
+    micro = config.training.micro_batch_size
+
+    def batches(chunk: int) -> Iterator[Batch | None]:
+        module = model.modules[chunk]
+        if not (module.pre_process or module.post_process):
+            return itertools.repeat(None)
+        return micro_batches(
+            source, shard, first_sample=first_sample, global_batch_size=global_batch_size, micro_batch_size=micro
+        )
+
+    iterators = [batches(chunk) for chunk in range(len(model.chunks))]
+    reports = get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+        num_microbatches=global_batch_size // (micro * shard.dp_size),
+        seq_length=config.data.seq_length,
+        micro_batch_size=micro,
+        forward_only=forward_only,
+    )
+    return _mean_loss(reports, groups, shard.device)
+
+
+def _mean_loss(
+    reports: list[dict[str, torch.Tensor]], groups: ProcessGroupCollection, device: torch.device
+) -> tuple[float, int]:
+    """Adds up the last stages' losses over all data and context ranks and tells every rank."""
+    both = torch.zeros(2, dtype=torch.float64, device=device)
+    for report in reports:
+        both += report["loss and tokens"]
+    if groups.tp.rank() > 0:
+        both.zero_()  # TP ranks report the same loss
+    dist.all_reduce(both)
+    loss, tokens = both.tolist()
+    return loss / max(tokens, 1.0), int(tokens)
