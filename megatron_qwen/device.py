@@ -79,6 +79,11 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state) if has_cuda() else torch.set_rng_state(state)
 
 
+def fair_threads(local_ranks: int) -> int:
+    """CPU threads of a rank when the ranks of a node share its cores."""
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
+
+
 def set_threads(count: int) -> None:
     """Fixes the CPU threads of this rank; results on a CPU depend on the count, bit for bit."""
     torch.set_num_threads(count)

@@ -1,0 +1,82 @@
+"""Finds the newest checkpoint that can be trusted."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.metadata import read_metadata
+from megatron_qwen.checkpoint.paths import MANIFEST, committed
+from megatron_qwen.errors import CheckpointError, Problem
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A checkpoint directory and its iteration."""
+
+    iteration: int
+    path: Path
+
+
+def resolve(path: Path) -> list[Candidate]:
+    """Candidates under a run directory, a checkpoint root or one iteration, newest first.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    if (path / MANIFEST).is_file() or (path / ".metadata").is_file():
+        digits = path.name.removeprefix("iter_")
+        return [Candidate(int(digits) if digits.isdigit() else 0, path)]
+    for root in (path / "checkpoints", path):
+        if found := committed(root):
+            return [Candidate(*item) for item in found]
+    raise CheckpointError(Problem(str(path), None, "holds no committed checkpoint (iter_* with a manifest)."))
+
+
+def newest_good(candidates: list[Candidate], *, strict: bool) -> Candidate:
+    """The newest candidate whose every file is as its manifest says; all ranks share the reading.
+
+    Args:
+        candidates: newest first.
+        strict: refuse if the newest is damaged, instead of falling back.
+
+    Raises:
+        CheckpointError: no candidate is good, or the newest is not and strict is set; names the bad files.
+    """
+    all_damage: list[Problem] = []
+    for candidate in candidates:
+        damage = shared_damage(candidate.path)
+        if not damage:
+            return candidate
+        all_damage += damage
+        if strict:
+            raise CheckpointError([*damage, Problem("checkpoint.strict", "true", "forbids to fall back to an older one.")])
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            named = "; ".join(str(problem) for problem in damage)
+            log.warning("checkpoint %s is damaged and passed over: %s", candidate.path, named)
+    raise CheckpointError([*all_damage, Problem(str(candidates[-1].path.parent), None, "no checkpoint here is whole.")])
+
+
+def shared_damage(directory: Path) -> list[Problem]:
+    """``manifest.damage`` with the files dealt out over the ranks, the same answer on each."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return manifest.damage(directory) or _metadata_damage(directory)
+    entries = manifest.read(directory)
+    if isinstance(entries, Problem):
+        return [entries]
+    mine = sorted(entries)[dist.get_rank() :: dist.get_world_size()]
+    answers: list[list[Problem]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(answers, manifest.damage(directory, mine))
+    return [problem for answer in answers for problem in answer] or _metadata_damage(directory)
+
+
+def _metadata_damage(directory: Path) -> list[Problem]:
+    try:
+        read_metadata(directory)
+    except CheckpointError as error:
+        return list(error.problems)
+    return []

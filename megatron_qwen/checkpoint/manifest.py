@@ -1,0 +1,92 @@
+"""The manifest of a checkpoint: size and xxh3-128 of every file, so that damage is found and named."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+import xxhash
+
+from megatron_qwen.checkpoint.paths import MANIFEST
+from megatron_qwen.errors import Problem
+
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes and xxh3-128 (hex) of one file."""
+
+    size: int
+    xxh3_128: str
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Reads a file once."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            size += len(chunk)
+    return FileEntry(size, digest.hexdigest())
+
+
+def files_in(directory: Path) -> list[str]:
+    """Relative names of all files but the manifest, sorted."""
+    names = [str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()]
+    return sorted(name for name in names if name != MANIFEST)
+
+
+def write(directory: Path, entries: dict[str, FileEntry], *, iteration: int, attempt: int) -> None:
+    """Writes manifest.json."""
+    content = {
+        "format": 1,
+        "iteration": iteration,
+        "attempt": attempt,
+        "files": {name: {"size": entry.size, "xxh3_128": entry.xxh3_128} for name, entry in sorted(entries.items())},
+    }
+    (directory / MANIFEST).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+
+
+def read(directory: Path) -> dict[str, FileEntry] | Problem:
+    """The entries of a manifest, or what is wrong with it."""
+    path = directory / MANIFEST
+    try:
+        content = orjson.loads(path.read_bytes())
+        return {name: FileEntry(int(entry["size"]), str(entry["xxh3_128"])) for name, entry in content["files"].items()}
+    except FileNotFoundError:
+        return Problem(str(path), None, "is missing: the checkpoint was never committed.")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return Problem(str(path), None, "is damaged.")
+
+
+def damage(directory: Path, names: Iterable[str] | None = None) -> list[Problem]:
+    """Every file that is missing, of another size, or of other bytes than the manifest says.
+
+    Args:
+        directory: a checkpoint.
+        names: only these files; None is all, and then files the manifest does not know count too.
+    """
+    entries = read(directory)
+    if isinstance(entries, Problem):
+        return [entries]
+    found: list[Problem] = []
+    for name in entries if names is None else names:
+        found += _file_damage(directory / name, entries[name])
+    if names is None:
+        found += [
+            Problem(str(directory / name), None, "is not in the manifest.")
+            for name in files_in(directory)
+            if name not in entries
+        ]
+    return found
+
+
+def _file_damage(path: Path, entry: FileEntry) -> list[Problem]:
+    if not path.is_file():
+        return [Problem(str(path), None, "is missing.")]
+    if (size := path.stat().st_size) != entry.size:
+        return [Problem(str(path), f"{size} bytes", f"should have {entry.size} bytes: cut off or changed.")]
+    if hash_file(path).xxh3_128 != entry.xxh3_128:
+        return [Problem(str(path), None, "has other bytes than when it was written: damaged.")]
+    return []

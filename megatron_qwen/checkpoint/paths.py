@@ -1,0 +1,37 @@
+"""Names inside a run's checkpoints/ directory."""
+
+import re
+from pathlib import Path
+
+MANIFEST = "manifest.json"
+RUN_YAML = "run.yaml"
+STATE = "state.json"
+GENERATORS = "generators.safetensors"
+LATEST = "latest"
+
+_COMMITTED = re.compile(r"iter_(\d{7,})")
+
+
+def iteration_dir(root: Path, iteration: int) -> Path:
+    """Where a committed checkpoint lies."""
+    return root / f"iter_{iteration:07d}"
+
+
+def temporary_dir(root: Path, iteration: int, attempt: int) -> Path:
+    """Where an attempt writes a checkpoint before it is committed."""
+    return root / f".iter_{iteration:07d}.attempt_{attempt}.tmp"
+
+
+def committed(root: Path) -> list[tuple[int, Path]]:
+    """Committed checkpoints, newest first."""
+    found = [
+        (int(match.group(1)), path)
+        for path in (root.iterdir() if root.is_dir() else ())
+        if (match := _COMMITTED.fullmatch(path.name)) and path.is_dir()
+    ]
+    return sorted(found, reverse=True)
+
+
+def abandoned(root: Path) -> list[Path]:
+    """Temporary directories that an attempt left behind."""
+    return sorted(root.glob(".iter_*.tmp")) if root.is_dir() else []

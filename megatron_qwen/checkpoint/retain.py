@@ -1,0 +1,31 @@
+"""Which checkpoints are kept."""
+
+import shutil
+from pathlib import Path
+
+from megatron_qwen.checkpoint.paths import MANIFEST, abandoned, committed
+
+
+def superseded(iterations: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:
+    """Iterations that may go: not among the newest, and not kept for good."""
+    newest = sorted(iterations, reverse=True)[:keep_last]
+    return [
+        iteration for iteration in iterations
+        if iteration not in newest and not (keep_every and iteration % keep_every == 0)
+    ]
+
+
+def prune(root: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Deletes superseded checkpoints, manifest first so that none is ever half there, and returns them."""
+    found = dict(committed(root))
+    gone = [found[iteration] for iteration in superseded(list(found), keep_last=keep_last, keep_every=keep_every)]
+    for path in gone:
+        (path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(path)
+    return gone
+
+
+def clear_abandoned(root: Path) -> None:
+    """Removes what earlier attempts left unfinished."""
+    for path in abandoned(root):
+        shutil.rmtree(path, ignore_errors=True)

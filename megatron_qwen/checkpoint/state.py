@@ -1,0 +1,84 @@
+"""What a checkpoint holds, to and from the parts of a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from safetensors.torch import load_file, save_file
+
+from megatron_qwen.checkpoint import generators
+from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE
+from megatron_qwen.config.sections import ParallelConfig
+from megatron_qwen.models.sharding import CHECKPOINT_METADATA, sharded_state_dict
+
+
+def sharded_state(
+    modules: Sequence[GPTModel], optimizer: ChainedOptimizer | None, groups: ProcessGroupCollection, *, loading: bool
+) -> dict[str, Any]:
+    """Weights and, where an optimizer is given, its main weights and moments, as megatron-core's sharded state."""
+    state = sharded_state_dict(modules, groups)
+    if optimizer is not None:
+        metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
+        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+    return state
+
+
+def load_sharded(
+    path: Path, modules: Sequence[GPTModel], optimizer: ChainedOptimizer | None, groups: ProcessGroupCollection
+) -> None:
+    """Fills weights and optimizer from a verified checkpoint, whatever layout wrote it."""
+    loaded = dist_checkpointing.load(sharded_state(modules, optimizer, groups, loading=True), str(path))
+    for index, module in enumerate(modules):
+        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"])
+    if optimizer is not None:
+        optimizer.load_state_dict(loaded["optimizer"])
+
+
+def write_small_files(
+    directory: Path, *, progress: dict[str, int], parallel: ParallelConfig, run_yaml: str
+) -> None:
+    """Rank 0 writes configuration, counters and generator states of all ranks; every rank must call.
+
+    Args:
+        directory: the temporary directory of the checkpoint.
+        progress: counters.
+        parallel: the layout; generator states are restored under the same layout only.
+        run_yaml: the resolved configuration.
+    """
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.gather_object(generators.capture(), everyone if dist.get_rank() == 0 else None)
+    if dist.get_rank() == 0:
+        states = {f"rank{rank}.{name}": state for rank, states in enumerate(everyone) for name, state in states.items()}
+        save_file(states, directory / GENERATORS)
+        content = {
+            "progress": progress, "world_size": dist.get_world_size(), "layout": asdict(parallel),
+            "threads": torch.get_num_threads(), "torch": torch.__version__,
+        }
+        (directory / RUN_YAML).write_text(run_yaml)
+        (directory / STATE).write_text(json.dumps(content, indent=2))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    content: dict[str, Any] = json.loads((path / STATE).read_text())
+    return content
+
+
+def restore_generators(path: Path, *, parallel: ParallelConfig, state: dict[str, Any]) -> bool:
+    """Restores this rank's generators if the layout is the one that wrote them; says whether it did."""
+    sizes = {name: value for name, value in asdict(parallel).items() if name.endswith("_size")}
+    saved = {name: state["layout"].get(name) for name in sizes}
+    if state["world_size"] != dist.get_world_size() or saved != sizes:
+        return False
+    prefix = f"rank{dist.get_rank()}."
+    states = load_file(path / GENERATORS)
+    generators.restore({name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)})
+    return True

@@ -1,0 +1,254 @@
+"""Writes checkpoints: everything under a temporary name, then the manifest, the rename, and ``latest``."""
+
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, iteration_dir, temporary_dir
+from megatron_qwen.checkpoint.retain import prune
+from megatron_qwen.errors import Problem, UserError
+
+log = logging.getLogger(__name__)
+
+
+class SaveError(UserError):
+    """A checkpoint could not be written; earlier ones are untouched (exit 1)."""
+
+    kind = "checkpoint not saved"
+
+
+@dataclass
+class _Pending:
+    """A save whose writing is under way on this rank."""
+
+    iteration: int
+    directory: Path
+    request: Any
+    started: float
+    thread: threading.Thread | None = None
+    failure: list[BaseException] = field(default_factory=list)
+
+
+class CheckpointWriter:
+    """Saves and commits the checkpoints of one attempt of a run. Every method is called by all ranks together.
+
+    Args:
+        root: the run's checkpoints directory.
+        attempt: number of this attempt; a temporary directory carries it.
+        is_current: asks, on rank 0, whether this attempt is still the run's newest; one that is not commits nothing.
+        keep_last: newest checkpoints to keep.
+        keep_every: multiples of this many iterations are kept for good.
+    """
+
+    def __init__(
+        self, root: Path, *, attempt: int, is_current: Callable[[], bool], keep_last: int, keep_every: int | None
+    ) -> None:
+        self.root, self.attempt, self.is_current = root, attempt, is_current
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self._pending: _Pending | None = None
+        # The core would start a manager process for this queue; threads of this process need none.
+        filesystem_async._results_queue = queue.Queue()
+
+    def save(
+        self, iteration: int, state: dict[str, Any], write_small_files: Callable[[Path], None], *, background: bool
+    ) -> None:
+        """Saves a checkpoint; in the background, training goes on and ``finish`` commits it.
+
+        Args:
+            iteration: its number.
+            state: megatron-core's sharded state.
+            write_small_files: writes what is not sharded into the directory it is given, on rank 0.
+            background: return as soon as the tensors are copied.
+
+        Raises:
+            SaveError: the disk is full or a write failed, on whichever rank; nothing that existed is touched.
+        """
+        self.finish(wait=True)
+        directory = temporary_dir(self.root, iteration, self.attempt)
+        started = time.monotonic()
+        _drain(filesystem_async._results_queue)
+        self._together(lambda: self._prepare(directory), directory)
+        self._together(lambda: write_small_files(directory), directory)
+        request = dist_checkpointing.save(
+            state, str(directory), async_sharded_save=True, async_strategy="mcore", validate_access_integrity=False
+        )
+        pending = _Pending(iteration, directory, request, started)
+        write = self._writer(pending, copy=background)
+        if background:
+            pending.thread = threading.Thread(target=write, name=f"checkpoint-{iteration}")
+            pending.thread.start()
+        else:
+            write()
+        self._pending = pending
+        if not background:
+            self.finish(wait=True)
+
+    def finish(self, *, wait: bool) -> Path | None:
+        """Commits the pending checkpoint if all ranks have written their part; with ``wait``, waits for it.
+
+        Returns:
+            The committed directory, or None.
+        """
+        pending = self._pending
+        if pending is None:
+            return None
+        if pending.thread is not None:
+            if wait:
+                pending.thread.join()
+            elif not _all_agree(not pending.thread.is_alive()):
+                return None
+        self._pending = None
+        self._together(lambda: _reraise(pending.failure), pending.directory)
+        try:
+            for finalize in pending.request.finalize_fns:
+                finalize()
+        except OSError as error:
+            raise SaveError(Problem(str(pending.directory), None, f"{error}. Earlier checkpoints are untouched.")) from None
+        return self._commit(pending)
+
+    def _prepare(self, directory: Path) -> None:
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir(parents=True)
+
+    def _writer(self, pending: _Pending, *, copy: bool) -> Callable[[], None]:
+        request = pending.request
+        arguments = list(request.async_fn_args)
+        if request.preload_fn is not None:
+            arguments[1] = _staged(request.preload_fn(), copy=copy)
+
+        def write() -> None:
+            try:
+                if request.async_fn is not None:
+                    request.async_fn(*arguments, **request.async_fn_kwargs)
+                    _check_result(arguments[2])
+            except BaseException as error:
+                pending.failure.append(error)
+
+        return write
+
+    def _together(self, action: Callable[[], None], directory: Path) -> None:
+        """Runs ``action`` on every rank; if it fails on any, all raise SaveError and the directory is removed."""
+        failure = ""
+        try:
+            action()
+        except Exception as error:
+            failure = f"rank {dist.get_rank()}: {error}"
+        failures: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(failures, failure)
+        if not any(failures):
+            return
+        needed = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.is_dir() else 0
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+        free = shutil.disk_usage(self.root).free
+        raise SaveError(
+            Problem(
+                str(directory), None,
+                f"{next(text for text in failures if text)}. {free / 2**20:.0f} MiB are free there now and at least "
+                f"{needed / 2**20:.0f} MiB were written before it failed; make room and start the run again. "
+                "Earlier checkpoints are untouched.",
+            )
+        )
+
+    def _commit(self, pending: _Pending) -> Path:
+        directory, final = pending.directory, iteration_dir(self.root, pending.iteration)
+        entries = self._hash_written(directory)
+
+        def publish() -> None:
+            if dist.get_rank() != 0:
+                return
+            if not self.is_current():
+                raise RuntimeError(f"attempt {self.attempt} has been followed by another and may not commit")
+            manifest.write(directory, entries, iteration=pending.iteration, attempt=self.attempt)
+            for name in [*entries, MANIFEST]:
+                _sync(directory / name)
+            _sync(directory)
+            if final.exists():
+                shutil.rmtree(final)
+            directory.rename(final)
+            _sync(self.root)
+            _write_latest(self.root, final.name)
+            prune(self.root, keep_last=self.keep_last, keep_every=self.keep_every)
+
+        self._together(publish, directory)
+        if dist.get_rank() == 0:
+            size = sum(entry.size for entry in entries.values())
+            log.info("saved %s, %.1f MiB in %.1f s", final, size / 2**20, time.monotonic() - pending.started)
+        return final
+
+    def _hash_written(self, directory: Path) -> dict[str, manifest.FileEntry]:
+        """Every rank reads a share of the files back; rank 0 gets all entries."""
+        dist.barrier()
+        names = manifest.files_in(directory)[dist.get_rank() :: dist.get_world_size()]
+        shares: list[dict[str, manifest.FileEntry]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(shares, {name: manifest.hash_file(directory / name) for name in names})
+        return {name: entry for share in shares for name, entry in share.items()}
+
+
+def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
+    """Tensors of a background save, apart from those that training goes on to change."""
+    if not copy:
+        return buckets
+
+    def apart(tensor: Any) -> Any:
+        return tensor.clone() if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" else tensor
+
+    return [
+        (name, key, (plain, [(item, apart(tensor)) for item, tensor in tensors]))
+        for name, key, (plain, tensors) in buckets
+    ]
+
+
+def _check_result(results: "queue.Queue[Any]") -> None:
+    """Looks at the outcome that the core put into its queue, and leaves it there for the core."""
+    outcome = results.get_nowait()
+    results.put(outcome)
+    if isinstance(outcome, Exception):
+        raise outcome
+
+
+def _drain(results: "queue.Queue[Any]") -> None:
+    while not results.empty():
+        results.get_nowait()
+
+
+def _reraise(failures: list[BaseException]) -> None:
+    if failures:
+        raise RuntimeError(str(failures[0])) from failures[0]
+
+
+def _all_agree(flag: bool) -> bool:
+    answers: list[bool] = [False] * dist.get_world_size()
+    dist.all_gather_object(answers, flag)
+    return all(answers)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_latest(root: Path, name: str) -> None:
+    temporary = root / f".{LATEST}.tmp"
+    temporary.write_text(name + "\n")
+    _sync(temporary)
+    temporary.replace(root / LATEST)
+    _sync(root)

@@ -1,0 +1,33 @@
+"""How a program ends: an error of the user's becomes one message and its exit code, anything else a traceback."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER, UserError
+
+
+def exit_code_of(program: Callable[[], int]) -> int:
+    """Runs a rank's program; reports what it raises, and never hangs in the clean-up of a broken group."""
+    try:
+        return program()
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        # The same message from every rank helps nobody; another rank's own trouble does.
+        print(error.render() if rank == "0" else f"rank {rank}: {error.render()}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except RuntimeError as error:
+        traceback.print_exc()
+        code = EXIT_LOST_PEER if _is_lost_peer(error) else EXIT_FAILURE
+    except Exception:
+        traceback.print_exc()
+        code = EXIT_FAILURE
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone."""
+    text = str(error)
+    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe"))

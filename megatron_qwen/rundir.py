@@ -1,0 +1,120 @@
+"""The run directory: what lies where, which configuration owns it, which attempt is the newest."""
+
+import datetime
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.config.render import difference, to_yaml
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.recipes.registry import RECIPES
+
+# A resumed run may change anything but what decides which model it is and which tokens it has seen.
+_OWNING_SECTIONS = ("model", "data", "optim")
+_OWNING_TRAINING = ("seed", "global_batch_size", "rampup_batch_size")
+
+
+class RunDirectory:
+    """Paths and small files of one run.
+
+    Args:
+        path: the directory; made when first written to.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).absolute()
+        self.run_yaml = self.path / "run.yaml"
+        self.metrics = self.path / "metrics.jsonl"
+        self.attempts = self.path / "attempts.jsonl"
+        self.status = self.path / "status.json"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+        self.profile = self.path / "profile"
+
+    def logs(self, attempt: int) -> Path:
+        """Where the ranks of an attempt write what they print."""
+        return self.path / "logs" / f"attempt_{attempt:03d}"
+
+    def claim(self, config: RunConfig) -> None:
+        """Writes run.yaml, or checks that the one there is of the same run and replaces it.
+
+        Raises:
+            ConfigError: the directory belongs to another configuration; every differing field is named.
+        """
+        if self.run_yaml.is_file():
+            if problems := self._foreign(resolve(str(self.run_yaml), [], RECIPES), config):
+                raise ConfigError(problems)
+        elif self.path.is_dir() and any(self.path.iterdir()):
+            raise ConfigError(
+                Problem("--run-dir", self.path, "is not empty and holds no run.yaml; choose another directory.")
+            )
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            _replace(self.run_yaml, to_yaml(config))
+        except OSError as error:
+            raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
+
+    def _foreign(self, there: RunConfig, here: RunConfig) -> list[Problem]:
+        changed = difference(here, there)
+        fields = [
+            (section, name, value) for section, body in changed.items() for name, value in body.items()
+            if section in _OWNING_SECTIONS or (section == "training" and name in _OWNING_TRAINING)
+        ]
+        return [
+            Problem(
+                f"{section}.{name}", value,
+                f"but {self.run_yaml} says {getattr(getattr(there, section), name)}: the directory belongs to another "
+                "configuration; use a new --run-dir.",
+            )
+            for section, name, value in fields
+        ]
+
+    def begin_attempt(self, *, world_size: int) -> int:
+        """Notes a new attempt and returns its number, from 1."""
+        number = self.newest_attempt() + 1
+        entry = {"attempt": number, "started": _now(), "world_size": world_size, "pid": os.getpid(), "host": os.uname().nodename}
+        with self.attempts.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.write_status("running", attempt=number)
+        return number
+
+    def end_attempt(self, number: int, *, exit_code: int, reason: str, iteration: int, gained: int) -> None:
+        """Notes how an attempt ended."""
+        entry = {
+            "attempt": number, "ended": _now(), "exit_code": exit_code, "reason": reason, "iteration": iteration,
+            "iterations_gained": gained,
+        }
+        with self.attempts.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        self.write_status("done" if exit_code == 0 else "stopped", attempt=number, exit_code=exit_code, reason=reason, iteration=iteration)
+
+    def newest_attempt(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        if not self.attempts.is_file():
+            return 0
+        return max((_attempt_of(line) for line in self.attempts.read_text().splitlines()), default=0)
+
+    def write_status(self, state: str, **facts: Any) -> None:
+        """Replaces status.json."""
+        _replace(self.status, json.dumps({"state": state, "time": _now(), **facts}, indent=2) + "\n")
+
+
+def _attempt_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["attempt"])
+    except (ValueError, KeyError, TypeError):
+        return 0  # a line that was cut off in writing
+
+
+def _now() -> str:
+    return datetime.datetime.fromtimestamp(time.time(), datetime.UTC).isoformat(timespec="seconds")
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

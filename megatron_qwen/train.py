@@ -1,0 +1,42 @@
+"""Entry of a rank: join, build, load, fit, leave. ``mq train`` starts it; so do srun and torchrun.
+
+    python -m megatron_qwen.train RUN_DIR
+"""
+
+import logging
+import sys
+from pathlib import Path
+
+from megatron_qwen import device
+
+
+def main(run_dir: str) -> int:
+    """Runs one rank of the run whose run.yaml lies in ``run_dir`` and returns its exit code."""
+    device.prepare()
+    from megatron_qwen.config.checks import require_legal
+    from megatron_qwen.config.source import resolve
+    from megatron_qwen.distributed.rank import RankInfo, join, leave
+    from megatron_qwen.recipes.registry import RECIPES
+    from megatron_qwen.resilience.parent import die_with_launcher
+    from megatron_qwen.resilience.signals import StopSignals
+    from megatron_qwen.training.run import run_attempt
+
+    die_with_launcher()
+    signals = StopSignals()
+    signals.install()
+    info = RankInfo.from_environment()
+    config = resolve(str(Path(run_dir) / "run.yaml"), [], RECIPES)
+    require_legal(config, world_size=info.world_size)
+    device.set_threads(config.performance.threads_per_rank or device.fair_threads(info.local_world_size))
+    join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
+    try:
+        return run_attempt(config, info, signals, Path(run_dir))
+    finally:
+        leave()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    from megatron_qwen.resilience.exits import exit_code_of
+
+    sys.exit(exit_code_of(lambda: main(sys.argv[1])))

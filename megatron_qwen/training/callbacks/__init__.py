@@ -1,0 +1,1 @@
+"""Features around the loop, a file each."""

@@ -1,0 +1,51 @@
+"""Saves at intervals, at the end, and when the run is asked to stop."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_qwen.checkpoint import state
+from megatron_qwen.checkpoint.write import CheckpointWriter
+from megatron_qwen.config.render import to_yaml
+from megatron_qwen.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_qwen.training.trainer import StepRecord, Trainer
+
+
+class Checkpointing(Callback):
+    """Writes the checkpoints of a run.
+
+    Args:
+        writer: commits them.
+        resumed_at: iteration the run started from, whose checkpoint exists already.
+    """
+
+    def __init__(self, writer: CheckpointWriter, *, resumed_at: int) -> None:
+        self.writer, self._saved = writer, resumed_at
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        """Saves if it is time, and commits a background save that has finished."""
+        settings = trainer.parts.config.checkpoint
+        if settings.save_interval and record.iteration % settings.save_interval == 0:
+            self._save(trainer, background=settings.async_save)
+        elif settings.async_save:
+            self.writer.finish(wait=False)
+
+    def after_training(self, trainer: "Trainer") -> None:
+        """Saves the last state unless it is saved already."""
+        if trainer.parts.progress.iteration > self._saved:
+            self._save(trainer, background=False)
+        self.writer.finish(wait=True)
+
+    def _save(self, trainer: "Trainer", *, background: bool) -> None:
+        parts = trainer.parts
+        iteration = parts.progress.iteration
+
+        def write_small_files(directory: Path) -> None:
+            state.write_small_files(
+                directory, progress=parts.progress.as_dict(), parallel=parts.config.parallel, run_yaml=to_yaml(parts.config)
+            )
+
+        tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)
+        self.writer.save(iteration, tensors, write_small_files, background=background)
+        self._saved = iteration

@@ -1,0 +1,69 @@
+"""Load-balancing loss and the busiest expert's share, for a mixture of experts."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_qwen.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_qwen.training.trainer import StepRecord, Trainer
+
+_TRACKED = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+class ExpertLoad(Callback):
+    """Counts where the routers send tokens.
+
+    ``load_balancing_loss`` is the core's auxiliary loss, mean over layers and micro-batches, before its coefficient:
+    1 is perfect balance, the number of experts the worst. ``busiest_expert_share`` is the largest share of a layer's token slots that one expert took; 1 / experts is
+    perfect balance.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[int, torch.Tensor] = {}
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """Hooks every router of this rank."""
+        for chunk in trainer.parts.model.modules:
+            for module in chunk.modules():
+                if isinstance(module, TopKRouter):
+                    module.register_forward_hook(self._count)
+
+    def _count(self, router: Any, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        chosen = outputs[1].detach().sum(dim=0)
+        layer = int(router.layer_number) - 1
+        self._counts[layer] = self._counts[layer] + chosen if layer in self._counts else chosen
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        """Adds both figures to the record."""
+        model = trainer.parts.config.model
+        assert model.num_moe_experts is not None
+        counts = torch.zeros(model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.parts.shard.device)
+        for layer, chosen in self._counts.items():
+            counts[layer] += chosen
+        self._counts.clear()
+        dist.all_reduce(counts)
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        record.extra["busiest_expert_share"] = float(shares.max())
+        record.extra["load_balancing_loss"] = self._balancing_loss(trainer, record)
+
+    def _balancing_loss(self, trainer: "Trainer", record: "StepRecord") -> float | None:
+        model, shard = trainer.parts.config.model, trainer.parts.shard
+        if not model.moe_aux_loss_coeff or model.moe_router_load_balancing_type == "none":
+            return None
+        name = _TRACKED[model.moe_router_load_balancing_type]
+        micro_batches = record.global_batch_size // (trainer.parts.config.training.micro_batch_size * shard.dp_size)
+        totals: dict[str, torch.Tensor] = {}
+        get_moe_metrics_tracker().report(
+            1.0 / micro_batches, record.iteration, force_initialize=True, track_names=[name], num_layers=model.num_layers,
+            moe_layer_freq=1, total_loss_dict=totals, pg_collection=trainer.parts.groups,
+        )
+        return float(totals[name])

@@ -1,0 +1,78 @@
+"""Turns a step into a record and hands it to the writers and the progress line."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from megatron_qwen import device
+from megatron_qwen.estimate.flops import training_flops_per_token
+from megatron_qwen.estimate.peaks import peak_tflops
+from megatron_qwen.metrics.console import ProgressLine
+from megatron_qwen.metrics.writers import MetricsWriter
+from megatron_qwen.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_qwen.training.trainer import StepRecord, Trainer
+
+
+class Metrics(Callback):
+    """Writes metrics on rank 0.
+
+    Args:
+        writers: where records go; empty on other ranks.
+        attempt: number of this attempt.
+        console: the progress line; None on other ranks.
+    """
+
+    def __init__(self, writers: Sequence[MetricsWriter], *, attempt: int, console: ProgressLine | None) -> None:
+        self.writers, self.attempt, self.console = writers, attempt, console
+        self._flops = 0.0
+        self._peak: float | None = None
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """Reads what does not change from step to step."""
+        config = trainer.parts.config
+        self._flops = training_flops_per_token(config.model, config.data.seq_length)
+        self._peak = peak_tflops(device.device_name(), config.precision.dtype)
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        """Writes the record of the step."""
+        if dist.get_rank() != 0:
+            return
+        content = self._content(trainer, record)
+        for writer in self.writers:
+            writer.write(content)
+        if self.console is not None and (
+            record.iteration % trainer.parts.config.metrics.log_interval == 0 or "validation_loss" in record.extra
+        ):
+            self.console.show(content, last_iteration=trainer.parts.config.training.train_iters)
+
+    def _content(self, trainer: "Trainer", record: "StepRecord") -> dict[str, Any]:
+        progress, result, world = trainer.parts.progress, record.result, dist.get_world_size()
+        speed = record.global_batch_size * trainer.parts.config.data.seq_length / record.step_time_s
+        tflops = speed / world * self._flops / 1e12
+        return {
+            "iteration": record.iteration,
+            "consumed_samples": progress.consumed_samples,
+            "consumed_tokens": progress.consumed_tokens,
+            "lm_loss": result.loss,
+            "grad_norm": result.grad_norm,
+            "learning_rate": record.learning_rate,
+            "global_batch_size": record.global_batch_size,
+            "step_time_s": record.step_time_s,
+            "tokens_per_second": speed,
+            "tokens_per_second_per_device": speed / world,
+            "model_tflops_per_device": tflops,
+            "mfu": tflops / self._peak if self._peak else None,
+            "skipped": result.skipped,
+            "attempt": self.attempt,
+            **record.extra,
+        }
+
+    def close(self) -> None:
+        """Closes every writer."""
+        for writer in self.writers:
+            writer.close()
+        if self.console is not None:
+            self.console.close()

@@ -1,0 +1,125 @@
+"""One attempt at a run: from a joined process group to an exit code."""
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_qwen.checkpoint import find, state
+from megatron_qwen.checkpoint.retain import clear_abandoned
+from megatron_qwen.checkpoint.write import CheckpointWriter
+from megatron_qwen.config.run import RunConfig, as_dict
+from megatron_qwen.distributed.rank import RankInfo
+from megatron_qwen.errors import CheckpointError, UserError
+from megatron_qwen.metrics.console import ProgressLine
+from megatron_qwen.metrics.wandb_writer import WandbWriter
+from megatron_qwen.metrics.writers import JsonlWriter, MetricsWriter, TensorBoardWriter
+from megatron_qwen.resilience.signals import StopSignals
+from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.training.callbacks.base import Callback
+from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+from megatron_qwen.training.callbacks.expert_load import ExpertLoad
+from megatron_qwen.training.callbacks.metrics import Metrics
+from megatron_qwen.training.callbacks.numerics import NumericsGuard
+from megatron_qwen.training.callbacks.profiler import Profiler
+from megatron_qwen.training.callbacks.stopping import Stopping
+from megatron_qwen.training.callbacks.validation import Validation
+from megatron_qwen.training.setup import Parts, build_parts
+from megatron_qwen.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path) -> int:
+    """Builds, resumes, trains and notes how it ended.
+
+    Returns:
+        The exit code.
+    """
+    directory = RunDirectory(run_dir)
+    parts = build_parts(config, info)
+    resumed_at = resume(parts, directory)
+    attempt = _begin(directory)
+    trainer = Trainer(parts, build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at))
+    code, reason = 1, "error"
+    try:
+        code = trainer.fit()
+        reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
+    except UserError as error:
+        code, reason = error.exit_code, error.kind
+        raise
+    finally:
+        if dist.get_rank() == 0:
+            done = parts.progress.iteration
+            directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
+    return code
+
+
+def resume(parts: Parts, directory: RunDirectory) -> int:
+    """Loads the newest good checkpoint of the run, else the one to start from, else nothing.
+
+    Returns:
+        The iteration training goes on from.
+    """
+    settings = parts.config.checkpoint
+    try:
+        candidates = find.resolve(directory.checkpoints)
+    except CheckpointError:
+        if settings.load is None:
+            return 0
+        chosen = find.newest_good(find.resolve(Path(settings.load)), strict=settings.strict)
+        state.load_sharded(chosen.path, parts.model.modules, parts.optimizer, parts.groups)
+        return 0
+    chosen = find.newest_good(candidates, strict=settings.strict)
+    state.load_sharded(chosen.path, parts.model.modules, parts.optimizer, parts.groups)
+    saved = state.read_state(chosen.path)
+    parts.progress.restore(saved["progress"])
+    restored = state.restore_generators(chosen.path, parallel=parts.config.parallel, state=saved)
+    if dist.get_rank() == 0:
+        note = "" if restored else "; another layout, so dropout is seeded anew"
+        log.info("resumed from %s at iteration %d%s", chosen.path, parts.progress.iteration, note)
+    return parts.progress.iteration
+
+
+def build_callbacks(
+    parts: Parts, directory: RunDirectory, signals: StopSignals, *, attempt: int, resumed_at: int
+) -> list[Callback]:
+    """The features of a run, in the order in which they act after a step."""
+    config = parts.config
+    writer = CheckpointWriter(
+        directory.checkpoints, attempt=attempt, is_current=lambda: directory.newest_attempt() == attempt,
+        keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
+    )
+    console = ProgressLine() if dist.get_rank() == 0 else None
+    callbacks: list[Callback] = [NumericsGuard()]
+    if config.model.is_moe:
+        callbacks.append(ExpertLoad())
+    if parts.data.validation is not None:
+        callbacks.append(Validation())
+    callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
+    if config.metrics.profile_start is not None:
+        callbacks.append(Profiler(directory.profile))
+    return [*callbacks, Checkpointing(writer, resumed_at=resumed_at), Stopping(signals)]
+
+
+def build_writers(config: RunConfig, directory: RunDirectory, resumed_at: int) -> list[MetricsWriter]:
+    """Writers of rank 0; none on other ranks."""
+    if dist.get_rank() != 0:
+        return []
+    writers: list[MetricsWriter] = [JsonlWriter(directory.metrics, resumed_at=resumed_at)]
+    if config.metrics.tensorboard:
+        writers.append(TensorBoardWriter(directory.tensorboard, resumed_at=resumed_at))
+    if config.metrics.wandb_project is not None:
+        writers.append(WandbWriter(config.metrics.wandb_project, run_dir=directory.path, config=as_dict(config)))
+    return writers
+
+
+def _begin(directory: RunDirectory) -> int:
+    """Rank 0 notes the attempt and clears what earlier ones left half done; every rank learns its number."""
+    number = [0]
+    if dist.get_rank() == 0:
+        number[0] = directory.begin_attempt(world_size=dist.get_world_size())
+        clear_abandoned(directory.checkpoints)
+        directory.checkpoints.mkdir(exist_ok=True)
+    dist.broadcast_object_list(number)
+    return number[0]

@@ -1,0 +1,97 @@
+"""The loop: counts, steps, calls."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_qwen import device
+from megatron_qwen.optim.build import set_learning_rate
+from megatron_qwen.optim.schedule import global_batch_size, learning_rate
+from megatron_qwen.training.callbacks.base import Callback
+from megatron_qwen.training.setup import Parts
+from megatron_qwen.training.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step as the callbacks see it.
+
+    Args:
+        iteration: number of the step, from 1.
+        result: loss, gradient norm, tokens, whether it was skipped.
+        learning_rate: of this step.
+        global_batch_size: sequences of this step.
+        step_time_s: wall time, device work included.
+        extra: what callbacks add for the metrics.
+    """
+
+    iteration: int
+    result: StepResult
+    learning_rate: float
+    global_batch_size: int
+    step_time_s: float
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Trainer:
+    """Runs steps until the configuration's last one, or until a callback stops it.
+
+    Args:
+        parts: what a step needs.
+        callbacks: features, called in this order.
+    """
+
+    def __init__(self, parts: Parts, callbacks: Sequence[Callback]) -> None:
+        self.parts, self.callbacks = parts, callbacks
+        self.exit_code: int | None = None
+
+    def stop(self, exit_code: int) -> None:
+        """Ends the loop after this step; the process will exit with this code."""
+        self.exit_code = exit_code if self.exit_code is None else self.exit_code
+
+    def fit(self) -> int:
+        """Trains.
+
+        Returns:
+            The exit code: 0 when the last step is done, else what a callback stopped with.
+        """
+        last = self.parts.config.training.train_iters
+        try:
+            for callback in self.callbacks:
+                callback.before_training(self)
+            while self.parts.progress.iteration < last and self.exit_code is None:
+                record = self._step()
+                for callback in self.callbacks:
+                    callback.after_step(self, record)
+            for callback in self.callbacks:
+                callback.after_training(self)
+        finally:
+            for callback in self.callbacks:
+                callback.close()
+        return self.exit_code or 0
+
+    def _step(self) -> StepRecord:
+        parts, config, progress = self.parts, self.parts.config, self.parts.progress
+        batch = global_batch_size(progress.consumed_samples, config.training)
+        rate = learning_rate(
+            progress.schedule_iteration + 1, optim=config.optim, train_iters=config.training.train_iters
+        )
+        set_learning_rate(parts.optimizer, rate, weight_decay=config.optim.weight_decay)
+        started = time.perf_counter()
+        result = train_step(
+            config, parts.model, parts.optimizer, parts.groups, parts.forward_step, parts.data.train, parts.shard,
+            first_sample=progress.consumed_samples, global_batch_size=batch,
+        )
+        device.synchronize()
+        elapsed = time.perf_counter() - started
+        progress.iteration += 1
+        progress.consumed_samples += batch
+        progress.consumed_tokens += batch * config.data.seq_length
+        if result.skipped:
+            progress.skipped_iterations += 1
+            progress.consecutive_skips += 1
+        else:
+            progress.schedule_iteration += 1
+            progress.consecutive_skips = 0
+        return StepRecord(progress.iteration, result, rate, batch, elapsed)
