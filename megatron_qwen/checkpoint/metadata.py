@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
 from megatron_qwen.errors import CheckpointError, Problem
@@ -21,8 +22,11 @@ _METADATA_CLASSES = (
     dcp.Metadata, dcp.MetadataIndex, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata,
     dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING, dcp.StorageMeta,
 )
+# megatron-core adds the plans of all ranks.
+_PLAN_CLASSES = (planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData)
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{("torch.distributed.checkpoint.metadata", kind.__name__): kind for kind in _METADATA_CLASSES},
+    **{("torch.distributed.checkpoint.planner", kind.__name__): kind for kind in _PLAN_CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): _StorageInfo,
     ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): _StoragePrefix,
     ("torch", "Size"): torch.Size,

@@ -14,10 +14,10 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file, save_file
 
-from megatron_qwen.checkpoint import generators
+from megatron_qwen.checkpoint import generators, optimizer_state
 from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE
 from megatron_qwen.config.sections import ParallelConfig
-from megatron_qwen.models.sharding import CHECKPOINT_METADATA, sharded_state_dict
+from megatron_qwen.models.sharding import sharded_state_dict
 
 
 def sharded_state(
@@ -26,30 +26,43 @@ def sharded_state(
     """Weights and, where an optimizer is given, its main weights and moments, as megatron-core's sharded state."""
     state = sharded_state_dict(modules, groups)
     if optimizer is not None:
-        metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
-        state["optimizer"] = optimizer.sharded_state_dict(state, is_loading=loading, metadata=metadata)
+        state["optimizer"] = optimizer_state.sharded(optimizer, state, groups, loading=loading)
     return state
 
 
 def load_sharded(
-    path: Path, modules: Sequence[GPTModel], optimizer: ChainedOptimizer | None, groups: ProcessGroupCollection
+    path: Path,
+    modules: Sequence[GPTModel],
+    optimizer: ChainedOptimizer | None,
+    groups: ProcessGroupCollection,
+    *,
+    optimizer_step: int,
 ) -> None:
-    """Fills weights and optimizer from a verified checkpoint, whatever layout wrote it."""
+    """Fills weights and optimizer from a verified checkpoint, whatever layout wrote it.
+
+    Args:
+        path: the checkpoint.
+        modules: chunks of this rank.
+        optimizer: None loads weights only.
+        groups: groups of this rank.
+        optimizer_step: steps the optimizer has taken (``state.json``).
+    """
     loaded = dist_checkpointing.load(sharded_state(modules, optimizer, groups, loading=True), str(path))
     for index, module in enumerate(modules):
         module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"])
     if optimizer is not None:
-        optimizer.load_state_dict(loaded["optimizer"])
+        optimizer_state.load(optimizer, loaded["optimizer"], step=optimizer_step)
 
 
 def write_small_files(
-    directory: Path, *, progress: dict[str, int], parallel: ParallelConfig, run_yaml: str
+    directory: Path, *, progress: dict[str, int], optimizer_step: int, parallel: ParallelConfig, run_yaml: str
 ) -> None:
     """Rank 0 writes configuration, counters and generator states of all ranks; every rank must call.
 
     Args:
         directory: the temporary directory of the checkpoint.
         progress: counters.
+        optimizer_step: steps the optimizer has taken.
         parallel: the layout; generator states are restored under the same layout only.
         run_yaml: the resolved configuration.
     """
@@ -59,7 +72,7 @@ def write_small_files(
         states = {f"rank{rank}.{name}": state for rank, states in enumerate(everyone) for name, state in states.items()}
         save_file(states, directory / GENERATORS)
         content = {
-            "progress": progress, "world_size": dist.get_world_size(), "layout": asdict(parallel),
+            "progress": progress, "optimizer_step": optimizer_step, "world_size": dist.get_world_size(), "layout": asdict(parallel),
             "threads": torch.get_num_threads(), "torch": torch.__version__,
         }
         (directory / RUN_YAML).write_text(run_yaml)

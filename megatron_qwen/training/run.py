@@ -63,16 +63,18 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
     """
     settings = parts.config.checkpoint
     try:
-        candidates = find.resolve(directory.checkpoints)
+        candidates, own = find.resolve(directory.checkpoints), True
     except CheckpointError:
         if settings.load is None:
             return 0
-        chosen = find.newest_good(find.resolve(Path(settings.load)), strict=settings.strict)
-        state.load_sharded(chosen.path, parts.model.modules, parts.optimizer, parts.groups)
-        return 0
+        candidates, own = find.resolve(Path(settings.load)), False
     chosen = find.newest_good(candidates, strict=settings.strict)
-    state.load_sharded(chosen.path, parts.model.modules, parts.optimizer, parts.groups)
     saved = state.read_state(chosen.path)
+    state.load_sharded(
+        chosen.path, parts.model.modules, parts.optimizer, parts.groups, optimizer_step=saved["optimizer_step"]
+    )
+    if not own:
+        return 0
     parts.progress.restore(saved["progress"])
     restored = state.restore_generators(chosen.path, parallel=parts.config.parallel, state=saved)
     if dist.get_rank() == 0:

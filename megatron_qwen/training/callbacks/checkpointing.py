@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_qwen.checkpoint import state
+from megatron_qwen.checkpoint.optimizer_state import step_count
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.training.callbacks.base import Callback
@@ -43,7 +44,8 @@ class Checkpointing(Callback):
 
         def write_small_files(directory: Path) -> None:
             state.write_small_files(
-                directory, progress=parts.progress.as_dict(), parallel=parts.config.parallel, run_yaml=to_yaml(parts.config)
+                directory, progress=parts.progress.as_dict(), optimizer_step=step_count(parts.optimizer),
+                parallel=parts.config.parallel, run_yaml=to_yaml(parts.config),
             )
 
         tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)

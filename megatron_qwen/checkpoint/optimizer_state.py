@@ -1,0 +1,46 @@
+"""The optimizer's part of a checkpoint: main weights and moments per parameter, and one step count.
+
+megatron-core also saves the parameter groups (rates, decays, in the order of this layout's optimizers). They
+follow from the configuration and tie a checkpoint to expert parallelism: with one expert rank all parameters
+are in one optimizer, with more the experts have their own. So they stay out, and a load takes the groups it finds.
+"""
+
+from typing import Any
+
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.models.sharding import CHECKPOINT_METADATA
+
+_SHARDING_TYPE = CHECKPOINT_METADATA["distrib_optim_sharding_type"]
+
+
+def sharded(
+    optimizer: ChainedOptimizer, model_state: dict[str, Any], groups: ProcessGroupCollection, *, loading: bool
+) -> dict[str, Any]:
+    """Sharded tensors of every optimizer of the chain; their names are the same under every layout."""
+    metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
+    whole = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
+    parts = [whole] if len(optimizer.chained_optimizers) == 1 else list(whole.values())
+    return {str(index): part["param_state"] for index, part in enumerate(parts)}
+
+
+def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> None:
+    """Fills every optimizer of the chain with loaded tensors.
+
+    Args:
+        optimizer: as built under the present layout.
+        loaded: what ``sharded`` asked for, filled.
+        step: optimizer steps taken so far; Adam's bias correction depends on it.
+    """
+    for index, part in enumerate(optimizer.chained_optimizers):
+        content = part.state_dict()
+        for group in content["optimizer"]["param_groups"]:
+            group["step"] = step
+        content |= {"param_state": loaded[str(index)], "param_state_sharding_type": _SHARDING_TYPE}
+        part.load_state_dict(content)
+
+
+def step_count(optimizer: ChainedOptimizer) -> int:
+    """Optimizer steps taken, from whichever group has parameters on this rank."""
+    return max((int(group.get("step", 0) or 0) for group in optimizer.param_groups), default=0)
