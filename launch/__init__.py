@@ -1,0 +1,1 @@
+"""Programs that start ranks: locally, and for the demo."""

@@ -1,0 +1,110 @@
+"""``mq train``: checks everything that can be checked, then starts the ranks, or is one of them."""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch.ranks import LocalRanks
+from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.config.checks import require_legal
+from megatron_qwen.config.render import to_yaml
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+
+_CLAIM_TIMEOUT_S = 60.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        "mq train",
+        description="Trains a recipe or a run.yaml. Under srun or torchrun this process is one rank; else it starts "
+        "local ranks. The same command goes on where a run stopped.",
+        examples=[
+            "mq train tiny_dense data.path=data/corpus --run-dir runs/first",
+            "mq train demo data.path=data/corpus data.tokenizer=tok --run-dir runs/demo --nproc 2",
+            "mq train qwen2_5_7b data.path=/data/corpus --run-dir runs/7b --nproc 8",
+            "mq train runs/first/run.yaml training.train_iters=200 --run-dir runs/first",
+            "mq config reference     all fields",
+        ],
+    )
+    parser.add_argument("source", help="a recipe (mq recipes) or a run.yaml; then section.field=value overrides")
+    parser.add_argument("--run-dir", required=True, type=Path, help="where everything of the run goes")
+    parser.add_argument("--nproc", type=int, help="local ranks; default: the layout's size")
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Trains and returns the exit code."""
+    options, overrides = parser().parse_known_args(arguments)
+    config = resolve(options.source, overrides, RECIPES)
+    rank = _outer_rank()
+    if rank is not None:
+        return _as_rank(config, options.run_dir, rank)
+    if options.nproc is not None and options.nproc < 1:
+        raise ConfigError(Problem("--nproc", options.nproc, "must be at least 1."))
+    world_size = options.nproc or config.parallel.model_parallel_size
+    if config.model.is_moe and options.nproc is None:
+        world_size = max(world_size, _expert_ranks(config))
+    require_legal(config, world_size=world_size)
+    _require_data(config)
+    directory = RunDirectory(options.run_dir)
+    directory.claim(config)
+    logs = directory.logs(directory.newest_attempt() + 1)
+    return LocalRanks(directory.path, world_size=world_size, log_dir=logs).run()
+
+
+def _expert_ranks(config: RunConfig) -> int:
+    """Fewest ranks that hold every expert: a multiple of both grids."""
+    parallel = config.parallel
+    expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    dense = parallel.model_parallel_size
+    return next(size for size in range(dense, dense * expert + 1, dense) if size % expert == 0)
+
+
+def _outer_rank() -> int | None:
+    """Rank given by torchrun or srun; None in a plain shell."""
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return int(os.environ["RANK"])
+    if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
+        return int(os.environ["SLURM_PROCID"])
+    return None
+
+
+def _as_rank(config: RunConfig, run_dir: Path, rank: int) -> int:
+    """Becomes a rank; rank 0 claims the directory first and the others wait for its run.yaml."""
+    world_size = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
+    require_legal(config, world_size=world_size)
+    directory = RunDirectory(run_dir)
+    if rank == 0:
+        _require_data(config)
+        directory.claim(config)
+    else:
+        _await(directory.run_yaml, to_yaml(config))
+    arguments = [sys.executable, "-P", "-m", "megatron_qwen.train", str(directory.path)]
+    os.execv(sys.executable, arguments)
+
+
+def _await(run_yaml: Path, text: str) -> None:
+    """Waits until rank 0 has written this configuration; a shared file system may show it late."""
+    deadline = time.monotonic() + _CLAIM_TIMEOUT_S
+    while not run_yaml.is_file() or run_yaml.read_text() != text:
+        if time.monotonic() > deadline:
+            raise ConfigError(Problem(str(run_yaml), None, "did not appear as rank 0 should have written it; see rank 0."))
+        time.sleep(0.2)
+
+
+def _require_data(config: RunConfig) -> None:
+    from megatron_qwen.data.preflight import require_usable
+
+    require_usable(config)
+
+
+if __name__ == "__main__":
+    run_program(main)

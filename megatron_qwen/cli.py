@@ -1,0 +1,47 @@
+"""What all programs share: an argument parser with examples, and one way to end."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from megatron_qwen.errors import EXIT_CONFIG, UserError
+
+EXIT_INTERRUPTED = 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose mistakes end with exit code 2 and one line.
+
+    Args:
+        prog: as typed, such as ``mq train``.
+        description: what the program does.
+        examples: command lines shown at the end of --help.
+    """
+
+    def __init__(self, prog: str, *, description: str, examples: Sequence[str] = ()) -> None:
+        epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
+        super().__init__(
+            prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Reports a mistake of the command line."""
+        self.exit(EXIT_CONFIG, f"configuration error: {message}. See {self.prog} --help.\n")
+
+
+def run_program(program: Callable[[Sequence[str]], int]) -> NoReturn:
+    """Ends the process with the program's exit code; a user's mistake is one message, never a traceback."""
+    try:
+        code = program(sys.argv[1:])
+        sys.stdout.flush()
+    except UserError as error:
+        print(error.render(), file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)

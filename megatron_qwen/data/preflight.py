@@ -1,0 +1,38 @@
+"""Whether data, tokenizer and model belong together; asked before any rank starts."""
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.prepare import read_manifest
+from megatron_qwen.data.samples import open_split
+from megatron_qwen.data.tokenizer import fingerprint, load_tokenizer
+from megatron_qwen.errors import DataError, Problem
+
+
+def require_usable(config: RunConfig) -> None:
+    """Opens the data as a rank will, and compares it with the tokenizer and the embedding.
+
+    Raises:
+        DataError: with every mismatch.
+    """
+    open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+    assert config.data.path is not None
+    problems = []
+    noted = read_manifest(config.data.path)
+    if noted is not None and noted["vocab_size"] > config.model.vocab_size:
+        problems.append(
+            Problem("model.vocab_size", config.model.vocab_size, f"{config.data.path} was made with {noted['vocab_size']} ids; raise it.")
+        )
+    if config.data.tokenizer is not None:
+        size = load_tokenizer(config.data.tokenizer).vocab_size
+        if size > config.model.vocab_size:
+            problems.append(
+                Problem("model.vocab_size", config.model.vocab_size, f"the tokenizer {config.data.tokenizer} has {size} ids; raise it.")
+            )
+        if noted is not None and noted["tokenizer_sha256"] != fingerprint(config.data.tokenizer):
+            problems.append(
+                Problem(
+                    "data.tokenizer", config.data.tokenizer,
+                    f"is not the tokenizer that {config.data.path} was made with; name that one or prepare the data again.",
+                )
+            )
+    if problems:
+        raise DataError(problems)

@@ -1,0 +1,1 @@
+"""Programs for one person at a terminal: configuration, data, reports, benchmarks."""
