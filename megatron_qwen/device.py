@@ -6,6 +6,7 @@ before megatron.core is imported, because the core binds some of these names at 
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 _CPU = torch.device("cpu")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _FACTORIES = (
     "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
     "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
@@ -79,6 +81,11 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state) if has_cuda() else torch.set_rng_state(state)
 
 
+def loss_chunk_tokens() -> int:
+    """Tokens whose logits the loss holds at once: what stays in a CPU's cache, or fills a GPU's kernels."""
+    return 1024 if has_cuda() else 128
+
+
 def fair_threads(local_ranks: int) -> int:
     """CPU threads of a rank when the ranks of a node share its cores."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
@@ -99,11 +106,22 @@ def prepare() -> None:
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if has_cuda():
         return
+    _keep_freed_memory()
     _map_calls()
     _map_factories()
     _map_tensor_methods()
     _map_collectives()
     _map_expert_splits()
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc keep large freed blocks: giving them back costs a page fault per 4 KiB at every reuse."""
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+    mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 class _Stream:
@@ -251,6 +269,34 @@ def _map_collectives() -> None:
         return None
 
     dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    dist.all_gather_into_tensor = _free_for_one(dist.all_gather_into_tensor)
+    dist.reduce_scatter_tensor = _free_for_one(dist.reduce_scatter_tensor)
+
+
+def _free_for_one(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """A collective that costs nothing in a group of one where output and input are the same memory.
+
+    gloo copies the whole buffer even then, which for the gradients of a single rank is most of the time spent here.
+    """
+
+    @functools.wraps(collective)
+    def call(output: torch.Tensor, input: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        alone = dist.get_world_size(kwargs.get("group")) == 1
+        if alone and output.data_ptr() == input.data_ptr() and output.numel() == input.numel():
+            return _Done() if kwargs.get("async_op") else None
+        return collective(output, input, *args, **kwargs)
+
+    return call
+
+
+class _Done:
+    """Handle of a collective that is over."""
+
+    def wait(self, timeout: object = None) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
 
 
 def _map_expert_splits() -> None:

@@ -229,6 +229,6 @@ class PerformanceConfig:
     threads_per_rank: int | None = setting(
         None, doc="CPU threads of a rank; null shares the cores among the local ranks. Part of bit-exact resumes.", minimum=1
     )
-    cross_entropy_chunk_tokens: int = setting(
-        1024, doc="Tokens whose logits exist at once in the torch backend's loss; 0 keeps all logits.", minimum=0
+    cross_entropy_chunk_tokens: int | None = setting(
+        None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 1024 on a GPU.", minimum=1
     )

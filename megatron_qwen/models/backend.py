@@ -16,11 +16,13 @@ class Backend:
         name: ``te`` or ``torch``.
         reason: why, for the log.
         provider: megatron-core's BackendSpecProvider.
+        self_attention: the class of the attention module around the provider's parts.
     """
 
     name: str
     reason: str
     provider: Any
+    self_attention: type
 
 
 def choose(precision: PrecisionConfig) -> Backend:
@@ -37,7 +39,10 @@ def choose(precision: PrecisionConfig) -> Backend:
         if lacking:
             raise ConfigError(Problem("precision.fp8", precision.fp8, f"cannot run here: {lacking}. Set it to null."))
     if missing:
+        from megatron_qwen.models.torch_attention import TorchSelfAttention
         from megatron_qwen.models.torch_backend import TorchSpecProvider
 
-        return Backend("torch", missing, TorchSpecProvider())
-    return Backend("te", "Transformer Engine imports and there is a CUDA device", te_backend.provider())
+        return Backend("torch", missing, TorchSpecProvider(), TorchSelfAttention)
+    from megatron.core.transformer.attention import SelfAttention
+
+    return Backend("te", "Transformer Engine imports and there is a CUDA device", te_backend.provider(), SelfAttention)

@@ -82,7 +82,7 @@ def _chunk(
     last = config.parallel.virtual_stages - 1
     return GPTModel(
         config=core,
-        transformer_layer_spec=block_spec(core, backend.provider, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
+        transformer_layer_spec=block_spec(core, backend, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
         vocab_size=padded_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,
         pre_process=is_first_stage(groups) and (vp_stage or 0) == 0,

@@ -95,6 +95,8 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "transformer_impl": "transformer_engine" if te else "local",
         "apply_rope_fusion": te,
         "bias_activation_fusion": te,
+        # Takes the activation module of the spec; the torch backend has one of its own.
+        "use_te_activation_func": not te,
         "bias_dropout_fusion": te,
         "moe_grouped_gemm": te and config.model.is_moe,
         "moe_permute_fusion": te and config.model.is_moe,

@@ -4,22 +4,25 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.transformer import ModuleSpec, TransformerConfig
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from megatron_qwen.models.backend import Backend
 
-def block_spec(core: TransformerConfig, provider: BackendSpecProvider, *, vp_stage: int | None, pp_rank: int) -> object:
+
+def block_spec(core: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int) -> object:
     """The layers that one model chunk holds, and the norm after the last one."""
     layers = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
     return TransformerBlockSubmodules(
-        layer_specs=[_layer(core, provider)] * layers, layer_norm=provider.layer_norm(rms_norm=True)
+        layer_specs=[_layer(core, backend)] * layers, layer_norm=backend.provider.layer_norm(rms_norm=True)
     )
 
 
-def _layer(core: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec:
+def _layer(core: TransformerConfig, backend: Backend) -> ModuleSpec:
+    provider: BackendSpecProvider = backend.provider
     fused = provider.fuse_layernorm_and_linear()
     linear = provider.column_parallel_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
@@ -29,7 +32,7 @@ def _layer(core: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec
     if not fused and not moe:
         saved_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     attention = ModuleSpec(
-        module=SelfAttention,
+        module=backend.self_attention,
         params={"attn_mask_type": AttnMaskType.causal},
         submodules=SelfAttentionSubmodules(
             linear_qkv=provider.column_parallel_layer_norm_linear() if fused else linear,
@@ -45,7 +48,8 @@ def _layer(core: TransformerConfig, provider: BackendSpecProvider) -> ModuleSpec
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm if moe or not fused else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
-                backend=provider, num_experts=core.num_moe_experts, moe_grouped_gemm=core.moe_grouped_gemm
+                backend=provider, num_experts=core.num_moe_experts, moe_grouped_gemm=core.moe_grouped_gemm,
+                use_te_activation_func=core.use_te_activation_func,
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=saved_as,

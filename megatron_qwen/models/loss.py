@@ -35,7 +35,7 @@ def output_loss(
         groups: ``tp`` is used.
         sequence_parallel: whether ``hidden`` is split over the TP ranks.
         vocab_size: rows that are no padding.
-        chunk_tokens: tokens at once; 0 is all.
+        chunk_tokens: tokens at once.
 
     Returns:
         A scalar in fp32.
@@ -48,7 +48,7 @@ def output_loss(
     valid = min(max(vocab_size - rows * groups.tp.rank(), 0), rows)
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets, weights = labels.t().reshape(-1), mask.t().reshape(-1).float()
-    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens or len(flat))
+    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

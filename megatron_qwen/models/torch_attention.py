@@ -1,4 +1,4 @@
-"""Causal attention in plain torch (SDPA), with context parallelism by gathering keys and values."""
+"""Causal self-attention in plain torch (SDPA), with context parallelism by gathering keys and values."""
 
 import contextlib
 from typing import Any
@@ -8,9 +8,51 @@ import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
+from megatron_qwen.models.torch_functions import RotateQKV
+
+
+class TorchSelfAttention(SelfAttention):
+    """The core's self-attention with its own path from the joint projection to the context.
+
+    Splitting, RoPE and the layout that SDPA wants are one operation with one gradient buffer. Parameters,
+    sharding and checkpoint names are the core's.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, h] -> [s, b, h] and the bias of the output projection, which is None.
+
+        Args:
+            hidden_states: normalised input, [s / CP, b, h], and split over TP under sequence parallelism.
+            attention_mask: not used; the mask is causal.
+            rotary_pos_emb: angles, [s / CP, 1, 1, d].
+        """
+        assert packed_seq_params is None
+        mixed, _bias = self.linear_qkv(hidden_states)
+        if self.checkpoint_core_attention:
+            context = tensor_parallel.checkpoint(self._context, False, mixed, rotary_pos_emb)
+        else:
+            context = self._context(mixed, rotary_pos_emb)
+        return self.linear_proj(context)
+
+    def _context(self, mixed: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        slots = self.num_attention_heads_per_partition // groups + 2
+        half = angles[:, 0, 0, : d // 2]
+        cos, sin = half.cos().to(mixed.dtype), half.sin().to(mixed.dtype)
+        query, key, value = RotateQKV.apply(mixed.view(*mixed.shape[:2], groups, slots, d), cos, sin)
+        return self.core_attention(query, key, value)
 
 
 class TorchAttention(torch.nn.Module):
@@ -22,7 +64,7 @@ class TorchAttention(torch.nn.Module):
     of Llama 3 (arXiv 2407.21783, section 3.3.2).
 
     Args:
-        config: the core's configuration.
+        config: the core's configuration; its attention dropout is read.
         softmax_scale: factor on the scores; None is 1 / sqrt(head dimension).
         pg_collection: groups; ``cp`` is used.
     """
@@ -33,73 +75,65 @@ class TorchAttention(torch.nn.Module):
         layer_number: int,
         attn_mask_type: AttnMaskType,
         attention_type: str,
-        attention_dropout: float | None = None,
-        softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
         assert attn_mask_type == AttnMaskType.causal and attention_type == "self" and pg_collection is not None
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout = config.attention_dropout
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
 
-    def forward(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        attn_mask_type: AttnMaskType | None = None,
-        attention_bias: torch.Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> torch.Tensor:
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attends.
 
         Args:
-            query: [s / CP, b, heads / TP, d].
-            key: [s / CP, b, kv_heads / TP, d].
+            query: [b, heads / TP, s / CP, d].
+            key: [b, kv_heads / TP, s / CP, d].
             value: as ``key``.
 
         Returns:
             [s / CP, b, heads / TP x d].
         """
-        assert attention_bias is None and packed_seq_params is None
         if self.cp_group.size() == 1:
             context = self._attend(query, key, value)
         else:
             context = self._attend_gathered(query, key, value)
+        context = context.permute(2, 0, 1, 3)
         return context.reshape(*context.shape[:2], -1)
 
     def _attend_gathered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         cp, rank = self.cp_group.size(), self.cp_group.rank()
-        key, value = (
-            in_global_order(tensor_parallel.gather_from_sequence_parallel_region(tensor, group=self.cp_group), cp)
-            for tensor in (key, value)
-        )
-        chunk = query.shape[0] // 2
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            gathered = tensor_parallel.gather_from_sequence_parallel_region(
+                tensor.permute(2, 0, 1, 3).contiguous(), group=self.cp_group
+            )
+            return in_global_order(gathered, cp).permute(1, 2, 0, 3)
+
+        key, value = whole(key), whole(value)
+        chunk = query.shape[2] // 2
         parts = []
-        for index, part in zip((rank, 2 * cp - 1 - rank), query.split(chunk), strict=True):
+        for index, part in zip((rank, 2 * cp - 1 - rank), query.split(chunk, dim=2), strict=True):
             end = (index + 1) * chunk
-            parts.append(self._attend(part, key[:end], value[:end]))
-        return torch.cat(parts)
+            parts.append(self._attend(part, key[:, :, :end], value[:, :, :end]))
+        return torch.cat(parts, dim=2)
 
     def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """[sq, b, heads, d], [sk, b, kv_heads, d] -> [sq, b, heads, d]; the last query sees the last key."""
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s, d]
+        """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
         mask = None
-        if q.shape[2] != k.shape[2]:
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            mask = mask.tril(k.shape[2] - q.shape[2])
+        if query.shape[2] != key.shape[2]:
+            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+            mask = mask.tril(key.shape[2] - query.shape[2])
         dropout = self.dropout if self.training else 0.0
+        # Ranks that hold other heads draw other dropout.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
-            context = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=self.scale,
-                enable_gqa=q.shape[1] != k.shape[1],
+            return F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-        return context.permute(2, 0, 1, 3)
 
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Attention holds no parameters."""
         return {}
-

@@ -1,8 +1,13 @@
 """The backend of plain torch modules: the same numbers on a CPU and on a GPU, no Transformer Engine needed."""
 
-from megatron.core.models.backends import BackendSpecProvider, LocalSpecProvider
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from functools import partial
 
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+
+from megatron_qwen.models.torch_activation import SwiGLUActivation
 from megatron_qwen.models.torch_attention import TorchAttention
 from megatron_qwen.models.torch_norm import RMSNorm
 
@@ -35,7 +40,13 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> object:
         """The core's experts one after the other."""
-        return LocalSpecProvider().grouped_mlp_modules(moe_use_grouped_gemm)
+        return partial(
+            SequentialMLP,
+            submodules=MLPSubmodules(
+                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLUActivation
+            ),
+        )
 
-    def activation_func(self) -> None:
-        """The functional activation of the configuration."""
+    def activation_func(self) -> type:
+        """SwiGLU with one gradient buffer."""
+        return SwiGLUActivation

@@ -1,8 +1,9 @@
 """RMSNorm in plain torch that knows sequence parallelism."""
 
 import torch
-import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
+
+from megatron_qwen.models.torch_functions import RMSNormFunction
 
 
 class RMSNorm(torch.nn.Module):
@@ -25,4 +26,4 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises ``x``, [..., hidden_size]."""
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return RMSNormFunction.apply(x, self.weight, self.eps)

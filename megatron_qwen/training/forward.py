@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Batch
 from megatron_qwen.models.loss import output_loss
@@ -21,6 +22,8 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
     A chunk in the middle of the pipeline needs no tokens and is handed None for its batch.
     """
 
+    chunk_tokens = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
+
     def output_layer_loss(*, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any) -> Any:
         return output_loss(
             hidden_states,
@@ -30,7 +33,7 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
             groups=groups,
             sequence_parallel=config.parallel.sequence_parallel,
             vocab_size=config.model.vocab_size,
-            chunk_tokens=config.performance.cross_entropy_chunk_tokens,
+            chunk_tokens=chunk_tokens,
         )
 
     def forward_step(batches: Iterator[Batch | None], chunk: Any) -> tuple[torch.Tensor, LossFunction]:
