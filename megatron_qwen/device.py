@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils import _device as torch_device
 
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -103,6 +104,8 @@ def prepare() -> None:
     # Notices of the core about what it lacks; which kernels run is in our own log.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*pynvml.*")
+    # Notices of torch.distributed.checkpoint about how the core calls it.
+    warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if has_cuda():
         return
@@ -212,6 +215,8 @@ def _map_factories() -> None:
 
         return call
 
+    # `with torch.device(...)` knows the factories by identity and looks them up once: before they are replaced.
+    torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
 
