@@ -1,10 +1,9 @@
 """How far the logits of an exported model are from those of the checkpoint it came from.
 
-    python -m checkpoints_convert.agreement RUN HF_DIR     prints JSON
+python -m checkpoints_convert.agreement RUN HF_DIR     prints JSON
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path

@@ -13,8 +13,12 @@ from megatron_qwen.cli import Parser, run_program
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        "mq convert", description="Turns a checkpoint into a directory that transformers loads. Needs no GPU and no process group.",
-        examples=["mq convert to-hf runs/first out/first-hf", "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16"],
+        "mq convert",
+        description="Turns a checkpoint into a directory that transformers loads. Needs no GPU and no process group.",
+        examples=[
+            "mq convert to-hf runs/first out/first-hf",
+            "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
+        ],
     )
     actions = parser.add_subparsers(dest="action", required=True, parser_class=argparse.ArgumentParser)
     to_hf = actions.add_parser("to-hf", help="checkpoint to Hugging Face directory")
@@ -35,7 +39,10 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     started = time.monotonic()
     source = export(
-        options.checkpoint, options.out, iteration=options.iteration, dtype=options.dtype,
+        options.checkpoint,
+        options.out,
+        iteration=options.iteration,
+        dtype=options.dtype,
         max_shard_bytes=int(options.max_shard_size * 1e9),
     )
     seconds = time.monotonic() - started

@@ -96,12 +96,17 @@ def write_weights(
 def _name_shards(out: Path, weight_map: dict[str, str], count: int, total: int) -> None:
     """Gives the files the names transformers expects, now that their number is known."""
     names = {
-        f"model-{index:05d}.safetensors": f"model-{index:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors"
+        f"model-{index:05d}.safetensors": f"model-{index:05d}-of-{count:05d}.safetensors"
+        if count > 1
+        else "model.safetensors"
         for index in range(1, count + 1)
     }
     for old, new in names.items():
         (out / old).rename(out / new)
-    index = {"metadata": {"total_size": total}, "weight_map": {key: names[old] for key, old in sorted(weight_map.items())}}
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {key: names[old] for key, old in sorted(weight_map.items())},
+    }
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 

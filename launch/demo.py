@@ -22,8 +22,12 @@ from tools.report import Section, read_metrics, write_report
 _PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Error(")
 _TEXT_BYTES = 12_000_000
 _LAYOUT_FIELDS = {
-    "tp": "tensor_model_parallel_size", "pp": "pipeline_model_parallel_size", "vp": "virtual_pipeline_model_parallel_size",
-    "cp": "context_parallel_size", "ep": "expert_model_parallel_size", "etp": "expert_tensor_parallel_size",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
 }
 
 
@@ -61,7 +65,9 @@ def layout_overrides(words: Sequence[str]) -> tuple[list[str], int]:
         sizes[axis] = int(value)
     fields = [f"parallel.{_LAYOUT_FIELDS[axis]}={size}" for axis, size in sizes.items() if axis in _LAYOUT_FIELDS]
     sequence = sizes["tp"] > 1 and sizes.get("sp", 1) > 0
-    return [*fields, f"parallel.sequence_parallel={str(sequence).lower()}"], sizes["tp"] * sizes["pp"] * sizes["cp"] * sizes["dp"]
+    return [*fields, f"parallel.sequence_parallel={str(sequence).lower()}"], sizes["tp"] * sizes["pp"] * sizes[
+        "cp"
+    ] * sizes["dp"]
 
 
 def standard_library(limit_bytes: int) -> Iterator[dict[str, str]]:
@@ -105,10 +111,17 @@ def main(arguments: Sequence[str]) -> int:
         "mq demo",
         description="Text, tokenizer, pretraining on two ranks, checkpoint, Hugging Face export, generated text, report: the whole "
         "job on this machine's CPU in a few minutes. The text is Python's standard library.",
-        examples=["mq demo", "mq demo --layout pp=2", "mq demo --layout dp=2 --steps 100", "mq demo --layout tp=2 pp=2"],
+        examples=[
+            "mq demo",
+            "mq demo --layout pp=2",
+            "mq demo --layout dp=2 --steps 100",
+            "mq demo --layout tp=2 pp=2",
+        ],
     )
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (demo-run)")
-    parser.add_argument("--layout", nargs="+", default=["tp=2"], metavar="AXIS=SIZE", help="tp, sp, pp, vp, cp, dp (tp=2)")
+    parser.add_argument(
+        "--layout", nargs="+", default=["tp=2"], metavar="AXIS=SIZE", help="tp, sp, pp, vp, cp, dp (tp=2)"
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     options = parser.parse_args(arguments)
     layout, ranks = layout_overrides(options.layout)
@@ -116,7 +129,8 @@ def main(arguments: Sequence[str]) -> int:
     overrides = [*layout, f"data.path={out / 'tokens'}", f"data.tokenizer={out / 'tokenizer'}"]
     if options.steps is not None:
         overrides += [
-            f"training.train_iters={options.steps}", f"optim.lr_wsd_decay_iters={max(1, options.steps // 4)}",
+            f"training.train_iters={options.steps}",
+            f"optim.lr_wsd_decay_iters={max(1, options.steps // 4)}",
             f"optim.lr_warmup_iters={min(30, options.steps // 4)}",
         ]
     config = resolve("demo", overrides, RECIPES)
@@ -132,15 +146,21 @@ def main(arguments: Sequence[str]) -> int:
     run_module("launch.train", "demo", *overrides, "--run-dir", str(run_dir), "--nproc", str(ranks))
     stage.begin("export to Hugging Face, and compare its logits with the checkpoint's")
     run_module("checkpoints_convert.convert", "to-hf", str(run_dir), str(hf), "--dtype", "fp32")
-    agreement = json.loads(run_module("checkpoints_convert.agreement", str(run_dir), str(hf), capture=True).splitlines()[-1])
+    agreement = json.loads(
+        run_module("checkpoints_convert.agreement", str(run_dir), str(hf), capture=True).splitlines()[-1]
+    )
     stage.begin("generate from the exported model")
     prompts = [word for prompt in _PROMPTS for word in ("--prompt", prompt)]
-    written = run_module("tools.generate", str(hf), *prompts, "--max-new-tokens", "80", "--temperature", "0.6", "--json", capture=True)
+    written = run_module(
+        "tools.generate", str(hf), *prompts, "--max-new-tokens", "80", "--temperature", "0.6", "--json", capture=True
+    )
     samples = json.loads(written)
     for sample in samples:
         print(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
     report = out / "report.html"
-    validation = [record["validation_loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "validation_loss" in record][-1]
+    validation = [
+        record["validation_loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "validation_loss" in record
+    ][-1]
     write_report(run_dir, report, sections=[_agreement_section(agreement, validation), _sample_section(samples)])
     print(
         f"\nvalidation loss {validation:.4f} nats per token; the unigram entropy of the same tokens is "
@@ -160,16 +180,30 @@ def prepare(out: Path, stage: Stage, *, vocab_size: int) -> None:
         count = sum(1 for document in standard_library(_TEXT_BYTES) if file.write(json.dumps(document) + "\n"))
     print(f"{count} files, {corpus.stat().st_size / 1e6:.1f} MB")
     stage.begin("train a tokenizer")
-    run_module("tools.data", "tokenizer", "train", "--vocab-size", str(vocab_size), "--output", str(out / "tokenizer"), str(corpus))
+    run_module(
+        "tools.data",
+        "tokenizer",
+        "train",
+        "--vocab-size",
+        str(vocab_size),
+        "--output",
+        str(out / "tokenizer"),
+        str(corpus),
+    )
     stage.begin("turn text into tokens")
-    run_module("tools.data", "prepare", "--tokenizer", str(out / "tokenizer"), "--output", str(out / "tokens"), str(corpus))
+    run_module(
+        "tools.data", "prepare", "--tokenizer", str(out / "tokenizer"), "--output", str(out / "tokens"), str(corpus)
+    )
 
 
 def _agreement_section(agreement: dict[str, Any], validation: float) -> Section:
     rows = [
         ("validation loss, nats per token", f"{validation:.4f}"),
         ("unigram entropy of the same tokens", f"{agreement['unigram_entropy']:.4f}"),
-        ("loss of the checkpoint / of the Hugging Face export", f"{agreement['checkpoint_loss']:.6f} / {agreement['hf_loss']:.6f}"),
+        (
+            "loss of the checkpoint / of the Hugging Face export",
+            f"{agreement['checkpoint_loss']:.6f} / {agreement['hf_loss']:.6f}",
+        ),
         ("largest difference of a logit", f"{agreement['max_abs_logit_difference']:.2e}"),
         ("positions with the same likeliest token", f"{agreement['top1_agreement']:.2%}"),
     ]
@@ -178,7 +212,9 @@ def _agreement_section(agreement: dict[str, Any], validation: float) -> Section:
 
 
 def _sample_section(samples: list[dict[str, str]]) -> Section:
-    body = "".join(f"<pre><mark>{html.escape(item['prompt'])}</mark>{html.escape(item['text'])}</pre>" for item in samples)
+    body = "".join(
+        f"<pre><mark>{html.escape(item['prompt'])}</mark>{html.escape(item['text'])}</pre>" for item in samples
+    )
     return Section("Generated text", body)
 
 

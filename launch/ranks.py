@@ -60,14 +60,23 @@ class LocalRanks:
         size = str(self.world_size)
         environment = {
             **os.environ,
-            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size,
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "MQ_LAUNCHER_PID": str(os.getpid()),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "MQ_LAUNCHER_PID": str(os.getpid()),
             # Tensor-parallel overlap on Hopper needs the order this gives.
             "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         }
         command = [sys.executable, "-P", "-m", "megatron_qwen.train", str(self.run_dir)]
         return subprocess.Popen(
-            command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             # Ctrl-C reaches the ranks through us alone, once each.
             process_group=0,
         )

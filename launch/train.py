@@ -96,7 +96,9 @@ def _await(run_yaml: Path, text: str) -> None:
     deadline = time.monotonic() + _CLAIM_TIMEOUT_S
     while not run_yaml.is_file() or run_yaml.read_text() != text:
         if time.monotonic() > deadline:
-            raise ConfigError(Problem(str(run_yaml), None, "did not appear as rank 0 should have written it; see rank 0."))
+            raise ConfigError(
+                Problem(str(run_yaml), None, "did not appear as rank 0 should have written it; see rank 0.")
+            )
         time.sleep(0.2)
 
 

@@ -22,7 +22,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, *, description: str, examples: Sequence[str] = ()) -> None:
         epilog = "examples:\n" + "\n".join(f"  {example}" for example in examples) if examples else None
         super().__init__(
-            prog=prog, description=description, epilog=epilog, allow_abbrev=False,
+            prog=prog,
+            description=description,
+            epilog=epilog,
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
 

@@ -21,8 +21,22 @@ from torch.utils import _device as torch_device
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _FACTORIES = (
-    "arange", "as_tensor", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
-    "rand", "randint", "randn", "tensor", "zeros", "zeros_like",
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randint",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
 )
 
 
@@ -261,7 +275,10 @@ def _map_collectives() -> None:
         return None
 
     def reduce_scatter(
-        output: torch.Tensor, pieces: list[torch.Tensor], op: Any = dist.ReduceOp.SUM, group: Any = None,
+        output: torch.Tensor,
+        pieces: list[torch.Tensor],
+        op: Any = dist.ReduceOp.SUM,
+        group: Any = None,
         async_op: bool = False,
     ) -> Any:
         if all(piece.shape == output.shape for piece in pieces):
@@ -273,7 +290,8 @@ def _map_collectives() -> None:
         output.copy_(whole[start : start + output.shape[0]])
         return None
 
-    dist.all_gather, dist.reduce_scatter = all_gather, reduce_scatter
+    collectives: Any = dist
+    collectives.all_gather, collectives.reduce_scatter = all_gather, reduce_scatter
     dist.all_gather_into_tensor = _free_for_one(dist.all_gather_into_tensor)
     dist.reduce_scatter_tensor = _free_for_one(dist.reduce_scatter_tensor)
 

@@ -61,12 +61,15 @@ class RunDirectory:
     def _foreign(self, there: RunConfig, here: RunConfig) -> list[Problem]:
         changed = difference(here, there)
         fields = [
-            (section, name, value) for section, body in changed.items() for name, value in body.items()
+            (section, name, value)
+            for section, body in changed.items()
+            for name, value in body.items()
             if section in _OWNING_SECTIONS or (section == "training" and name in _OWNING_TRAINING)
         ]
         return [
             Problem(
-                f"{section}.{name}", value,
+                f"{section}.{name}",
+                value,
                 f"but {self.run_yaml} says {getattr(getattr(there, section), name)}: the directory belongs to another "
                 "configuration; use a new --run-dir.",
             )
@@ -76,7 +79,13 @@ class RunDirectory:
     def begin_attempt(self, *, world_size: int) -> int:
         """Notes a new attempt and returns its number, from 1."""
         number = self.newest_attempt() + 1
-        entry = {"attempt": number, "started": _now(), "world_size": world_size, "pid": os.getpid(), "host": os.uname().nodename}
+        entry = {
+            "attempt": number,
+            "started": _now(),
+            "world_size": world_size,
+            "pid": os.getpid(),
+            "host": os.uname().nodename,
+        }
         with self.attempts.open("a") as file:
             file.write(json.dumps(entry) + "\n")
         self.write_status("running", attempt=number)
@@ -85,12 +94,22 @@ class RunDirectory:
     def end_attempt(self, number: int, *, exit_code: int, reason: str, iteration: int, gained: int) -> None:
         """Notes how an attempt ended."""
         entry = {
-            "attempt": number, "ended": _now(), "exit_code": exit_code, "reason": reason, "iteration": iteration,
+            "attempt": number,
+            "ended": _now(),
+            "exit_code": exit_code,
+            "reason": reason,
+            "iteration": iteration,
             "iterations_gained": gained,
         }
         with self.attempts.open("a") as file:
             file.write(json.dumps(entry) + "\n")
-        self.write_status("done" if exit_code == 0 else "stopped", attempt=number, exit_code=exit_code, reason=reason, iteration=iteration)
+        self.write_status(
+            "done" if exit_code == 0 else "stopped",
+            attempt=number,
+            exit_code=exit_code,
+            reason=reason,
+            iteration=iteration,
+        )
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first."""

@@ -1,6 +1,6 @@
 """Entry of a rank: join, build, load, fit, leave. ``mq train`` starts it; so do srun and torchrun.
 
-    python -m megatron_qwen.train RUN_DIR
+python -m megatron_qwen.train RUN_DIR
 """
 
 import logging

@@ -9,10 +9,13 @@ from megatron_qwen.cli import Parser, run_program
 def main(arguments: Sequence[str]) -> int:
     """Prints a table, exit 1 where a required ratio is missed."""
     parser = Parser(
-        "mq bench", description="Times this project against a peer, both in one run, and prints the ratio.",
+        "mq bench",
+        description="Times this project against a peer, both in one run, and prints the ratio.",
         examples=["mq bench train_step", "mq bench train_step --rounds 9 --json"],
     )
-    parser.add_argument("name", choices=["train_step"], help="train_step: a training step against transformers + fused AdamW")
+    parser.add_argument(
+        "name", choices=["train_step"], help="train_step: a training step against transformers + fused AdamW"
+    )
     parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count (7)")
     parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
     parser.add_argument("--json", action="store_true")

@@ -15,7 +15,8 @@ from megatron_qwen.recipes.registry import RECIPES
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        "mq config", description="Shows a run's configuration.",
+        "mq config",
+        description="Shows a run's configuration.",
         examples=[
             "mq config show qwen2_5_7b",
             "mq config show qwen2_5_7b parallel.tensor_model_parallel_size=4 --diff",
@@ -23,7 +24,9 @@ def parser() -> argparse.ArgumentParser:
             "mq config reference > docs/configuration.md",
         ],
     )
-    parser.add_argument("action", choices=["show", "reference"], help="show a configuration, or print the page of all fields")
+    parser.add_argument(
+        "action", choices=["show", "reference"], help="show a configuration, or print the page of all fields"
+    )
     parser.add_argument("source", nargs="?", help="a recipe (mq recipes) or a run.yaml")
     parser.add_argument("--diff", action="store_true", help="only what differs from the recipe")
     parser.add_argument("--json", action="store_true", help="JSON instead of YAML")

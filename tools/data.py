@@ -14,7 +14,8 @@ from megatron_qwen.errors import DataError, Problem
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
-        "mq data", description="Trains tokenizers and turns text into token files.",
+        "mq data",
+        description="Trains tokenizers and turns text into token files.",
         examples=[
             "mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl",
             "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
@@ -59,7 +60,9 @@ def _train(options: argparse.Namespace) -> int:
 
     least = 256 + len(CONTROL_TOKENS)
     if options.vocab_size < least:
-        raise DataError(Problem("--vocab-size", options.vocab_size, f"must be at least {least}: 256 bytes and the control tokens."))
+        raise DataError(
+            Problem("--vocab-size", options.vocab_size, f"must be at least {least}: 256 bytes and the control tokens.")
+        )
     if options.output.exists() and any(options.output.iterdir()):
         raise DataError(Problem("--output", options.output, "is not empty; name a new directory."))
     check_files(options.files)
@@ -79,16 +82,26 @@ def _prepare(options: argparse.Namespace) -> int:
 
     def show(done: int, tokens: int) -> None:
         seconds = time.monotonic() - started
-        print(f"\r{done:,} documents  {tokens:,} tokens  {tokens / max(seconds, 1e-9):,.0f} tokens/s", end="", file=sys.stderr)
+        print(
+            f"\r{done:,} documents  {tokens:,} tokens  {tokens / max(seconds, 1e-9):,.0f} tokens/s",
+            end="",
+            file=sys.stderr,
+        )
 
     live = show if sys.stderr.isatty() else None
     made = prepare(
-        documents(options.files, field=options.field), tokenizer=options.tokenizer, prefix=options.output, on_progress=live
+        documents(options.files, field=options.field),
+        tokenizer=options.tokenizer,
+        prefix=options.output,
+        on_progress=live,
     )
     if live:
         print(file=sys.stderr)
     skipped = f", {made.empty_documents} empty ones left out" if made.empty_documents else ""
-    print(f"{options.output}: {made.documents:,} documents{skipped}, {made.tokens:,} tokens, {time.monotonic() - started:.1f} s")
+    print(
+        f"{options.output}: {made.documents:,} documents{skipped}, {made.tokens:,} tokens, "
+        f"{time.monotonic() - started:.1f} s"
+    )
     return 0
 
 
@@ -99,8 +112,11 @@ def _inspect(options: argparse.Namespace) -> int:
 
     file = verify(options.prefix) if options.action == "verify" else TokenFile(options.prefix)
     facts = {
-        "documents": file.num_documents, "tokens": file.num_tokens, "dtype": str(file.dtype),
-        "first_document": file.document(0)[:32].tolist(), **(read_manifest(options.prefix) or {}),
+        "documents": file.num_documents,
+        "tokens": file.num_tokens,
+        "dtype": str(file.dtype),
+        "first_document": file.document(0)[:32].tolist(),
+        **(read_manifest(options.prefix) or {}),
     }
     if options.tokenizer is not None:
         facts["first_text"] = load_tokenizer(options.tokenizer).decode(facts["first_document"])

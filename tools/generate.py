@@ -36,8 +36,12 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
 def main(arguments: Sequence[str]) -> int:
     """Prints a continuation for each prompt."""
     parser = Parser(
-        "mq generate", description="Generates text from a Hugging Face directory.",
-        examples=['mq generate out/first-hf --prompt "def main("', 'mq generate out/first-hf --prompt "import " --temperature 0'],
+        "mq generate",
+        description="Generates text from a Hugging Face directory.",
+        examples=[
+            'mq generate out/first-hf --prompt "def main("',
+            'mq generate out/first-hf --prompt "import " --temperature 0',
+        ],
     )
     parser.add_argument("directory", type=Path)
     parser.add_argument("--prompt", action="append", required=True, help="may be given more than once")
@@ -47,12 +51,22 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
     if not (options.directory / "config.json").is_file():
-        raise ConfigError(Problem("directory", options.directory, "is no Hugging Face directory: it has no config.json."))
+        raise ConfigError(
+            Problem("directory", options.directory, "is no Hugging Face directory: it has no config.json.")
+        )
     texts = generate(
-        options.directory, options.prompt, tokens=options.max_new_tokens, temperature=options.temperature, seed=options.seed
+        options.directory,
+        options.prompt,
+        tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        seed=options.seed,
     )
     if options.json:
-        print(json.dumps([{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)], indent=2))
+        print(
+            json.dumps(
+                [{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)], indent=2
+            )
+        )
     else:
         for prompt, text in zip(options.prompt, texts, strict=True):
             print(f"{prompt}{text}\n")

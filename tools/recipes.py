@@ -33,8 +33,12 @@ def rows() -> list[dict[str, Any]]:
         count = count_parameters(config.model)
         table.append(
             {
-                "recipe": name, "parameters": count.total, "active": count.active, "layers": config.model.num_layers,
-                "layout": layout_name(config.parallel), "what": (recipe.__doc__ or "").strip().splitlines()[0],
+                "recipe": name,
+                "parameters": count.total,
+                "active": count.active,
+                "layers": config.model.num_layers,
+                "layout": layout_name(config.parallel),
+                "what": (recipe.__doc__ or "").strip().splitlines()[0],
             }
         )
     return table
@@ -52,7 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'recipe':<23}{'parameters':>16}{'active':>16}{'layers':>8}  {'layout':<20}what")
     for row in table:
         print(
-            f"{row['recipe']:<23}{row['parameters']:>16,}{row['active']:>16,}{row['layers']:>8}  {row['layout']:<20}{row['what']}"
+            f"{row['recipe']:<23}{row['parameters']:>16,}{row['active']:>16,}{row['layers']:>8}  "
+            f"{row['layout']:<20}{row['what']}"
         )
     return 0
 

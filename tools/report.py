@@ -28,12 +28,14 @@ h1 { font-size: 1.7rem; margin: 0 0 .2rem } h2 { font-size: 1.15rem; margin: 2.4
 .what { color: #5b6472; margin: 0 0 1.6rem }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem }
 .tile { background: #fff; border: 1px solid #e3e5e8; border-radius: .5rem; padding: .8rem 1rem }
-.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums } .tile span { color: #5b6472; font-size: .88rem }
+.tile b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums }
+.tile span { color: #5b6472; font-size: .88rem }
 figure { margin: 1rem 0; background: #fff; border: 1px solid #e3e5e8; border-radius: .5rem; padding: .6rem }
 figure svg { width: 100%; height: auto }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 td, th { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid #e9ebee; vertical-align: top }
-pre { background: #fff; border: 1px solid #e3e5e8; border-radius: .5rem; padding: .9rem 1rem; overflow-x: auto; font-size: .85rem; white-space: pre-wrap }
+pre { background: #fff; border: 1px solid #e3e5e8; border-radius: .5rem; padding: .9rem 1rem; font-size: .85rem }
+pre { overflow-x: auto; white-space: pre-wrap }
 mark { background: #e8f0e4; color: inherit }
 """
 
@@ -72,11 +74,18 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
     records = read_metrics(directory.metrics)
     config = resolve(str(directory.run_yaml), [], RECIPES)
     parts = [
-        f"<h1>{html.escape(directory.path.name)}</h1>", f'<p class="what">{html.escape(_what(config))}</p>',
-        _tiles(config, records), "<h2>Loss</h2>", f"<figure>{loss_figure(records)}</figure>",
-        "<h2>Step</h2>", f"<figure>{step_figure(records)}</figure>",
+        f"<h1>{html.escape(directory.path.name)}</h1>",
+        f'<p class="what">{html.escape(_what(config))}</p>',
+        _tiles(config, records),
+        "<h2>Loss</h2>",
+        f"<figure>{loss_figure(records)}</figure>",
+        "<h2>Step</h2>",
+        f"<figure>{step_figure(records)}</figure>",
         *(f"<h2>{html.escape(section.title)}</h2>{section.body}" for section in sections),
-        "<h2>Attempts</h2>", _attempts(directory.attempts), "<h2>Settings that differ from the recipe</h2>", _settings(config),
+        "<h2>Attempts</h2>",
+        _attempts(directory.attempts),
+        "<h2>Settings that differ from the recipe</h2>",
+        _settings(config),
         f"<h2>How model FLOPs are counted</h2><p>{html.escape(FORMULA)}</p>",
     ]
     page = (
@@ -124,8 +133,16 @@ def _figure(columns: int) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     mpl.rcParams.update(
-        {"svg.fonttype": "none", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "grid.color": "#e9ebee", "axes.edgecolor": "#9aa1ab", "svg.hashsalt": "report"}
+        {
+            "svg.fonttype": "none",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "grid.color": "#e9ebee",
+            "axes.edgecolor": "#9aa1ab",
+            "svg.hashsalt": "report",
+        }
     )
     figure = Figure(figsize=(9.5, 3.1))
     return figure, figure.subplots(1, columns)
@@ -136,9 +153,15 @@ def loss_figure(records: list[dict[str, Any]]) -> str:
     figure, axis = _figure(1)
     tokens = [record["consumed_tokens"] / 1e6 for record in records]
     axis.plot(tokens, [record["lm_loss"] for record in records], color="#8fa3bf", linewidth=1, label="training")
-    measured = [(x, record["validation_loss"]) for x, record in zip(tokens, records, strict=True) if record.get("validation_loss") is not None]
+    measured = [
+        (x, record["validation_loss"])
+        for x, record in zip(tokens, records, strict=True)
+        if record.get("validation_loss") is not None
+    ]
     if measured:
-        axis.plot(*zip(*measured, strict=True), color="#1f4e8c", marker="o", markersize=3.5, linewidth=1.4, label="validation")
+        axis.plot(
+            *zip(*measured, strict=True), color="#1f4e8c", marker="o", markersize=3.5, linewidth=1.4, label="validation"
+        )
     skipped = [(x, record["lm_loss"]) for x, record in zip(tokens, records, strict=True) if record["skipped"]]
     for x, _ in skipped:
         axis.axvline(x, color="#c2452d", linewidth=0.8)
@@ -152,7 +175,10 @@ def step_figure(records: list[dict[str, Any]]) -> str:
     figure, axes = _figure(3)
     steps = [record["iteration"] for record in records]
     for axis, key, title in zip(
-        axes, ("tokens_per_second", "grad_norm", "learning_rate"), ("tokens per second", "gradient norm", "learning rate"), strict=True
+        axes,
+        ("tokens_per_second", "grad_norm", "learning_rate"),
+        ("tokens per second", "gradient norm", "learning rate"),
+        strict=True,
     ):
         axis.plot(steps, [record[key] for record in records], color="#1f4e8c", linewidth=1)
         axis.set(title=title, xlabel="step")
@@ -171,7 +197,11 @@ def _attempts(path: Path) -> str:
                 f"<tr><td>{entry['attempt']}</td><td>{html.escape(str(entry['reason']))}</td><td>{entry['exit_code']}</td>"
                 f"<td>{entry['iterations_gained']}</td></tr>"
             )
-    return "<table><tr><th>attempt</th><th>ended</th><th>exit code</th><th>iterations gained</th></tr>" + "".join(rows) + "</table>"
+    return (
+        "<table><tr><th>attempt</th><th>ended</th><th>exit code</th><th>iterations gained</th></tr>"
+        + "".join(rows)
+        + "</table>"
+    )
 
 
 def _settings(config: RunConfig) -> str:
@@ -182,7 +212,9 @@ def _settings(config: RunConfig) -> str:
 
 def main(arguments: Sequence[str]) -> int:
     """Writes the page and says where."""
-    parser = Parser("mq report", description="Writes one self-contained HTML page of a run.", examples=["mq report runs/first"])
+    parser = Parser(
+        "mq report", description="Writes one self-contained HTML page of a run.", examples=["mq report runs/first"]
+    )
     parser.add_argument("run", type=Path, help="run directory")
     parser.add_argument("--output", type=Path, help="the file; default: report.html in the run directory")
     options = parser.parse_args(arguments)

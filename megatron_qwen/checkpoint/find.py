@@ -54,7 +54,9 @@ def newest_good(candidates: list[Candidate], *, strict: bool) -> Candidate:
             return candidate
         all_damage += damage
         if strict:
-            raise CheckpointError([*damage, Problem("checkpoint.strict", "true", "forbids to fall back to an older one.")])
+            raise CheckpointError(
+                [*damage, Problem("checkpoint.strict", "true", "forbids to fall back to an older one.")]
+            )
         if not dist.is_initialized() or dist.get_rank() == 0:
             named = "; ".join(str(problem) for problem in damage)
             log.warning("checkpoint %s is damaged and passed over: %s", candidate.path, named)

@@ -19,8 +19,14 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 from megatron_qwen.errors import CheckpointError, Problem
 
 _METADATA_CLASSES = (
-    dcp.Metadata, dcp.MetadataIndex, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata, dcp.ChunkStorageMetadata,
-    dcp.TensorProperties, dcp._MEM_FORMAT_ENCODING, dcp.StorageMeta,
+    dcp.Metadata,
+    dcp.MetadataIndex,
+    dcp.TensorStorageMetadata,
+    dcp.BytesStorageMetadata,
+    dcp.ChunkStorageMetadata,
+    dcp.TensorProperties,
+    dcp._MEM_FORMAT_ENCODING,
+    dcp.StorageMeta,
 )
 # megatron-core adds the plans of all ranks.
 _PLAN_CLASSES = (planner.SavePlan, planner.WriteItem, planner.WriteItemType, planner.TensorWriteData)
@@ -38,7 +44,11 @@ _ALLOWED: dict[tuple[str, str], Any] = {
     ("builtins", "dict"): dict,
     ("builtins", "list"): list,
     ("builtins", "tuple"): tuple,
-    **{("torch", str(dtype).removeprefix("torch.")): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+    **{
+        ("torch", str(dtype).removeprefix("torch.")): dtype
+        for dtype in vars(torch).values()
+        if isinstance(dtype, torch.dtype)
+    },
 }
 
 

@@ -66,7 +66,9 @@ class CheckpointReader:
             filled += part.numel()
         if filled != result.numel():
             raise CheckpointError(
-                Problem(str(self.directory), name, f"holds {filled} of {result.numel()} values at {leading}: incomplete.")
+                Problem(
+                    str(self.directory), name, f"holds {filled} of {result.numel()} values at {leading}: incomplete."
+                )
             )
         return result
 

@@ -10,7 +10,8 @@ def superseded(iterations: list[int], *, keep_last: int, keep_every: int | None)
     """Iterations that may go: not among the newest, and not kept for good."""
     newest = sorted(iterations, reverse=True)[:keep_last]
     return [
-        iteration for iteration in iterations
+        iteration
+        for iteration in iterations
         if iteration not in newest and not (keep_every and iteration % keep_every == 0)
     ]
 

@@ -72,8 +72,12 @@ def write_small_files(
         states = {f"rank{rank}.{name}": state for rank, states in enumerate(everyone) for name, state in states.items()}
         save_file(states, directory / GENERATORS)
         content = {
-            "progress": progress, "optimizer_step": optimizer_step, "world_size": dist.get_world_size(), "layout": asdict(parallel),
-            "threads": torch.get_num_threads(), "torch": torch.__version__,
+            "progress": progress,
+            "optimizer_step": optimizer_step,
+            "world_size": dist.get_world_size(),
+            "layout": asdict(parallel),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
         }
         (directory / RUN_YAML).write_text(run_yaml)
         (directory / STATE).write_text(json.dumps(content, indent=2))
@@ -93,5 +97,7 @@ def restore_generators(path: Path, *, parallel: ParallelConfig, state: dict[str,
         return False
     prefix = f"rank{dist.get_rank()}."
     states = load_file(path / GENERATORS)
-    generators.restore({name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)})
+    generators.restore(
+        {name.removeprefix(prefix): tensor for name, tensor in states.items() if name.startswith(prefix)}
+    )
     return True

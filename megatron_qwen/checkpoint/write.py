@@ -116,7 +116,9 @@ class CheckpointWriter:
             for finalize in pending.request.finalize_fns:
                 finalize()
         except OSError as error:
-            raise SaveError(Problem(str(pending.directory), None, f"{error}. Earlier checkpoints are untouched.")) from None
+            raise SaveError(
+                Problem(str(pending.directory), None, f"{error}. Earlier checkpoints are untouched.")
+            ) from None
         return self._commit(pending)
 
     def _prepare(self, directory: Path) -> None:
@@ -151,14 +153,17 @@ class CheckpointWriter:
         dist.all_gather_object(failures, failure)
         if not any(failures):
             return
-        needed = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.is_dir() else 0
+        needed = (
+            sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.is_dir() else 0
+        )
         dist.barrier()
         if dist.get_rank() == 0:
             shutil.rmtree(directory, ignore_errors=True)
         free = shutil.disk_usage(self.root).free
         raise SaveError(
             Problem(
-                str(directory), None,
+                str(directory),
+                None,
                 f"{next(text for text in failures if text)}. {free / 2**20:.0f} MiB are free there now and at least "
                 f"{needed / 2**20:.0f} MiB were written before it failed; make room and start the run again. "
                 "Earlier checkpoints are untouched.",

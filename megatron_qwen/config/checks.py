@@ -41,18 +41,25 @@ def _shape(config: RunConfig) -> Iterator[Problem]:
     model, data = config.model, config.data
     if model.kv_channels is None:
         yield from _indivisible(
-            "model.hidden_size", model.hidden_size, model.num_attention_heads, "num_attention_heads",
+            "model.hidden_size",
+            model.hidden_size,
+            model.num_attention_heads,
+            "num_attention_heads",
             "change one of them or set model.kv_channels.",
         )
     if model.head_dim % 2:
         yield Problem("model.kv_channels", model.head_dim, "the head dimension must be even for RoPE.")
     yield from _indivisible(
-        "model.num_attention_heads", model.num_attention_heads, model.num_query_groups, "num_query_groups",
+        "model.num_attention_heads",
+        model.num_attention_heads,
+        model.num_query_groups,
+        "num_query_groups",
         "every KV head serves the same number of query heads.",
     )
     if data.seq_length > model.max_position_embeddings:
         yield Problem(
-            "data.seq_length", data.seq_length,
+            "data.seq_length",
+            data.seq_length,
             f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower it or raise that.",
         )
 
@@ -62,18 +69,24 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
     if not model.is_moe:
         for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
             if getattr(model, name) is not None:
-                yield Problem(f"model.{name}", getattr(model, name), "needs model.num_moe_experts; set that or drop this.")
+                yield Problem(
+                    f"model.{name}", getattr(model, name), "needs model.num_moe_experts; set that or drop this."
+                )
         return
     assert model.num_moe_experts is not None
     if model.moe_ffn_hidden_size is None:
         yield Problem("model.moe_ffn_hidden_size", "null", "must be given when model.num_moe_experts is.")
     if model.moe_router_topk > model.num_moe_experts:
         yield Problem(
-            "model.moe_router_topk", model.moe_router_topk, f"must be at most model.num_moe_experts = {model.num_moe_experts}."
+            "model.moe_router_topk",
+            model.moe_router_topk,
+            f"must be at most model.num_moe_experts = {model.num_moe_experts}.",
         )
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
         yield Problem(
-            "model.moe_shared_expert_gate", "true", "needs a shared expert; set model.moe_shared_expert_intermediate_size."
+            "model.moe_shared_expert_gate",
+            "true",
+            "needs a shared expert; set model.moe_shared_expert_intermediate_size.",
         )
 
 
@@ -89,7 +102,8 @@ def _tensor(config: RunConfig) -> Iterator[Problem]:
     groups = model.num_query_groups
     if groups % tp:
         yield Problem(
-            "parallel.tensor_model_parallel_size", tp,
+            "parallel.tensor_model_parallel_size",
+            tp,
             f"must divide the {groups} KV heads (model.num_query_groups); use at most {groups}.",
         )
     for name in ("num_attention_heads", "ffn_hidden_size", "moe_shared_expert_intermediate_size"):
@@ -104,7 +118,8 @@ def _tensor(config: RunConfig) -> Iterator[Problem]:
         )
     if parallel.sequence_parallel and config.data.seq_length % (tp * parallel.context_parallel_size):
         yield Problem(
-            "data.seq_length", config.data.seq_length,
+            "data.seq_length",
+            config.data.seq_length,
             f"must divide by TP x CP = {tp * parallel.context_parallel_size} with sequence parallelism.",
         )
 
@@ -118,7 +133,8 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
         )
     if vp > 1 and pp == 2 and not parallel.overlap_p2p_comm:
         yield Problem(
-            "parallel.overlap_p2p_comm", "false",
+            "parallel.overlap_p2p_comm",
+            "false",
             "must be true for the interleaved schedule with pipeline size 2: batched sends give wrong gradients there.",
         )
     try:
@@ -131,7 +147,10 @@ def _context(config: RunConfig) -> Iterator[Problem]:
     cp = config.parallel.context_parallel_size
     if cp > 1:
         yield from _indivisible(
-            "data.seq_length", config.data.seq_length, 2 * cp, "2 x context_parallel_size, for causal load balance",
+            "data.seq_length",
+            config.data.seq_length,
+            2 * cp,
+            "2 x context_parallel_size, for causal load balance",
             "choose another length.",
         )
         if config.model.attention_dropout:
@@ -156,8 +175,11 @@ def _expert(config: RunConfig) -> Iterator[Problem]:
         )
     if model.moe_ffn_hidden_size is not None:
         yield from _indivisible(
-            "model.moe_ffn_hidden_size", model.moe_ffn_hidden_size, parallel.expert_tensor_size,
-            "parallel.expert_tensor_parallel_size", "choose another size.",
+            "model.moe_ffn_hidden_size",
+            model.moe_ffn_hidden_size,
+            parallel.expert_tensor_size,
+            "parallel.expert_tensor_parallel_size",
+            "choose another size.",
         )
 
 
@@ -165,7 +187,9 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
     precision = config.precision
     if precision.fp8 and precision.backend == "torch":
         yield Problem(
-            "precision.fp8", precision.fp8, "needs the te backend (Transformer Engine on a GPU); set precision.backend=te."
+            "precision.fp8",
+            precision.fp8,
+            "needs the te backend (Transformer Engine on a GPU); set precision.backend=te.",
         )
     if precision.fp8 and precision.dtype != "bf16":
         yield Problem("precision.fp8", precision.fp8, "needs precision.dtype=bf16 for what FP8 does not cover.")
@@ -182,7 +206,9 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
     decay_end = optim.lr_decay_iters or iters
     if optim.lr_warmup_iters and optim.lr_warmup_iters >= decay_end:
         yield Problem(
-            "optim.lr_warmup_iters", optim.lr_warmup_iters, f"must be below the end of the decay, iteration {decay_end}."
+            "optim.lr_warmup_iters",
+            optim.lr_warmup_iters,
+            f"must be below the end of the decay, iteration {decay_end}.",
         )
     if optim.lr_decay_style == "wsd" and (optim.lr_wsd_decay_iters or 0) + optim.lr_warmup_iters > decay_end:
         yield Problem(
@@ -190,7 +216,8 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
         )
     if not parallel.use_distributed_optimizer:
         yield Problem(
-            "parallel.use_distributed_optimizer", "false",
+            "parallel.use_distributed_optimizer",
+            "false",
             "must be true: checkpoints that any layout can load need the distributed optimizer.",
         )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
@@ -208,7 +235,9 @@ def _recompute(config: RunConfig) -> Iterator[Problem]:
                 yield Problem("training.recompute_modules", name, "does not exist in this model.")
     if training.recompute_granularity == "full" and training.recompute_num_layers > config.model.num_layers:
         yield Problem(
-            "training.recompute_num_layers", training.recompute_num_layers, f"the model has {config.model.num_layers} layers."
+            "training.recompute_num_layers",
+            training.recompute_num_layers,
+            f"the model has {config.model.num_layers} layers.",
         )
 
 
@@ -220,17 +249,24 @@ def _world(config: RunConfig, world_size: int) -> Iterator[Problem]:
         return
     expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     if config.model.is_moe and world_size % expert:
-        yield Problem("ranks", world_size, f"must divide by ETP x EP x PP = {expert}; change --nproc / nodes or the layout.")
+        yield Problem(
+            "ranks", world_size, f"must divide by ETP x EP x PP = {expert}; change --nproc / nodes or the layout."
+        )
     dp = world_size // mp
     step = training.micro_batch_size * dp
     yield from _indivisible(
-        "training.global_batch_size", training.global_batch_size, step, f"micro batch x DP = {training.micro_batch_size} x {dp}",
+        "training.global_batch_size",
+        training.global_batch_size,
+        step,
+        f"micro batch x DP = {training.micro_batch_size} x {dp}",
         "change the batch or the ranks.",
     )
     pp = parallel.pipeline_model_parallel_size
     if parallel.virtual_stages > 1 and training.global_batch_size % (step * pp):
         yield Problem(
-            "training.global_batch_size", training.global_batch_size, f"the interleaved schedule needs micro-batches in multiples of {pp}."
+            "training.global_batch_size",
+            training.global_batch_size,
+            f"the interleaved schedule needs micro-batches in multiples of {pp}.",
         )
     yield from _rampup(config, step)
 
@@ -246,8 +282,14 @@ def _rampup(config: RunConfig, step: int) -> Iterator[Problem]:
     if start > target:
         yield Problem("training.rampup_batch_size", start, f"starts above training.global_batch_size = {target}.")
     elif (target - start) % increment:
-        yield Problem("training.rampup_batch_size", list(ramp), f"{target} - {start} must divide by the increment {increment}.")
+        yield Problem(
+            "training.rampup_batch_size", list(ramp), f"{target} - {start} must divide by the increment {increment}."
+        )
     for name, size in (("start", start), ("increment", increment)):
         yield from _indivisible(
-            f"training.rampup_batch_size {name}", size, step, "micro batch x DP", "every batch of the ramp must be whole."
+            f"training.rampup_batch_size {name}",
+            size,
+            step,
+            "micro batch x DP",
+            "every batch of the ramp must be whole.",
         )

@@ -88,7 +88,7 @@ def type_name(kind: Any) -> str:
         return "one of " + ", ".join(map(str, get_args(kind)))
     if origin is tuple:
         return f"list of {type_name(get_args(kind)[0])}"
-    return {bool: "true or false"}.get(kind, kind.__name__)
+    return "true or false" if kind is bool else str(kind.__name__)
 
 
 class WrongType(ValueError):

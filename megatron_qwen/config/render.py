@@ -42,8 +42,15 @@ def reference_page() -> str:
         "Unknown fields and wrong values are reported all at once, with exit code 2.",
     ]
     for section, cls in SECTION_TYPES.items():
-        lines += ["", f"## {section}", "", (cls.__doc__ or "").strip(), "", "| field | type | default | meaning |",
-                  "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            (cls.__doc__ or "").strip(),
+            "",
+            "| field | type | default | meaning |",
+            "|---|---|---|---|",
+        ]
         for info in field_infos(section, cls).values():
             default = "required" if info.default is MISSING else f"`{_shown(info.default)}`"
             lines.append(f"| `{info.path}` | {type_name(info.type)} | {default} | {info.doc} |")
@@ -53,4 +60,8 @@ def reference_page() -> str:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(str, value)) + "]"
-    return {None: "null", True: "true", False: "false"}.get(value, str(value)) if not isinstance(value, float) else f"{value:g}"
+    return (
+        {None: "null", True: "true", False: "false"}.get(value, str(value))
+        if not isinstance(value, float)
+        else f"{value:g}"
+    )

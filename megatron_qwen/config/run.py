@@ -54,11 +54,7 @@ class RunConfig:
 
 def all_fields() -> dict[str, FieldInfo]:
     """Every field of every section by its path, ``section.field``."""
-    return {
-        info.path: info
-        for section, cls in SECTION_TYPES.items()
-        for info in field_infos(section, cls).values()
-    }
+    return {info.path: info for section, cls in SECTION_TYPES.items() for info in field_infos(section, cls).values()}
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

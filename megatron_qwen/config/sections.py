@@ -97,9 +97,7 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the dense part of the model for one sequence."""
-        return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
-        )
+        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
 
     @property
     def expert_tensor_size(self) -> int:
@@ -117,7 +115,8 @@ class PrecisionConfig:
     """Number formats, and which kernels compute in them."""
 
     backend: Literal["auto", "te", "torch"] = setting(
-        "auto", doc="te: Transformer Engine modules; torch: plain torch modules, CPU and GPU; auto: te where it can run."
+        "auto",
+        doc="te: Transformer Engine modules; torch: plain torch modules, CPU and GPU; auto: te where it can run.",
     )
     dtype: Literal["bf16", "fp32"] = setting("bf16", doc="Compute format; bf16 keeps fp32 main weights.")
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = setting(
@@ -172,7 +171,8 @@ class TrainingConfig:
     micro_batch_size: int = setting(1, doc="Sequences that one rank computes at once.", minimum=1)
     global_batch_size: int = setting(8, doc="Sequences of one optimizer step, over all ranks.", minimum=1)
     rampup_batch_size: tuple[int, ...] | None = setting(
-        None, doc="[start, increment, samples]: the batch grows from start to global_batch_size over that many samples.",
+        None,
+        doc="[start, increment, samples]: the batch grows from start to global_batch_size over that many samples.",
         minimum=1,
     )
     seed: int = setting(1234, doc="Seed of initialisation, sample order and dropout.", minimum=0)
@@ -182,9 +182,11 @@ class TrainingConfig:
         None, doc="What the backward pass computes again: selective (recompute_modules), full layers, or null nothing."
     )
     recompute_method: Literal["uniform", "block"] = setting("uniform", doc="Which layers full recompute takes.")
-    recompute_num_layers: int = setting(1, doc="Layers of a recomputed unit (uniform) or recomputed layers (block).", minimum=1)
-    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm", "shared_experts"], ...] = setting(
-        ("core_attn",), doc="Modules that selective recompute takes."
+    recompute_num_layers: int = setting(
+        1, doc="Layers of a recomputed unit (uniform) or recomputed layers (block).", minimum=1
+    )
+    recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm", "shared_experts"], ...] = (
+        setting(("core_attn",), doc="Modules that selective recompute takes.")
     )
 
 
@@ -195,11 +197,15 @@ class CheckpointConfig:
     save_interval: int = setting(500, doc="Iterations between checkpoints; 0 saves at the end only.", minimum=0)
     async_save: bool = setting(False, doc="Write while training goes on; the step waits for a copy in memory only.")
     keep_last: int = setting(3, doc="Newest checkpoints that are kept.", minimum=1)
-    keep_every: int | None = setting(None, doc="Checkpoints at multiples of this many iterations are kept for good.", minimum=1)
+    keep_every: int | None = setting(
+        None, doc="Checkpoints at multiples of this many iterations are kept for good.", minimum=1
+    )
     load: str | None = setting(
         None, doc="Checkpoint to start from where the run directory has none: weights and optimizer, at iteration 0."
     )
-    strict: bool = setting(False, doc="Refuse to start where the newest checkpoint is damaged, instead of an older one.")
+    strict: bool = setting(
+        False, doc="Refuse to start where the newest checkpoint is damaged, instead of an older one."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,7 +233,9 @@ class PerformanceConfig:
     """Choices that change speed, not results."""
 
     threads_per_rank: int | None = setting(
-        None, doc="CPU threads of a rank; null shares the cores among the local ranks. Part of bit-exact resumes.", minimum=1
+        None,
+        doc="CPU threads of a rank; null shares the cores among the local ranks. Part of bit-exact resumes.",
+        minimum=1,
     )
     cross_entropy_chunk_tokens: int | None = setting(
         None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 1024 on a GPU.", minimum=1

@@ -26,9 +26,7 @@ def unknown_field(path: str) -> Problem:
     same_name = [candidate for candidate, info in known.items() if info.name == (name or section)]
     if same_name:
         return Problem(path, None, f"no such field. Did you mean {same_name[0]}?")
-    hint = did_you_mean(path, known) or (
-        "" if section in SECTION_TYPES else did_you_mean(section, SECTION_TYPES)
-    )
+    hint = did_you_mean(path, known) or ("" if section in SECTION_TYPES else did_you_mean(section, SECTION_TYPES))
     return Problem(path, None, f"no such field.{hint or ' See docs/configuration.md for all of them.'}")
 
 
@@ -57,9 +55,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(
-            Problem(where, None, f"is not valid YAML ({getattr(error, 'problem', error)}).")
-        ) from None
+        raise ConfigError(Problem(where, None, f"is not valid YAML ({getattr(error, 'problem', error)}).")) from None
     if not isinstance(content, dict):
         raise ConfigError(Problem(str(path), None, "must hold a mapping of sections."))
     return content
@@ -156,7 +152,9 @@ def resolve(source: str, overrides: Sequence[str], recipes: Mapping[str, Callabl
         problems += more
     else:
         raise ConfigError(
-            Problem("recipe", source, f"no such recipe or run.yaml.{did_you_mean(source, recipes)} `mq recipes` lists them.")
+            Problem(
+                "recipe", source, f"no such recipe or run.yaml.{did_you_mean(source, recipes)} `mq recipes` lists them."
+            )
         )
     config, more = apply(base, over)
     problems += more

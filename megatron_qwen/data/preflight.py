@@ -19,19 +19,28 @@ def require_usable(config: RunConfig) -> None:
     noted = read_manifest(config.data.path)
     if noted is not None and noted["vocab_size"] > config.model.vocab_size:
         problems.append(
-            Problem("model.vocab_size", config.model.vocab_size, f"{config.data.path} was made with {noted['vocab_size']} ids; raise it.")
+            Problem(
+                "model.vocab_size",
+                config.model.vocab_size,
+                f"{config.data.path} was made with {noted['vocab_size']} ids; raise it.",
+            )
         )
     if config.data.tokenizer is not None:
         size = load_tokenizer(config.data.tokenizer).vocab_size
         if size > config.model.vocab_size:
             problems.append(
-                Problem("model.vocab_size", config.model.vocab_size, f"the tokenizer {config.data.tokenizer} has {size} ids; raise it.")
+                Problem(
+                    "model.vocab_size",
+                    config.model.vocab_size,
+                    f"the tokenizer {config.data.tokenizer} has {size} ids; raise it.",
+                )
             )
         if noted is not None and noted["tokenizer_sha256"] != fingerprint(config.data.tokenizer):
             problems.append(
                 Problem(
-                    "data.tokenizer", config.data.tokenizer,
-                    f"is not the tokenizer that {config.data.path} was made with; name that one or prepare the data again.",
+                    "data.tokenizer",
+                    config.data.tokenizer,
+                    f"is not the tokenizer {config.data.path} was made with; name that one or prepare the data again.",
                 )
             )
     if problems:

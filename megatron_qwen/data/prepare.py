@@ -67,7 +67,10 @@ def prepare(
         if not counts["documents"]:
             raise DataError(Problem(str(prefix), None, "the input holds no text; nothing was written."))
     done = Prepared(
-        **counts, vocab_size=encoder.vocab_size, end_of_text=encoder.end_of_text, tokenizer_sha256=fingerprint(tokenizer)
+        **counts,
+        vocab_size=encoder.vocab_size,
+        end_of_text=encoder.end_of_text,
+        tokenizer_sha256=fingerprint(tokenizer),
     )
     manifest_path(prefix).write_text(json.dumps(asdict(done), indent=2) + "\n")
     return done

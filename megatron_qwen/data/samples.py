@@ -92,7 +92,11 @@ def open_split(data: DataConfig, *, seed: int, validate: bool) -> Split:
     train = source(0, boundary, seed)
     if train.windows == 0:
         raise DataError(
-            Problem("data.path", data.path, f"its {boundary} training tokens are fewer than data.seq_length + 1 = {data.seq_length + 1}.")
+            Problem(
+                "data.path",
+                data.path,
+                f"its {boundary} training tokens are fewer than data.seq_length + 1 = {data.seq_length + 1}.",
+            )
         )
     if not held_out:
         return Split(train, None)
@@ -100,9 +104,10 @@ def open_split(data: DataConfig, *, seed: int, validate: bool) -> Split:
     if validation.windows == 0:
         raise DataError(
             Problem(
-                "data.validation_fraction", data.validation_fraction,
-                f"holds out {file.num_tokens - boundary} tokens, fewer than one sample of {data.seq_length + 1}; raise it "
-                "or set training.eval_iters=0.",
+                "data.validation_fraction",
+                data.validation_fraction,
+                f"holds out {file.num_tokens - boundary} tokens, fewer than one sample of {data.seq_length + 1}; "
+                "raise it or set training.eval_iters=0.",
             )
         )
     return Split(train, validation)

@@ -48,13 +48,19 @@ class TokenFile:
         self._lengths: npt.NDArray[np.int32] = index[body : body + 4 * self.num_documents].view(np.int32)
         body += 4 * self.num_documents
         self._offsets: npt.NDArray[np.int64] = index[body : body + 8 * self.num_documents].view(np.int64)
-        self.num_tokens = (int(self._offsets[-1]) // self.dtype.itemsize + int(self._lengths[-1])) if self.num_documents else 0
+        self.num_tokens = (
+            (int(self._offsets[-1]) // self.dtype.itemsize + int(self._lengths[-1])) if self.num_documents else 0
+        )
         if self.num_tokens == 0:
             raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
         size = bin_.stat().st_size
         if size < self.num_tokens * self.dtype.itemsize:
             raise DataError(
-                Problem(str(bin_), None, f"is cut off: {size} bytes, the index names {self.num_tokens * self.dtype.itemsize}.")
+                Problem(
+                    str(bin_),
+                    None,
+                    f"is cut off: {size} bytes, the index names {self.num_tokens * self.dtype.itemsize}.",
+                )
             )
         self._tokens = np.memmap(bin_, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
 
@@ -91,7 +97,9 @@ def _read_header(path: Path) -> tuple[int, int]:
         raise DataError(Problem(str(path), None, "is not a Megatron index file; `mq data prepare` makes them."))
     _, version, code, count, _ = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
-        raise DataError(Problem(str(path), None, f"has version {version} and dtype code {code}; only version 1 is read."))
+        raise DataError(
+            Problem(str(path), None, f"has version {version} and dtype code {code}; only version 1 is read.")
+        )
     return code, count
 
 

@@ -11,8 +11,14 @@ from megatron_qwen.errors import DataError, Problem
 END_OF_TEXT = "<|endoftext|>"
 CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "vocab.json",
-    "merges.txt", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "chat_template.jinja",
 )
 # Qwen2's pre-tokenizer: words with their leading space, digits one by one, runs of punctuation, line ends.
 _SPLIT = (
@@ -100,7 +106,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     if (directory / "tokenizer.model").is_file():
         return SentencePieceTokenizer(directory / "tokenizer.model")
     raise DataError(
-        Problem(str(directory), None, "holds neither tokenizer.json nor tokenizer.model; `mq data tokenizer train` makes one.")
+        Problem(
+            str(directory),
+            None,
+            "holds neither tokenizer.json nor tokenizer.model; `mq data tokenizer train` makes one.",
+        )
     )
 
 
@@ -140,7 +150,9 @@ def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None
     library.decoder = decoders.ByteLevel()
     # Ordinary tokens first and control tokens last, as in Qwen's vocabulary.
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size - len(CONTROL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     library.train_from_iterator(_not_empty(texts), trainer)
     library.add_special_tokens(list(CONTROL_TOKENS))
@@ -163,12 +175,23 @@ def train_sentencepiece(texts: Iterable[str], directory: Path, *, vocab_size: in
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(_not_empty(line for text in texts for line in text.splitlines() if line)),
-            model_prefix=str(directory / "tokenizer"), vocab_size=vocab_size, model_type="bpe", byte_fallback=True,
-            bos_id=-1, pad_id=-1, eos_id=1, unk_id=0, eos_piece=END_OF_TEXT, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, minloglevel=2,
+            model_prefix=str(directory / "tokenizer"),
+            vocab_size=vocab_size,
+            model_type="bpe",
+            byte_fallback=True,
+            bos_id=-1,
+            pad_id=-1,
+            eos_id=1,
+            unk_id=0,
+            eos_piece=END_OF_TEXT,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
         )
     except RuntimeError as error:
-        raise DataError(Problem("--vocab-size", vocab_size, f"SentencePiece refused: {str(error).splitlines()[-1]}")) from None
+        raise DataError(
+            Problem("--vocab-size", vocab_size, f"SentencePiece refused: {str(error).splitlines()[-1]}")
+        ) from None
     (directory / "tokenizer.vocab").unlink(missing_ok=True)
     _write_config(directory, "LlamaTokenizer")
 

@@ -35,13 +35,20 @@ class RankInfo:
             if missing:
                 raise ConfigError([Problem(name, None, "is not set beside RANK and WORLD_SIZE.") for name in missing])
             return cls(
-                int(environ["RANK"]), int(environ["WORLD_SIZE"]), int(environ.get("LOCAL_RANK", "0")),
-                int(environ.get("LOCAL_WORLD_SIZE", "1")), environ["MASTER_ADDR"], int(environ["MASTER_PORT"]),
+                int(environ["RANK"]),
+                int(environ["WORLD_SIZE"]),
+                int(environ.get("LOCAL_RANK", "0")),
+                int(environ.get("LOCAL_WORLD_SIZE", "1")),
+                environ["MASTER_ADDR"],
+                int(environ["MASTER_PORT"]),
             )
         if under_srun(environ):
             return cls(
-                int(environ["SLURM_PROCID"]), int(environ["SLURM_NTASKS"]), int(environ["SLURM_LOCALID"]),
-                _tasks_here(environ), environ.get("MASTER_ADDR") or _first_node_address(environ["SLURM_JOB_NODELIST"]),
+                int(environ["SLURM_PROCID"]),
+                int(environ["SLURM_NTASKS"]),
+                int(environ["SLURM_LOCALID"]),
+                _tasks_here(environ),
+                environ.get("MASTER_ADDR") or _first_node_address(environ["SLURM_JOB_NODELIST"]),
                 int(environ.get("MASTER_PORT") or _port_of_job(environ)),
             )
         return cls(0, 1, 0, 1, "127.0.0.1", 0)
@@ -84,11 +91,15 @@ def join(info: RankInfo, *, timeout_minutes: int) -> None:
     device.select(info.local_rank)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if info.world_size == 1 and info.master_port == 0:
-        dist.init_process_group(device.backend(), store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(device.backend(), store=store, rank=0, world_size=1, timeout=timeout)
         return
     dist.init_process_group(
-        device.backend(), init_method=f"tcp://{info.master_address}:{info.master_port}",
-        rank=info.rank, world_size=info.world_size, timeout=timeout,
+        device.backend(),
+        init_method=f"tcp://{info.master_address}:{info.master_port}",
+        rank=info.rank,
+        world_size=info.world_size,
+        timeout=timeout,
     )
 
 

@@ -23,8 +23,14 @@ class ParameterCount:
     def total(self) -> int:
         """All parameters that are stored."""
         return (
-            self.embedding + self.output + self.attention + self.dense_mlp + self.router
-            + self.routed_experts + self.shared_expert + self.norms
+            self.embedding
+            + self.output
+            + self.attention
+            + self.dense_mlp
+            + self.router
+            + self.routed_experts
+            + self.shared_expert
+            + self.norms
         )
 
     @property

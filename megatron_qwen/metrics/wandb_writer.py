@@ -20,7 +20,9 @@ class WandbWriter:
             import wandb
         except ImportError:
             raise ConfigError(
-                Problem("metrics.wandb_project", project, "needs the wandb package: pip install 'megatron_qwen[wandb]'.")
+                Problem(
+                    "metrics.wandb_project", project, "needs the wandb package: pip install 'megatron_qwen[wandb]'."
+                )
             ) from None
         self._run = wandb.init(project=project, id=run_dir.name, resume="allow", dir=str(run_dir), config=config)
 

@@ -1,6 +1,7 @@
 """Builds the model chunks of a rank."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -41,9 +42,7 @@ class Model:
             chunk.train(mode)
 
 
-def build_model(
-    config: RunConfig, groups: ProcessGroupCollection, backend: Backend, *, device: torch.device
-) -> Model:
+def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Backend, *, device: torch.device) -> Model:
     """Builds, initialises and wraps the chunks of this rank.
 
     Args:
@@ -76,7 +75,12 @@ def build_model(
 
 
 def _chunk(
-    config: RunConfig, core: TransformerConfig, groups: ProcessGroupCollection, backend: Backend, *, vp_stage: int | None
+    config: RunConfig,
+    core: TransformerConfig,
+    groups: ProcessGroupCollection,
+    backend: Backend,
+    *,
+    vp_stage: int | None,
 ) -> GPTModel:
     model = config.model
     last = config.parallel.virtual_stages - 1
@@ -95,7 +99,7 @@ def _chunk(
     )
 
 
-def _unwrap(module: torch.nn.Module) -> GPTModel:
+def _unwrap(module: Any) -> GPTModel:
     while not isinstance(module, GPTModel):
         module = module.module
     return module

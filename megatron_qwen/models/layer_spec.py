@@ -48,7 +48,9 @@ def _layer(core: TransformerConfig, backend: Backend) -> ModuleSpec:
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm if moe or not fused else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
-                backend=provider, num_experts=core.num_moe_experts, moe_grouped_gemm=core.moe_grouped_gemm,
+                backend=provider,
+                num_experts=core.num_moe_experts,
+                moe_grouped_gemm=core.moe_grouped_gemm,
                 use_te_activation_func=core.use_te_activation_func,
             ),
             mlp_bda=get_bias_dropout_add,

@@ -56,8 +56,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor,
-        group: dist.ProcessGroup, valid: int, chunk: int,
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        weights: torch.Tensor,
+        group: dist.ProcessGroup,
+        valid: int,
+        chunk: int,
     ) -> torch.Tensor:
         training = hidden.requires_grad or weight.requires_grad
         first_row = weight.shape[0] * group.rank()

@@ -54,7 +54,9 @@ def sharded_state_dict(modules: Sequence[GPTModel], groups: ProcessGroupCollecti
 def slices(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> Iterator[Slice]:
     """Every parameter slice this rank holds, as views: writing to ``data`` writes to the parameter."""
     for state in sharded_state_dict(modules, groups).values():
-        tensors = {key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)}
+        tensors = {
+            key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)
+        }
         apply_factories(tensors)
         yield from _walk(tensors)
 

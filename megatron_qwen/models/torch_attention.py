@@ -80,7 +80,9 @@ class TorchAttention(torch.nn.Module):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__()
-        assert attn_mask_type == AttnMaskType.causal and attention_type == "self" and pg_collection is not None
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
+        assert pg_collection is not None
         self.dropout = config.attention_dropout
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
@@ -130,7 +132,13 @@ class TorchAttention(torch.nn.Module):
         # Ranks that hold other heads draw other dropout.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask, is_causal=mask is None, dropout_p=dropout, scale=self.scale,
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self.scale,
                 enable_gqa=query.shape[1] != key.shape[1],
             )
 

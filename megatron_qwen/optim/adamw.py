@@ -50,10 +50,20 @@ class GroupStepAdamW(torch.optim.Optimizer):
             # The kernel counts up by itself; it is handed the count before this step.
             counts = [torch.tensor(float(group["step"] - 1), device=param.device) for param in params]
             adamw(
-                params, [param.grad for param in params], [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states], [], counts, fused=True, amsgrad=False,
-                beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"],
-                weight_decay=group["weight_decay"], eps=group["eps"], maximize=False,
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                counts,
+                fused=True,
+                amsgrad=False,
+                beta1=group["betas"][0],
+                beta2=group["betas"][1],
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
             )
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:

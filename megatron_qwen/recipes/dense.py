@@ -21,7 +21,10 @@ _LARGE_BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_
 
 def _model(**shape: object) -> ModelConfig:
     base: dict[str, object] = {
-        "kv_channels": 128, "vocab_size": 152064, "max_position_embeddings": 131072, "rotary_base": 10_000.0,
+        "kv_channels": 128,
+        "vocab_size": 152064,
+        "max_position_embeddings": 131072,
+        "rotary_base": 10_000.0,
     }
     return ModelConfig(**{**base, **shape})  # type: ignore[arg-type]
 
@@ -29,8 +32,15 @@ def _model(**shape: object) -> ModelConfig:
 def qwen2_5_0_5b() -> RunConfig:
     """Qwen2.5-0.5B: one GPU a replica."""
     model = _model(
-        num_layers=24, hidden_size=896, num_attention_heads=14, num_query_groups=2, kv_channels=64,
-        ffn_hidden_size=4864, vocab_size=151936, max_position_embeddings=32768, share_embeddings_and_output_weights=True,
+        num_layers=24,
+        hidden_size=896,
+        num_attention_heads=14,
+        num_query_groups=2,
+        kv_channels=64,
+        ffn_hidden_size=4864,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        share_embeddings_and_output_weights=True,
     )
     return RunConfig(recipe="qwen2_5_0_5b", model=model, optim=_SMALL_OPTIM, training=_SMALL_BATCH)
 
@@ -38,8 +48,13 @@ def qwen2_5_0_5b() -> RunConfig:
 def qwen2_5_1_5b() -> RunConfig:
     """Qwen2.5-1.5B: one GPU a replica."""
     model = _model(
-        num_layers=28, hidden_size=1536, num_attention_heads=12, num_query_groups=2,
-        ffn_hidden_size=8960, vocab_size=151936, share_embeddings_and_output_weights=True,
+        num_layers=28,
+        hidden_size=1536,
+        num_attention_heads=12,
+        num_query_groups=2,
+        ffn_hidden_size=8960,
+        vocab_size=151936,
+        share_embeddings_and_output_weights=True,
     )
     return RunConfig(recipe="qwen2_5_1_5b", model=model, optim=_SMALL_OPTIM, training=_SMALL_BATCH)
 
@@ -47,17 +62,21 @@ def qwen2_5_1_5b() -> RunConfig:
 def qwen2_5_3b() -> RunConfig:
     """Qwen2.5-3B: one GPU a replica."""
     model = _model(
-        num_layers=36, hidden_size=2048, num_attention_heads=16, num_query_groups=2,
-        ffn_hidden_size=11008, vocab_size=151936, max_position_embeddings=32768, share_embeddings_and_output_weights=True,
+        num_layers=36,
+        hidden_size=2048,
+        num_attention_heads=16,
+        num_query_groups=2,
+        ffn_hidden_size=11008,
+        vocab_size=151936,
+        max_position_embeddings=32768,
+        share_embeddings_and_output_weights=True,
     )
     return RunConfig(recipe="qwen2_5_3b", model=model, optim=_SMALL_OPTIM, training=_SMALL_BATCH)
 
 
 def qwen2_5_7b() -> RunConfig:
     """Qwen2.5-7B: two GPUs a replica; 4 KV heads bound TP."""
-    model = _model(
-        num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, ffn_hidden_size=18944,
-    )
+    model = _model(num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, ffn_hidden_size=18944)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     return RunConfig(recipe="qwen2_5_7b", model=model, parallel=parallel, optim=_MIDDLE_OPTIM, training=_LARGE_BATCH)
 
@@ -65,7 +84,11 @@ def qwen2_5_7b() -> RunConfig:
 def qwen2_5_14b() -> RunConfig:
     """Qwen2.5-14B: four GPUs a replica."""
     model = _model(
-        num_layers=48, hidden_size=5120, num_attention_heads=40, num_query_groups=8, ffn_hidden_size=13824,
+        num_layers=48,
+        hidden_size=5120,
+        num_attention_heads=40,
+        num_query_groups=8,
+        ffn_hidden_size=13824,
         layernorm_epsilon=1e-5,
     )
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
@@ -75,11 +98,17 @@ def qwen2_5_14b() -> RunConfig:
 def qwen2_5_32b() -> RunConfig:
     """Qwen2.5-32B: two nodes of eight a replica, TP in the node."""
     model = _model(
-        num_layers=64, hidden_size=5120, num_attention_heads=40, num_query_groups=8, ffn_hidden_size=27648,
+        num_layers=64,
+        hidden_size=5120,
+        num_attention_heads=40,
+        num_query_groups=8,
+        ffn_hidden_size=27648,
         layernorm_epsilon=1e-5,
     )
     parallel = ParallelConfig(
-        tensor_model_parallel_size=8, sequence_parallel=True, pipeline_model_parallel_size=2,
+        tensor_model_parallel_size=8,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=4,
     )
     return RunConfig(recipe="qwen2_5_32b", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_LARGE_BATCH)
@@ -88,11 +117,17 @@ def qwen2_5_32b() -> RunConfig:
 def qwen2_5_72b() -> RunConfig:
     """Qwen2.5-72B: four nodes of eight a replica, TP in the node, interleaved pipeline over nodes."""
     model = _model(
-        num_layers=80, hidden_size=8192, num_attention_heads=64, num_query_groups=8, ffn_hidden_size=29568,
+        num_layers=80,
+        hidden_size=8192,
+        num_attention_heads=64,
+        num_query_groups=8,
+        ffn_hidden_size=29568,
         layernorm_epsilon=1e-5,
     )
     parallel = ParallelConfig(
-        tensor_model_parallel_size=8, sequence_parallel=True, pipeline_model_parallel_size=4,
+        tensor_model_parallel_size=8,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=4,
         virtual_pipeline_model_parallel_size=5,
     )
     return RunConfig(recipe="qwen2_5_72b", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_LARGE_BATCH)

@@ -23,26 +23,50 @@ _BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_interv
 def qwen1_5_moe_a2_7b() -> RunConfig:
     """Qwen1.5-MoE-A2.7B: 60 experts on 4 GPUs."""
     model = ModelConfig(
-        num_layers=24, hidden_size=2048, num_attention_heads=16, num_query_groups=16, ffn_hidden_size=5632,
-        vocab_size=151936, max_position_embeddings=8192, num_moe_experts=60, moe_router_topk=4, moe_ffn_hidden_size=1408,
-        moe_shared_expert_intermediate_size=5632, moe_shared_expert_gate=True,
+        num_layers=24,
+        hidden_size=2048,
+        num_attention_heads=16,
+        num_query_groups=16,
+        ffn_hidden_size=5632,
+        vocab_size=151936,
+        max_position_embeddings=8192,
+        num_moe_experts=60,
+        moe_router_topk=4,
+        moe_ffn_hidden_size=1408,
+        moe_shared_expert_intermediate_size=5632,
+        moe_shared_expert_gate=True,
     )
     return RunConfig(
-        recipe="qwen1_5_moe_a2_7b", model=model, parallel=ParallelConfig(expert_model_parallel_size=4),
-        optim=_SMALL_OPTIM, training=_BATCH,
+        recipe="qwen1_5_moe_a2_7b",
+        model=model,
+        parallel=ParallelConfig(expert_model_parallel_size=4),
+        optim=_SMALL_OPTIM,
+        training=_BATCH,
     )
 
 
 def qwen2_57b_a14b() -> RunConfig:
     """Qwen2-57B-A14B: 64 experts over 8 GPUs, four pipeline ranks."""
     model = ModelConfig(
-        num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, ffn_hidden_size=18944,
-        vocab_size=151936, max_position_embeddings=131072, num_moe_experts=64, moe_router_topk=8, moe_ffn_hidden_size=2560,
-        moe_shared_expert_intermediate_size=20480, moe_shared_expert_gate=True,
+        num_layers=28,
+        hidden_size=3584,
+        num_attention_heads=28,
+        num_query_groups=4,
+        ffn_hidden_size=18944,
+        vocab_size=151936,
+        max_position_embeddings=131072,
+        num_moe_experts=64,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=2560,
+        moe_shared_expert_intermediate_size=20480,
+        moe_shared_expert_gate=True,
     )
     parallel = ParallelConfig(
-        tensor_model_parallel_size=2, sequence_parallel=True, pipeline_model_parallel_size=4,
-        expert_model_parallel_size=8, expert_tensor_parallel_size=1,
+        tensor_model_parallel_size=2,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=4,
+        expert_model_parallel_size=8,
+        expert_tensor_parallel_size=1,
     )
     return RunConfig(recipe="qwen2_57b_a14b", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH)
 
@@ -50,24 +74,49 @@ def qwen2_57b_a14b() -> RunConfig:
 def qwen2_5_turbo_standin() -> RunConfig:
     """STAND-IN for Qwen2.5-Turbo, whose shape is unpublished: about the active parameters that match a dense 14B."""
     model = ModelConfig(
-        num_layers=32, hidden_size=2560, num_attention_heads=20, num_query_groups=4, ffn_hidden_size=11264,
-        kv_channels=128, vocab_size=152064, max_position_embeddings=262144, rotary_base=10_000_000.0,
-        num_moe_experts=64, moe_router_topk=8, moe_ffn_hidden_size=1408, moe_shared_expert_intermediate_size=11264,
+        num_layers=32,
+        hidden_size=2560,
+        num_attention_heads=20,
+        num_query_groups=4,
+        ffn_hidden_size=11264,
+        kv_channels=128,
+        vocab_size=152064,
+        max_position_embeddings=262144,
+        rotary_base=10_000_000.0,
+        num_moe_experts=64,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=1408,
+        moe_shared_expert_intermediate_size=11264,
         moe_shared_expert_gate=True,
     )
     parallel = ParallelConfig(expert_model_parallel_size=8, pipeline_model_parallel_size=2)
-    return RunConfig(recipe="qwen2_5_turbo_standin", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_turbo_standin", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH
+    )
 
 
 def qwen2_5_plus_standin() -> RunConfig:
     """STAND-IN for Qwen2.5-Plus, whose shape is unpublished: about the active parameters that match a dense 72B."""
     model = ModelConfig(
-        num_layers=48, hidden_size=5120, num_attention_heads=40, num_query_groups=8, ffn_hidden_size=20480,
-        kv_channels=128, vocab_size=152064, max_position_embeddings=131072, num_moe_experts=64, moe_router_topk=8,
-        moe_ffn_hidden_size=2560, moe_shared_expert_intermediate_size=20480, moe_shared_expert_gate=True,
+        num_layers=48,
+        hidden_size=5120,
+        num_attention_heads=40,
+        num_query_groups=8,
+        ffn_hidden_size=20480,
+        kv_channels=128,
+        vocab_size=152064,
+        max_position_embeddings=131072,
+        num_moe_experts=64,
+        moe_router_topk=8,
+        moe_ffn_hidden_size=2560,
+        moe_shared_expert_intermediate_size=20480,
+        moe_shared_expert_gate=True,
     )
     parallel = ParallelConfig(
-        tensor_model_parallel_size=4, sequence_parallel=True, pipeline_model_parallel_size=8,
-        expert_model_parallel_size=8, expert_tensor_parallel_size=1,
+        tensor_model_parallel_size=4,
+        sequence_parallel=True,
+        pipeline_model_parallel_size=8,
+        expert_model_parallel_size=8,
+        expert_tensor_parallel_size=1,
     )
     return RunConfig(recipe="qwen2_5_plus_standin", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH)

@@ -20,8 +20,13 @@ _FP32 = PrecisionConfig(dtype="fp32")
 def tiny_dense() -> RunConfig:
     """A dense model of 0.2M parameters with every feature of the family: GQA, QKV bias, untied embeddings."""
     model = ModelConfig(
-        num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128,
-        vocab_size=320, max_position_embeddings=256,
+        num_layers=4,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=128,
+        vocab_size=320,
+        max_position_embeddings=256,
     )
     return RunConfig(
         recipe="tiny_dense", model=model, precision=_FP32, data=_TINY_DATA, optim=_TINY_OPTIM, training=_TINY_TRAINING
@@ -31,9 +36,19 @@ def tiny_dense() -> RunConfig:
 def tiny_moe() -> RunConfig:
     """A mixture of 4 experts, 2 chosen, with a gated shared expert and both router losses."""
     model = ModelConfig(
-        num_layers=4, hidden_size=64, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=128,
-        vocab_size=320, max_position_embeddings=256, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=64,
-        moe_shared_expert_intermediate_size=128, moe_shared_expert_gate=True, moe_aux_loss_coeff=0.01,
+        num_layers=4,
+        hidden_size=64,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=128,
+        vocab_size=320,
+        max_position_embeddings=256,
+        num_moe_experts=4,
+        moe_router_topk=2,
+        moe_ffn_hidden_size=64,
+        moe_shared_expert_intermediate_size=128,
+        moe_shared_expert_gate=True,
+        moe_aux_loss_coeff=0.01,
         moe_z_loss_coeff=0.001,
     )
     return RunConfig(
@@ -44,16 +59,27 @@ def tiny_moe() -> RunConfig:
 def demo() -> RunConfig:
     """The model of `mq demo`: 7M parameters, learnt from Python source on two CPU ranks in minutes."""
     model = ModelConfig(
-        num_layers=6, hidden_size=256, num_attention_heads=4, num_query_groups=2, ffn_hidden_size=704,
-        vocab_size=4096, max_position_embeddings=1024, rotary_base=10_000.0, share_embeddings_and_output_weights=True,
+        num_layers=6,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_query_groups=2,
+        ffn_hidden_size=704,
+        vocab_size=4096,
+        max_position_embeddings=1024,
+        rotary_base=10_000.0,
+        share_embeddings_and_output_weights=True,
     )
     return RunConfig(
-        recipe="demo", model=model, precision=_FP32,
+        recipe="demo",
+        model=model,
+        precision=_FP32,
         parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         data=DataConfig(seq_length=256, validation_fraction=0.02),
         optim=OptimConfig(
-            learning_rate=2e-3, min_learning_rate=2e-4, lr_decay_style="wsd", lr_warmup_iters=30, lr_wsd_decay_iters=100,
+            learning_rate=2e-3, min_learning_rate=2e-4, lr_decay_style="wsd", lr_warmup_iters=30, lr_wsd_decay_iters=100
         ),
-        training=TrainingConfig(train_iters=400, micro_batch_size=8, global_batch_size=16, eval_interval=50, eval_iters=4),
+        training=TrainingConfig(
+            train_iters=400, micro_batch_size=8, global_batch_size=16, eval_interval=50, eval_iters=4
+        ),
         checkpoint=CheckpointConfig(save_interval=200, keep_last=2),
     )

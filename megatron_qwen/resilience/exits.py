@@ -30,4 +30,6 @@ def exit_code_of(program: Callable[[], int]) -> int:
 def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error)
-    return any(sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe"))
+    return any(
+        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")
+    )

@@ -24,7 +24,9 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
 
     chunk_tokens = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
 
-    def output_layer_loss(*, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any) -> Any:
+    def output_layer_loss(
+        *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any
+    ) -> Any:
         return output_loss(
             hidden_states,
             output_layer.weight if output_weight is None else output_weight,
@@ -41,8 +43,12 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
         if batch is None:
             return chunk(None, None, None), partial(_sum_loss, torch.ones(1, 1))
         output = chunk(
-            batch.tokens, batch.position_ids, None, labels=batch.labels,
-            output_processor=output_layer_loss, output_processor_context=batch,
+            batch.tokens,
+            batch.position_ids,
+            None,
+            labels=batch.labels,
+            output_processor=output_layer_loss,
+            output_processor_context=batch,
         )
         return output, partial(_sum_loss, batch.loss_mask)
 

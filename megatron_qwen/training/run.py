@@ -89,8 +89,11 @@ def build_callbacks(
     """The features of a run, in the order in which they act after a step."""
     config = parts.config
     writer = CheckpointWriter(
-        directory.checkpoints, attempt=attempt, is_current=lambda: directory.newest_attempt() == attempt,
-        keep_last=config.checkpoint.keep_last, keep_every=config.checkpoint.keep_every,
+        directory.checkpoints,
+        attempt=attempt,
+        is_current=lambda: directory.newest_attempt() == attempt,
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
     )
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks: list[Callback] = [NumericsGuard()]

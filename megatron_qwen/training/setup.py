@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
@@ -72,9 +71,7 @@ def build_parts(config: RunConfig, info: RankInfo) -> Parts:
     if dist.get_rank() == 0:
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
-    return Parts(
-        config, groups, backend, model, optimizer, data, shard, make_forward_step(config, groups), Progress()
-    )
+    return Parts(config, groups, backend, model, optimizer, data, shard, make_forward_step(config, groups), Progress())
 
 
 def build_data(config: RunConfig) -> Split:

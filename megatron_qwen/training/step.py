@@ -57,8 +57,15 @@ def train_step(
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss, tokens = run_batch(
-        config, model, groups, forward_step, source, shard,
-        first_sample=first_sample, global_batch_size=global_batch_size, forward_only=False,
+        config,
+        model,
+        groups,
+        forward_step,
+        source,
+        shard,
+        first_sample=first_sample,
+        global_batch_size=global_batch_size,
+        forward_only=False,
     )
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())

@@ -80,8 +80,15 @@ class Trainer:
         set_learning_rate(parts.optimizer, rate, weight_decay=config.optim.weight_decay)
         started = time.perf_counter()
         result = train_step(
-            config, parts.model, parts.optimizer, parts.groups, parts.forward_step, parts.data.train, parts.shard,
-            first_sample=progress.consumed_samples, global_batch_size=batch,
+            config,
+            parts.model,
+            parts.optimizer,
+            parts.groups,
+            parts.forward_step,
+            parts.data.train,
+            parts.shard,
+            first_sample=progress.consumed_samples,
+            global_batch_size=batch,
         )
         device.synchronize()
         elapsed = time.perf_counter() - started

@@ -27,15 +27,30 @@ class Worker:
 
     def __init__(self, side: str, dtype: str, data_path: Path, threads: int) -> None:
         # Idle threads must not spin while it is the other side's turn.
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-        command = [sys.executable, "-P", "-m", "tools.benchmarks.train_step_workers", side, dtype, str(data_path), str(threads)]
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "KMP_BLOCKTIME": "0",
+        }
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "tools.benchmarks.train_step_workers",
+            side,
+            dtype,
+            str(data_path),
+            str(threads),
+        ]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
         )
         self._expect_ready()
 
     def _expect_ready(self) -> None:
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
         for line in self._process.stdout:
             if line.strip() == "ready":
                 return
@@ -43,7 +58,8 @@ class Worker:
 
     def run(self, steps: int) -> tuple[float, float]:
         """Runs steps; returns their seconds and the last loss."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         seconds, loss = self._process.stdout.readline().split()
@@ -101,9 +117,15 @@ def run(*, rounds: int, steps: int) -> list[dict[str, Any]]:
                     "benchmark": f"train_step {dtype}",
                     "ours_tokens_per_second": tokens / statistics.median(seconds["ours"]),
                     "peer_tokens_per_second": tokens / statistics.median(seconds["transformers"]),
-                    "peer": "transformers Qwen2ForCausalLM, fused AdamW" + (", bf16 autocast" if dtype == "bf16" else ""),
-                    "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-                    "required": 1.0, "threads": threads, "rounds": rounds, "steps": steps,
+                    "peer": "transformers Qwen2ForCausalLM, fused AdamW"
+                    + (", bf16 autocast" if dtype == "bf16" else ""),
+                    "ratio": statistics.median(ratios),
+                    "ratio_min": min(ratios),
+                    "ratio_max": max(ratios),
+                    "required": 1.0,
+                    "threads": threads,
+                    "rounds": rounds,
+                    "steps": steps,
                 }
             )
     return rows

@@ -20,8 +20,14 @@ def bench_config(dtype: str, data_path: str | None = None) -> RunConfig:
     return RunConfig(
         recipe="custom",
         model=ModelConfig(
-            num_layers=8, hidden_size=384, ffn_hidden_size=1024, num_attention_heads=6, num_query_groups=2,
-            vocab_size=8192, max_position_embeddings=1024, share_embeddings_and_output_weights=True,
+            num_layers=8,
+            hidden_size=384,
+            ffn_hidden_size=1024,
+            num_attention_heads=6,
+            num_query_groups=2,
+            vocab_size=8192,
+            max_position_embeddings=1024,
+            share_embeddings_and_output_weights=True,
         ),
         precision=PrecisionConfig(dtype="bf16" if dtype == "bf16" else "fp32"),
         data=DataConfig(path=data_path, seq_length=SEQUENCE, validation_fraction=0.0),
@@ -47,8 +53,15 @@ def ours(dtype: str, data_path: str) -> Callable[[], float]:
     def step() -> float:
         nonlocal taken
         result = train_step(
-            config, parts.model, parts.optimizer, parts.groups, parts.forward_step, parts.data.train, parts.shard,
-            first_sample=taken * BATCH, global_batch_size=BATCH,
+            config,
+            parts.model,
+            parts.optimizer,
+            parts.groups,
+            parts.forward_step,
+            parts.data.train,
+            parts.shard,
+            first_sample=taken * BATCH,
+            global_batch_size=BATCH,
         )
         taken += 1
         return result.loss
@@ -68,10 +81,16 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(
         Qwen2Config(
-            vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.ffn_hidden_size,
-            num_hidden_layers=shape.num_layers, num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_query_groups, max_position_embeddings=shape.max_position_embeddings,
-            tie_word_embeddings=True, use_cache=False, attn_implementation="sdpa",
+            vocab_size=shape.vocab_size,
+            hidden_size=shape.hidden_size,
+            intermediate_size=shape.ffn_hidden_size,
+            num_hidden_layers=shape.num_layers,
+            num_attention_heads=shape.num_attention_heads,
+            num_key_value_heads=shape.num_query_groups,
+            max_position_embeddings=shape.max_position_embeddings,
+            tie_word_embeddings=True,
+            use_cache=False,
+            attn_implementation="sdpa",
         )
     ).to(device.compute_device())
     optimizer = torch.optim.AdamW(

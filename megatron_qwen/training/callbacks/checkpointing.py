@@ -44,8 +44,11 @@ class Checkpointing(Callback):
 
         def write_small_files(directory: Path) -> None:
             state.write_small_files(
-                directory, progress=parts.progress.as_dict(), optimizer_step=step_count(parts.optimizer),
-                parallel=parts.config.parallel, run_yaml=to_yaml(parts.config),
+                directory,
+                progress=parts.progress.as_dict(),
+                optimizer_step=step_count(parts.optimizer),
+                parallel=parts.config.parallel,
+                run_yaml=to_yaml(parts.config),
             )
 
         tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)

@@ -23,8 +23,8 @@ class ExpertLoad(Callback):
     """Counts where the routers send tokens.
 
     ``load_balancing_loss`` is the core's auxiliary loss, mean over layers and micro-batches, before its coefficient:
-    1 is perfect balance, the number of experts the worst. ``busiest_expert_share`` is the largest share of a layer's token slots that one expert took; 1 / experts is
-    perfect balance.
+    1 is perfect balance, the number of experts the worst. ``busiest_expert_share`` is the largest share of a layer's
+    token slots that one expert took; 1 / experts is perfect balance.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,9 @@ class ExpertLoad(Callback):
         """Adds both figures to the record."""
         model = trainer.parts.config.model
         assert model.num_moe_experts is not None
-        counts = torch.zeros(model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.parts.shard.device)
+        counts = torch.zeros(
+            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.parts.shard.device
+        )
         for layer, chosen in self._counts.items():
             counts[layer] += chosen
         self._counts.clear()
@@ -63,7 +65,13 @@ class ExpertLoad(Callback):
         micro_batches = record.global_batch_size // (trainer.parts.config.training.micro_batch_size * shard.dp_size)
         totals: dict[str, torch.Tensor] = {}
         get_moe_metrics_tracker().report(
-            1.0 / micro_batches, record.iteration, force_initialize=True, track_names=[name], num_layers=model.num_layers,
-            moe_layer_freq=1, total_loss_dict=totals, pg_collection=trainer.parts.groups,
+            1.0 / micro_batches,
+            record.iteration,
+            force_initialize=True,
+            track_names=[name],
+            num_layers=model.num_layers,
+            moe_layer_freq=1,
+            total_loss_dict=totals,
+            pg_collection=trainer.parts.groups,
         )
         return float(totals[name])

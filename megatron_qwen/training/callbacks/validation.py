@@ -29,8 +29,15 @@ class Validation(Callback):
         total = weight = 0.0
         for index in range(parts.config.training.eval_iters):
             loss, tokens = run_batch(
-                parts.config, parts.model, parts.groups, parts.forward_step, source, parts.shard,
-                first_sample=index * size, global_batch_size=size, forward_only=True,
+                parts.config,
+                parts.model,
+                parts.groups,
+                parts.forward_step,
+                source,
+                parts.shard,
+                first_sample=index * size,
+                global_batch_size=size,
+                forward_only=True,
             )
             total, weight = total + loss * tokens, weight + tokens
         parts.model.train(True)
