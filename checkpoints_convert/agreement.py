@@ -28,7 +28,6 @@ from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
 from megatron_qwen.models.backend import choose  # noqa: E402
 from megatron_qwen.models.build import Model, build_model  # noqa: E402
 from megatron_qwen.recipes.registry import RECIPES  # noqa: E402
-from megatron_qwen.training.setup import quiet_core  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,6 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, Model, ProcessGroupCollectio
     chosen = find.newest_good(find.resolve(path), strict=False)
     config = resolve(str(chosen.path / RUN_YAML), ["precision.dtype=fp32", "precision.fp8=null"], RECIPES)
     config = RunConfig(**{**vars(config), "parallel": ParallelConfig()})
-    quiet_core()
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     groups = process_groups.create(config.parallel, seed=config.training.seed)
     model = build_model(config, groups, choose(config.precision), device=device.compute_device())

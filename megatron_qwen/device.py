@@ -115,12 +115,13 @@ def set_threads(count: int) -> None:
 @functools.cache
 def prepare() -> None:
     """Makes megatron-core importable and runnable on this machine; once per process, first of all."""
-    # Notices of the core about what it lacks; which kernels run is in our own log.
+    # Notices of the core (on every rank) about what it lacks; which kernels run is in our own log.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*pynvml.*")
     # Notices of torch.distributed.checkpoint about how the core calls it.
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    for name in ("torch.utils.cpp_extension", "megatron"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     if has_cuda():
         return
     _keep_freed_memory()

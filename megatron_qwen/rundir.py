@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -12,6 +13,8 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
+
+log = logging.getLogger(__name__)
 
 # A resumed run may change anything but what decides which model it is and which tokens it has seen.
 _OWNING_SECTIONS = ("model", "data", "optim")
@@ -101,15 +104,13 @@ class RunDirectory:
             "iteration": iteration,
             "iterations_gained": gained,
         }
-        with self.attempts.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.write_status(
-            "done" if exit_code == 0 else "stopped",
-            attempt=number,
-            exit_code=exit_code,
-            reason=reason,
-            iteration=iteration,
-        )
+        state = "done" if exit_code == 0 else "stopped"
+        try:
+            with self.attempts.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+            self.write_status(state, attempt=number, exit_code=exit_code, reason=reason, iteration=iteration)
+        except OSError as error:  # a full disk must not hide why the attempt ended
+            log.warning("the end of attempt %d could not be noted: %s", number, error)
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import orjson
 import xxhash
@@ -37,6 +38,13 @@ def files_in(directory: Path) -> list[str]:
     return sorted(name for name in names if name != MANIFEST)
 
 
+def _render(content: dict[str, Any]) -> bytes:
+    """The manifest's bytes, which end in a checksum of the rest."""
+    body = {key: value for key, value in content.items() if key != "checksum"}
+    checksum = xxhash.xxh3_128_hexdigest(orjson.dumps(body))
+    return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2)
+
+
 def write(directory: Path, entries: dict[str, FileEntry], *, iteration: int, attempt: int) -> None:
     """Writes manifest.json."""
     content = {
@@ -45,14 +53,17 @@ def write(directory: Path, entries: dict[str, FileEntry], *, iteration: int, att
         "attempt": attempt,
         "files": {name: {"size": entry.size, "xxh3_128": entry.xxh3_128} for name, entry in sorted(entries.items())},
     }
-    (directory / MANIFEST).write_bytes(orjson.dumps(content, option=orjson.OPT_INDENT_2))
+    (directory / MANIFEST).write_bytes(_render(content))
 
 
 def read(directory: Path) -> dict[str, FileEntry] | Problem:
     """The entries of a manifest, or what is wrong with it."""
     path = directory / MANIFEST
     try:
-        content = orjson.loads(path.read_bytes())
+        written = path.read_bytes()
+        content = orjson.loads(written)
+        if _render(content) != written:
+            return Problem(str(path), None, "has other bytes than when it was written: damaged.")
         return {name: FileEntry(int(entry["size"]), str(entry["xxh3_128"])) for name, entry in content["files"].items()}
     except FileNotFoundError:
         return Problem(str(path), None, "is missing: the checkpoint was never committed.")

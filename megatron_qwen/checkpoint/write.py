@@ -112,13 +112,7 @@ class CheckpointWriter:
                 return None
         self._pending = None
         self._together(lambda: _reraise(pending.failure), pending.directory)
-        try:
-            for finalize in pending.request.finalize_fns:
-                finalize()
-        except OSError as error:
-            raise SaveError(
-                Problem(str(pending.directory), None, f"{error}. Earlier checkpoints are untouched.")
-            ) from None
+        self._together(lambda: _finalize(pending.request), pending.directory)
         return self._commit(pending)
 
     def _prepare(self, directory: Path) -> None:
@@ -235,6 +229,12 @@ def _drain(results: "queue.Queue[Any]") -> None:
 def _reraise(failures: list[BaseException]) -> None:
     if failures:
         raise RuntimeError(str(failures[0])) from failures[0]
+
+
+def _finalize(request: Any) -> None:
+    """The core's own end of a save: rank 0 gathers what was written and writes the metadata."""
+    for finalize in request.finalize_fns:
+        finalize()
 
 
 def _all_agree(flag: bool) -> bool:

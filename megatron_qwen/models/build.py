@@ -1,5 +1,7 @@
 """Builds the model chunks of a rank."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +37,22 @@ class Model:
     def modules(self) -> list[GPTModel]:
         """The bare GPTModel of each chunk."""
         return [_unwrap(chunk) for chunk in self.chunks]
+
+    @contextmanager
+    def whole_parameters(self) -> Iterator[None]:
+        """Inside, every rank holds its parameters as the last step left them.
+
+        With parallel.overlap_param_gather they are otherwise gathered only by the next forward pass, and what is
+        saved or validated in between would be partly stale.
+        """
+        late = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
+        for chunk in late:
+            chunk.disable_forward_pre_hook(param_sync=True)
+        try:
+            yield
+        finally:
+            for chunk in late:
+                chunk.enable_forward_pre_hook()
 
     def train(self, mode: bool = True) -> None:
         """Sets training or evaluation mode."""

@@ -29,7 +29,12 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
     )
-    return get_megatron_optimizer(settings, model.chunks)
+    optimizer = get_megatron_optimizer(settings, model.chunks)
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:  # a rank may hold no parameter of a chain's part
+            # Moments from the start: a run may have to be saved before its first step was taken.
+            part.init_state_fn(part.optimizer, part.config)
+    return optimizer
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, rate: float, *, weight_decay: float) -> None:

@@ -17,6 +17,13 @@ def exit_code_of(program: Callable[[], int]) -> int:
         # The same message from every rank helps nobody; another rank's own trouble does.
         print(error.render() if rank == "0" else f"rank {rank}: {error.render()}", file=sys.stderr, flush=True)
         code = error.exit_code
+    except OSError as error:
+        code = EXIT_FAILURE
+        if error.strerror is None:
+            traceback.print_exc()
+        else:
+            where = f"{error.filename}: " if error.filename else ""
+            print(f"error: {where}{error.strerror}. Nothing that was saved is lost.", file=sys.stderr)
     except RuntimeError as error:
         traceback.print_exc()
         code = EXIT_LOST_PEER if _is_lost_peer(error) else EXIT_FAILURE

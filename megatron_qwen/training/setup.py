@@ -59,7 +59,6 @@ def build_parts(config: RunConfig, info: RankInfo) -> Parts:
         config: a legal configuration.
         info: where this rank stands.
     """
-    quiet_core()
     data = build_data(config)
     backend = choose(config.precision)
     adam = install_where_needed()
@@ -94,8 +93,3 @@ def connect(model: Model, optimizer: ChainedOptimizer, groups: ProcessGroupColle
     if model.chunks[0].ddp_config.overlap_param_gather:
         gathers = [chunk.start_param_sync for chunk in model.chunks]
         core.param_sync_func = gathers[0] if single else gathers
-
-
-def quiet_core() -> None:
-    """Keeps megatron-core's notices (each on every rank) below errors."""
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)

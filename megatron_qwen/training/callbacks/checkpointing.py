@@ -10,6 +10,7 @@ from megatron_qwen.config.render import to_yaml
 from megatron_qwen.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
+    from megatron_qwen.training.setup import Parts
     from megatron_qwen.training.trainer import StepRecord, Trainer
 
 
@@ -28,18 +29,18 @@ class Checkpointing(Callback):
         """Saves if it is time, and commits a background save that has finished."""
         settings = trainer.parts.config.checkpoint
         if settings.save_interval and record.iteration % settings.save_interval == 0:
-            self._save(trainer, background=settings.async_save)
+            self.save(trainer.parts, background=settings.async_save)
         elif settings.async_save:
             self.writer.finish(wait=False)
 
     def after_training(self, trainer: "Trainer") -> None:
         """Saves the last state unless it is saved already."""
         if trainer.parts.progress.iteration > self._saved:
-            self._save(trainer, background=False)
+            self.save(trainer.parts, background=False)
         self.writer.finish(wait=True)
 
-    def _save(self, trainer: "Trainer", *, background: bool) -> None:
-        parts = trainer.parts
+    def save(self, parts: "Parts", *, background: bool) -> None:
+        """Saves the present state; with ``background``, a later ``finish`` of the writer commits it."""
         iteration = parts.progress.iteration
 
         def write_small_files(directory: Path) -> None:
@@ -51,6 +52,7 @@ class Checkpointing(Callback):
                 run_yaml=to_yaml(parts.config),
             )
 
-        tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)
-        self.writer.save(iteration, tensors, write_small_files, background=background)
+        with parts.model.whole_parameters():
+            tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)
+            self.writer.save(iteration, tensors, write_small_files, background=background)
         self._saved = iteration

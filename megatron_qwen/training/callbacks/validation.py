@@ -27,18 +27,19 @@ class Validation(Callback):
         assert source is not None
         parts.model.train(False)
         total = weight = 0.0
-        for index in range(parts.config.training.eval_iters):
-            loss, tokens = run_batch(
-                parts.config,
-                parts.model,
-                parts.groups,
-                parts.forward_step,
-                source,
-                parts.shard,
-                first_sample=index * size,
-                global_batch_size=size,
-                forward_only=True,
-            )
-            total, weight = total + loss * tokens, weight + tokens
+        with parts.model.whole_parameters():
+            for index in range(parts.config.training.eval_iters):
+                loss, tokens = run_batch(
+                    parts.config,
+                    parts.model,
+                    parts.groups,
+                    parts.forward_step,
+                    source,
+                    parts.shard,
+                    first_sample=index * size,
+                    global_batch_size=size,
+                    forward_only=True,
+                )
+                total, weight = total + loss * tokens, weight + tokens
         parts.model.train(True)
         return total / max(weight, 1.0)

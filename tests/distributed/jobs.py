@@ -1,0 +1,107 @@
+"""What the ranks of a pool are asked to do."""
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.config.run import RunConfig
+from tests.rank_pool import rank_info
+
+
+def train(config: RunConfig, steps: int, save_to: Path | None = None) -> dict[str, Any]:
+    """Trains some steps on a fresh model.
+
+    Returns:
+        Losses and gradient norms; the state is saved as a checkpoint where ``save_to`` says so.
+    """
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    results = [_step(parts, parts.progress.iteration) for _ in range(steps)]
+    if save_to is not None:
+        save(parts, save_to)
+    return {"losses": [result.loss for result in results], "grad_norms": [result.grad_norm for result in results]}
+
+
+def _step(parts: Any, iteration: int) -> Any:
+    from megatron_qwen.optim.build import set_learning_rate
+    from megatron_qwen.optim.schedule import learning_rate
+    from megatron_qwen.training.step import train_step
+
+    config, progress = parts.config, parts.progress
+    rate = learning_rate(iteration + 1, optim=config.optim, train_iters=config.training.train_iters)
+    set_learning_rate(parts.optimizer, rate, weight_decay=config.optim.weight_decay)
+    batch = config.training.global_batch_size
+    result = train_step(
+        config,
+        parts.model,
+        parts.optimizer,
+        parts.groups,
+        parts.forward_step,
+        parts.data.train,
+        parts.shard,
+        first_sample=progress.consumed_samples,
+        global_batch_size=batch,
+    )
+    progress.iteration += 1
+    progress.schedule_iteration += 1
+    progress.consumed_samples += batch
+    return result
+
+
+def save(parts: Any, root: Path) -> None:
+    """Commits the state as a checkpoint under ``root``."""
+    from megatron_qwen.checkpoint.write import CheckpointWriter
+    from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+
+    writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=9, keep_every=None)
+    Checkpointing(writer, resumed_at=0).save(parts, background=False)
+
+
+def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
+    """Loads a checkpoint under this layout, saves it again, and takes one more step."""
+    from megatron_qwen.rundir import RunDirectory
+    from megatron_qwen.training.run import resume
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    directory = RunDirectory(source.parent)
+    assert directory.checkpoints == source
+    resume(parts, directory)
+    save(parts, out)
+    return {"loss": _step(parts, parts.progress.iteration).loss, "iteration": parts.progress.iteration}
+
+
+def attempt(config: RunConfig, run_dir: Path) -> int:
+    """One attempt at a run, as a rank of ``mq train`` makes it."""
+    from megatron_qwen.resilience.signals import StopSignals
+    from megatron_qwen.training.run import run_attempt
+
+    return run_attempt(config, rank_info(), StopSignals(), run_dir)
+
+
+def tensor_hashes(checkpoint: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a checkpoint, whatever layout wrote it; in the calling process."""
+    from megatron_qwen.checkpoint.read import CheckpointReader
+
+    reader = CheckpointReader(checkpoint)
+    return {
+        name: hashlib.sha256(reader.read(name).contiguous().flatten().view(dtype=_bytes()).numpy().tobytes()).hexdigest()
+        for name in sorted(reader.tensors())
+    }
+
+
+def _bytes() -> Any:
+    import torch
+
+    return torch.uint8
+
+
+def with_layout(config: RunConfig, layout: dict[str, Any]) -> RunConfig:
+    """The configuration under another layout; ``recompute`` sets training's recompute granularity."""
+    layout = dict(layout)
+    recompute = layout.pop("recompute", None)
+    if recompute:
+        config = replace(config, training=replace(config.training, recompute_granularity=recompute))
+    return config.with_section("parallel", **layout)

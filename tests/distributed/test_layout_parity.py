@@ -1,0 +1,70 @@
+"""Every layout computes what one rank computes: losses, gradient norms and exported weights."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from checkpoints_convert.to_hf import write_weights
+from megatron_qwen.checkpoint.find import resolve
+from megatron_qwen.checkpoint.read import CheckpointReader
+from megatron_qwen.config.checks import require_legal
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.recipes.registry import RECIPES
+from tests.distributed import jobs
+from tests.distributed.layouts import DENSE, MOE
+
+STEPS = 5
+
+
+def config_of(recipe: str, tokens: Path) -> RunConfig:
+    # The gradient of the key bias is rounding noise (softmax hardly sees a shift of all scores), and Adam turns noise
+    # above its epsilon into steps of full size. This epsilon lies above the noise and below every real gradient.
+    return RECIPES[recipe]().with_section("data", path=str(tokens)).with_section("optim", adam_eps=1e-5)
+
+
+def exported(config: RunConfig, checkpoint: Path, out: Path) -> dict[str, Any]:
+    import torch
+
+    out.mkdir()
+    chosen = resolve(checkpoint)[0]
+    write_weights(CheckpointReader(chosen.path), config, out, dtype=torch.float32, max_shard_bytes=1 << 40)
+    return load_file(out / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_rank(pool, tokens, tmp_path_factory):
+    """Five steps of each model on one rank, by recipe."""
+    found = {}
+    for recipe in ("tiny_dense", "tiny_moe"):
+        directory = tmp_path_factory.mktemp(recipe)
+        config = config_of(recipe, tokens)
+        answer = pool[1].run(jobs.train, config, STEPS, directory / "checkpoints")[0]
+        found[recipe] = {**answer, "weights": exported(config, directory / "checkpoints", directory / "hf")}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("tiny_dense", name) for name in DENSE] + [("tiny_moe", name) for name in MOE]
+)
+def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
+    ranks, layout = (DENSE if recipe == "tiny_dense" else MOE)[name]
+    config = jobs.with_layout(config_of(recipe, tokens), layout)
+    require_legal(config, world_size=ranks)
+    answers = pool[ranks].run(jobs.train, config, STEPS, tmp_path / "checkpoints")
+    assert all(answer == answers[0] for answer in answers), "ranks report different numbers"
+    expected, found = one_rank[recipe], answers[0]
+    worst_loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True))
+    worst_norm = max(abs(a - b) / abs(b) for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True))
+    weights = exported(config, tmp_path / "checkpoints", tmp_path / "hf")
+    assert weights.keys() == expected["weights"].keys()
+    differences = {
+        key: float((weights[key] - value).norm() / value.norm().clamp(min=1e-12)) for key, value in expected["weights"].items()
+    }
+    worst = max(differences, key=differences.__getitem__)
+    print(f"{recipe} {name}: loss {worst_loss:.1e}, gradient norm {worst_norm:.1e}, {worst} {differences[worst]:.1e}")
+    assert worst_loss <= 1e-5
+    assert worst_norm <= 1e-4
+    assert differences[worst] <= 1e-5, worst

@@ -1,0 +1,98 @@
+"""A run that was killed and resumed is the run that was not, bit for bit; a restore that forgets anything is not."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.paths import GENERATORS, STATE, iteration_dir
+from megatron_qwen.config.source import resolve
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+from tests.conftest import command, environment, run
+from tests.distributed import jobs
+
+STEPS, HALF = 60, 30
+LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+
+
+def overrides(tokens: Path) -> list[str]:
+    dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
+    length = [f"training.train_iters={STEPS}", f"checkpoint.save_interval={HALF}", "training.eval_interval=20"]
+    return [f"data.path={tokens}", *LAYOUT, *dropout, *length, "metrics.tensorboard=false"]
+
+
+def final_hashes(run_dir: Path) -> dict[str, str]:
+    return jobs.tensor_hashes(iteration_dir(run_dir / "checkpoints", STEPS))
+
+
+def losses(run_dir: Path) -> list[float]:
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
+    return [record["lm_loss"] for record in records]
+
+
+@pytest.fixture(scope="module")
+def straight(tokens, tmp_path_factory) -> Path:
+    """60 steps at a stretch."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    run("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir, check=True)
+    return run_dir
+
+
+def test_killed_and_resumed_is_bit_equal(straight, tokens, tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = command("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir)
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
+    metrics = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < HALF + 5:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)  # the ranks die with their launcher
+    process.wait()
+    assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"iter_{HALF:07d}"
+    assert not iteration_dir(run_dir / "checkpoints", STEPS).exists()
+
+    again = run("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir, check=True)
+    assert f"resumed from {iteration_dir(run_dir / 'checkpoints', HALF)}" in again.stderr
+    assert losses(run_dir) == losses(straight)
+    assert final_hashes(run_dir) == final_hashes(straight)
+
+
+def forget(part: str, checkpoint: Path, fresh: Path) -> None:
+    """Leaves one part out of a restore: the checkpoint says of it what a fresh run would have."""
+    if part == "generators":
+        shutil.copyfile(fresh / GENERATORS, checkpoint / GENERATORS)
+    elif part != "nothing":
+        state = json.loads((checkpoint / STATE).read_text())
+        (state if part == "optimizer_step" else state["progress"])[part] = 0
+        (checkpoint / STATE).write_text(json.dumps(state))
+    names = manifest.files_in(checkpoint)
+    entries = {name: manifest.hash_file(checkpoint / name) for name in names}
+    manifest.write(checkpoint, entries, iteration=HALF, attempt=1)
+
+
+@pytest.mark.parametrize(
+    "part", ["nothing", "generators", "schedule_iteration", "consumed_samples", "optimizer_step"]
+)
+def test_restore_without_a_part_is_noticed(part, straight, pool, tokens, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight, run_dir)
+    shutil.rmtree(iteration_dir(run_dir / "checkpoints", STEPS))
+    config = resolve("tiny_dense", overrides(tokens), RECIPES)
+    fresh = tmp_path / "fresh" / "checkpoints"
+    if part == "generators":
+        pool[2].run(jobs.train, config, 0, fresh)
+    forget(part, iteration_dir(run_dir / "checkpoints", HALF), iteration_dir(fresh, 0))
+    assert pool[2].run(jobs.attempt, config, run_dir) == [0, 0]
+    assert RunDirectory(run_dir).newest_attempt() == 2
+    equal = final_hashes(run_dir) == final_hashes(straight)
+    assert equal is (part == "nothing")
