@@ -52,11 +52,10 @@ class Agreement:
 
 
 def load_checkpoint(path: Path) -> tuple[RunConfig, Model, ProcessGroupCollection]:
-    """Builds the model of a checkpoint on one rank, in fp32, with its weights."""
+    """Builds the model of a checkpoint on the one rank that has joined, in fp32, with its weights."""
     chosen = find.newest_good(find.resolve(path), strict=False)
     config = resolve(str(chosen.path / RUN_YAML), ["precision.dtype=fp32", "precision.fp8=null"], RECIPES)
     config = RunConfig(**{**vars(config), "parallel": ParallelConfig()})
-    join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     groups = process_groups.create(config.parallel, seed=config.training.seed)
     model = build_model(config, groups, choose(config.precision), device=device.compute_device())
     state.load_sharded(chosen.path, model.modules, None, groups, optimizer_step=0)
@@ -95,6 +94,7 @@ def compare(config: RunConfig, model: Model, hf_dir: Path, source: WindowSource,
 def main(arguments: Sequence[str]) -> int:
     """Prints the agreement of a run's checkpoint and its export on validation samples."""
     run_dir, hf_dir = map(Path, arguments)
+    join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     config, model, _ = load_checkpoint(run_dir)
     split = open_split(config.data, seed=config.training.seed, validate=True)
     source = split.validation or split.train

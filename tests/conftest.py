@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 
 from launch.demo import standard_library
+from megatron_qwen.config.source import resolve
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+from tests.distributed import jobs
 from tests.rank_pool import RankPool
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +64,27 @@ def tokens(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
     prefix = tmp_path_factory.mktemp("tokens") / "corpus"
     run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, corpus, check=True)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def finished_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight steps with checkpoints at four and eight; copy it before changing it."""
+    return make_run(pool, "tiny_dense", tokens, tokenizer, tmp_path_factory.mktemp("finished") / "run")
+
+
+@pytest.fixture(scope="session")
+def finished_moe_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a mixture of experts."""
+    return make_run(pool, "tiny_moe", tokens, tokenizer, tmp_path_factory.mktemp("finished_moe") / "run")
+
+
+def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir: Path) -> Path:
+    """Trains eight steps on one rank as ``mq train`` does."""
+    files = [f"data.path={tokens}", f"data.tokenizer={tokenizer}"]
+    config = resolve(recipe, [*files, "training.train_iters=8", "checkpoint.save_interval=4"], RECIPES)
+    RunDirectory(run_dir).claim(config)
+    assert pool[1].run(jobs.attempt, config, run_dir) == [0]
+    return run_dir
 
 
 def run(

@@ -17,11 +17,14 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, iteration_dir, temporary_dir
+from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, committed, iteration_dir, temporary_dir
 from megatron_qwen.checkpoint.retain import prune
 from megatron_qwen.errors import Problem, UserError
 
 log = logging.getLogger(__name__)
+# torch's zip writer reports a disk that filled up as a position it did not expect.
+_FULL_SIGNS = ("No space left", "unexpected pos")
+_FULL_BYTES = 1 << 20
 
 
 class SaveError(UserError):
@@ -147,22 +150,25 @@ class CheckpointWriter:
         dist.all_gather_object(failures, failure)
         if not any(failures):
             return
-        needed = (
-            sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if directory.is_dir() else 0
-        )
-        dist.barrier()
+        raise self._failure(next(text for text in failures if text), directory)
+
+    def _failure(self, cause: str, directory: Path) -> SaveError:
+        """The same error on every rank; what was written of the checkpoint is removed."""
+        text = [cause]
         if dist.get_rank() == 0:
+            full = shutil.disk_usage(self.root).free < _FULL_BYTES or any(sign in cause for sign in _FULL_SIGNS)
+            written = _size(directory)
             shutil.rmtree(directory, ignore_errors=True)
-        free = shutil.disk_usage(self.root).free
-        raise SaveError(
-            Problem(
-                str(directory),
-                None,
-                f"{next(text for text in failures if text)}. {free / 2**20:.0f} MiB are free there now and at least "
-                f"{needed / 2**20:.0f} MiB were written before it failed; make room and start the run again. "
-                "Earlier checkpoints are untouched.",
-            )
-        )
+            if full:
+                earlier = committed(self.root)
+                needed = max(written, _size(earlier[0][1]) if earlier else 0)
+                free = shutil.disk_usage(self.root).free
+                text[0] = (
+                    f"No space left on device: the checkpoint needs about {needed / 2**20:.1f} MiB and "
+                    f"{free / 2**20:.1f} MiB are free. Make room and start the run again"
+                )
+        dist.broadcast_object_list(text)
+        return SaveError(Problem(str(directory), None, f"{text[0]}. Earlier checkpoints are untouched."))
 
     def _commit(self, pending: _Pending) -> Path:
         directory, final = pending.directory, iteration_dir(self.root, pending.iteration)
@@ -241,6 +247,11 @@ def _all_agree(flag: bool) -> bool:
     answers: list[bool] = [False] * dist.get_world_size()
     dist.all_gather_object(answers, flag)
     return all(answers)
+
+
+def _size(directory: Path) -> int:
+    """Bytes of all files in a directory, 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def _sync(path: Path) -> None:

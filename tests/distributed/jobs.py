@@ -18,13 +18,14 @@ def train(config: RunConfig, steps: int, save_to: Path | None = None) -> dict[st
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
-    results = [_step(parts, parts.progress.iteration) for _ in range(steps)]
+    results = [step(parts, parts.progress.iteration) for _ in range(steps)]
     if save_to is not None:
         save(parts, save_to)
     return {"losses": [result.loss for result in results], "grad_norms": [result.grad_norm for result in results]}
 
 
-def _step(parts: Any, iteration: int) -> Any:
+def step(parts: Any, iteration: int) -> Any:
+    """One optimizer step at a position of the schedule."""
     from megatron_qwen.optim.build import set_learning_rate
     from megatron_qwen.optim.schedule import learning_rate
     from megatron_qwen.training.step import train_step
@@ -70,7 +71,7 @@ def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
     assert directory.checkpoints == source
     resume(parts, directory)
     save(parts, out)
-    return {"loss": _step(parts, parts.progress.iteration).loss, "iteration": parts.progress.iteration}
+    return {"loss": step(parts, parts.progress.iteration).loss, "iteration": parts.progress.iteration}
 
 
 def attempt(config: RunConfig, run_dir: Path) -> int:

@@ -22,6 +22,8 @@ STEPS = 5
 def config_of(recipe: str, tokens: Path) -> RunConfig:
     # The gradient of the key bias is rounding noise (softmax hardly sees a shift of all scores), and Adam turns noise
     # above its epsilon into steps of full size. This epsilon lies above the noise and below every real gradient.
+    if recipe == "tiny_tied":
+        return config_of("tiny_dense", tokens).with_section("model", share_embeddings_and_output_weights=True)
     return RECIPES[recipe]().with_section("data", path=str(tokens)).with_section("optim", adam_eps=1e-5)
 
 
@@ -38,7 +40,7 @@ def exported(config: RunConfig, checkpoint: Path, out: Path) -> dict[str, Any]:
 def one_rank(pool, tokens, tmp_path_factory):
     """Five steps of each model on one rank, by recipe."""
     found = {}
-    for recipe in ("tiny_dense", "tiny_moe"):
+    for recipe in ("tiny_dense", "tiny_tied", "tiny_moe"):
         directory = tmp_path_factory.mktemp(recipe)
         config = config_of(recipe, tokens)
         answer = pool[1].run(jobs.train, config, STEPS, directory / "checkpoints")[0]
@@ -46,11 +48,15 @@ def one_rank(pool, tokens, tmp_path_factory):
     return found
 
 
+TIED = ("TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2+SPxPP2")
+
+
 @pytest.mark.parametrize(
-    ("recipe", "name"), [("tiny_dense", name) for name in DENSE] + [("tiny_moe", name) for name in MOE]
+    ("recipe", "name"),
+    [("tiny_dense", name) for name in DENSE] + [("tiny_tied", name) for name in TIED] + [("tiny_moe", name) for name in MOE],
 )
 def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
-    ranks, layout = (DENSE if recipe == "tiny_dense" else MOE)[name]
+    ranks, layout = (MOE if recipe == "tiny_moe" else DENSE)[name]
     config = jobs.with_layout(config_of(recipe, tokens), layout)
     require_legal(config, world_size=ranks)
     answers = pool[ranks].run(jobs.train, config, STEPS, tmp_path / "checkpoints")

@@ -1,0 +1,122 @@
+"""The commit protocol under trouble: stale attempts, background saves, full disks."""
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_qwen.checkpoint import find, manifest
+from megatron_qwen.checkpoint.paths import committed, iteration_dir
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.recipes.registry import RECIPES
+from tests.distributed import jobs
+from tests.rank_pool import rank_info
+
+
+@pytest.fixture
+def config(tokens) -> RunConfig:
+    return RECIPES["tiny_dense"]().with_section("data", path=str(tokens))
+
+
+def save_as(config: RunConfig, root: Path, is_current: bool) -> str:
+    """Saves as an attempt that is, or is not, the run's newest; answers with the error."""
+    from megatron_qwen.checkpoint.write import CheckpointWriter, SaveError
+    from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    parts.progress.iteration = 7
+    writer = CheckpointWriter(root, attempt=3, is_current=lambda: is_current, keep_last=2, keep_every=None)
+    try:
+        Checkpointing(writer, resumed_at=0).save(parts, background=False)
+    except SaveError as error:
+        return error.render()
+    return ""
+
+
+def test_a_stale_attempt_commits_nothing(pool, config, tmp_path):
+    messages = pool[2].run(save_as, config, tmp_path, False)
+    assert all("attempt 3 has been followed by another" in message for message in messages)
+    assert list(tmp_path.iterdir()) == [], "it left something behind"
+
+
+def test_a_current_attempt_commits(pool, config, tmp_path):
+    assert pool[2].run(save_as, config, tmp_path, True) == ["", ""]
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["iter_0000007", "latest"]
+    assert (tmp_path / "latest").read_text() == "iter_0000007\n"
+    assert manifest.damage(iteration_dir(tmp_path, 7)) == []
+
+
+def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
+    """Saves at step 2 in the background, trains on while it is written, and commits it later."""
+    from megatron_qwen.checkpoint.write import CheckpointWriter
+    from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=2, keep_every=None)
+    for _ in range(2):
+        jobs.step(parts, parts.progress.iteration)
+    Checkpointing(writer, resumed_at=0).save(parts, background=True)
+    before = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
+    for _ in range(2):
+        jobs.step(parts, parts.progress.iteration)
+    writer.finish(wait=True)
+    return {"committed before": before}
+
+
+def test_a_background_save_holds_the_step_it_was_asked_at(pool, config, tmp_path):
+    answers = pool[2].run(save_in_background, config, tmp_path / "background")
+    assert answers[0] == {"committed before": []}
+    pool[2].run(jobs.train, config, 2, tmp_path / "plain")
+    assert jobs.tensor_hashes(find.resolve(tmp_path / "background")[0].path) == jobs.tensor_hashes(
+        find.resolve(tmp_path / "plain")[0].path
+    )
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of a few megabytes."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", mount], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def save_twice(config: RunConfig, root: Path, bytes_left: int) -> str:
+    """A step, a checkpoint, then another with only so many bytes left on the disk; answers with the error."""
+    import torch.distributed as dist
+
+    from megatron_qwen.checkpoint.write import SaveError
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    jobs.step(parts, 0)
+    jobs.save(parts, root)
+    if dist.get_rank() == 0:
+        free = shutil.disk_usage(root).free
+        (root.parent / "ballast").write_bytes(bytes(free - bytes_left))
+    jobs.step(parts, 1)
+    try:
+        jobs.save(parts, root)
+    except SaveError as error:
+        return error.render()
+    return ""
+
+
+@pytest.mark.parametrize("bytes_left", [0, 4096, 60_000, 500_000, 1_500_000, 2_500_000])
+def test_a_full_disk_loses_nothing(bytes_left, pool, config, small_disk):
+    root = small_disk / "checkpoints"
+    messages = pool[2].run(save_twice, config, root, bytes_left)
+    assert messages[0] == messages[1]
+    assert "No space left on device" in messages[0]
+    assert "MiB are free. Make room" in messages[0]
+    assert "Earlier checkpoints are untouched" in messages[0]
+    assert [iteration for iteration, _ in committed(root)] == [1]
+    assert find.newest_good(find.resolve(root), strict=True).iteration == 1
+    assert sorted(path.name for path in root.iterdir()) == ["iter_0000001", "latest"]

@@ -1,0 +1,118 @@
+"""The exported directory is the trained model: transformers computes the same numbers from it."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from checkpoints_convert.to_hf import export
+from megatron_qwen.checkpoint.paths import iteration_dir
+from megatron_qwen.config.source import resolve
+from megatron_qwen.data.samples import open_split
+from megatron_qwen.data.tokenizer import load_tokenizer
+from megatron_qwen.estimate.parameters import count_parameters
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+from tests.conftest import run
+from tests.distributed import jobs
+
+VARIANTS = {
+    "dense": ("tiny_dense", []),
+    "dense tied": ("tiny_dense", ["model.share_embeddings_and_output_weights=true"]),
+    "dense, wide heads": ("tiny_dense", ["model.kv_channels=32"]),
+    "MoE": ("tiny_moe", []),
+    "MoE renormalised": ("tiny_moe", ["model.moe_router_pre_softmax=false"]),
+}
+
+
+def core_logits(checkpoint: Path, tokens: torch.Tensor) -> Any:
+    """[b, s] -> [b, s, vocabulary] by megatron-core, on the calling rank."""
+    from checkpoints_convert.agreement import checkpoint_logits, load_checkpoint
+
+    config, model, _ = load_checkpoint(checkpoint)
+    return checkpoint_logits(model, tokens, vocab_size=config.model.vocab_size).numpy()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_transformers_computes_the_same(variant, pool, tokens, tokenizer, tmp_path):
+    recipe, changes = VARIANTS[variant]
+    # Large initial weights and rates make logits that differ, so that agreement says something.
+    loud = ["model.init_method_std=0.2", "optim.learning_rate=1e-2", "training.train_iters=4"]
+    config = resolve(recipe, [f"data.path={tokens}", f"data.tokenizer={tokenizer}", *loud, *changes], RECIPES)
+    run_dir = tmp_path / "run"
+    RunDirectory(run_dir).claim(config)
+    assert pool[1].run(jobs.attempt, config, run_dir) == [0]
+    export(run_dir, tmp_path / "hf", iteration=None, dtype="fp32", max_shard_bytes=10**9)
+    model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert type(model).__name__ == ("Qwen2MoeForCausalLM" if config.model.is_moe else "Qwen2ForCausalLM")
+    assert sum(value.numel() for value in model.parameters()) == count_parameters(config.model).total
+
+    source = open_split(config.data, seed=1, validate=True).validation
+    samples = [source[index] for index in range(8)]
+    inputs = torch.stack([torch.from_numpy(sample.tokens) for sample in samples])
+    labels = torch.stack([torch.from_numpy(sample.labels) for sample in samples])
+    ours = torch.from_numpy(pool[1].run(core_logits, run_dir, inputs)[0])
+    with torch.no_grad():
+        theirs = model(input_ids=inputs).logits
+    difference = float((ours - theirs).abs().max())
+    losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (ours, theirs)]
+    print(f"{variant}: logits {difference:.1e}, spread {float(theirs.std()):.2f}, loss {abs(losses[0] - losses[1]):.1e}")
+    assert float(theirs.std()) > 0.3, "the logits are all alike: agreement would say nothing"
+    assert difference <= 1e-4
+    assert abs(losses[0] - losses[1]) <= 1e-5
+
+
+def test_shards_index_and_tokenizer(finished_run, tokenizer, tmp_path):
+    export(finished_run, tmp_path / "one", iteration=None, dtype=None, max_shard_bytes=10**9)
+    export(finished_run, tmp_path / "many", iteration=None, dtype=None, max_shard_bytes=100_000)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert files == [f"model-{number:05d}-of-{len(files):05d}.safetensors" for number in range(1, len(files) + 1)]
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    parts = {name: value for file in files for name, value in load_file(tmp_path / "many" / file).items()}
+    assert parts.keys() == whole.keys() == index["weight_map"].keys()
+    assert all(torch.equal(parts[name], value) for name, value in whole.items())
+    assert index["metadata"]["total_size"] == sum(value.numel() * 4 for value in whole.values())
+
+    for path in tokenizer.iterdir():
+        assert (tmp_path / "one" / path.name).read_bytes() == path.read_bytes()
+    text = "def f(x):\n    return x + 10  # naïve\n"
+    assert AutoTokenizer.from_pretrained(tmp_path / "one")(text)["input_ids"] == load_tokenizer(tokenizer).encode_batch([text])[0]
+
+
+def test_iteration_dtype_and_refusals(finished_run, tmp_path):
+    done = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "hf", "--iteration", 4, "--dtype", "bf16", "--json")
+    assert json.loads(done.stdout)["source"].endswith("iter_0000004")
+    assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
+
+    again = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "hf")
+    assert again.returncode == 1
+    assert "exists already" in again.stderr
+    missing = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "other", "--iteration", 5)
+    assert missing.returncode == 1
+    assert "no such checkpoint" in missing.stderr
+    empty = run("checkpoints_convert.convert", "to-hf", tmp_path, tmp_path / "other")
+    assert empty.returncode == 4
+    assert "no committed checkpoint" in empty.stderr
+    assert not (tmp_path / "other").exists()
+    assert "Traceback" not in again.stderr + missing.stderr + empty.stderr
+
+
+def test_a_damaged_checkpoint_is_not_exported(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    for iteration in (4, 8):
+        shard = next(iteration_dir(tmp_path / "run" / "checkpoints", iteration).glob("*.distcp"))
+        shard.write_bytes(shard.read_bytes()[:-1])
+    done = run("checkpoints_convert.convert", "to-hf", tmp_path / "run", tmp_path / "hf")
+    assert done.returncode == 4
+    assert ".distcp" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
