@@ -55,8 +55,8 @@ def export(source: Path, out: Path, *, iteration: int | None, dtype: str | None,
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:
-        write_weights(CheckpointReader(chosen.path), config, temporary, dtype=target, max_shard_bytes=max_shard_bytes)
         write_configs(config, temporary, dtype=str(target).removeprefix("torch."))
+        write_weights(CheckpointReader(chosen.path), config, temporary, dtype=target, max_shard_bytes=max_shard_bytes)
         temporary.rename(out)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

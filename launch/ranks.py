@@ -38,7 +38,7 @@ class LocalRanks:
         """Starts the ranks, passes signals on, and waits.
 
         Returns:
-            The exit code of the rank that failed first, else 0.
+            The exit code of the rank that failed first, else 0; 76 where a rank was killed.
         """
         self.log_dir.mkdir(parents=True, exist_ok=True)
         port = _free_port()
@@ -115,7 +115,8 @@ class LocalRanks:
             print(f"rank {rank} ended with {code}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr)
         if code < 0:
             print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            return 128 - code if -code in (signal.SIGINT, signal.SIGTERM) else EXIT_FAILURE
+            # SIGKILL is the out-of-memory killer or a dying node: the peer is lost, the run is not.
+            return {-signal.SIGINT: 130, -signal.SIGTERM: 143, -signal.SIGKILL: EXIT_LOST_PEER}.get(code, EXIT_FAILURE)
         return code
 
     def _end_all(self) -> None:

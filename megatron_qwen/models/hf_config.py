@@ -3,6 +3,7 @@
 from typing import Any
 
 from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.errors import ConversionError, Problem
 
 
 def hf_config(model: ModelConfig, *, eos_token_id: int | None, bos_token_id: int | None, dtype: str) -> dict[str, Any]:
@@ -13,7 +14,12 @@ def hf_config(model: ModelConfig, *, eos_token_id: int | None, bos_token_id: int
         eos_token_id: id that ends a document.
         bos_token_id: id that begins one.
         dtype: torch's name of the weights' format.
+
+    Raises:
+        ConversionError: these classes cannot express the shape.
     """
+    if not model.add_qkv_bias:
+        raise ConversionError(Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias; none can be exported."))
     architecture = "Qwen2MoeForCausalLM" if model.is_moe else "Qwen2ForCausalLM"
     config: dict[str, Any] = {
         "architectures": [architecture],

@@ -1,0 +1,145 @@
+"""The script `mq`, with real environments: a checkout without dependencies stands in for this one, to be quick."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+[project]
+name = "small"
+version = "1"
+[project.optional-dependencies]
+hf = []
+test = []
+dev = []
+[tool.setuptools]
+packages = []
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    root = tmp_path / "checkout"
+    (root / "tools").mkdir(parents=True)
+    shutil.copyfile(ROOT / "mq", root / "mq")
+    (root / "mq").chmod(0o755)
+    (root / "pyproject.toml").write_text(PYPROJECT)
+    (root / "constraints.txt").write_text("")
+    (root / "tools" / "__init__.py").write_text("")
+    (root / "tools" / "recipes.py").write_text("import sys\nprint('ours', *sys.argv[1:])\n")
+    return root
+
+
+def mq(checkout: Path, *arguments: str, cwd: Path | None = None, script: Path | None = None):
+    environment = {name: value for name, value in os.environ.items() if name not in ("MQ_VENV", "PYTHONPATH")}
+    return subprocess.run(
+        [str(script or checkout / "mq"), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+    )
+
+
+def test_lists_its_programs_without_an_environment(checkout):
+    for arguments in ([], ["--help"]):
+        done = mq(checkout, *arguments)
+        assert done.returncode == 0
+        for program in ("demo", "test", "train", "recipes", "config", "data", "convert", "generate", "report", "bench"):
+            assert f"mq {program} " in done.stdout
+    wrong = mq(checkout, "trian")
+    assert wrong.returncode == 2
+    assert "no such program: trian" in wrong.stderr
+    assert not (checkout / ".venv").exists()
+
+
+def test_sets_up_once_and_again_when_constraints_change(checkout):
+    first = mq(checkout, "recipes", "a b")
+    assert first.stdout == "ours a b\n", first.stderr
+    assert "setting up" in first.stderr
+    assert "set up in" in first.stderr
+    assert mq(checkout, "recipes").stderr == ""
+    (checkout / "constraints.txt").write_text("# changed\n")
+    assert "setting up" in mq(checkout, "recipes").stderr
+
+
+def test_runs_from_anywhere_and_through_a_link(checkout, tmp_path):
+    theirs = tmp_path / "theirs"
+    for name in ("tools", "launch"):
+        (theirs / name).mkdir(parents=True)
+        (theirs / name / "__init__.py").write_text("raise SystemExit('the wrong folder')\n")
+    link = tmp_path / "bin" / "mq"
+    link.parent.mkdir()
+    link.symlink_to(checkout / "mq")
+    for script in (checkout / "mq", link):
+        done = mq(checkout, "recipes", cwd=theirs, script=script)
+        assert (done.returncode, done.stdout) == (0, "ours\n"), done.stderr
+
+
+def test_two_at_once_make_one_environment(checkout):
+    both = [
+        subprocess.Popen([str(checkout / "mq"), "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    answers = [process.communicate(timeout=300) for process in both]
+    assert [out for out, _ in answers] == ["ours\n", "ours\n"]
+    assert sum("mq: setting up" in error for _, error in answers) == 1
+    assert sum("waiting for another mq" in error for _, error in answers) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_set_up_is_never_used(number, checkout):
+    process = subprocess.Popen([str(checkout / "mq"), "recipes"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (checkout / ".venv" / "bin" / "python").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, number)
+    process.wait()
+    assert not (checkout / ".venv" / ".ready").exists()
+    again = mq(checkout, "recipes")
+    assert again.stdout == "ours\n", again.stderr
+    assert "setting up" in again.stderr
+
+
+def test_a_failed_set_up_says_so(checkout):
+    (checkout / "pyproject.toml").write_text(PYPROJECT.replace('version = "1"', 'version = "not a version"'))
+    done = mq(checkout, "recipes")
+    assert done.returncode == 2
+    assert "the set-up failed; the log is" in done.stderr
+    assert not (checkout / ".venv" / ".ready").exists()
+
+
+def test_a_python_that_does_not_fit_is_refused(checkout):
+    environment = {**os.environ, "MQ_PYTHON": "/bin/true"}
+    (checkout / "false").write_text("#!/bin/sh\nexit 1\n")
+    (checkout / "false").chmod(0o755)
+    environment["MQ_PYTHON"] = str(checkout / "false")
+    done = subprocess.run([str(checkout / "mq"), "recipes"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2
+    assert "is not Python 3.12 or 3.13" in done.stderr
+
+
+def test_the_wheel_holds_the_library_alone(tmp_path):
+    source = tmp_path / "source"
+    tracked = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name in filter(None, tracked.split("\0")):
+        if (ROOT / name).is_file():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, source / name)
+    import sys
+    import zipfile
+
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "wheel", source]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    (wheel,) = (tmp_path / "wheel").glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
+    assert tops == {"megatron_qwen"}
+    assert "megatron_qwen/py.typed" in names
+    assert sum(name.endswith(".py") for name in names) == len(list((ROOT / "megatron_qwen").rglob("*.py")))
