@@ -123,7 +123,8 @@ def _tiles(config: RunConfig, records: list[dict[str, Any]]) -> str:
 
 def _svg(figure: Any) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight")
+    no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata=no_metadata)
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 

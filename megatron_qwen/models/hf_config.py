@@ -19,7 +19,9 @@ def hf_config(model: ModelConfig, *, eos_token_id: int | None, bos_token_id: int
         ConversionError: these classes cannot express the shape.
     """
     if not model.add_qkv_bias:
-        raise ConversionError(Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias; none can be exported."))
+        raise ConversionError(
+            Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias; none can be exported.")
+        )
     architecture = "Qwen2MoeForCausalLM" if model.is_moe else "Qwen2ForCausalLM"
     config: dict[str, Any] = {
         "architectures": [architecture],

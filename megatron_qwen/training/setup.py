@@ -15,6 +15,7 @@ from megatron_qwen.data.batches import Shard
 from megatron_qwen.data.samples import Split, open_split
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo
+from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend, choose
 from megatron_qwen.models.build import Model, build_model
 from megatron_qwen.optim.adamw import install_where_needed
@@ -68,6 +69,8 @@ def build_parts(config: RunConfig, info: RankInfo) -> Parts:
     optimizer = build_optimizer(config, model, groups)
     connect(model, optimizer, groups)
     if dist.get_rank() == 0:
+        if foreign_apex_is_here():
+            log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
     return Parts(config, groups, backend, model, optimizer, data, shard, make_forward_step(config, groups), Progress())

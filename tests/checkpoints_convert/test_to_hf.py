@@ -62,8 +62,12 @@ def test_transformers_computes_the_same(variant, pool, tokens, tokenizer, tmp_pa
     with torch.no_grad():
         theirs = model(input_ids=inputs).logits
     difference = float((ours - theirs).abs().max())
-    losses = [float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (ours, theirs)]
-    print(f"{variant}: logits {difference:.1e}, spread {float(theirs.std()):.2f}, loss {abs(losses[0] - losses[1]):.1e}")
+    losses = [
+        float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())) for logits in (ours, theirs)
+    ]
+    print(
+        f"{variant}: logits {difference:.1e}, spread {float(theirs.std()):.2f}, loss {abs(losses[0] - losses[1]):.1e}"
+    )
     assert float(theirs.std()) > 0.3, "the logits are all alike: agreement would say nothing"
     assert difference <= 1e-4
     assert abs(losses[0] - losses[1]) <= 1e-5
@@ -85,11 +89,24 @@ def test_shards_index_and_tokenizer(finished_run, tokenizer, tmp_path):
     for path in tokenizer.iterdir():
         assert (tmp_path / "one" / path.name).read_bytes() == path.read_bytes()
     text = "def f(x):\n    return x + 10  # naïve\n"
-    assert AutoTokenizer.from_pretrained(tmp_path / "one")(text)["input_ids"] == load_tokenizer(tokenizer).encode_batch([text])[0]
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "one")(text)["input_ids"]
+        == load_tokenizer(tokenizer).encode_batch([text])[0]
+    )
 
 
 def test_iteration_dtype_and_refusals(finished_run, tmp_path):
-    done = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "hf", "--iteration", 4, "--dtype", "bf16", "--json")
+    done = run(
+        "checkpoints_convert.convert",
+        "to-hf",
+        finished_run,
+        tmp_path / "hf",
+        "--iteration",
+        4,
+        "--dtype",
+        "bf16",
+        "--json",
+    )
     assert json.loads(done.stdout)["source"].endswith("iter_0000004")
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 

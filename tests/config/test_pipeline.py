@@ -27,7 +27,13 @@ def test_even_and_uneven():
 
 @pytest.mark.parametrize(
     ("layers", "options"),
-    [(81, {"pp": 4}), (80, {"pp": 4, "vp": 3}), (8, {"pp": 1, "first": 4}), (8, {"pp": 2, "first": 9}), (8, {"pp": 2, "first": 8})],
+    [
+        (81, {"pp": 4}),
+        (80, {"pp": 4, "vp": 3}),
+        (8, {"pp": 1, "first": 4}),
+        (8, {"pp": 2, "first": 9}),
+        (8, {"pp": 2, "first": 8}),
+    ],
 )
 def test_what_does_not_split(layers, options):
     with pytest.raises(StageSplitError):

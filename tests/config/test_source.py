@@ -37,7 +37,9 @@ def test_both_forms_of_an_override():
 
 def test_numbers_words_and_null():
     config = resolve(
-        "tiny_dense", ["optim.clip_grad=1", "data.path=2024", "metrics.profile_start=null", "checkpoint.strict=true"], RECIPES
+        "tiny_dense",
+        ["optim.clip_grad=1", "data.path=2024", "metrics.profile_start=null", "checkpoint.strict=true"],
+        RECIPES,
     )
     assert (config.optim.clip_grad, config.data.path, config.metrics.profile_start) == (1.0, "2024", None)
     assert config.checkpoint.strict is True
@@ -48,8 +50,16 @@ def test_a_file_may_name_a_recipe_or_give_every_shape(tmp_path):
     path.write_text("recipe: tiny_dense\ntraining:\n  train_iters: 3\n")
     config = resolve(str(path), ["training.train_iters=4"], RECIPES)
     assert difference(config, RECIPES["tiny_dense"]()) == {"training": {"train_iters": 4}}
-    shape = {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4, "num_query_groups": 2}
-    lines = [f"  {name}: {value}" for name, value in {**shape, "vocab_size": 300, "max_position_embeddings": 64}.items()]
+    shape = {
+        "num_layers": 2,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+    }
+    lines = [
+        f"  {name}: {value}" for name, value in {**shape, "vocab_size": 300, "max_position_embeddings": 64}.items()
+    ]
     path.write_text("model:\n" + "\n".join(lines) + "\n")
     assert resolve(str(path), [], RECIPES).model.num_layers == 2
 

@@ -88,7 +88,9 @@ def tensor_hashes(checkpoint: Path) -> dict[str, str]:
 
     reader = CheckpointReader(checkpoint)
     return {
-        name: hashlib.sha256(reader.read(name).contiguous().flatten().view(dtype=_bytes()).numpy().tobytes()).hexdigest()
+        name: hashlib.sha256(
+            reader.read(name).contiguous().flatten().view(dtype=_bytes()).numpy().tobytes()
+        ).hexdigest()
         for name in sorted(reader.tensors())
     }
 

@@ -1,6 +1,5 @@
 """Every layout computes what one rank computes: losses, gradient norms and exported weights."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,9 @@ TIED = ("TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2+SPxPP2")
 
 @pytest.mark.parametrize(
     ("recipe", "name"),
-    [("tiny_dense", name) for name in DENSE] + [("tiny_tied", name) for name in TIED] + [("tiny_moe", name) for name in MOE],
+    [("tiny_dense", name) for name in DENSE]
+    + [("tiny_tied", name) for name in TIED]
+    + [("tiny_moe", name) for name in MOE],
 )
 def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
     ranks, layout = (MOE if recipe == "tiny_moe" else DENSE)[name]
@@ -67,7 +68,8 @@ def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
     weights = exported(config, tmp_path / "checkpoints", tmp_path / "hf")
     assert weights.keys() == expected["weights"].keys()
     differences = {
-        key: float((weights[key] - value).norm() / value.norm().clamp(min=1e-12)) for key, value in expected["weights"].items()
+        key: float((weights[key] - value).norm() / value.norm().clamp(min=1e-12))
+        for key, value in expected["weights"].items()
     }
     worst = max(differences, key=differences.__getitem__)
     print(f"{recipe} {name}: loss {worst_loss:.1e}, gradient norm {worst_norm:.1e}, {worst} {differences[worst]:.1e}")

@@ -41,7 +41,9 @@ def saved(pool, tokens, tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("recipe", "name"), [(recipe, name) for recipe, names in LOADED_UNDER.items() for name in names])
+@pytest.mark.parametrize(
+    ("recipe", "name"), [(recipe, name) for recipe, names in LOADED_UNDER.items() for name in names]
+)
 def test_loads_bit_equal(recipe, name, pool, tokens, saved, tmp_path):
     root, next_loss = saved[recipe]
     ranks = layout_of(recipe, name)[0]

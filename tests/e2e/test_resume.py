@@ -67,6 +67,35 @@ def test_killed_and_resumed_is_bit_equal(straight, tokens, tmp_path):
     assert final_hashes(run_dir) == final_hashes(straight)
 
 
+VARIANTS = {
+    "bf16": (2, "tiny_dense", ["precision.dtype=bf16", *LAYOUT]),
+    "EP2": (2, "tiny_moe", ["parallel.expert_model_parallel_size=2"]),
+    "PP2xVPP2": (
+        2,
+        "tiny_dense",
+        ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+    ),
+    "DP2, batch ramp": (2, "tiny_dense", ["training.rampup_batch_size=[2, 2, 8]"]),
+    "saved in the background": (2, "tiny_dense", ["checkpoint.async_save=true", *LAYOUT]),
+    "overlapped": (2, "tiny_dense", ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resumes_bit_equal_in_every_mode(variant, pool, tokens, tmp_path):
+    ranks, recipe, changes = VARIANTS[variant]
+    length = ["training.train_iters=6", "checkpoint.save_interval=3", "model.hidden_dropout=0.1"]
+    config = resolve(recipe, [f"data.path={tokens}", *changes, *length], RECIPES)
+    whole = tmp_path / "whole"
+    RunDirectory(whole).claim(config)
+    assert pool[ranks].run(jobs.attempt, config, whole) == [0] * ranks
+    shutil.copytree(whole, tmp_path / "again")
+    last = iteration_dir(tmp_path / "again" / "checkpoints", 6)
+    shutil.rmtree(last)
+    assert pool[ranks].run(jobs.attempt, config, tmp_path / "again") == [0] * ranks
+    assert jobs.tensor_hashes(last) == jobs.tensor_hashes(iteration_dir(whole / "checkpoints", 6))
+
+
 def forget(part: str, checkpoint: Path, fresh: Path) -> None:
     """Leaves one part out of a restore: the checkpoint says of it what a fresh run would have."""
     if part == "generators":
@@ -80,9 +109,7 @@ def forget(part: str, checkpoint: Path, fresh: Path) -> None:
     manifest.write(checkpoint, entries, iteration=HALF, attempt=1)
 
 
-@pytest.mark.parametrize(
-    "part", ["nothing", "generators", "schedule_iteration", "consumed_samples", "optimizer_step"]
-)
+@pytest.mark.parametrize("part", ["nothing", "generators", "schedule_iteration", "consumed_samples", "optimizer_step"])
 def test_restore_without_a_part_is_noticed(part, straight, pool, tokens, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(straight, run_dir)

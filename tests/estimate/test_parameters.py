@@ -62,7 +62,13 @@ def shrunk(name: str, tokens: Any) -> RunConfig:
     config = RECIPES[name]()
     config = config.with_section("data", path=str(tokens), seq_length=64)
     config = RunConfig(**{**vars(config), "parallel": RECIPES["tiny_dense"]().parallel})
-    changes: dict[str, Any] = {"num_layers": 1, "vocab_size": 320, "hidden_size": 256, "ffn_hidden_size": 512, "kv_channels": 16}
+    changes: dict[str, Any] = {
+        "num_layers": 1,
+        "vocab_size": 320,
+        "hidden_size": 256,
+        "ffn_hidden_size": 512,
+        "kv_channels": 16,
+    }
     if config.model.is_moe:
         changes |= {"moe_ffn_hidden_size": 32, "moe_shared_expert_intermediate_size": 64}
     return config.with_section("model", **changes)

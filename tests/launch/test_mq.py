@@ -43,7 +43,12 @@ def checkout(tmp_path) -> Path:
 def mq(checkout: Path, *arguments: str, cwd: Path | None = None, script: Path | None = None):
     environment = {name: value for name, value in os.environ.items() if name not in ("MQ_VENV", "PYTHONPATH")}
     return subprocess.run(
-        [str(script or checkout / "mq"), *arguments], capture_output=True, text=True, cwd=cwd, env=environment, timeout=300
+        [str(script or checkout / "mq"), *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=300,
     )
 
 
@@ -95,7 +100,9 @@ def test_two_at_once_make_one_environment(checkout):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_set_up_is_never_used(number, checkout):
-    process = subprocess.Popen([str(checkout / "mq"), "recipes"], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [str(checkout / "mq"), "recipes"], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while not (checkout / ".venv" / "bin" / "python").exists():
         assert process.poll() is None
         time.sleep(0.01)

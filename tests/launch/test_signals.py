@@ -11,7 +11,12 @@ import pytest
 from megatron_qwen.checkpoint.paths import committed
 from tests.conftest import command, environment, run
 
-LONG = ["training.train_iters=100000", "training.eval_interval=0", "checkpoint.save_interval=0", "metrics.tensorboard=false"]
+LONG = [
+    "training.train_iters=100000",
+    "training.eval_interval=0",
+    "checkpoint.save_interval=0",
+    "metrics.tensorboard=false",
+]
 
 
 def start(tokens: Path, run_dir: Path, *overrides: str, ranks: int = 2) -> "subprocess.Popen[str]":

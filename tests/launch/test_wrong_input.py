@@ -27,7 +27,12 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["optim.learning_rate=.nan"], 1, ["optim.learning_rate = nan", "finite"]),
     (DENSE, ["optim.learning_rate=fast"], 1, ["optim.learning_rate", "'fast'", "float"]),
     (DENSE, ["optim.min_learning_rate=1"], 1, ["optim.min_learning_rate = 1", "exceeds optim.learning_rate"]),
-    (DENSE, ["optim.lr_warmup_iters=10"], 1, ["optim.lr_warmup_iters = 10", "below the end of the decay, iteration 10"]),
+    (
+        DENSE,
+        ["optim.lr_warmup_iters=10"],
+        1,
+        ["optim.lr_warmup_iters = 10", "below the end of the decay, iteration 10"],
+    ),
     (DENSE, ["optim.lr_decay_style=cosin"], 1, ["'cosin'", "cosine, wsd, linear, constant"]),
     (DENSE, ["precision.dtype=fp16"], 1, ["precision.dtype", "'fp16'", "bf16, fp32"]),
     (DENSE, ["precision.fp8=delayed"], 1, ["precision.fp8 = delayed", "precision.dtype=bf16"]),
@@ -41,7 +46,12 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["parallel.sequence_parallel=true"], 1, ["parallel.sequence_parallel", "tensor_model_parallel_size > 1"]),
     (DENSE, ["parallel.tensor_model_parallel_size=2"], 3, ["ranks = 3", "TP x PP x CP = 2"]),
     (DENSE, ["parallel.pipeline_model_parallel_size=3"], 3, ["4 layers on 3 pipeline ranks", "do not split evenly"]),
-    (DENSE, ["parallel.virtual_pipeline_model_parallel_size=2"], 1, ["needs parallel.pipeline_model_parallel_size > 1"]),
+    (
+        DENSE,
+        ["parallel.virtual_pipeline_model_parallel_size=2"],
+        1,
+        ["needs parallel.pipeline_model_parallel_size > 1"],
+    ),
     (
         DENSE,
         [
@@ -52,20 +62,40 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         2,
         ["parallel.overlap_p2p_comm", "wrong gradients"],
     ),
-    (DENSE, ["parallel.context_parallel_size=2", "data.seq_length=62"], 2, ["data.seq_length = 62", "must divide by 4"]),
+    (
+        DENSE,
+        ["parallel.context_parallel_size=2", "data.seq_length=62"],
+        2,
+        ["data.seq_length = 62", "must divide by 4"],
+    ),
     (DENSE, ["parallel.expert_model_parallel_size=2"], 2, ["parallel.expert_model_parallel_size = 2", "no experts"]),
     (DENSE, ["parallel.use_distributed_optimizer=false"], 1, ["parallel.use_distributed_optimizer", "must be true"]),
     (DENSE, ["parallel.overlap_param_gather=true"], 1, ["needs parallel.overlap_grad_reduce=true"]),
     (DENSE, ["training.global_batch_size=3"], 2, ["training.global_batch_size = 3", "micro batch x DP = 1 x 2"]),
     (DENSE, ["training.rampup_batch_size=[2, 3, 8]"], 1, ["training.rampup_batch_size", "4 - 2 must divide"]),
-    (DENSE, ["training.recompute_granularity=selective", "training.recompute_modules=[moe]"], 1, ["moe", "does not exist"]),
+    (
+        DENSE,
+        ["training.recompute_granularity=selective", "training.recompute_modules=[moe]"],
+        1,
+        ["moe", "does not exist"],
+    ),
     (DENSE, ["checkpoint.keep_last=0"], 1, ["checkpoint.keep_last = 0", "at least 1"]),
     (DENSE, ["justaword"], 1, ["justaword", "section.field=value"]),
     (MOE, ["parallel.tensor_model_parallel_size=2"], 2, ["parallel.sequence_parallel", "mixture of experts"]),
-    (MOE, ["parallel.expert_model_parallel_size=3"], 3, ["parallel.expert_model_parallel_size = 3", "num_moe_experts = 4"]),
+    (
+        MOE,
+        ["parallel.expert_model_parallel_size=3"],
+        3,
+        ["parallel.expert_model_parallel_size = 3", "num_moe_experts = 4"],
+    ),
     (MOE, ["model.moe_router_topk=5"], 1, ["model.moe_router_topk = 5", "at most model.num_moe_experts = 4"]),
     (MOE, ["model.moe_ffn_hidden_size=null"], 1, ["model.moe_ffn_hidden_size", "must be given"]),
-    (MOE, ["model.moe_shared_expert_intermediate_size=null"], 1, ["model.moe_shared_expert_gate", "needs a shared expert"]),
+    (
+        MOE,
+        ["model.moe_shared_expert_intermediate_size=null"],
+        1,
+        ["model.moe_shared_expert_gate", "needs a shared expert"],
+    ),
 ]
 
 

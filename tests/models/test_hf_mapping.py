@@ -19,7 +19,9 @@ def test_names_are_those_of_transformers(recipe):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
     expected = set(theirs.state_dict())
     if model.is_moe:  # transformers holds a layer's experts as one tensor and reads them one by one
-        assert {name for name in names if ".experts." not in name} == {name for name in expected if ".experts." not in name}
+        assert {name for name in names if ".experts." not in name} == {
+            name for name in expected if ".experts." not in name
+        }
     else:
         assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
 

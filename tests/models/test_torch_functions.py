@@ -27,7 +27,9 @@ def test_rms_norm():
     torch.testing.assert_close(ours, reference)
     gradient = torch.randn_like(reference)
     for found, expected in zip(
-        torch.autograd.grad(ours, (x, weight), gradient), torch.autograd.grad(reference, (x, weight), gradient), strict=True
+        torch.autograd.grad(ours, (x, weight), gradient),
+        torch.autograd.grad(reference, (x, weight), gradient),
+        strict=True,
     ):
         torch.testing.assert_close(found, expected)
 

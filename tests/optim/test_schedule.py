@@ -1,5 +1,6 @@
 """Learning rate and batch size as functions of progress."""
 
+import itertools
 import math
 
 import pytest
@@ -10,7 +11,11 @@ from megatron_qwen.optim.schedule import global_batch_size, learning_rate
 
 def rates(style: str, steps: int = 100, **options: object) -> list[float]:
     optim = OptimConfig(
-        learning_rate=1.0, min_learning_rate=0.1, lr_decay_style=style, lr_warmup_iters=10, **options  # type: ignore[arg-type]
+        learning_rate=1.0,
+        min_learning_rate=0.1,
+        lr_decay_style=style,
+        lr_warmup_iters=10,
+        **options,  # type: ignore[arg-type]
     )
     return [learning_rate(step, optim=optim, train_iters=steps) for step in range(1, steps + 1)]
 
@@ -20,7 +25,7 @@ def test_warm_up_and_ends(style):
     values = rates(style)
     assert values[:10] == pytest.approx([step / 10 for step in range(1, 11)])
     assert values[-1] == pytest.approx(1.0 if style == "constant" else 0.1)
-    assert all(b <= a + 1e-12 for a, b in zip(values[9:], values[10:], strict=False))
+    assert all(b <= a + 1e-12 for a, b in itertools.pairwise(values[9:]))
 
 
 def test_shapes():

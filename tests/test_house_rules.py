@@ -1,0 +1,60 @@
+"""Rules of the house that no linter knows."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert")
+SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+# What is imported in one file only, so that one file knows whether it is there.
+ONE_FILE = {"transformer_engine": "te_backend.py", "wandb": "wandb_writer.py", "apex": None, "submitit": None}
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_source_file(path):
+    text = path.read_text()
+    tree = ast.parse(text)
+    assert ast.get_docstring(tree), "a file says what its subject is"
+    assert text.count("\n") < 500
+    assert path.name not in {"utils.py", "helpers.py", "common.py", "misc.py"}
+    assert "sys.path" not in text
+    for node in ast.walk(tree):
+        assert not isinstance(node, ast.Global), f"line {node.lineno}: a global that changes"
+        if isinstance(node, ast.FunctionDef):
+            assert (node.end_lineno or 0) - node.lineno < 80, f"{node.name} is too long"
+            if not node.name.startswith("_") and not inside_function(tree, node):
+                assert ast.get_docstring(node), f"{node.name} has no docstring"
+    for name in imports(path):
+        if "parallel_state" in name:
+            assert path.name == "groups.py", "only groups.py reads megatron's global groups"
+        owner = name.split(".")[0]
+        if owner in ONE_FILE:
+            assert path.name == ONE_FILE[owner], f"{owner} is imported in one file only"
+
+
+def inside_function(tree: ast.Module, inner: ast.FunctionDef) -> bool:
+    """Whether a function is local to another, or one of the small stand-ins of a class without docstrings."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node is not inner and inner in ast.walk(node):
+            return True
+        if isinstance(node, ast.ClassDef) and node.name.startswith("_") and inner in ast.walk(node):
+            return True
+    return False
+
+
+def test_cuda_is_asked_in_one_file():
+    for path in SOURCES:
+        if path.name != "device.py":
+            assert "torch.cuda" not in path.read_text(), path
