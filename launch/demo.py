@@ -8,6 +8,7 @@ import sys
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from tools.report import Section, read_metrics, write_report
 
 _PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Error(")
 _TEXT_BYTES = 12_000_000
+_STAGES = 7
 _LAYOUT_FIELDS = {
     "tp": "tensor_model_parallel_size",
     "pp": "pipeline_model_parallel_size",
@@ -31,7 +33,7 @@ _LAYOUT_FIELDS = {
 }
 
 
-class Stage:
+class Stages:
     """Prints what is done and how long it took."""
 
     def __init__(self) -> None:
@@ -41,7 +43,7 @@ class Stage:
     def begin(self, text: str) -> None:
         """Announces the next stage."""
         self._number += 1
-        print(f"\n[{self._number}] {text}", flush=True)
+        print(f"\n[{self._number}/{_STAGES}] {text}", flush=True)
 
     def elapsed(self) -> str:
         """Time since the demo began."""
@@ -105,12 +107,91 @@ def run_module(module: str, *arguments: str, capture: bool = False) -> str:
     return done.stdout or ""
 
 
+@dataclass(frozen=True)
+class Demo:
+    """The stages of the demo, each a program of this checkout as a user would call it.
+
+    Args:
+        out: the directory everything goes to.
+        layout: as typed, for the eye.
+        overrides: the configuration, beside the recipe ``demo``.
+        ranks: how many.
+        stages: what announces them.
+    """
+
+    out: Path
+    layout: str
+    overrides: tuple[str, ...]
+    ranks: int
+    stages: Stages
+
+    @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self.out / "run"
+
+    @property
+    def hf(self) -> Path:
+        """The exported model."""
+        return self.run_dir / "hf"
+
+    def prepare(self, vocab_size: int) -> None:
+        """Text, tokenizer and token file."""
+        corpus, tokenizer = self.out / "corpus.jsonl", str(self.out / "tokenizer")
+        self.stages.begin("collect text: the Python standard library's sources")
+        with corpus.open("w", encoding="utf-8") as file:
+            count = sum(1 for document in standard_library(_TEXT_BYTES) if file.write(json.dumps(document) + "\n"))
+        print(f"{count} files, {corpus.stat().st_size / 1e6:.1f} MB")
+        self.stages.begin("train a tokenizer")
+        size = ("--vocab-size", str(vocab_size))
+        run_module("tools.data", "tokenizer", "train", *size, "--output", tokenizer, str(corpus))
+        self.stages.begin("turn text into tokens")
+        run_module("tools.data", "prepare", "--tokenizer", tokenizer, "--output", str(self.out / "tokens"), str(corpus))
+
+    def pretrain(self) -> None:
+        """The run."""
+        self.stages.begin(f"pretrain on {self.ranks} ranks ({self.layout})")
+        where = ("--run-dir", str(self.run_dir), "--nproc", str(self.ranks))
+        run_module("launch.train", "demo", *self.overrides, *where)
+
+    def export(self) -> dict[str, Any]:
+        """The Hugging Face directory, and how far its logits are from the checkpoint's."""
+        self.stages.begin("export to Hugging Face, and compare its logits with the checkpoint's")
+        run_module("checkpoints_convert.convert", "to-hf", str(self.run_dir), str(self.hf), "--dtype", "fp32")
+        printed = run_module("checkpoints_convert.agreement", str(self.run_dir), str(self.hf), capture=True)
+        agreement: dict[str, Any] = json.loads(printed.splitlines()[-1])
+        return agreement
+
+    def generate(self) -> list[dict[str, str]]:
+        """Three continuations by the exported model."""
+        self.stages.begin("generate from the exported model")
+        prompts = [word for prompt in _PROMPTS for word in ("--prompt", prompt)]
+        sampling = ("--max-new-tokens", "80", "--temperature", "0.6", "--json")
+        samples: list[dict[str, str]] = json.loads(
+            run_module("tools.generate", str(self.hf), *prompts, *sampling, capture=True)
+        )
+        for sample in samples:
+            print(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
+        return samples
+
+    def report(self, agreement: dict[str, Any], samples: list[dict[str, str]]) -> None:
+        """The page, and the figures on the terminal."""
+        self.stages.begin("report")
+        records = read_metrics(self.run_dir / "metrics.jsonl")
+        validation = [record["validation_loss"] for record in records if "validation_loss" in record][-1]
+        page = self.out / "report.html"
+        write_report(self.run_dir, page, sections=[_agreement_section(agreement, validation), _sample_section(samples)])
+        for name, value in _figures(agreement, validation):
+            print(f"{name:<56}{value}")
+        print(f"\nreport  {page}\nmodel   {self.hf}\ndone in {self.stages.elapsed()}")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the demo."""
     parser = Parser(
         "mq demo",
-        description="Text, tokenizer, pretraining on two ranks, checkpoint, Hugging Face export, generated text, report: the whole "
-        "job on this machine's CPU in a few minutes. The text is Python's standard library.",
+        description="Text, tokenizer, pretraining on two ranks, checkpoint, Hugging Face export, generated text, "
+        "report: the whole job on this machine's CPU in a few minutes. The text is Python's standard library.",
         examples=[
             "mq demo",
             "mq demo --layout pp=2",
@@ -119,9 +200,8 @@ def main(arguments: Sequence[str]) -> int:
         ],
     )
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (demo-run)")
-    parser.add_argument(
-        "--layout", nargs="+", default=["tp=2"], metavar="AXIS=SIZE", help="tp, sp, pp, vp, cp, dp (tp=2)"
-    )
+    layout_help = "tp, sp, pp, vp, cp, dp (tp=2)"
+    parser.add_argument("--layout", nargs="+", default=["tp=2"], metavar="AXIS=SIZE", help=layout_help)
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     options = parser.parse_args(arguments)
     layout, ranks = layout_overrides(options.layout)
@@ -139,74 +219,29 @@ def main(arguments: Sequence[str]) -> int:
         out.mkdir(parents=True)
     except OSError as error:
         raise UserError(Problem("--output", out, f"cannot be made ({error.strerror}).")) from None
-    stage = Stage()
-    prepare(out, stage, vocab_size=config.model.vocab_size)
-    run_dir, hf = out / "run", out / "run" / "hf"
-    stage.begin(f"pretrain on {ranks} ranks ({' '.join(options.layout)})")
-    run_module("launch.train", "demo", *overrides, "--run-dir", str(run_dir), "--nproc", str(ranks))
-    stage.begin("export to Hugging Face, and compare its logits with the checkpoint's")
-    run_module("checkpoints_convert.convert", "to-hf", str(run_dir), str(hf), "--dtype", "fp32")
-    agreement = json.loads(
-        run_module("checkpoints_convert.agreement", str(run_dir), str(hf), capture=True).splitlines()[-1]
-    )
-    stage.begin("generate from the exported model")
-    prompts = [word for prompt in _PROMPTS for word in ("--prompt", prompt)]
-    written = run_module(
-        "tools.generate", str(hf), *prompts, "--max-new-tokens", "80", "--temperature", "0.6", "--json", capture=True
-    )
-    samples = json.loads(written)
-    for sample in samples:
-        print(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['text']}")
-    report = out / "report.html"
-    validation = [
-        record["validation_loss"] for record in read_metrics(run_dir / "metrics.jsonl") if "validation_loss" in record
-    ][-1]
-    write_report(run_dir, report, sections=[_agreement_section(agreement, validation), _sample_section(samples)])
-    print(
-        f"\nvalidation loss {validation:.4f} nats per token; the unigram entropy of the same tokens is "
-        f"{agreement['unigram_entropy']:.4f}\nHugging Face against Megatron: largest logit difference "
-        f"{agreement['max_abs_logit_difference']:.2e}, same likeliest token at {agreement['top1_agreement']:.2%} of positions, "
-        f"loss {agreement['hf_loss']:.6f} against {agreement['checkpoint_loss']:.6f}\nreport {report}\nmodel  {hf}\n"
-        f"done in {stage.elapsed()}"
-    )
+    demo = Demo(out, " ".join(options.layout), tuple(overrides), ranks, Stages())
+    demo.prepare(config.model.vocab_size)
+    demo.pretrain()
+    agreement = demo.export()
+    demo.report(agreement, demo.generate())
     return 0
 
 
-def prepare(out: Path, stage: Stage, *, vocab_size: int) -> None:
-    """Text, tokenizer and token file under ``out``."""
-    corpus = out / "corpus.jsonl"
-    stage.begin("collect text: the Python standard library's sources")
-    with corpus.open("w", encoding="utf-8") as file:
-        count = sum(1 for document in standard_library(_TEXT_BYTES) if file.write(json.dumps(document) + "\n"))
-    print(f"{count} files, {corpus.stat().st_size / 1e6:.1f} MB")
-    stage.begin("train a tokenizer")
-    run_module(
-        "tools.data",
-        "tokenizer",
-        "train",
-        "--vocab-size",
-        str(vocab_size),
-        "--output",
-        str(out / "tokenizer"),
-        str(corpus),
-    )
-    stage.begin("turn text into tokens")
-    run_module(
-        "tools.data", "prepare", "--tokenizer", str(out / "tokenizer"), "--output", str(out / "tokens"), str(corpus)
-    )
-
-
-def _agreement_section(agreement: dict[str, Any], validation: float) -> Section:
-    rows = [
+def _figures(agreement: dict[str, Any], validation: float) -> list[tuple[str, str]]:
+    return [
         ("validation loss, nats per token", f"{validation:.4f}"),
         ("unigram entropy of the same tokens", f"{agreement['unigram_entropy']:.4f}"),
         (
-            "loss of the checkpoint / of the Hugging Face export",
+            "loss, Megatron checkpoint / Hugging Face export",
             f"{agreement['checkpoint_loss']:.6f} / {agreement['hf_loss']:.6f}",
         ),
-        ("largest difference of a logit", f"{agreement['max_abs_logit_difference']:.2e}"),
-        ("positions with the same likeliest token", f"{agreement['top1_agreement']:.2%}"),
+        ("largest difference of a logit between the two", f"{agreement['max_abs_logit_difference']:.2e}"),
+        ("positions where both have the same likeliest token", f"{agreement['top1_agreement']:.2%}"),
     ]
+
+
+def _agreement_section(agreement: dict[str, Any], validation: float) -> Section:
+    rows = _figures(agreement, validation)
     body = "".join(f"<tr><td>{html.escape(name)}</td><td>{value}</td></tr>" for name, value in rows)
     return Section("Exported model against the checkpoint", f"<table>{body}</table>")
 

@@ -2,37 +2,45 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
 
+_NAMES = {
+    "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
+    "startup": "mq --help, mq train --help, mq config show against 0.5 s",
+    "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
+}
+
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a table, exit 1 where a required ratio is missed."""
+    """Prints the rows; exit 1 where a required ratio is missed."""
     parser = Parser(
         "mq bench",
-        description="Times this project against a peer, both in one run, and prints the ratio.",
-        examples=["mq bench train_step", "mq bench train_step --rounds 9 --json"],
+        description="Measures this project against a peer or a limit, both in one run, and prints the ratio.",
+        examples=["mq bench train_step", "mq bench train_step --rounds 9 --json", "mq bench startup"],
     )
     parser.add_argument(
-        "name", choices=["train_step"], help="train_step: a training step against transformers + fused AdamW"
+        "name", choices=list(_NAMES), help="; ".join(f"{name}: {text}" for name, text in _NAMES.items())
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side that count (7)")
-    parser.add_argument("--steps", type=int, default=4, help="steps in a turn (4)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that count (7)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn of train_step (4)")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     options = parser.parse_args(arguments)
-    from tools.benchmarks import train_step
+    from tools.benchmarks import sample_order, startup, train_step
 
-    rows = train_step.run(rounds=options.rounds, steps=options.steps)
-    if options.json:
-        print(json.dumps(rows, indent=2))
+    if options.name == "train_step":
+        rows = train_step.run(rounds=options.rounds, steps=options.steps)
     else:
-        for row in rows:
-            print(
-                f"{row['benchmark']}: {row['ours_tokens_per_second']:,.0f} tokens/s against "
-                f"{row['peer_tokens_per_second']:,.0f} ({row['peer']}), ratio {row['ratio']:.3f} "
-                f"({row['ratio_min']:.3f} to {row['ratio_max']:.3f}), required {row['required']:.2f}"
-            )
-    return 0 if all(row["ratio"] >= row["required"] for row in rows) else 1
+        rows = {"startup": startup, "sample_order": sample_order}[options.name].run(rounds=options.rounds)
+    text = json.dumps([asdict(row) for row in rows], indent=2)
+    print(text if options.json else "\n".join(map(str, rows)))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(text + "\n")
+    return 0 if all(row.passes for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -212,7 +212,9 @@ class CheckpointConfig:
 class MetricsConfig:
     """What is written where. metrics.jsonl is always written, a line a step."""
 
-    log_interval: int = setting(1, doc="Iterations between progress lines.", minimum=1)
+    log_interval: int = setting(
+        1, doc="Iterations between progress lines; a terminal's live line shows every one.", minimum=1
+    )
     tensorboard: bool = setting(True, doc="Write event files under tensorboard/.")
     wandb_project: str | None = setting(None, doc="Weights & Biases project; null is off.")
     profile_start: int | None = setting(None, doc="First iteration of a torch profiler window; null is off.", minimum=1)

@@ -4,6 +4,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import (
     CheckpointConfig,
     DataConfig,
+    MetricsConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -57,14 +58,18 @@ def tiny_moe() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """The model of `mq demo`: 7M parameters, learnt from Python source on two CPU ranks in minutes."""
+    """The model of `mq demo`: 2M parameters, learnt from Python source on two CPU ranks in minutes.
+
+    So small because a few minutes of two cores are about 10^13 FLOPs, for which Chinchilla's rule (Hoffmann et al.
+    2022: about 20 tokens a parameter) asks for a model of this order.
+    """
     model = ModelConfig(
-        num_layers=6,
-        hidden_size=256,
+        num_layers=4,
+        hidden_size=192,
         num_attention_heads=4,
         num_query_groups=2,
-        ffn_hidden_size=704,
-        vocab_size=4096,
+        ffn_hidden_size=512,
+        vocab_size=2048,
         max_position_embeddings=1024,
         rotary_base=10_000.0,
         share_embeddings_and_output_weights=True,
@@ -76,10 +81,11 @@ def demo() -> RunConfig:
         parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         data=DataConfig(seq_length=256, validation_fraction=0.02),
         optim=OptimConfig(
-            learning_rate=2e-3, min_learning_rate=2e-4, lr_decay_style="wsd", lr_warmup_iters=30, lr_wsd_decay_iters=100
+            learning_rate=4e-3, min_learning_rate=2e-4, lr_decay_style="wsd", lr_warmup_iters=30, lr_wsd_decay_iters=120
         ),
         training=TrainingConfig(
-            train_iters=400, micro_batch_size=8, global_batch_size=16, eval_interval=50, eval_iters=4
+            train_iters=350, micro_batch_size=8, global_batch_size=16, eval_interval=50, eval_iters=4
         ),
         checkpoint=CheckpointConfig(save_interval=200, keep_last=2),
+        metrics=MetricsConfig(log_interval=10),
     )

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from tools.benchmarks.rows import Row
 from tools.benchmarks.train_step_workers import BATCH, SEQUENCE, bench_config
 
 _SIDES = ("ours", "transformers")
@@ -87,7 +87,7 @@ def toy_tokens() -> Iterator[Path]:
         yield prefix
 
 
-def run(*, rounds: int, steps: int) -> list[dict[str, Any]]:
+def run(*, rounds: int, steps: int) -> list[Row]:
     """Both sides in turn, round by round, in fp32 and in bf16.
 
     Args:
@@ -113,19 +113,17 @@ def run(*, rounds: int, steps: int) -> list[dict[str, Any]]:
             tokens = steps * BATCH * SEQUENCE
             ratios = [theirs / mine for mine, theirs in zip(seconds["ours"], seconds["transformers"], strict=True)]
             rows.append(
-                {
-                    "benchmark": f"train_step {dtype}",
-                    "ours_tokens_per_second": tokens / statistics.median(seconds["ours"]),
-                    "peer_tokens_per_second": tokens / statistics.median(seconds["transformers"]),
-                    "peer": "transformers Qwen2ForCausalLM, fused AdamW"
-                    + (", bf16 autocast" if dtype == "bf16" else ""),
-                    "ratio": statistics.median(ratios),
-                    "ratio_min": min(ratios),
-                    "ratio_max": max(ratios),
-                    "required": 1.0,
-                    "threads": threads,
-                    "rounds": rounds,
-                    "steps": steps,
-                }
+                Row(
+                    benchmark=f"train_step {dtype}",
+                    ours=tokens / statistics.median(seconds["ours"]),
+                    against=tokens / statistics.median(seconds["transformers"]),
+                    unit="tokens/s",
+                    peer="transformers Qwen2ForCausalLM, fused AdamW" + (", bf16 autocast" if dtype == "bf16" else ""),
+                    ratio=statistics.median(ratios),
+                    ratio_min=min(ratios),
+                    ratio_max=max(ratios),
+                    required=1.0,
+                    conditions=f"{threads} threads, {rounds} rounds of {steps} steps",
+                )
             )
     return rows

@@ -44,7 +44,9 @@ class Metrics(Callback):
         for writer in self.writers:
             writer.write(content)
         if self.console is not None and (
-            record.iteration % trainer.parts.config.metrics.log_interval == 0 or "validation_loss" in record.extra
+            self.console.live
+            or record.iteration % trainer.parts.config.metrics.log_interval == 0
+            or "validation_loss" in record.extra
         ):
             self.console.show(content, last_iteration=trainer.parts.config.training.train_iters)
 

@@ -1,0 +1,74 @@
+"""On a GPU: both backends train the same model, FP8 stays near bf16, and checkpoints pass between backends."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_qwen.models import te_backend
+from tests.conftest import run
+
+torch = pytest.importorskip("torch")
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+
+# Transformer Engine's GEMMs want dimensions that divide by 16, FP8 by 32.
+SHAPE = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.kv_channels=64", "data.seq_length=128"]
+STEPS = 10
+
+
+def needs_te() -> None:
+    if reason := te_backend.why_not():
+        pytest.skip(f"Transformer Engine cannot run here: {reason}")
+
+
+def losses(recipe: str, tokens: Path, run_dir: Path, *overrides: str, steps: int = STEPS) -> list[float]:
+    words = [
+        f"data.path={tokens}",
+        *SHAPE,
+        f"training.train_iters={steps}",
+        f"optim.lr_decay_iters={STEPS}",
+        *overrides,
+    ]
+    done = run("launch.train", recipe, *words, "--run-dir", run_dir)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["lm_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+def test_torch_backend_in_fp32_and_bf16(recipe, tokens, tmp_path):
+    exact = losses(recipe, tokens, tmp_path / "fp32", "precision.backend=torch")
+    half = losses(recipe, tokens, tmp_path / "bf16", "precision.backend=torch", "precision.dtype=bf16")
+    assert exact[-1] < exact[0]
+    assert half == pytest.approx(exact, rel=1e-2)
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+def test_te_equals_torch(recipe, tokens, tmp_path):
+    needs_te()
+    ours = losses(recipe, tokens, tmp_path / "torch", "precision.backend=torch", "precision.dtype=bf16")
+    theirs = losses(recipe, tokens, tmp_path / "te", "precision.backend=te", "precision.dtype=bf16")
+    assert theirs == pytest.approx(ours, rel=1e-2)
+
+
+@pytest.mark.parametrize("fp8", ["tensorwise", "delayed", "blockwise"])
+def test_fp8_stays_near_bf16(fp8, tokens, tmp_path):
+    needs_te()
+    if reason := te_backend.why_not_fp8(fp8):
+        pytest.skip(reason)
+    half = losses("tiny_dense", tokens, tmp_path / "bf16", "precision.dtype=bf16")
+    eight = losses("tiny_dense", tokens, tmp_path / "fp8", "precision.dtype=bf16", f"precision.fp8={fp8}")
+    assert eight == pytest.approx(half, rel=3e-2)
+
+
+@pytest.mark.parametrize(("first", "second"), [("te", "torch"), ("torch", "te")])
+def test_checkpoints_pass_between_backends(first, second, tokens, tmp_path):
+    needs_te()
+    bf16 = "precision.dtype=bf16"
+    whole = losses("tiny_dense", tokens, tmp_path / "whole", bf16, f"precision.backend={first}")
+    losses("tiny_dense", tokens, tmp_path / "run", bf16, f"precision.backend={first}", steps=STEPS // 2)
+    both = losses("tiny_dense", tokens, tmp_path / "run", bf16, f"precision.backend={second}")
+    assert both == pytest.approx(whole, rel=2e-2)
