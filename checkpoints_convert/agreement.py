@@ -57,7 +57,7 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, Model, ProcessGroupCollectio
     config = resolve(str(chosen.path / RUN_YAML), ["precision.dtype=fp32", "precision.fp8=null"], RECIPES)
     config = RunConfig(**{**vars(config), "parallel": ParallelConfig()})
     groups = process_groups.create(config.parallel, seed=config.training.seed)
-    model = build_model(config, groups, choose(config.precision), device=device.compute_device())
+    model = build_model(config, groups, choose(config.precision), device=device.current())
     state.load_sharded(chosen.path, model.modules, None, groups, optimizer_step=0)
     model.train(False)
     return config, model, groups
@@ -76,7 +76,7 @@ def compare(config: RunConfig, model: Model, hf_dir: Path, source: WindowSource,
     """Runs both models on the first samples of a source."""
     from transformers import AutoModelForCausalLM
 
-    place = device.compute_device()
+    place = device.current()
     hf = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).to(place)
     worst, same, ours, theirs = 0.0, 0.0, 0.0, 0.0
     for index in range(samples):

@@ -3,6 +3,7 @@
 import hashlib
 import html
 import json
+import os
 import subprocess
 import sys
 import sysconfig
@@ -20,7 +21,7 @@ from megatron_qwen.metrics.console import duration
 from megatron_qwen.recipes.registry import RECIPES
 from tools.report import Section, read_metrics, write_report
 
-_PROMPTS = ("def __init__(self, ", "import os\nimport ", "class Error(")
+_PROMPTS = ("def __init__(self,", "import os\nimport", "class Error(")
 _TEXT_BYTES = 12_000_000
 _STAGES = 7
 _LAYOUT_FIELDS = {
@@ -101,7 +102,9 @@ def fresh_directory(wanted: Path) -> Path:
 def run_module(module: str, *arguments: str, capture: bool = False) -> str:
     """Runs a program of this checkout; ends the demo with its exit code where it fails."""
     command = [sys.executable, "-P", "-m", module, *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, check=False)
+    # The demo is the CPU's: its two ranks would want two GPUs.
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, env=environment, check=False)
     if done.returncode:
         sys.exit(done.returncode)
     return done.stdout or ""

@@ -14,8 +14,16 @@ from typing import IO
 from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER
 
 # A rank that lost its peers says less about the cause than the peer that went first.
-_CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM, -signal.SIGKILL)
+# NCCL's watchdog ends a process that waits for a dead peer by SIGABRT.
+_CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
 _GRACE_S = 20.0
+# SIGKILL is the out-of-memory killer or a dying node: the peer is lost, the run is not.
+_CODES_OF_SIGNALS: dict[int, int] = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGKILL: EXIT_LOST_PEER,
+    signal.SIGABRT: EXIT_LOST_PEER,
+}
 
 
 class LocalRanks:
@@ -67,8 +75,6 @@ class LocalRanks:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "MQ_LAUNCHER_PID": str(os.getpid()),
-            # Tensor-parallel overlap on Hopper needs the order this gives.
-            "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         }
         command = [sys.executable, "-P", "-m", "megatron_qwen.train", str(self.run_dir)]
         return subprocess.Popen(
@@ -115,8 +121,7 @@ class LocalRanks:
             print(f"rank {rank} ended with {code}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr)
         if code < 0:
             print(f"rank {rank} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-            # SIGKILL is the out-of-memory killer or a dying node: the peer is lost, the run is not.
-            return {-signal.SIGINT: 130, -signal.SIGTERM: 143, -signal.SIGKILL: EXIT_LOST_PEER}.get(code, EXIT_FAILURE)
+            return _CODES_OF_SIGNALS.get(-code, EXIT_FAILURE)
         return code
 
     def _end_all(self) -> None:

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch.utils import _device as torch_device
 
+from megatron_qwen.errors import ConfigError, Problem
+
 _CPU = torch.device("cpu")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _FACTORIES = (
@@ -50,15 +52,29 @@ def backend() -> str:
     return "nccl" if has_cuda() else "gloo"
 
 
-def compute_device(local_rank: int = 0) -> torch.device:
-    """The device this rank computes on."""
-    return torch.device("cuda", local_rank) if has_cuda() else _CPU
+def select(local_rank: int, *, local_world_size: int = 1) -> None:
+    """Makes the GPU of this rank the current one; nothing to do on a CPU.
+
+    Args:
+        local_rank: rank on this node.
+        local_world_size: ranks on this node.
+
+    Raises:
+        ConfigError: there are more ranks than GPUs.
+    """
+    if not has_cuda():
+        return
+    gpus = torch.cuda.device_count()
+    bound = gpus == 1 and "SLURM_PROCID" in os.environ  # srun --gpus-per-task shows each rank its own GPU alone
+    if not bound and local_world_size > gpus:
+        fix = f"this node shows {gpus} GPUs; start as many ranks, or set CUDA_VISIBLE_DEVICES='' to compute on the CPU."
+        raise ConfigError(Problem("ranks on this node", local_world_size, fix))
+    torch.cuda.set_device(0 if bound else local_rank)
 
 
-def select(local_rank: int) -> None:
-    """Makes the GPU of this rank the current one; nothing to do on a CPU."""
-    if has_cuda():
-        torch.cuda.set_device(local_rank)
+def current() -> torch.device:
+    """The device that ``select`` chose."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
 def device_name() -> str:

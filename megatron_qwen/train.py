@@ -4,6 +4,7 @@ python -m megatron_qwen.train RUN_DIR
 """
 
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megatron_qwen import device
 
 def main(run_dir: str) -> int:
     """Runs one rank of the run whose run.yaml lies in ``run_dir`` and returns its exit code."""
+    # Overlap of tensor-parallel communication on Hopper needs the order that one connection gives.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.prepare()
     from megatron_qwen.config.checks import require_legal
     from megatron_qwen.config.source import resolve
@@ -29,10 +32,10 @@ def main(run_dir: str) -> int:
     require_legal(config, world_size=info.world_size)
     device.set_threads(config.performance.threads_per_rank or device.fair_threads(info.local_world_size))
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
-    try:
-        return run_attempt(config, info, signals, Path(run_dir))
-    finally:
-        leave()
+    code = run_attempt(config, info, signals, Path(run_dir))
+    # Only after a normal end: with peers still inside a collective, leaving would wait for them.
+    leave()
+    return code
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Real gloo ranks that stay up between tests: the imports are paid once, layouts come and go."""
 
+import datetime
+import gc
+import itertools
 import multiprocessing
 import os
 import socket
@@ -84,23 +87,40 @@ def rank_info() -> Any:
 
 
 def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     from megatron_qwen import device
 
     device.prepare()
+    import torch.distributed as dist
+
     from megatron_qwen.distributed import groups
-    from megatron_qwen.distributed.rank import RankInfo, join
 
     device.set_threads(1)
-    join(RankInfo(rank, size, rank, size, "127.0.0.1", port), timeout_minutes=4)
-    while True:
+    timeout = datetime.timedelta(minutes=4)
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0, timeout=timeout)
+    for number in itertools.count():
         try:
             job, arguments = pipe.recv()
         except EOFError:
             return
+        # A world for every job: groups of earlier layouts would keep their threads.
+        own = dist.PrefixStore(str(number), store)
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
         try:
             answer = (False, job(*arguments))
         except BaseException:
             answer = (True, traceback.format_exc())
+        _forget_models()
         groups.destroy()
+        dist.destroy_process_group()
         pipe.send(answer)
+
+
+def _forget_models() -> None:
+    """Frees the job's models: gradient hooks tie each to itself where the collector does not see it."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    for model in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
+        model.grad_accs.clear()
+        model.config.grad_scale_func = None  # leads to the optimizer, whose shards lead back
+    gc.collect()

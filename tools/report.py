@@ -114,9 +114,10 @@ def _tiles(config: RunConfig, records: list[dict[str, Any]]) -> str:
         (f"{last['lm_loss']:.4f}", f"training loss at step {last['iteration']}"),
         (f"{last['consumed_tokens'] / 1e6:,.2f}M", "tokens seen"),
         (f"{speed:,.0f}", "tokens per second, median"),
-        (f"{statistics.median(mfu):.1%}" if mfu else "unknown peak", "MFU, median"),
         (duration(sum(record["step_time_s"] for record in records)), "time in steps"),
     ]
+    if mfu:
+        facts.append((f"{statistics.median(mfu):.1%}", "MFU, median"))
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in facts)
     return f'<div class="tiles">{tiles}</div>'
 

@@ -16,9 +16,17 @@ def superseded(iterations: list[int], *, keep_last: int, keep_every: int | None)
     ]
 
 
-def prune(root: Path, *, keep_last: int, keep_every: int | None) -> list[Path]:
-    """Deletes superseded checkpoints, manifest first so that none is ever half there, and returns them."""
-    found = dict(committed(root))
+def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
+    """Deletes superseded checkpoints, manifest first so that none is ever half there, and returns them.
+
+    Args:
+        root: the run's checkpoints directory.
+        newest: the iteration just committed. Later ones are of an abandoned future (the run fell back behind a damaged
+            checkpoint); they count for nothing and are left alone.
+        keep_last: newest checkpoints to keep.
+        keep_every: multiples of this many iterations are kept for good.
+    """
+    found = {iteration: path for iteration, path in committed(root) if iteration <= newest}
     gone = [found[iteration] for iteration in superseded(list(found), keep_last=keep_last, keep_every=keep_every)]
     for path in gone:
         (path / MANIFEST).unlink(missing_ok=True)

@@ -9,15 +9,20 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from safetensors.torch import load_file, save_file
 
+from megatron_qwen import device
 from megatron_qwen.checkpoint import generators, optimizer_state
+from megatron_qwen.checkpoint.metadata import plain_objects_only, read_metadata
 from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.models.sharding import sharded_state_dict
+
+_EXTRA_STATE = "_extra_state"
 
 
 def sharded_state(
@@ -47,11 +52,30 @@ def load_sharded(
         groups: groups of this rank.
         optimizer_step: steps the optimizer has taken (``state.json``).
     """
-    loaded = dist_checkpointing.load(sharded_state(modules, optimizer, groups, loading=True), str(path))
+    wanted = sharded_state(modules, optimizer, groups, loading=True)
+    _drop_absent_extra_state(wanted, path)
+    with plain_objects_only():
+        loaded = dist_checkpointing.load(wanted, str(path))
     for index, module in enumerate(modules):
-        module.load_state_dict(loaded["model" if len(modules) == 1 else f"model{index}"])
+        _fill(module, loaded["model" if len(modules) == 1 else f"model{index}"])
     if optimizer is not None:
         optimizer_state.load(optimizer, loaded["optimizer"], step=optimizer_step)
+
+
+def _drop_absent_extra_state(wanted: dict[str, Any], path: Path) -> None:
+    """Takes out of a request the extra state of Transformer Engine's modules that the torch backend does not save."""
+    saved = read_metadata(path).state_dict_metadata
+    for key, state in wanted.items():
+        if key.startswith("model"):
+            for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject)]:
+                if name.endswith(_EXTRA_STATE) and state[name].unique_key not in saved:
+                    del state[name]
+
+
+def _fill(module: GPTModel, loaded: dict[str, Any]) -> None:
+    answer = module.load_state_dict(loaded, strict=False)
+    wrong = [*answer.unexpected_keys, *(key for key in answer.missing_keys if not key.endswith(_EXTRA_STATE))]
+    assert not wrong, wrong
 
 
 def write_small_files(
@@ -77,6 +101,7 @@ def write_small_files(
             "world_size": dist.get_world_size(),
             "layout": asdict(parallel),
             "threads": torch.get_num_threads(),
+            "backend": device.backend(),
             "torch": torch.__version__,
         }
         (directory / RUN_YAML).write_text(run_yaml)
@@ -90,10 +115,11 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore_generators(path: Path, *, parallel: ParallelConfig, state: dict[str, Any]) -> bool:
-    """Restores this rank's generators if the layout is the one that wrote them; says whether it did."""
+    """Restores this rank's generators if the layout and the kind of device wrote them; says whether it did."""
     sizes = {name: value for name, value in asdict(parallel).items() if name.endswith("_size")}
     saved = {name: state["layout"].get(name) for name in sizes}
-    if state["world_size"] != dist.get_world_size() or saved != sizes:
+    same_place = state["world_size"] == dist.get_world_size() and state["backend"] == device.backend()
+    if not same_place or saved != sizes:
         return False
     prefix = f"rank{dist.get_rank()}."
     states = load_file(path / GENERATORS)

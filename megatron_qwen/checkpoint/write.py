@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_qwen import device
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, committed, iteration_dir, temporary_dir
 from megatron_qwen.checkpoint.retain import prune
@@ -43,6 +45,7 @@ class _Pending:
     started: float
     thread: threading.Thread | None = None
     failure: list[BaseException] = field(default_factory=list)
+    entries: dict[str, manifest.FileEntry] = field(default_factory=dict)
 
 
 class CheckpointWriter:
@@ -127,13 +130,16 @@ class CheckpointWriter:
         request = pending.request
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
-            arguments[1] = _staged(request.preload_fn(), copy=copy)
+            # From a GPU the core has copied already.
+            arguments[1] = _staged(request.preload_fn(), copy=copy and not device.has_cuda())
 
         def write() -> None:
             try:
                 if request.async_fn is not None:
                     request.async_fn(*arguments, **request.async_fn_kwargs)
                     _check_result(arguments[2])
+                    for path in pending.directory.glob(f"__{dist.get_rank()}_*"):
+                        pending.entries[path.name] = manifest.hash_file(path)
             except BaseException as error:
                 pending.failure.append(error)
 
@@ -144,7 +150,7 @@ class CheckpointWriter:
         failure = ""
         try:
             action()
-        except Exception as error:
+        except (Exception, CheckpointException) as error:  # torch's is no Exception
             failure = f"rank {dist.get_rank()}: {error}"
         failures: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
@@ -172,9 +178,10 @@ class CheckpointWriter:
 
     def _commit(self, pending: _Pending) -> Path:
         directory, final = pending.directory, iteration_dir(self.root, pending.iteration)
-        entries = self._hash_written(directory)
+        entries: dict[str, manifest.FileEntry] = {}
 
         def publish() -> None:
+            entries.update(self._hash_written(pending))
             if dist.get_rank() != 0:
                 return
             if not self.is_current():
@@ -188,7 +195,7 @@ class CheckpointWriter:
             directory.rename(final)
             _sync(self.root)
             _write_latest(self.root, final.name)
-            prune(self.root, keep_last=self.keep_last, keep_every=self.keep_every)
+            self._prune(pending.iteration)
 
         self._together(publish, directory)
         if dist.get_rank() == 0:
@@ -196,13 +203,21 @@ class CheckpointWriter:
             log.info("saved %s, %.1f MiB in %.1f s", final, size / 2**20, time.monotonic() - pending.started)
         return final
 
-    def _hash_written(self, directory: Path) -> dict[str, manifest.FileEntry]:
-        """Every rank reads a share of the files back; rank 0 gets all entries."""
-        dist.barrier()
-        names = manifest.files_in(directory)[dist.get_rank() :: dist.get_world_size()]
+    def _prune(self, newest: int) -> None:
+        try:
+            prune(self.root, newest=newest, keep_last=self.keep_last, keep_every=self.keep_every)
+        except OSError as error:  # the checkpoint is committed; an old one that stays is no failure of it
+            log.warning("a checkpoint that is no longer kept could not be deleted: %s", error)
+
+    def _hash_written(self, pending: _Pending) -> dict[str, manifest.FileEntry]:
+        """What each rank hashed after writing it, and on rank 0 the rest; only rank 0 looks at the directory."""
         shares: list[dict[str, manifest.FileEntry]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(shares, {name: manifest.hash_file(directory / name) for name in names})
-        return {name: entry for share in shares for name, entry in share.items()}
+        dist.all_gather_object(shares, pending.entries)
+        entries = {name: entry for share in shares for name, entry in share.items()}
+        if dist.get_rank() == 0:
+            rest = [name for name in manifest.files_in(pending.directory) if name not in entries]
+            entries |= {name: manifest.hash_file(pending.directory / name) for name in rest}
+        return entries
 
 
 def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
@@ -211,7 +226,7 @@ def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
         return buckets
 
     def apart(tensor: Any) -> Any:
-        return tensor.clone() if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu" else tensor
+        return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
 
     return [
         (name, key, (plain, [(item, apart(tensor)) for item, tensor in tensors]))
@@ -238,9 +253,21 @@ def _reraise(failures: list[BaseException]) -> None:
 
 
 def _finalize(request: Any) -> None:
-    """The core's own end of a save: rank 0 gathers what was written and writes the metadata."""
-    for finalize in request.finalize_fns:
-        finalize()
+    """The core's own end of a save: rank 0 gathers what was written, writes metadata and then format.
+
+    Where rank 0 cannot write, it still joins the collective in which the others wait.
+    """
+    joins: tuple[Callable[[], Any], ...] = (_announce_failure, dist.barrier)
+    for finalize, join_peers in zip(request.finalize_fns, joins, strict=True):
+        try:
+            finalize()
+        except OSError:
+            join_peers()
+            raise
+
+
+def _announce_failure() -> None:
+    dist.broadcast(torch.ones(1, dtype=torch.int, device=device.current()), src=0)
 
 
 def _all_agree(flag: bool) -> bool:

@@ -88,7 +88,7 @@ def join(info: RankInfo, *, timeout_minutes: int) -> None:
         info: where this process stands.
         timeout_minutes: longest wait inside one collective.
     """
-    device.select(info.local_rank)
+    device.select(info.local_rank, local_world_size=info.local_world_size)
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if info.world_size == 1 and info.master_port == 0:
         store = dist.HashStore()  # type: ignore[attr-defined]

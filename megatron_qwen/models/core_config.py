@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.models.apex_kernels import nvidia_apex_is_here
 from megatron_qwen.models.backend import Backend
 
@@ -14,10 +15,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
-    """The core's configuration of the model, its layout and its kernels."""
-    return TransformerConfig(
-        **_shape(config), **_experts(config), **_layout(config), **_numbers(config, backend), **_recompute(config)
-    )
+    """The core's configuration of the model, its layout and its kernels.
+
+    Raises:
+        ConfigError: the core has a rule that ``config/checks.py`` does not know.
+    """
+    try:
+        return TransformerConfig(
+            **_shape(config), **_experts(config), **_layout(config), **_numbers(config, backend), **_recompute(config)
+        )
+    except (ValueError, AssertionError) as error:
+        raise ConfigError(Problem("configuration", None, f"megatron-core refuses it: {error}")) from None
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 # What the core needs to know to make names that are the same under every layout.
 CHECKPOINT_METADATA: dict[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
+    # One rank of a data-parallel group gathers the optimizer's state over gloo, not each of them over NCCL.
+    "distrib_optim_fully_reshardable_mem_efficient": True,
     "chained_optim_avoid_prefix": True,
     "singleton_local_shards": False,
 }

@@ -27,7 +27,9 @@ def exit_code_of(program: Callable[[], int]) -> int:
     except RuntimeError as error:
         traceback.print_exc()
         code = EXIT_LOST_PEER if _is_lost_peer(error) else EXIT_FAILURE
-    except Exception:
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException:  # torch's CheckpointException is no Exception
         traceback.print_exc()
         code = EXIT_FAILURE
     sys.stderr.flush()

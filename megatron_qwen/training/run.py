@@ -96,12 +96,13 @@ def build_callbacks(
         keep_every=config.checkpoint.keep_every,
     )
     console = ProgressLine() if dist.get_rank() == 0 else None
-    callbacks: list[Callback] = [NumericsGuard()]
+    callbacks: list[Callback] = []
     if config.model.is_moe:
         callbacks.append(ExpertLoad())
     if parts.data.validation is not None:
         callbacks.append(Validation())
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
+    callbacks.append(NumericsGuard())
     if config.metrics.profile_start is not None:
         callbacks.append(Profiler(directory.profile))
     return [*callbacks, Checkpointing(writer, resumed_at=resumed_at), Stopping(signals)]

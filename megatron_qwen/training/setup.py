@@ -64,7 +64,7 @@ def build_parts(config: RunConfig, info: RankInfo) -> Parts:
     backend = choose(config.precision)
     adam = install_where_needed()
     groups = process_groups.create(config.parallel, seed=config.training.seed)
-    place = device.compute_device(info.local_rank)
+    place = device.current()
     model = build_model(config, groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
     connect(model, optimizer, groups)

@@ -107,15 +107,16 @@ def run_batch(
         )
 
     iterators = [batches(chunk) for chunk in range(len(model.chunks))]
-    reports = get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iterators if len(iterators) > 1 else iterators[0],
-        model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-        num_microbatches=global_batch_size // (micro * shard.dp_size),
-        seq_length=config.data.seq_length,
-        micro_batch_size=micro,
-        forward_only=forward_only,
-    )
+    with torch.set_grad_enabled(not forward_only):
+        reports = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iterators if len(iterators) > 1 else iterators[0],
+            model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
+            num_microbatches=global_batch_size // (micro * shard.dp_size),
+            seq_length=config.data.seq_length,
+            micro_batch_size=micro,
+            forward_only=forward_only,
+        )
     return _mean_loss(reports, groups, shard.device)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_qwen import device
+from megatron_qwen.errors import NumericsError
 from megatron_qwen.optim.build import set_learning_rate
 from megatron_qwen.optim.schedule import global_batch_size, learning_rate
 from megatron_qwen.training.callbacks.base import Callback
@@ -66,6 +67,10 @@ class Trainer:
                     callback.after_step(self, record)
             for callback in self.callbacks:
                 callback.after_training(self)
+        except NumericsError:
+            for callback in self.callbacks:
+                callback.on_numerics_error()
+            raise
         finally:
             for callback in self.callbacks:
                 callback.close()

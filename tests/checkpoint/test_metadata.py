@@ -7,10 +7,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.metadata import read_metadata
 from megatron_qwen.checkpoint.paths import iteration_dir
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError
+from megatron_qwen.recipes.registry import RECIPES
+from tests.distributed import jobs
 
 
 class _Command:
@@ -59,3 +65,47 @@ def test_damaged_metadata_is_one_error(content, checkpoint):
     (checkpoint / ".metadata").write_bytes(content)
     with pytest.raises(CheckpointError):
         read_metadata(checkpoint)
+
+
+def forge(checkpoint: Path, name: str, payload: bytes) -> None:
+    """Replaces an object in the shards by other bytes, and mends metadata and manifest so that they agree."""
+    metadata = read_metadata(checkpoint)
+    index = next(index for index in metadata.storage_data if index.fqn.startswith(name))
+    stored = metadata.storage_data[index]
+    shard = checkpoint / stored.relative_path
+    stored.offset, stored.length = shard.stat().st_size, len(payload)
+    with shard.open("ab") as file:
+        file.write(payload)
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+    entries = {file: manifest.hash_file(checkpoint / file) for file in manifest.files_in(checkpoint)}
+    manifest.write(checkpoint, entries, iteration=8, attempt=1)
+
+
+def torch_saved(thing: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer)
+    return buffer.getvalue()
+
+
+def resume_refused(config: RunConfig, run_dir: Path) -> str:
+    """Tries to resume; answers with the error."""
+    from megatron_qwen.errors import CheckpointError
+
+    try:
+        jobs.attempt(config, run_dir)
+    except CheckpointError as error:
+        return error.render()
+    return "loaded"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_crafted_object_in_a_shard_is_refused_and_not_run(ranks, finished_run, pool, tmp_path):
+    run_dir, witness = tmp_path / "run", tmp_path / "ran"
+    shutil.copytree(finished_run, run_dir)
+    forge(
+        iteration_dir(run_dir / "checkpoints", 8), "common_state", torch_saved(_Command(os.system, f"touch {witness}"))
+    )
+    config = resolve(str(run_dir / "run.yaml"), ["training.train_iters=9"], RECIPES)
+    for message in pool[ranks].run(resume_refused, config, run_dir):
+        assert "is refused" in message, message
+    assert not witness.exists()

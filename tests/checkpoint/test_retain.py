@@ -17,7 +17,9 @@ def test_prune_and_clear_touch_nothing_else(tmp_path):
         (iteration_dir(tmp_path, iteration) / MANIFEST).write_text("{}")
     temporary_dir(tmp_path, 40, 1).mkdir()
     (tmp_path / "iter_mine").mkdir()
-    prune(tmp_path, keep_last=1, keep_every=10_000)
+    prune(tmp_path, newest=20, keep_last=1, keep_every=10_000)
+    assert [iteration for iteration, _ in committed(tmp_path)] == [30, 20], "a later one is left alone"
+    prune(tmp_path, newest=30, keep_last=1, keep_every=10_000)
     assert [iteration for iteration, _ in committed(tmp_path)] == [30]
     clear_abandoned(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iter_0000030", "iter_mine"]

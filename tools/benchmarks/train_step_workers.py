@@ -92,7 +92,7 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
             use_cache=False,
             attn_implementation="sdpa",
         )
-    ).to(device.compute_device())
+    ).to(device.current())
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=config.optim.weight_decay, fused=True
     )

@@ -18,5 +18,8 @@ class Callback:
     def after_training(self, trainer: "Trainer") -> None:
         """Once, after the last step, also when the run was asked to stop."""
 
+    def on_numerics_error(self) -> None:
+        """On all ranks together, when the run ends because its numbers are not finite."""
+
     def close(self) -> None:
         """Always, also after an error; must not use collectives."""

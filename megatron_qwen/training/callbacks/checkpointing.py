@@ -39,6 +39,10 @@ class Checkpointing(Callback):
             self.save(trainer.parts, background=False)
         self.writer.finish(wait=True)
 
+    def on_numerics_error(self) -> None:
+        """Commits a save that is still being written: it holds the last good state."""
+        self.writer.finish(wait=True)
+
     def save(self, parts: "Parts", *, background: bool) -> None:
         """Saves the present state; with ``background``, a later ``finish`` of the writer commits it."""
         iteration = parts.progress.iteration

@@ -38,6 +38,8 @@ class ExpertLoad(Callback):
                     module.register_forward_hook(self._count)
 
     def _count(self, router: Any, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        if not router.training:
+            return
         chosen = outputs[1].detach().sum(dim=0)
         layer = int(router.layer_number) - 1
         self._counts[layer] = self._counts[layer] + chosen if layer in self._counts else chosen
