@@ -75,7 +75,9 @@ def checkpoint_logits(model: Model, tokens: torch.Tensor, *, vocab_size: int) ->
 def compare(config: RunConfig, model: Model, hf_dir: Path, source: WindowSource, *, samples: int) -> Agreement:
     """Runs both models on the first samples of a source."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     place = device.current()
     hf = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).to(place)
     worst, same, ours, theirs = 0.0, 0.0, 0.0, 0.0

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.errors import ConfigError, Problem
 
 
 def parser() -> argparse.ArgumentParser:
@@ -20,8 +21,13 @@ def parser() -> argparse.ArgumentParser:
             "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
         ],
     )
-    actions = parser.add_subparsers(dest="action", required=True, parser_class=argparse.ArgumentParser)
-    to_hf = actions.add_parser("to-hf", help="checkpoint to Hugging Face directory")
+    actions = parser.add_subparsers(dest="action", required=True)
+    to_hf = actions.add_parser(
+        "to-hf",
+        help="checkpoint to Hugging Face directory",
+        description="Writes a directory that transformers loads. It appears only when it is complete.",
+        examples=["mq convert to-hf runs/first out/first-hf"],
+    )
     to_hf.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
     to_hf.add_argument("out", type=Path, help="the directory to make")
     to_hf.add_argument("--iteration", type=int, help="which checkpoint; default: the newest whole one")
@@ -34,6 +40,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Converts."""
     options = parser().parse_args(arguments)
+    if not 1e-6 <= options.max_shard_size <= 1e6:
+        raise ConfigError(Problem("--max-shard-size", options.max_shard_size, "must be a number of GB above 0."))
     from checkpoints_convert.to_hf import export
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")

@@ -16,7 +16,7 @@ from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizer import TOKENIZER_FILES, special_ids
-from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.errors import CheckpointError, ConversionError, Problem
 from megatron_qwen.models.hf_config import hf_config
 from megatron_qwen.models.hf_mapping import mapped
 from megatron_qwen.recipes.registry import RECIPES
@@ -48,7 +48,7 @@ def export(source: Path, out: Path, *, iteration: int | None, dtype: str | None,
     if iteration is not None:
         candidates = [candidate for candidate in candidates if candidate.iteration == iteration]
         if not candidates:
-            raise ConversionError(Problem("--iteration", iteration, f"{source} has no such checkpoint."))
+            raise CheckpointError(Problem("--iteration", iteration, f"{source} has no such checkpoint."))
     chosen = find.newest_good(candidates, strict=iteration is not None)
     config = resolve(str(chosen.path / RUN_YAML), [], RECIPES)
     target = _DTYPES[dtype or config.precision.dtype]

@@ -19,7 +19,8 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem, UserError
 from megatron_qwen.metrics.console import duration
 from megatron_qwen.recipes.registry import RECIPES
-from tools.report import Section, read_metrics, write_report
+from tools.report import Section, write_report
+from tools.run_records import read_metrics
 
 _PROMPTS = ("def __init__(self,", "import os\nimport", "class Error(")
 _TEXT_BYTES = 12_000_000
@@ -62,7 +63,7 @@ def layout_overrides(words: Sequence[str]) -> tuple[list[str], int]:
     sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     for word in words:
         axis, _, value = word.partition("=")
-        if axis not in {*_LAYOUT_FIELDS, "dp", "sp"} or not value.isdigit() or (axis != "sp" and int(value) < 1):
+        if axis not in {*_LAYOUT_FIELDS, "dp", "sp"} or not value.isdecimal() or (axis != "sp" and int(value) < 1):
             known = ", ".join([*_LAYOUT_FIELDS, "dp", "sp"])
             raise ConfigError(Problem("--layout", word, f"expected AXIS=SIZE with an axis of {known}."))
         sizes[axis] = int(value)

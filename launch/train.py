@@ -43,12 +43,13 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Trains and returns the exit code."""
     options, overrides = parser().parse_known_args(arguments)
-    config = resolve(options.source, overrides, RECIPES)
+    config = _with_absolute_paths(resolve(options.source, overrides, RECIPES))
     rank = _outer_rank()
     if rank is not None:
         return _as_rank(config, options.run_dir, rank)
     if options.nproc is not None and options.nproc < 1:
         raise ConfigError(Problem("--nproc", options.nproc, "must be at least 1."))
+    require_legal(config)
     world_size = options.nproc or config.parallel.model_parallel_size
     if config.model.is_moe and options.nproc is None:
         world_size = max(world_size, _expert_ranks(config))
@@ -58,6 +59,17 @@ def main(arguments: Sequence[str]) -> int:
     directory.claim(config)
     logs = directory.logs(directory.newest_attempt() + 1)
     return LocalRanks(directory.path, world_size=world_size, log_dir=logs).run()
+
+
+def _with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Paths as they are from here; what run.yaml says must hold from any directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
+
+    data, load = config.data, config.checkpoint.load
+    config = config.with_section("data", path=absolute(data.path), tokenizer=absolute(data.tokenizer))
+    return config.with_section("checkpoint", load=absolute(load))
 
 
 def _expert_ranks(config: RunConfig) -> int:
@@ -71,6 +83,10 @@ def _expert_ranks(config: RunConfig) -> int:
 def _outer_rank() -> int | None:
     """Rank given by torchrun or srun; None in a plain shell."""
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        wrong = [name for name in ("RANK", "WORLD_SIZE") if not os.environ[name].isdecimal()]
+        if wrong:
+            fix = "is no number; unset it, or start this with torchrun."
+            raise ConfigError([Problem(f"environment variable {name}", os.environ[name], fix) for name in wrong])
         return int(os.environ["RANK"])
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
         return int(os.environ["SLURM_PROCID"])

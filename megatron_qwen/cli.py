@@ -5,13 +5,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_qwen.errors import EXIT_CONFIG, UserError
+from megatron_qwen.errors import EXIT_CONFIG, EXIT_FAILURE, UserError
 
 EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes end with exit code 2 and one line.
+    """An ArgumentParser whose mistakes end with exit code 2 and one line; its subparsers are alike.
 
     Args:
         prog: as typed, such as ``mq train``.
@@ -47,4 +47,10 @@ def run_program(program: Callable[[Sequence[str]], int]) -> NoReturn:
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
+    except OSError as error:
+        if error.strerror is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}.", file=sys.stderr)
+        code = EXIT_FAILURE
     sys.exit(code)

@@ -28,7 +28,8 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        shown = "" if self.value is None else f" = {self.value}"
+        text = str(self.value)
+        shown = "" if self.value is None else f" = {text if len(text) <= 120 else text[:117] + '...'}"
         return f"{self.where}{shown}: {self.fix}"
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.errors import ConfigError
 
 _NAMES = {
     "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
@@ -29,6 +30,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     options = parser.parse_args(arguments)
+    if options.rounds < 1 or options.steps < 1:
+        raise ConfigError("--rounds and --steps must be at least 1.")
     from tools.benchmarks import sample_order, startup, train_step
 
     if options.name == "train_step":

@@ -5,6 +5,7 @@ import json
 from collections.abc import Sequence
 
 from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.render import difference, dump, reference_page, to_yaml
 from megatron_qwen.config.run import as_dict
 from megatron_qwen.config.source import resolve
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     if options.source is None:
         raise ConfigError("name a recipe or a run.yaml; `mq recipes` lists the recipes.")
     config = resolve(options.source, overrides, RECIPES)
+    require_legal(config)
     if options.diff:
         base = RECIPES[config.recipe]() if config.recipe in RECIPES else config
         content = difference(config, base)

@@ -1,11 +1,13 @@
 """``mq generate``: text from an exported model."""
 
+import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.errors import ConfigError, ConversionError, Problem
 
 
 def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperature: float, seed: int) -> list[str]:
@@ -20,9 +22,17 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = AutoModelForCausalLM.from_pretrained(directory)
+    except Exception as error:  # whatever a damaged directory makes transformers raise
+        reason = str(error).splitlines()[0][:200]
+        raise ConversionError(
+            Problem(str(directory), None, f"cannot be loaded ({type(error).__name__}: {reason}).")
+        ) from None
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
     texts = []
@@ -50,10 +60,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    if not (options.directory / "config.json").is_file():
-        raise ConfigError(
-            Problem("directory", options.directory, "is no Hugging Face directory: it has no config.json.")
-        )
+    _require_sensible(options)
     texts = generate(
         options.directory,
         options.prompt,
@@ -71,6 +78,23 @@ def main(arguments: Sequence[str]) -> int:
         for prompt, text in zip(options.prompt, texts, strict=True):
             print(f"{prompt}{text}\n")
     return 0
+
+
+def _require_sensible(options: argparse.Namespace) -> None:
+    problems = []
+    if not (options.directory / "config.json").is_file():
+        fix = "is no Hugging Face directory: it has no config.json."
+        problems.append(Problem("directory", options.directory, fix))
+    if not 0 <= options.temperature < math.inf:
+        problems.append(Problem("--temperature", options.temperature, "must be 0 or more."))
+    if options.max_new_tokens < 1:
+        problems.append(Problem("--max-new-tokens", options.max_new_tokens, "must be at least 1."))
+    if not 0 <= options.seed < 2**63:
+        problems.append(Problem("--seed", options.seed, "must be from 0 to 2^63 - 1."))
+    if not all(options.prompt):
+        problems.append(Problem("--prompt", "''", "must hold text."))
+    if problems:
+        raise ConfigError(problems)
 
 
 if __name__ == "__main__":

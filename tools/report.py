@@ -2,7 +2,6 @@
 
 import html
 import io
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.render import difference, dump
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.flops import FORMULA
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.metrics.console import duration
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tools.recipes import layout_name
+from tools.run_records import Attempt, goodput, read_attempts, read_metrics
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fbfbf9; margin: 0 }
@@ -48,20 +47,6 @@ class Section:
     body: str
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl.
-
-    Raises:
-        ConfigError: there are none.
-    """
-    if not path.is_file():
-        raise ConfigError(Problem(str(path), None, "does not exist: this is no run directory, or no step is done yet."))
-    records = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-    if not records:
-        raise ConfigError(Problem(str(path), None, "is empty: no step is done yet."))
-    return records
-
-
 def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = ()) -> None:
     """Writes the page.
 
@@ -71,19 +56,19 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         sections: what else to show, after the curves.
     """
     directory = RunDirectory(run_dir)
-    records = read_metrics(directory.metrics)
+    records, attempts = read_metrics(directory.metrics), read_attempts(directory.attempts)
     config = resolve(str(directory.run_yaml), [], RECIPES)
     parts = [
-        f"<h1>{html.escape(directory.path.name)}</h1>",
+        f"<h1>{html.escape(config.recipe)}: {html.escape(directory.path.name)}</h1>",
         f'<p class="what">{html.escape(_what(config))}</p>',
-        _tiles(config, records),
+        _tiles(records, attempts),
         "<h2>Loss</h2>",
         f"<figure>{loss_figure(records)}</figure>",
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
         *(f"<h2>{html.escape(section.title)}</h2>{section.body}" for section in sections),
         "<h2>Attempts</h2>",
-        _attempts(directory.attempts),
+        _attempts(attempts),
         "<h2>Settings that differ from the recipe</h2>",
         _settings(config),
         f"<h2>How model FLOPs are counted</h2><p>{html.escape(FORMULA)}</p>",
@@ -104,11 +89,10 @@ def _what(config: RunConfig) -> str:
     )
 
 
-def _tiles(config: RunConfig, records: list[dict[str, Any]]) -> str:
+def _tiles(records: list[dict[str, Any]], attempts: Sequence[Attempt]) -> str:
     last, steady = records[-1], records[min(5, len(records) - 1) :]
     validation = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
     speed = statistics.median(record["tokens_per_second"] for record in steady)
-    mfu = [record["mfu"] for record in steady if record["mfu"] is not None]
     facts = [
         (f"{validation[-1]:.4f}" if validation else "none", "validation loss, nats per token"),
         (f"{last['lm_loss']:.4f}", f"training loss at step {last['iteration']}"),
@@ -116,8 +100,15 @@ def _tiles(config: RunConfig, records: list[dict[str, Any]]) -> str:
         (f"{speed:,.0f}", "tokens per second, median"),
         (duration(sum(record["step_time_s"] for record in records)), "time in steps"),
     ]
-    if mfu:
-        facts.append((f"{statistics.median(mfu):.1%}", "MFU, median"))
+    optional = {
+        "MFU, median": [record["mfu"] for record in steady if record.get("mfu") is not None],
+        "goodput: steps' share of all time": [share] if (share := goodput(records, list(attempts))) is not None else [],
+    }
+    facts += [(f"{statistics.median(values):.1%}", name) for name, values in optional.items() if values]
+    if memory := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:
+        facts.append((f"{max(memory):.2f} GiB", "peak memory of rank 0"))
+    if skipped := sum(bool(record.get("skipped")) for record in records):
+        facts.append((str(skipped), "steps skipped: not finite"))
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in facts)
     return f'<div class="tiles">{tiles}</div>'
 
@@ -164,7 +155,7 @@ def loss_figure(records: list[dict[str, Any]]) -> str:
         axis.plot(
             *zip(*measured, strict=True), color="#1f4e8c", marker="o", markersize=3.5, linewidth=1.4, label="validation"
         )
-    skipped = [(x, record["lm_loss"]) for x, record in zip(tokens, records, strict=True) if record["skipped"]]
+    skipped = [(x, record["lm_loss"]) for x, record in zip(tokens, records, strict=True) if record.get("skipped")]
     for x, _ in skipped:
         axis.axvline(x, color="#c2452d", linewidth=0.8)
     axis.set(xlabel="million tokens", ylabel="nats per token")
@@ -190,20 +181,15 @@ def step_figure(records: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
-def _attempts(path: Path) -> str:
-    rows = []
-    ended = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    for entry in ended:
-        if "ended" in entry:
-            rows.append(
-                f"<tr><td>{entry['attempt']}</td><td>{html.escape(str(entry['reason']))}</td><td>{entry['exit_code']}</td>"
-                f"<td>{entry['iterations_gained']}</td></tr>"
-            )
-    return (
-        "<table><tr><th>attempt</th><th>ended</th><th>exit code</th><th>iterations gained</th></tr>"
-        + "".join(rows)
-        + "</table>"
+def _attempts(attempts: Sequence[Attempt]) -> str:
+    def shown(value: object) -> str:
+        return "" if value is None else html.escape(str(value))
+
+    rows = "".join(
+        f"<tr><td>{item.number}</td><td>{shown(item.reason)}</td><td>{shown(item.exit_code)}</td><td>{shown(item.gained)}</td></tr>"
+        for item in attempts
     )
+    return f"<table><tr><th>attempt</th><th>ended</th><th>exit code</th><th>iterations gained</th></tr>{rows}</table>"
 
 
 def _settings(config: RunConfig) -> str:

@@ -19,6 +19,8 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
         world_size: ranks the run is to have; None skips the rules about batch and data parallelism.
     """
     found = [problem for section in SECTION_TYPES for problem in bound_problems(section, getattr(config, section))]
+    if found:
+        return found  # the rules divide by sizes that must be positive
     for rule in (_shape, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute):
         found += rule(config)
     if world_size is not None:

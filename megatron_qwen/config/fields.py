@@ -91,6 +91,11 @@ def type_name(kind: Any) -> str:
     return "true or false" if kind is bool else str(kind.__name__)
 
 
+def accepts_text(kind: Any) -> bool:
+    """Whether a field of this type takes any text."""
+    return kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
+
+
 class WrongType(ValueError):
     """A value does not have the type of its field."""
 
@@ -122,8 +127,10 @@ def _coerce_scalar(value: Any, kind: Any) -> Any:
     if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             raise WrongType from None
+    if value == "":
+        raise WrongType
     if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):

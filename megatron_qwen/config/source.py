@@ -2,14 +2,14 @@
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING
+from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_qwen.config.fields import FieldInfo, WrongType, coerce, type_name
+from megatron_qwen.config import checks
+from megatron_qwen.config.fields import FieldInfo, WrongType, accepts_text, coerce, type_name
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig, all_fields
+from megatron_qwen.config.strict_yaml import UNREADABLE, read_mapping, read_scalar
 from megatron_qwen.errors import ConfigError, Problem
 
 
@@ -30,35 +30,11 @@ def unknown_field(path: str) -> Problem:
     return Problem(path, None, f"no such field.{hint or ' See docs/configuration.md for all of them.'}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file, read with duplicate keys refused."""
+@dataclass(frozen=True)
+class Typed:
+    """A value as it was typed, not yet read: a text field takes it as it stands."""
 
-    class Loader(yaml.SafeLoader):
-        pass
-
-    def mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-        keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                line = node.start_mark.line + 1
-                raise ConfigError(Problem(f"{path}:{line}", key, "this key is given twice; keep one."))
-        return loader.construct_mapping(node, deep=True)
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    try:
-        text = path.read_text(encoding="utf-8")
-        content = yaml.load(text, Loader=Loader)
-    except OSError as error:
-        raise ConfigError(Problem(str(path), None, f"cannot be read ({error.strerror}).")) from None
-    except UnicodeDecodeError:
-        raise ConfigError(Problem(str(path), None, "is not UTF-8 text.")) from None
-    except (yaml.YAMLError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ConfigError(Problem(where, None, f"is not valid YAML ({getattr(error, 'problem', error)}).")) from None
-    if not isinstance(content, dict):
-        raise ConfigError(Problem(str(path), None, "must hold a mapping of sections."))
-    return content
+    text: str
 
 
 def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -72,23 +48,30 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
     while words:
         word = words.pop(0)
         path, equals, text = word.removeprefix("--").partition("=")
-        if not equals:
-            if not word.startswith("--") or not words:
-                problems.append(Problem(word, None, "expected section.field=value."))
-                continue
-            text = words.pop(0)
-        try:
-            values[path] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            values[path] = text
+        if not equals and word.startswith("--") and words:
+            text, equals = words.pop(0), "="
+        if not equals or "." not in path.strip("."):
+            # A bare field's name is worth a guess; anything else is no override at all.
+            known = {info.name for info in all_fields().values()}
+            hint = unknown_field(path) if path in known else Problem(word, None, "expected section.field=value.")
+            problems.append(hint)
+            continue
+        values[path] = Typed(text)
     return values, problems
 
 
 def _typed(info: FieldInfo, value: Any, where: str) -> tuple[Any, Problem | None]:
+    if isinstance(value, Typed):
+        if accepts_text(info.type) and value.text not in ("", "null", "~"):
+            return value.text, None
+        try:
+            value = read_scalar(value.text)
+        except UNREADABLE:
+            value = value.text
     try:
         return coerce(value, info.type), None
     except WrongType:
-        shown = "null" if value is None else repr(value) if isinstance(value, str) else value
+        shown = "null" if value is None else repr(value)
         return None, Problem(where, shown, f"must be {type_name(info.type)}.")
 
 
@@ -144,7 +127,7 @@ def resolve(source: str, overrides: Sequence[str], recipes: Mapping[str, Callabl
     if source in recipes:
         base = recipes[source]()
     elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
-        content = read_yaml(Path(source))
+        content = read_mapping(Path(source))
         name = content.get("recipe")
         values, more = _flatten(content, source)
         problems += more
@@ -159,7 +142,8 @@ def resolve(source: str, overrides: Sequence[str], recipes: Mapping[str, Callabl
     config, more = apply(base, over)
     problems += more
     if problems:
-        raise ConfigError(problems)
+        # What else is wrong with the rest is said in the same breath.
+        raise ConfigError(problems + checks.problems(config))
     return config
 
 
@@ -167,7 +151,7 @@ def _from_values(
     name: Any, values: dict[str, Any], recipes: Mapping[str, Callable[[], RunConfig]], origin: str
 ) -> tuple[RunConfig, list[Problem]]:
     """A file names its recipe and says what differs, or gives every required field itself."""
-    if name in recipes:
+    if isinstance(name, str) and name in recipes:
         return apply(recipes[name](), values)
     if name is not None and name != "custom":
         hint = did_you_mean(str(name), recipes)
@@ -175,8 +159,9 @@ def _from_values(
     required = [path for path, info in all_fields().items() if info.section == "model" and path not in values]
     missing = [path for path in required if all_fields()[path].default is MISSING]
     if missing:
+        unknown = [unknown_field(path) for path in values if path not in all_fields()]
         raise ConfigError(
-            [Problem(path, None, f"must be given in {origin}, or name a recipe there.") for path in missing]
+            [Problem(path, None, f"must be given in {origin}, or name a recipe there.") for path in missing] + unknown
         )
     shape: dict[str, Any] = {}
     problems: list[Problem] = []

@@ -6,6 +6,9 @@ from megatron_qwen.data.samples import open_split
 from megatron_qwen.data.tokenizer import fingerprint, load_tokenizer
 from megatron_qwen.errors import DataError, Problem
 
+# Of a file that another program made, so many tokens are searched for ids that the embedding does not have.
+_LOOKED_AT = 1 << 24
+
 
 def require_usable(config: RunConfig) -> None:
     """Opens the data as a rank will, and compares it with the tokenizer and the embedding.
@@ -13,7 +16,7 @@ def require_usable(config: RunConfig) -> None:
     Raises:
         DataError: with every mismatch.
     """
-    open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+    split = open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
     assert config.data.path is not None
     problems = []
     noted = read_manifest(config.data.path)
@@ -25,6 +28,11 @@ def require_usable(config: RunConfig) -> None:
                 f"{config.data.path} was made with {noted['vocab_size']} ids; raise it.",
             )
         )
+    if noted is None:
+        largest = int(split.train.file.tokens(0, _LOOKED_AT).max())
+        if largest >= config.model.vocab_size:
+            fix = f"{config.data.path} holds the id {largest}; raise it."
+            problems.append(Problem("model.vocab_size", config.model.vocab_size, fix))
     if config.data.tokenizer is not None:
         size = load_tokenizer(config.data.tokenizer).vocab_size
         if size > config.model.vocab_size:

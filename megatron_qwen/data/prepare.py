@@ -3,13 +3,15 @@
 import itertools
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_qwen.data.token_file import TokenFile, TokenFileWriter
 from megatron_qwen.data.tokenizer import fingerprint, load_tokenizer
-from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _BATCH_DOCUMENTS = 512
 
@@ -26,6 +28,7 @@ class Prepared:
         vocab_size: one more than the largest id the tokenizer has.
         end_of_text: id after every document.
         tokenizer_sha256: of the tokenizer's file.
+        bin_xxh3_128: of the .bin.
     """
 
     documents: int
@@ -35,6 +38,7 @@ class Prepared:
     vocab_size: int
     end_of_text: int
     tokenizer_sha256: str
+    bin_xxh3_128: str
 
 
 def prepare(
@@ -71,9 +75,23 @@ def prepare(
         vocab_size=encoder.vocab_size,
         end_of_text=encoder.end_of_text,
         tokenizer_sha256=fingerprint(tokenizer),
+        bin_xxh3_128=writer.digest,
     )
-    manifest_path(prefix).write_text(json.dumps(asdict(done), indent=2) + "\n")
+    temporary = manifest_path(prefix).with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(asdict(done), indent=2) + "\n")
+    temporary.replace(manifest_path(prefix))
     return done
+
+
+def require_free(prefix: Path) -> None:
+    """Raises ConfigError where anything lies already that ``prepare`` would write."""
+    paths = (
+        [prefix.with_name(prefix.name + ending) for ending in (".bin", ".idx", ".json")] if prefix.name else [prefix]
+    )
+    if there := [path for path in paths if path.exists()]:
+        raise ConfigError(
+            [Problem("--output", path, "exists already; name another prefix or remove it.") for path in there]
+        )
 
 
 def manifest_path(prefix: str | Path) -> Path:
@@ -89,27 +107,37 @@ def read_manifest(prefix: str | Path) -> dict[str, Any] | None:
         return None
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        return content
-    except ValueError:
+        for item in fields(Prepared):
+            if not isinstance(content[item.name], item.type):  # type: ignore[arg-type]
+                raise TypeError
+    except (ValueError, KeyError, TypeError):
         raise DataError(Problem(str(path), None, "is damaged; prepare the data again.")) from None
+    return content
 
 
 def verify(prefix: Path) -> TokenFile:
-    """Reads every token and compares with the manifest.
+    """Reads everything and compares with the manifest.
 
     Raises:
-        DataError: an id is out of range, or a count is not as noted.
+        DataError: a byte, a count or the index is not as it was written.
     """
     file, noted = TokenFile(prefix), read_manifest(prefix)
-    step = 1 << 24
-    largest = max(int(file.tokens(start, start + step).max()) for start in range(0, file.num_tokens, step))
+    if noted is None:
+        raise DataError(
+            Problem(str(manifest_path(prefix)), None, "is missing: there is nothing to compare the tokens with.")
+        )
     problems = []
-    if noted is not None:
-        for name, found in (("tokens", file.num_tokens), ("documents", file.num_documents)):
-            if noted.get(name) != found:
-                problems.append(Problem(f"{prefix}: {name}", found, f"the manifest says {noted.get(name)}."))
-        if largest >= noted["vocab_size"]:
-            problems.append(Problem(f"{prefix}: largest id", largest, f"the tokenizer has {noted['vocab_size']} ids."))
+    if damage := file.index_damage():
+        problems.append(Problem(f"{prefix}.idx", None, f"is damaged: {damage}."))
+    for name, found in (("tokens", file.num_tokens), ("documents", file.num_documents)):
+        if noted[name] != found:
+            problems.append(Problem(f"{prefix}: {name}", found, f"the manifest says {noted[name]}."))
+    digest = xxhash.xxh3_128()
+    with prefix.with_name(prefix.name + ".bin").open("rb") as stored:
+        while chunk := stored.read(1 << 24):
+            digest.update(chunk)
+    if digest.hexdigest() != noted["bin_xxh3_128"]:
+        problems.append(Problem(f"{prefix}.bin", None, "has other bytes than when it was written: damaged."))
     if problems:
         raise DataError(problems)
     return file

@@ -79,9 +79,8 @@ def open_split(data: DataConfig, *, seed: int, validate: bool) -> Split:
     if data.path is None:
         raise DataError(Problem("data.path", "null", "must name a token file (`mq data prepare` makes one)."))
     file = TokenFile(data.path)
-    held_out = 0
-    if validate and data.validation_fraction:
-        held_out = max(1, round(file.num_documents * data.validation_fraction))
+    # Held out whether or not this run validates: what is training data must not depend on that.
+    held_out = max(1, round(file.num_documents * data.validation_fraction)) if data.validation_fraction else 0
     boundary = file.document_start(file.num_documents - held_out)
 
     def source(first: int, stop: int, key: int) -> WindowSource:
@@ -91,23 +90,17 @@ def open_split(data: DataConfig, *, seed: int, validate: bool) -> Split:
 
     train = source(0, boundary, seed)
     if train.windows == 0:
-        raise DataError(
-            Problem(
-                "data.path",
-                data.path,
-                f"its {boundary} training tokens are fewer than data.seq_length + 1 = {data.seq_length + 1}.",
-            )
-        )
-    if not held_out:
+        why = f" ({held_out} of its {file.num_documents} documents are held out for validation)" if held_out else ""
+        fix = f"its {boundary} training tokens{why} are fewer than data.seq_length + 1 = {data.seq_length + 1}."
+        more = " Set data.validation_fraction=0 or prepare more documents." if held_out else " Prepare more text."
+        raise DataError(Problem("data.path", data.path, fix + more))
+    if not (held_out and validate):
         return Split(train, None)
     validation = source(boundary, file.num_tokens, seed + 1)
     if validation.windows == 0:
-        raise DataError(
-            Problem(
-                "data.validation_fraction",
-                data.validation_fraction,
-                f"holds out {file.num_tokens - boundary} tokens, fewer than one sample of {data.seq_length + 1}; "
-                "raise it or set training.eval_iters=0.",
-            )
+        fix = (
+            f"holds out {file.num_tokens - boundary} tokens, fewer than one sample of {data.seq_length + 1}; "
+            "raise it or set training.eval_iters=0."
         )
+        raise DataError(Problem("data.validation_fraction", data.validation_fraction, fix))
     return Split(train, validation)

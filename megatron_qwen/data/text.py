@@ -36,7 +36,7 @@ def documents(paths: Sequence[Path], *, field: str = "text") -> Iterator[str]:
     for path in paths:
         try:
             if path.suffix == ".txt":
-                yield path.read_text(encoding="utf-8")
+                yield path.read_text(encoding="utf-8-sig")
             else:
                 yield from _json_lines(path, field)
         except UnicodeDecodeError as error:
@@ -46,17 +46,20 @@ def documents(paths: Sequence[Path], *, field: str = "text") -> Iterator[str]:
 
 
 def _json_lines(path: Path, field: str) -> Iterator[str]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(Problem(f"{path}:{number}", line[:60].strip(), "is no JSON.")) from None
             text = record.get(field) if isinstance(record, dict) else None
             if not isinstance(text, str):
                 raise DataError(
                     Problem(f"{path}:{number}", line[:60].strip(), f"has no text in the field {field!r}; see --field.")
                 )
+            if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                fix = "its text holds half a surrogate pair, which is no character; mend or drop the line."
+                raise DataError(Problem(f"{path}:{number}", None, fix))
             yield text

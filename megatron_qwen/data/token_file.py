@@ -14,6 +14,7 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from megatron_qwen.errors import DataError, Problem
 
@@ -34,35 +35,46 @@ class TokenFile:
 
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = Path(prefix)
-        idx, bin_ = self.prefix.with_name(self.prefix.name + ".idx"), self.prefix.with_name(self.prefix.name + ".bin")
+        if not self.prefix.name:
+            raise DataError(Problem("token file", prefix, "is no prefix of a .bin / .idx pair."))
+        idx, bin_ = (self.prefix.with_name(self.prefix.name + ending) for ending in (".idx", ".bin"))
         for path in (idx, bin_):
             if not path.is_file():
                 raise DataError(Problem(str(path), None, "no such token file; `mq data prepare` makes it."))
-        code, self.num_documents = _read_header(idx)
+        code, self.num_documents, boundaries = _read_header(idx)
         self.dtype = np.dtype(_DTYPES[code])
-        expected = _HEADER.size + self.num_documents * 12 + (self.num_documents + 1) * 8
+        expected = _HEADER.size + self.num_documents * 12 + boundaries * 8
         if idx.stat().st_size < expected:
             raise DataError(Problem(str(idx), None, f"is cut off: {idx.stat().st_size} bytes, needs {expected}."))
+        if self.num_documents == 0:
+            raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
         index = np.memmap(idx, dtype=np.uint8, mode="r")
         body = _HEADER.size
         self._lengths: npt.NDArray[np.int32] = index[body : body + 4 * self.num_documents].view(np.int32)
         body += 4 * self.num_documents
         self._offsets: npt.NDArray[np.int64] = index[body : body + 8 * self.num_documents].view(np.int64)
-        self.num_tokens = (
-            (int(self._offsets[-1]) // self.dtype.itemsize + int(self._lengths[-1])) if self.num_documents else 0
-        )
+        width, last, length = self.dtype.itemsize, int(self._offsets[-1]), int(self._lengths[-1])
+        if last < 0 or last % width or length < 0:
+            raise DataError(
+                Problem(str(idx), None, "is damaged: its last document has no place; prepare the data again.")
+            )
+        self.num_tokens = last // width + length
         if self.num_tokens == 0:
             raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
-        size = bin_.stat().st_size
-        if size < self.num_tokens * self.dtype.itemsize:
-            raise DataError(
-                Problem(
-                    str(bin_),
-                    None,
-                    f"is cut off: {size} bytes, the index names {self.num_tokens * self.dtype.itemsize}.",
-                )
-            )
+        size, needed = bin_.stat().st_size, self.num_tokens * width
+        if size < needed:
+            raise DataError(Problem(str(bin_), None, f"is cut off: {size} bytes, the index names {needed}."))
         self._tokens = np.memmap(bin_, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+
+    def index_damage(self) -> str | None:
+        """What is wrong with the index as a whole; reads all of it."""
+        lengths = self._lengths.astype(np.int64)
+        expected = np.concatenate(([0], np.cumsum(lengths[:-1]))) * self.dtype.itemsize
+        if (lengths < 0).any():
+            return f"document {int(np.argmax(lengths < 0))} has a negative length"
+        if (wrong := expected != self._offsets).any():
+            return f"document {int(np.argmax(wrong))} does not begin where the one before it ends"
+        return None
 
     def document_start(self, document: int) -> int:
         """Position of a document's first token in the stream; of the end for ``num_documents``."""
@@ -90,17 +102,18 @@ class TokenFile:
         return ends
 
 
-def _read_header(path: Path) -> tuple[int, int]:
+def _read_header(path: Path) -> tuple[int, int, int]:
+    """Code of the dtype, number of documents (Megatron: sequences), number of entries in the list of boundaries."""
     with path.open("rb") as file:
         head = file.read(_HEADER.size)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise DataError(Problem(str(path), None, "is not a Megatron index file; `mq data prepare` makes them."))
-    _, version, code, count, _ = _HEADER.unpack(head)
+    _, version, code, count, boundaries = _HEADER.unpack(head)
     if version != 1 or code not in _DTYPES:
         raise DataError(
             Problem(str(path), None, f"has version {version} and dtype code {code}; only version 1 is read.")
         )
-    return code, count
+    return code, count, boundaries
 
 
 class TokenFileWriter:
@@ -118,11 +131,18 @@ class TokenFileWriter:
         self._temporary = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.bin")
         self._bin = self._temporary.open("wb")
         self._lengths: list[int] = []
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def digest(self) -> str:
+        """xxh3-128 of the .bin so far."""
+        return self._digest.hexdigest()
 
     def add(self, tokens: Iterable[int]) -> None:
         """Appends one document."""
         array = np.fromiter(tokens, dtype=self.dtype)
         self._bin.write(array.tobytes())
+        self._digest.update(array.tobytes())
         self._lengths.append(len(array))
 
     def close(self) -> None:

@@ -55,9 +55,9 @@ class BpeTokenizer:
         except Exception as error:
             raise DataError(Problem(str(path), None, f"is no tokenizer ({error}).")) from None
         vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
         if END_OF_TEXT not in vocabulary:
             raise DataError(Problem(str(path), None, f"has no {END_OF_TEXT} token to end documents with."))
+        self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[END_OF_TEXT]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

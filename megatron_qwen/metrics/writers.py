@@ -17,7 +17,9 @@ class MetricsWriter(Protocol):
 
 
 class JsonlWriter:
-    """metrics.jsonl: a line a step, whole or absent. Lines past a resumed iteration are cut when it opens.
+    """metrics.jsonl: a line a step, whole or absent.
+
+    Lines past the iteration that a run resumes from are moved to metrics.superseded.jsonl when it opens.
 
     Args:
         path: the file.
@@ -25,7 +27,11 @@ class JsonlWriter:
     """
 
     def __init__(self, path: Path, *, resumed_at: int) -> None:
-        kept = [line for line in _lines(path) if _iteration(line) <= resumed_at]
+        lines = _lines(path)
+        kept = [line for line in lines if _iteration(line) <= resumed_at]
+        if moved := [line for line in lines if _iteration(line) > resumed_at]:
+            with path.with_name("metrics.superseded.jsonl").open("ab") as file:
+                file.write(b"".join(moved))
         temporary = path.with_suffix(".jsonl.tmp")
         temporary.write_bytes(b"".join(kept))
         temporary.replace(path)

@@ -18,10 +18,14 @@ def hf_config(model: ModelConfig, *, eos_token_id: int | None, bos_token_id: int
     Raises:
         ConversionError: these classes cannot express the shape.
     """
+    inexpressible = []
     if not model.add_qkv_bias:
-        raise ConversionError(
-            Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias; none can be exported.")
-        )
+        inexpressible.append(Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias."))
+    if model.is_moe and not model.moe_shared_expert_gate:
+        fix = "Qwen2-MoE models always have a shared expert with a gate; this one has no such class."
+        inexpressible.append(Problem("model.moe_shared_expert_gate", "false", fix))
+    if inexpressible:
+        raise ConversionError(inexpressible)
     architecture = "Qwen2MoeForCausalLM" if model.is_moe else "Qwen2ForCausalLM"
     config: dict[str, Any] = {
         "architectures": [architecture],

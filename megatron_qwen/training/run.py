@@ -40,9 +40,9 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
     parts = build_parts(config, info)
     resumed_at = resume(parts, directory)
     attempt = _begin(directory)
-    trainer = Trainer(parts, build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at))
     code, reason = 1, "error"
     try:
+        trainer = Trainer(parts, build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at))
         code = trainer.fit()
         reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
     except UserError as error:

@@ -114,7 +114,7 @@ def test_iteration_dtype_and_refusals(finished_run, tmp_path):
     assert again.returncode == 1
     assert "exists already" in again.stderr
     missing = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "other", "--iteration", 5)
-    assert missing.returncode == 1
+    assert missing.returncode == 4
     assert "no such checkpoint" in missing.stderr
     empty = run("checkpoints_convert.convert", "to-hf", tmp_path, tmp_path / "other")
     assert empty.returncode == 4

@@ -68,5 +68,20 @@ def test_every_field_is_documented_and_settable():
     for path, info in all_fields().items():
         assert info.doc.endswith((".", "]")), path
         assert len(info.doc) > 10, path
-    with pytest.raises(ConfigError, match="no such field"):
+    with pytest.raises(ConfigError, match="expected section"):
         resolve("tiny_dense", ["model.=1"], RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("0123", "0123"), ("1_000", "1_000"), ("corpus #1", "corpus #1"), ("null", None), ("true", "true")],
+)
+def test_text_is_taken_as_typed(text, value):
+    assert resolve("tiny_dense", [f"data.path={text}"], RECIPES).data.path == value
+
+
+def test_yaml_1_2_numbers(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("recipe: tiny_dense\noptim:\n  learning_rate: 1e-4\ntraining:\n  train_iters: 010\n")
+    config = resolve(str(path), [], RECIPES)
+    assert (config.optim.learning_rate, config.training.train_iters) == (1e-4, 10)

@@ -70,20 +70,53 @@ def test_inspect_and_verify(tokens, tokenizer):
     shown = json.loads(run("tools.data", "inspect", tokens, "--tokenizer", tokenizer, "--json", check=True).stdout)
     assert shown["tokens"] == TokenFile(tokens).num_tokens
     assert shown["first_text"]
-    assert "every token is in range" in run("tools.data", "verify", tokens, check=True).stdout
+    assert "every byte, every count and the index" in run("tools.data", "verify", tokens, check=True).stdout
 
 
-def test_verify_finds_a_count_that_is_wrong(tokens, tmp_path):
+@pytest.fixture
+def copy(tokens, tmp_path):
     for ending in (".bin", ".idx", ".json"):
         (tmp_path / f"a{ending}").write_bytes(tokens.with_name(tokens.name + ending).read_bytes())
-    noted = json.loads((tmp_path / "a.json").read_text())
-    (tmp_path / "a.json").write_text(json.dumps({**noted, "tokens": 5, "vocab_size": 10}))
+    return tmp_path / "a"
+
+
+def test_verify_finds_a_count_that_is_wrong(copy):
+    noted = json.loads(copy.with_suffix(".json").read_text())
+    copy.with_suffix(".json").write_text(json.dumps({**noted, "tokens": 5, "documents": 1}))
     with pytest.raises(DataError) as caught:
-        verify(tmp_path / "a")
+        verify(copy)
     assert len(caught.value.problems) == 2
+
+
+def test_verify_finds_a_changed_token_and_a_changed_index(copy):
+    content = bytearray(copy.with_suffix(".bin").read_bytes())
+    content[1000] ^= 1
+    copy.with_suffix(".bin").write_bytes(content)
+    index = bytearray(copy.with_suffix(".idx").read_bytes())
+    index[34 + 4] ^= 1  # the length of the second document
+    copy.with_suffix(".idx").write_bytes(index)
+    with pytest.raises(DataError) as caught:
+        verify(copy)
+    assert [problem.where.rsplit(".", 1)[1] for problem in caught.value.problems] == ["idx", "bin"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "not json", '{"tokens": "many"}'])
+def test_a_damaged_manifest_is_one_message(content, copy):
+    copy.with_suffix(".json").write_text(content)
+    with pytest.raises(DataError, match="is damaged; prepare the data again"):
+        read_manifest(copy)
+
+
+def test_prepare_overwrites_nothing(corpus, tokenizer, tmp_path):
+    (tmp_path / "mine.json").write_text("precious")
+    done = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "mine", corpus)
+    assert done.returncode == 2
+    assert "mine.json" in done.stderr
+    assert "exists already" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.json"]
 
 
 def test_a_vocabulary_that_is_too_small(corpus, tmp_path):
     done = run("tools.data", "tokenizer", "train", "--vocab-size", 200, "--output", tmp_path / "tok", corpus)
-    assert done.returncode == 3
-    assert "at least 259" in done.stderr
+    assert done.returncode == 2
+    assert "must be from 259" in done.stderr

@@ -117,7 +117,7 @@ def test_an_interrupted_set_up_is_never_used(number, checkout):
 def test_a_failed_set_up_says_so(checkout):
     (checkout / "pyproject.toml").write_text(PYPROJECT.replace('version = "1"', 'version = "not a version"'))
     done = mq(checkout, "recipes")
-    assert done.returncode == 2
+    assert done.returncode == 1
     assert "the set-up failed; the log is" in done.stderr
     assert not (checkout / ".venv" / ".ready").exists()
 
@@ -149,4 +149,16 @@ def test_the_wheel_holds_the_library_alone(tmp_path):
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
     assert tops == {"megatron_qwen"}
     assert "megatron_qwen/py.typed" in names
-    assert sum(name.endswith(".py") for name in names) == len(list((ROOT / "megatron_qwen").rglob("*.py")))
+    assert sum(name.endswith(".py") for name in names) == len(list((source / "megatron_qwen").rglob("*.py")))
+
+
+def test_what_is_no_environment_is_left_alone(checkout, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.tex").write_text("years of work")
+    for place in (precious, precious / "thesis.tex"):
+        environment = {**os.environ, "MQ_VENV": str(place)}
+        done = subprocess.run([str(checkout / "mq"), "recipes"], capture_output=True, text=True, env=environment)
+        assert done.returncode == 2, done.stderr
+        assert "is no Python environment" in done.stderr
+        assert (precious / "thesis.tex").read_text() == "years of work"

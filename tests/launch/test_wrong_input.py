@@ -80,6 +80,12 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         ["moe", "does not exist"],
     ),
     (DENSE, ["checkpoint.keep_last=0"], 1, ["checkpoint.keep_last = 0", "at least 1"]),
+    (DENSE, ["parallel.tensor_model_parallel_size=0"], 1, ["parallel.tensor_model_parallel_size = 0", "at least 1"]),
+    (DENSE, ["model.num_attention_heads=0"], 1, ["model.num_attention_heads = 0", "at least 1"]),
+    (DENSE, ["training.train_iters=1:30"], 1, ["training.train_iters", "'1:30'", "int"]),
+    (DENSE, ["optim.learning_rate=1" + 400 * "0"], 1, ["optim.learning_rate"]),
+    (DENSE, ["data.path="], 1, ["data.path = ''"]),
+    (DENSE, ["=5"], 1, ["=5", "section.field=value"]),
     (DENSE, ["justaword"], 1, ["justaword", "section.field=value"]),
     (MOE, ["parallel.tensor_model_parallel_size=2"], 2, ["parallel.sequence_parallel", "mixture of experts"]),
     (
@@ -119,7 +125,11 @@ def test_all_problems_at_once(tmp_path):
     wrong = ["model.nonsense=1", "optim.learning_rate=fast", "training.train_iters=0.5"]
     done = run("launch.train", DENSE, *wrong, "--run-dir", tmp_path / "run")
     assert "3 problems" in done.stderr
-    illegal = ["model.num_query_groups=3", "data.seq_length=512", "checkpoint.keep_last=0"]
+    mixed = ["model.num_layer=3", "parallel.pipeline_model_parallel_size=3"]
+    done = run("launch.train", DENSE, *mixed, "--run-dir", tmp_path / "run")
+    assert "model.num_layer:" in done.stderr
+    assert "4 layers on 3 pipeline ranks" in done.stderr
+    illegal = ["model.num_query_groups=3", "data.seq_length=512", "optim.lr_warmup_iters=10"]
     done = run("launch.train", DENSE, *illegal, "--run-dir", tmp_path / "run")
     assert "3 problems" in done.stderr
 
@@ -198,6 +208,8 @@ def test_tokenizer_that_does_not_match_the_data(tokens, corpus, tmp_path):
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl:2", "no JSON"]),
         ("other.jsonl", b'{"body": "a"}\n', ["other.jsonl:1", "'text'", "--field"]),
         ("number.jsonl", b'{"text": 5}\n', ["number.jsonl:1"]),
+        ("half.jsonl", b'{"text": "a\\ud800b"}\n', ["half.jsonl:1", "surrogate"]),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "no JSON"]),
         ("page.pdf", b"%PDF", ["page.pdf", ".jsonl, .txt"]),
     ],
 )
@@ -219,14 +231,11 @@ def test_text_that_is_not_there(tokenizer, tmp_path):
     assert_data_error(done, "2 problems", "a.txt", "b.jsonl")
 
 
-def test_failed_preparation_keeps_what_was_there(tokens, tokenizer, tmp_path):
-    for ending in (".bin", ".idx", ".json"):
-        shutil.copyfile(f"{tokens}{ending}", tmp_path / f"kept{ending}")
+def test_a_failed_preparation_leaves_nothing(tokenizer, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\nnot json\n")
-    before = {path.name: path.read_bytes() for path in tmp_path.glob("kept*")}
-    done = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "kept", tmp_path / "bad.jsonl")
+    done = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", tmp_path / "bad.jsonl")
     assert_data_error(done, "bad.jsonl:2")
-    assert {path.name: path.read_bytes() for path in tmp_path.glob("*kept*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
 
 
 def test_run_directory_of_another_configuration(finished_run, tokens, tokenizer, tmp_path):

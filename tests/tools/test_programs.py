@@ -1,6 +1,7 @@
 """The programs at a terminal: what they print, and that help and configuration need no torch."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,34 @@ def test_report_is_one_file(finished_run, tmp_path):
     assert "no run directory" in missing.stderr
 
 
+def test_report_of_a_run_that_ended_badly(finished_run, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    last = json.loads((finished_run / "metrics.jsonl").read_text().splitlines()[-1])
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write(
+            json.dumps({**last, "iteration": 9, "lm_loss": None, "skipped": True}) + "\n" + '{"iteration": 10, "lm'
+        )
+    with (tmp_path / "run" / "attempts.jsonl").open("a") as file:
+        file.write('{"attempt": 2, "started": "2026-01-01T00:00:00+00:00"}\n{"attempt": 3, "star')
+    run("tools.report", tmp_path / "run", check=True)
+    text = (tmp_path / "run" / "report.html").read_text()
+    for word in ("still runs, or was killed", "steps skipped", "peak memory"):
+        assert word in text
+    unwritable = run("tools.report", tmp_path / "run", "--output", "/proc/none/report.html")
+    assert unwritable.returncode == 1
+    assert "Traceback" not in unwritable.stderr
+
+
+@pytest.mark.parametrize(
+    "words", [["--temperature", "-1"], ["--temperature", "nan"], ["--max-new-tokens", "0"], ["--prompt", ""]]
+)
+def test_generate_refuses(words, finished_run):
+    done = run("tools.generate", finished_run, "--prompt", "x", *words)
+    assert done.returncode == 2
+    assert words[0] in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_generate(finished_run, tmp_path):
     hf = tmp_path / "hf"
     run("checkpoints_convert.convert", "to-hf", finished_run, hf, check=True)
@@ -98,7 +127,7 @@ def test_documents_name_programs_that_exist():
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for line in path.read_text().splitlines():
             words = line.strip().removeprefix("$ ").split()
-            if words and words[0] in ("./mq", "mq") and len(words) > 1 and words[1].isalpha():
+            if words and words[0] == "./mq" and len(words) > 1 and words[1].isalpha():
                 assert words[1] in programs, f"{path.name}: {line}"
 
 

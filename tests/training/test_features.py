@@ -1,6 +1,7 @@
 """What hangs on the loop: metrics, ramps, profiles, background saves, validation, starting from another run."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
+from megatron_qwen.data.samples import open_split
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import run
@@ -121,6 +123,22 @@ def test_bf16_keeps_fp32_main_weights(pool, tokens, tmp_path):
     assert kinds["decoder.final_layernorm.weight"] == "torch.bfloat16"
     assert kinds["optimizer.state.param.decoder.final_layernorm.weight"] == "torch.float32"
     assert kinds["optimizer.state.exp_avg.decoder.final_layernorm.weight"] == "torch.float32"
+
+
+def test_steps_that_are_done_again_are_kept_apart(finished_run, pool, tmp_path):
+    shutil.copytree(finished_run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    config = resolve(str(tmp_path / "run" / "run.yaml"), ["training.train_iters=2"], RECIPES)
+    assert len(attempt(pool, 1, config, tmp_path / "run")) == 2
+    assert (tmp_path / "run" / "metrics.superseded.jsonl").read_text() == before
+
+
+def test_what_is_training_data_does_not_depend_on_validating(tokens):
+    config = configure("tiny_dense", tokens)
+    sources = [open_split(config.data, seed=1, validate=validate).train for validate in (True, False)]
+    assert sources[0].windows == sources[1].windows
+    assert (sources[0][5].tokens == sources[1][5].tokens).all()
 
 
 def test_wandb_that_is_not_installed_is_one_message(tokens, tmp_path):

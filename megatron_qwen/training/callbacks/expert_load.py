@@ -31,7 +31,8 @@ class ExpertLoad(Callback):
         self._counts: dict[int, torch.Tensor] = {}
 
     def before_training(self, trainer: "Trainer") -> None:
-        """Hooks every router of this rank."""
+        """Hooks every router of this rank; what the core has counted before does not belong to this run."""
+        get_moe_metrics_tracker().clear()
         for chunk in trainer.parts.model.modules:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):

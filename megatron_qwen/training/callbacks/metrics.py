@@ -67,6 +67,7 @@ class Metrics(Callback):
             "tokens_per_second_per_device": speed / world,
             "model_tflops_per_device": tflops,
             "mfu": tflops / self._peak if self._peak else None,
+            "peak_memory_gib": device.peak_memory_bytes() / 2**30,
             "skipped": result.skipped,
             "attempt": self.attempt,
             **record.extra,

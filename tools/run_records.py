@@ -1,0 +1,97 @@
+"""What a run wrote of itself, read leniently: a run that was killed may have left half a line."""
+
+import datetime
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.errors import ConfigError, Problem
+
+# Always numbers, but null where a step was not finite.
+_NUMBERS = ("lm_loss", "grad_norm", "tokens_per_second", "learning_rate", "consumed_tokens", "step_time_s")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file; lines that are no object are left out."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            found.append(record)
+    return found
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a loss or gradient norm that was not finite is nan.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    if not path.is_file():
+        raise ConfigError(Problem(str(path), None, "does not exist: this is no run directory, or no step is done yet."))
+    records = [record for record in read_lines(path) if isinstance(record.get("iteration"), int)]
+    if not records:
+        raise ConfigError(Problem(str(path), None, "holds no step: none is done yet."))
+    return [{**record, **{name: _number(record.get(name)) for name in _NUMBERS}} for record in records]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run.
+
+    Args:
+        number: from 1.
+        reason: why it ended; of one that was killed, that.
+        exit_code: None where it was killed or still runs.
+        gained: iterations it added.
+        wall_s: from start to end; None where no end was noted.
+    """
+
+    number: int
+    reason: str
+    exit_code: int | None
+    gained: int | None
+    wall_s: float | None
+
+
+def read_attempts(path: Path) -> list[Attempt]:
+    """The attempts of attempts.jsonl, in their order."""
+    begun: dict[int, str] = {}
+    ended: dict[int, dict[str, Any]] = {}
+    for entry in read_lines(path):
+        number = entry.get("attempt")
+        if isinstance(number, int) and "started" in entry:
+            begun[number] = str(entry["started"])
+        elif isinstance(number, int) and "ended" in entry:
+            ended[number] = entry
+    return [_attempt(number, begun[number], ended.get(number)) for number in sorted(begun)]
+
+
+def _attempt(number: int, started: str, end: dict[str, Any] | None) -> Attempt:
+    if end is None:
+        return Attempt(number, "still runs, or was killed", None, None, None)
+    try:
+        span = datetime.datetime.fromisoformat(str(end["ended"])) - datetime.datetime.fromisoformat(started)
+        wall = span.total_seconds()
+    except ValueError:
+        wall = None
+    return Attempt(number, str(end.get("reason")), end.get("exit_code"), end.get("iterations_gained"), wall)
+
+
+def goodput(records: list[dict[str, Any]], attempts: list[Attempt]) -> float | None:
+    """Share of all attempts' wall time that went into steps that count; None where an end is not known."""
+    walls = [attempt.wall_s for attempt in attempts]
+    total = sum(wall for wall in walls if wall is not None)
+    if not total or None in walls:
+        return None
+    useful = sum(record["step_time_s"] for record in records if not record.get("skipped"))
+    return float(min(1.0, useful / total))
