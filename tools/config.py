@@ -38,6 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     """Prints what was asked for."""
     options, overrides = parser().parse_known_args(arguments)
     if options.action == "reference":
+        if options.source or overrides or options.json or options.diff:
+            raise ConfigError("mq config reference takes nothing else.")
         print(reference_page(), end="")
         return 0
     if options.source is None:

@@ -42,7 +42,7 @@ def setting(
 
     Args:
         default: the value when nothing is said; left out, the field must be given.
-        doc: one or two sentences for the reference page and for ``--help``.
+        doc: one or two sentences for the reference page.
         minimum: least allowed number.
         maximum: greatest allowed number.
         above: the number must be greater than this.

@@ -62,7 +62,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.before_training(self)
             while self.parts.progress.iteration < last and self.exit_code is None:
-                record = self._step()
+                record = self.step()
                 for callback in self.callbacks:
                     callback.after_step(self, record)
             for callback in self.callbacks:
@@ -76,7 +76,8 @@ class Trainer:
                 callback.close()
         return self.exit_code or 0
 
-    def _step(self) -> StepRecord:
+    def step(self) -> StepRecord:
+        """Takes one step and moves the progress on, without the callbacks."""
         parts, config, progress = self.parts, self.parts.config, self.parts.progress
         batch = global_batch_size(progress.consumed_samples, config.training)
         rate = learning_rate(

@@ -58,11 +58,11 @@ def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     parts = build_parts(config, rank_info())
     writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=2, keep_every=None)
     for _ in range(2):
-        jobs.step(parts, parts.progress.iteration)
+        jobs.step(parts)
     Checkpointing(writer, resumed_at=0).save(parts, background=True)
     before = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     for _ in range(2):
-        jobs.step(parts, parts.progress.iteration)
+        jobs.step(parts)
     writer.finish(wait=True)
     return {"committed before": before}
 
@@ -99,7 +99,7 @@ def save_twice(config: RunConfig, root: Path, bytes_left: int | None) -> str:
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
-    jobs.step(parts, 0)
+    jobs.step(parts)
     jobs.save(parts, root)
     if dist.get_rank() == 0:
         if bytes_left is None:  # room for the shards, none for what rank 0 writes when all have written
@@ -107,7 +107,7 @@ def save_twice(config: RunConfig, root: Path, bytes_left: int | None) -> str:
             bytes_left = sum(-(-size // 4096) * 4096 for size in shards) + 4096
         free = shutil.disk_usage(root).free
         (root.parent / "ballast").write_bytes(bytes(free - bytes_left))
-    jobs.step(parts, 1)
+    jobs.step(parts)
     try:
         jobs.save(parts, root)
     except SaveError as error:

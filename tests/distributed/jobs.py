@@ -18,37 +18,17 @@ def train(config: RunConfig, steps: int, save_to: Path | None = None) -> dict[st
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
-    results = [step(parts, parts.progress.iteration) for _ in range(steps)]
+    results = [step(parts) for _ in range(steps)]
     if save_to is not None:
         save(parts, save_to)
     return {"losses": [result.loss for result in results], "grad_norms": [result.grad_norm for result in results]}
 
 
-def step(parts: Any, iteration: int) -> Any:
-    """One optimizer step at a position of the schedule."""
-    from megatron_qwen.optim.build import set_learning_rate
-    from megatron_qwen.optim.schedule import learning_rate
-    from megatron_qwen.training.step import train_step
+def step(parts: Any) -> Any:
+    """One optimizer step as the trainer takes it."""
+    from megatron_qwen.training.trainer import Trainer
 
-    config, progress = parts.config, parts.progress
-    rate = learning_rate(iteration + 1, optim=config.optim, train_iters=config.training.train_iters)
-    set_learning_rate(parts.optimizer, rate, weight_decay=config.optim.weight_decay)
-    batch = config.training.global_batch_size
-    result = train_step(
-        config,
-        parts.model,
-        parts.optimizer,
-        parts.groups,
-        parts.forward_step,
-        parts.data.train,
-        parts.shard,
-        first_sample=progress.consumed_samples,
-        global_batch_size=batch,
-    )
-    progress.iteration += 1
-    progress.schedule_iteration += 1
-    progress.consumed_samples += batch
-    return result
+    return Trainer(parts, []).step().result
 
 
 def save(parts: Any, root: Path) -> None:
@@ -71,7 +51,7 @@ def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
     assert directory.checkpoints == source
     resume(parts, directory)
     save(parts, out)
-    return {"loss": step(parts, parts.progress.iteration).loss, "iteration": parts.progress.iteration}
+    return {"loss": step(parts).loss, "iteration": parts.progress.iteration}
 
 
 def attempt(config: RunConfig, run_dir: Path) -> int:

@@ -22,7 +22,7 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
-    results = [jobs.step(parts, 0)]
+    results = [jobs.step(parts)]
     before = digest(parts)
     parameter = next(parts.model.modules[0].parameters())
     poison = dist.get_rank() == rank_to_poison
@@ -33,11 +33,11 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
         return gradient
 
     handle = parameter.register_hook(spoil) if poison else None
-    results.append(jobs.step(parts, 1))
+    results.append(jobs.step(parts))
     after = digest(parts)
     if handle is not None:
         handle.remove()
-    results.append(jobs.step(parts, 2))
+    results.append(jobs.step(parts))
     return {
         "skipped": [result.skipped for result in results],
         "untouched": before == after,
