@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--iteration", type=int, help="which checkpoint; default: the newest whole one")
     to_hf.add_argument("--dtype", choices=["bf16", "fp16", "fp32"], help="default: the format the run computed in")
     to_hf.add_argument("--max-shard-size", type=float, default=5.0, metavar="GB", help="size of a safetensors file (5)")
+    to_hf.add_argument("--tokenizer", type=Path, help="tokenizer directory, where the run's has moved")
     to_hf.add_argument("--json", action="store_true")
     return parser
 
@@ -52,6 +53,7 @@ def main(arguments: Sequence[str]) -> int:
         iteration=options.iteration,
         dtype=options.dtype,
         max_shard_bytes=int(options.max_shard_size * 1e9),
+        tokenizer=options.tokenizer,
     )
     seconds = time.monotonic() - started
     if options.json:

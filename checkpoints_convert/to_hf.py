@@ -25,7 +25,15 @@ log = logging.getLogger(__name__)
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def export(source: Path, out: Path, *, iteration: int | None, dtype: str | None, max_shard_bytes: int) -> Path:
+def export(
+    source: Path,
+    out: Path,
+    *,
+    iteration: int | None,
+    dtype: str | None,
+    max_shard_bytes: int,
+    tokenizer: Path | None = None,
+) -> Path:
     """Writes ``out``, which appears only when it is complete.
 
     Args:
@@ -34,6 +42,7 @@ def export(source: Path, out: Path, *, iteration: int | None, dtype: str | None,
         iteration: which checkpoint; None is the newest good one.
         dtype: bf16, fp16 or fp32; None is the format the run computed in.
         max_shard_bytes: size at which a new safetensors file is begun.
+        tokenizer: tokenizer directory, where it is not the one that run.yaml names.
 
     Returns:
         The checkpoint that was exported.
@@ -51,6 +60,8 @@ def export(source: Path, out: Path, *, iteration: int | None, dtype: str | None,
             raise CheckpointError(Problem("--iteration", iteration, f"{source} has no such checkpoint."))
     chosen = find.newest_good(candidates, strict=iteration is not None)
     config = resolve(str(chosen.path / RUN_YAML), [], RECIPES)
+    if tokenizer is not None:
+        config = config.with_section("data", tokenizer=str(tokenizer))
     target = _DTYPES[dtype or config.precision.dtype]
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)

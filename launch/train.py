@@ -54,9 +54,9 @@ def main(arguments: Sequence[str]) -> int:
     if config.model.is_moe and options.nproc is None:
         world_size = max(world_size, _expert_ranks(config))
     require_legal(config, world_size=world_size)
-    _require_data(config)
+    digest = _require_data(config)
     directory = RunDirectory(options.run_dir)
-    directory.claim(config)
+    directory.claim(config, data_digest=digest)
     logs = directory.logs(directory.newest_attempt() + 1)
     return LocalRanks(directory.path, world_size=world_size, log_dir=logs).run()
 
@@ -99,8 +99,7 @@ def _as_rank(config: RunConfig, run_dir: Path, rank: int) -> int:
     require_legal(config, world_size=world_size)
     directory = RunDirectory(run_dir)
     if rank == 0:
-        _require_data(config)
-        directory.claim(config)
+        directory.claim(config, data_digest=_require_data(config))
     else:
         _await(directory.run_yaml, to_yaml(config))
     arguments = [sys.executable, "-P", "-m", "megatron_qwen.train", str(directory.path)]
@@ -118,10 +117,10 @@ def _await(run_yaml: Path, text: str) -> None:
         time.sleep(0.2)
 
 
-def _require_data(config: RunConfig) -> None:
+def _require_data(config: RunConfig) -> str | None:
     from megatron_qwen.data.preflight import require_usable
 
-    require_usable(config)
+    return require_usable(config)
 
 
 if __name__ == "__main__":

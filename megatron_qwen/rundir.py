@@ -34,6 +34,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.attempts = self.path / "attempts.jsonl"
         self.status = self.path / "status.json"
+        self.data = self.path / "data.json"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
@@ -42,14 +43,24 @@ class RunDirectory:
         """Where the ranks of an attempt write what they print."""
         return self.path / "logs" / f"attempt_{attempt:03d}"
 
-    def claim(self, config: RunConfig) -> None:
+    def claim(self, config: RunConfig, *, data_digest: str | None = None) -> None:
         """Writes run.yaml, or checks that the one there is of the same run and replaces it.
+
+        Args:
+            config: the run.
+            data_digest: hash of the token file, where it is known; the same tokens may lie elsewhere than before.
 
         Raises:
             ConfigError: the directory belongs to another configuration; every differing field is named.
         """
         if self.run_yaml.is_file():
-            if problems := self._foreign(resolve(str(self.run_yaml), [], RECIPES), config):
+            begun_with = self._data_digest()
+            moved = data_digest is not None and data_digest == begun_with
+            problems = self._foreign(resolve(str(self.run_yaml), [], RECIPES), config, data_moved=moved)
+            if None not in (data_digest, begun_with) and not moved:
+                fix = "holds other tokens than this run began with; use a new --run-dir."
+                problems.append(Problem("data.path", config.data.path, fix))
+            if problems:
                 raise ConfigError(problems)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
@@ -58,16 +69,25 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.run_yaml, to_yaml(config))
+            if data_digest is not None:
+                _replace(self.data, json.dumps({"path": config.data.path, "bin_xxh3_128": data_digest}) + "\n")
         except OSError as error:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
 
-    def _foreign(self, there: RunConfig, here: RunConfig) -> list[Problem]:
+    def _data_digest(self) -> str | None:
+        try:
+            return str(json.loads(self.data.read_text())["bin_xxh3_128"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _foreign(self, there: RunConfig, here: RunConfig, *, data_moved: bool) -> list[Problem]:
         changed = difference(here, there)
         fields = [
             (section, name, value)
             for section, body in changed.items()
             for name, value in body.items()
-            if section in _OWNING_SECTIONS or (section == "training" and name in _OWNING_TRAINING)
+            if (section in _OWNING_SECTIONS or (section == "training" and name in _OWNING_TRAINING))
+            and not (data_moved and section == "data" and name in ("path", "tokenizer"))
         ]
         return [
             Problem(

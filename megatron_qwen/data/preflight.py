@@ -10,8 +10,11 @@ from megatron_qwen.errors import DataError, Problem
 _LOOKED_AT = 1 << 24
 
 
-def require_usable(config: RunConfig) -> None:
+def require_usable(config: RunConfig) -> str | None:
     """Opens the data as a rank will, and compares it with the tokenizer and the embedding.
+
+    Returns:
+        The hash of the token file as its manifest notes it, or None where there is no manifest.
 
     Raises:
         DataError: with every mismatch.
@@ -53,3 +56,4 @@ def require_usable(config: RunConfig) -> None:
             )
     if problems:
         raise DataError(problems)
+    return None if noted is None else str(noted["bin_xxh3_128"])

@@ -40,6 +40,9 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
     parts = build_parts(config, info)
     resumed_at = resume(parts, directory)
     attempt = _begin(directory)
+    if dist.get_rank() == 0:
+        _log_to(directory.logs(attempt) / "rank_0.log")
+        _log_data(parts)
     code, reason = 1, "error"
     try:
         trainer = Trainer(parts, build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at))
@@ -53,6 +56,26 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
             done = parts.progress.iteration
             directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
     return code
+
+
+def _log_to(path: Path) -> None:
+    """Rank 0 speaks on the terminal; what it logs is kept as well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logging.getLogger("megatron_qwen").addHandler(handler)
+
+
+def _log_data(parts: Parts) -> None:
+    training, data = parts.config.training, parts.data
+    epochs = training.train_iters * training.global_batch_size / data.train.windows
+    log.info(
+        "data: %s training samples of %d tokens, %s for validation; the whole run reads %.2f epochs",
+        f"{data.train.windows:,}",
+        data.train.seq_length,
+        f"{data.validation.windows:,}" if data.validation else "none",
+        epochs,
+    )
 
 
 def resume(parts: Parts, directory: RunDirectory) -> int:

@@ -249,6 +249,22 @@ def test_run_directory_of_another_configuration(finished_run, tokens, tokenizer,
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
+def test_the_same_data_may_lie_elsewhere(tokens, tmp_path):
+    first = train_tiny(tokens, "training.train_iters=3", run_dir=tmp_path / "run")
+    assert first.returncode == 0, first.stderr
+    for ending in (".bin", ".idx", ".json"):
+        shutil.copyfile(f"{tokens}{ending}", tmp_path / f"moved{ending}")
+    again = train_tiny(tmp_path / "moved", "training.train_iters=4", run_dir=tmp_path / "run")
+    assert again.returncode == 0, again.stderr
+    assert "resumed from" in again.stderr
+    assert "epochs" in (tmp_path / "run" / "logs" / "attempt_002" / "rank_0.log").read_text()
+    noted = json.loads((tmp_path / "moved.json").read_text())
+    (tmp_path / "moved.json").write_text(json.dumps({**noted, "bin_xxh3_128": "0" * 32}))
+    refused = train_tiny(tmp_path / "moved", "training.train_iters=5", run_dir=tmp_path / "run")
+    assert refused.returncode == 2
+    assert "holds other tokens than this run began with" in refused.stderr
+
+
 def test_run_directory_that_holds_something_else(tokens, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     done = train_tiny(tokens, run_dir=tmp_path)
