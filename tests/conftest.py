@@ -88,7 +88,7 @@ def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir:
 
 
 def run(
-    module: str, *arguments: object, check: bool = False, timeout_s: float = 300, cwd: Path | None = None
+    module: str, *arguments: object, check: bool = False, timeout_s: float = 300, gpu: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program of the checkout as ``mq`` does, and captures what it prints."""
     done = subprocess.run(
@@ -96,8 +96,7 @@ def run(
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        cwd=cwd,
-        env=environment(),
+        env=environment(gpu=gpu),
         check=False,
     )
     assert not check or done.returncode == 0, done.stderr
@@ -109,6 +108,7 @@ def command(module: str, *arguments: object) -> list[str]:
     return [sys.executable, "-P", "-m", module, *map(str, arguments)]
 
 
-def environment() -> dict[str, str]:
-    """The environment that ``mq`` gives its programs, one thread each."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+def environment(*, gpu: bool = False) -> dict[str, str]:
+    """The environment that ``mq`` gives its programs, one thread each; without ``gpu``, on the CPU everywhere."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **own} if gpu else {**os.environ, **own, "CUDA_VISIBLE_DEVICES": ""}

@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_qwen.models import te_backend
 from tests.conftest import run
-
-torch = pytest.importorskip("torch")
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +32,7 @@ def losses(recipe: str, tokens: Path, run_dir: Path, *overrides: str, steps: int
         f"optim.lr_decay_iters={STEPS}",
         *overrides,
     ]
-    done = run("launch.train", recipe, *words, "--run-dir", run_dir)
+    done = run("launch.train", recipe, *words, "--run-dir", run_dir, gpu=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line)["lm_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

@@ -36,9 +36,24 @@ def test_nvidias_apex_needs_its_extensions(tmp_path, monkeypatch):
     assert apex_kernels.nvidia_apex_is_here()
 
 
-def test_says_what_te_lacks():
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: te may run here")
+def test_says_what_te_lacks(monkeypatch):
+    monkeypatch.setattr(te_backend.device, "has_cuda", lambda: False)
     assert te_backend.why_not() == "there is no CUDA device"
+    monkeypatch.setattr(te_backend.device, "has_cuda", lambda: True)
+    monkeypatch.setattr(te_backend.importlib.util, "find_spec", lambda name: None)
+    assert te_backend.why_not() == "transformer_engine is not installed (pip install 'megatron_qwen[gpu]')"
+
+
+@pytest.mark.parametrize(
+    ("capability", "recipe", "lacking"),
+    [
+        ((9, 0), "delayed", None),
+        ((8, 9), "tensorwise", None),
+        ((8, 0), "tensorwise", "FP8 needs an Ada, Hopper or newer GPU"),
+        ((9, 0), "mxfp8", "mxfp8 needs a Blackwell GPU"),
+        ((10, 0), "mxfp8", None),
+    ],
+)
+def test_says_what_a_gpu_lacks_for_fp8(capability, recipe, lacking, monkeypatch):
+    monkeypatch.setattr(te_backend.device, "compute_capability", lambda: capability)
+    assert te_backend.why_not_fp8(recipe) == lacking
