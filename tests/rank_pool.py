@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from types import FunctionType
 from typing import Any
 
 
@@ -117,10 +118,15 @@ def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
 
 
 def _forget_models() -> None:
-    """Frees the job's models: gradient hooks tie each to itself where the collector does not see it."""
-    from megatron.core.distributed import DistributedDataParallel
+    """Frees the job's models and with them their process groups, whose threads wake up all the time.
 
-    for model in [thing for thing in gc.get_objects() if type(thing) is DistributedDataParallel]:
-        model.grad_accs.clear()
-        model.config.grad_scale_func = None  # leads to the optimizer, whose shards lead back
+    Gradient hooks tie a model to itself through autograd's nodes, where the collector does not see it.
+    """
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+
+    destroy_moe_metrics_tracker()
+    for thing in gc.get_objects():
+        if isinstance(thing, FunctionType) and thing.__qualname__.startswith("DistributedDataParallel._make"):
+            for cell in thing.__closure__ or ():
+                cell.cell_contents = None
     gc.collect()
