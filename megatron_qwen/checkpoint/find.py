@@ -72,7 +72,8 @@ def shared_damage(directory: Path) -> list[Problem]:
         return [entries]
     mine = sorted(entries)[dist.get_rank() :: dist.get_world_size()]
     answers: list[list[Problem]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(answers, manifest.damage(directory, mine))
+    unknown = manifest.unknown_files(directory, entries) if dist.get_rank() == 0 else []
+    dist.all_gather_object(answers, manifest.damage(directory, mine) + unknown)
     return [problem for answer in answers for problem in answer] or _metadata_damage(directory)
 
 

@@ -85,12 +85,17 @@ def damage(directory: Path, names: Iterable[str] | None = None) -> list[Problem]
     for name in entries if names is None else names:
         found += _file_damage(directory / name, entries[name])
     if names is None:
-        found += [
-            Problem(str(directory / name), None, "is not in the manifest.")
-            for name in files_in(directory)
-            if name not in entries
-        ]
+        found += unknown_files(directory, entries)
     return found
+
+
+def unknown_files(directory: Path, entries: dict[str, FileEntry]) -> list[Problem]:
+    """Files that lie in a checkpoint and are not in its manifest."""
+    return [
+        Problem(str(directory / name), None, "is not in the manifest.")
+        for name in files_in(directory)
+        if name not in entries
+    ]
 
 
 def _file_damage(path: Path, entry: FileEntry) -> list[Problem]:
@@ -98,6 +103,10 @@ def _file_damage(path: Path, entry: FileEntry) -> list[Problem]:
         return [Problem(str(path), None, "is missing.")]
     if (size := path.stat().st_size) != entry.size:
         return [Problem(str(path), f"{size} bytes", f"should have {entry.size} bytes: cut off or changed.")]
-    if hash_file(path).xxh3_128 != entry.xxh3_128:
+    try:
+        found = hash_file(path)
+    except OSError as error:
+        return [Problem(str(path), None, f"cannot be read ({error.strerror}).")]
+    if found.xxh3_128 != entry.xxh3_128:
         return [Problem(str(path), None, "has other bytes than when it was written: damaged.")]
     return []
