@@ -22,7 +22,7 @@ from megatron_qwen.recipes.registry import RECIPES
 from tools.report import Section, write_report
 from tools.run_records import read_metrics
 
-_PROMPTS = ("def __init__(self,", "import os\nimport", "class Error(")
+_PROMPTS = ("def __init__(self,", "if __name__ ==", "class Error(")
 _TEXT_BYTES = 12_000_000
 _STAGES = 7
 _LAYOUT_FIELDS = {

@@ -19,11 +19,19 @@ STEPS = 5
 
 
 def config_of(recipe: str, tokens: Path) -> RunConfig:
-    # The gradient of the key bias is rounding noise (softmax hardly sees a shift of all scores), and Adam turns noise
-    # above its epsilon into steps of full size. This epsilon lies above the noise and below every real gradient.
+    """A tiny recipe with an Adam epsilon above the rounding noise of gradients.
+
+    The gradient of the key bias is rounding noise (softmax hardly sees a shift of all scores), and Adam turns noise
+    above its epsilon into steps of full size. With this one every weight can be compared; ``test_at_the_usual_epsilon``
+    compares all but the key bias with the recipe's own.
+    """
+    return usual_config(recipe, tokens).with_section("optim", adam_eps=1e-5)
+
+
+def usual_config(recipe: str, tokens: Path) -> RunConfig:
     if recipe == "tiny_tied":
-        return config_of("tiny_dense", tokens).with_section("model", share_embeddings_and_output_weights=True)
-    return RECIPES[recipe]().with_section("data", path=str(tokens)).with_section("optim", adam_eps=1e-5)
+        return usual_config("tiny_dense", tokens).with_section("model", share_embeddings_and_output_weights=True)
+    return RECIPES[recipe]().with_section("data", path=str(tokens))
 
 
 def exported(config: RunConfig, checkpoint: Path, out: Path) -> dict[str, Any]:
@@ -33,6 +41,14 @@ def exported(config: RunConfig, checkpoint: Path, out: Path) -> dict[str, Any]:
     chosen = resolve(checkpoint)[0]
     write_weights(CheckpointReader(chosen.path), config, out, dtype=torch.float32, max_shard_bytes=1 << 40)
     return load_file(out / "model.safetensors")
+
+
+def relative_differences(weights: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """|a - b| / |b| of every tensor."""
+    assert weights.keys() == expected.keys()
+    return {
+        name: float((weights[name] - value).norm() / value.norm().clamp(min=1e-12)) for name, value in expected.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +82,25 @@ def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
     worst_loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True))
     worst_norm = max(abs(a - b) / abs(b) for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True))
     weights = exported(config, tmp_path / "checkpoints", tmp_path / "hf")
-    assert weights.keys() == expected["weights"].keys()
-    differences = {
-        key: float((weights[key] - value).norm() / value.norm().clamp(min=1e-12))
-        for key, value in expected["weights"].items()
-    }
+    differences = relative_differences(weights, expected["weights"])
     worst = max(differences, key=differences.__getitem__)
     print(f"{recipe} {name}: loss {worst_loss:.1e}, gradient norm {worst_norm:.1e}, {worst} {differences[worst]:.1e}")
     assert worst_loss <= 1e-5
     assert worst_norm <= 1e-4
     assert differences[worst] <= 1e-5, worst
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"), [("tiny_dense", "TP2+SPxPP2"), ("tiny_tied", "PP2"), ("tiny_moe", "PP2xEP2")]
+)
+def test_at_the_usual_epsilon(recipe, name, pool, tokens, tmp_path):
+    plain = usual_config(recipe, tokens)
+    ranks, layout = (MOE if recipe == "tiny_moe" else DENSE)[name]
+    weights = []
+    for size, config in ((1, plain), (ranks, jobs.with_layout(plain, layout))):
+        pool[size].run(jobs.train, config, STEPS, tmp_path / f"{size}")
+        weights.append(exported(config, tmp_path / f"{size}", tmp_path / f"hf{size}"))
+    differences = relative_differences(weights[1], weights[0])
+    worst = max(value for key, value in differences.items() if not key.endswith("k_proj.bias"))
+    print(f"{recipe} {name}, usual epsilon: weights {worst:.1e}")
+    assert worst <= 1e-5
