@@ -57,8 +57,4 @@ def test_changes_nothing_where_a_gpu_is():
 
 
 def test_maps_what_the_core_calls():
-    import torch
-
-    if torch.cuda.is_available():
-        return
-    run_script(WITHOUT)
+    run_script(WITHOUT)  # the environment hides a GPU where there is one

@@ -3,7 +3,6 @@
 megatron-core keeps its groups in module globals; everything else here is handed the collection this file returns.
 """
 
-import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -48,8 +47,3 @@ def is_first_stage(groups: ProcessGroupCollection) -> bool:
 def is_last_stage(groups: ProcessGroupCollection) -> bool:
     """Whether this rank computes the loss."""
     return int(groups.pp.rank()) == int(groups.pp.size()) - 1
-
-
-def writes_logs(groups: ProcessGroupCollection) -> bool:
-    """The one rank that prints and writes metrics: rank 0."""
-    return dist.get_rank() == 0

@@ -4,7 +4,6 @@ megatron-core's sharded state dict says of each local tensor which slice of whic
 must not depend on the layout (initial weights, exports, comparisons) goes by these names.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,9 +82,3 @@ def _slice(tensor: ShardedTensor) -> Slice:
         offset=tuple(tensor.global_offset[axes:]),
         is_main_replica=not any(replica),
     )
-
-
-def layer_of(name: str) -> int | None:
-    """The layer in a name that spells it out (``decoder.layers.3.mlp...``), or None."""
-    match = re.search(r"layers\.(\d+)\.", name)
-    return int(match.group(1)) if match else None

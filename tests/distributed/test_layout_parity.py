@@ -91,7 +91,8 @@ def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "name"), [("tiny_dense", "TP2+SPxPP2"), ("tiny_tied", "PP2"), ("tiny_moe", "PP2xEP2")]
+    ("recipe", "name"),
+    [("tiny_dense", "TP2+SPxPP2"), ("tiny_tied", "PP2"), ("tiny_moe", "TP2+SP"), ("tiny_moe", "PP2xEP2")],
 )
 def test_at_the_usual_epsilon(recipe, name, pool, tokens, tmp_path):
     plain = usual_config(recipe, tokens)

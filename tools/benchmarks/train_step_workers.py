@@ -40,33 +40,13 @@ def ours(dtype: str, data_path: str) -> Callable[[], float]:
     """A training step of this project; the call returns the loss."""
     device.prepare()
     from megatron_qwen.distributed.rank import RankInfo, join
-    from megatron_qwen.optim.build import set_learning_rate
     from megatron_qwen.training.setup import build_parts
-    from megatron_qwen.training.step import train_step
+    from megatron_qwen.training.trainer import Trainer
 
     config, info = bench_config(dtype, data_path), RankInfo(0, 1, 0, 1, "127.0.0.1", 0)
     join(info, timeout_minutes=5)
-    parts = build_parts(config, info)
-    set_learning_rate(parts.optimizer, LEARNING_RATE, weight_decay=config.optim.weight_decay)
-    taken = 0
-
-    def step() -> float:
-        nonlocal taken
-        result = train_step(
-            config,
-            parts.model,
-            parts.optimizer,
-            parts.groups,
-            parts.forward_step,
-            parts.data.train,
-            parts.shard,
-            first_sample=taken * BATCH,
-            global_batch_size=BATCH,
-        )
-        taken += 1
-        return result.loss
-
-    return step
+    trainer = Trainer(build_parts(config, info), [])
+    return lambda: trainer.step().result.loss
 
 
 def transformers(dtype: str, data_path: str) -> Callable[[], float]:
