@@ -1,140 +1,265 @@
 """``mq convert to-hf``: a checkpoint as a directory that transformers loads."""
 
+import hashlib
 import json
 import logging
-import os
-import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import xxhash
 
-from megatron_qwen.checkpoint import find
-from megatron_qwen.checkpoint.paths import RUN_YAML
-from megatron_qwen.checkpoint.read import CheckpointReader
-from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.source import resolve
-from megatron_qwen.data.tokenizer import TOKENIZER_FILES, special_ids
-from megatron_qwen.errors import CheckpointError, ConversionError, Problem
+from checkpoints_convert import safetensors_format, work
+from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
+from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
+from checkpoints_convert.model_card import model_card
+from checkpoints_convert.output import OutputFile, Piece, Record, pack
+from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, resident_bytes
+from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
+from checkpoints_convert.source_check import check_unread
+from checkpoints_convert.tensor_set import ExportedWeights
+from megatron_qwen.config.run import as_dict
+from megatron_qwen.data.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
+from megatron_qwen.errors import CheckpointError
 from megatron_qwen.models.hf_config import hf_config
-from megatron_qwen.models.hf_mapping import mapped
-from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.models.hf_mapping import HfTensor, hf_tensors
+from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+# A block is read, converted and held while it is written; the allocator keeps about one more.
+_BLOCKS_IN_FLIGHT = 5
+SHARD_BYTES = 5_000_000_000
+# SHA-256 with the processor's instructions, as a lower bound of what a core does in a second.
+_HASHED_PER_SECOND = 1.2e9
 
 
-def export(
-    source: Path,
-    out: Path,
-    *,
-    iteration: int | None,
-    dtype: str | None,
-    max_shard_bytes: int,
-    tokenizer: Path | None = None,
-) -> Path:
-    """Writes ``out``, which appears only when it is complete.
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to export.
 
     Args:
-        source: a run directory, a checkpoint root or one iteration.
-        out: the directory to make; it must not exist.
-        iteration: which checkpoint; None is the newest good one.
-        dtype: bf16, fp16 or fp32; None is the format the run computed in.
-        max_shard_bytes: size at which a new safetensors file is begun.
-        tokenizer: tokenizer directory, where it is not the one that run.yaml names.
+        dtype: bf16, fp16 or fp32; None keeps what the checkpoint holds.
+        max_shard_bytes: size at which a new safetensors file is begun; None is 5 GB, or the files that the model
+            had when it was converted from Hugging Face.
+        workers: files written at a time.
+        license_: for the model card.
+        check_everything: check what is not exported (the optimizer's state) against the manifest, too.
+        restart: throw away an unfinished conversion of something else to the same place.
+        quiet: show no progress.
+    """
 
-    Returns:
-        The checkpoint that was exported.
+    dtype: str | None = None
+    max_shard_bytes: int | None = None
+    workers: int = 2
+    license_: str | None = None
+    check_everything: bool = True
+    restart: bool = False
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a conversion did.
+
+    Args:
+        out: the directory.
+        weight_bytes: bytes of all values.
+        kept_bytes: of these, bytes that an earlier attempt had written.
+        seconds: how long it took.
+        complete_before: whether there was nothing to do.
+        prediction: what it was said to need.
+    """
+
+    out: Path
+    weight_bytes: int
+    kept_bytes: int
+    seconds: float
+    complete_before: bool
+    prediction: Prediction | None
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {
+            "out": str(self.out),
+            "weight_bytes": self.weight_bytes,
+            "kept_bytes": self.kept_bytes,
+            "seconds": round(self.seconds, 3),
+            "gb_per_second": round((self.weight_bytes - self.kept_bytes) / max(self.seconds, 1e-9) / 1e9, 4),
+            "complete_before": self.complete_before,
+            "predicted_peak_memory_bytes": self.prediction.peak_memory_bytes if self.prediction else None,
+        }
+
+
+def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Converted:
+    """Writes ``out``, which appears only when it is complete; goes on with what an earlier attempt left.
 
     Raises:
-        ConversionError: ``out`` exists, or the checkpoint does not fit its configuration.
-        CheckpointError: there is no whole checkpoint.
+        ConversionError: ``out`` is occupied, or no class of transformers has this architecture.
+        CheckpointError: the checkpoint is damaged.
+        DiskFullError: there is not enough room.
     """
-    if out.exists():
-        raise ConversionError(Problem(str(out), None, "exists already; name a new directory or remove it."))
-    candidates = find.resolve(source)
-    if iteration is not None:
-        candidates = [candidate for candidate in candidates if candidate.iteration == iteration]
-        if not candidates:
-            raise CheckpointError(Problem("--iteration", iteration, f"{source} has no such checkpoint."))
-    chosen = find.newest_good(candidates, strict=iteration is not None)
-    config = resolve(str(chosen.path / RUN_YAML), [], RECIPES)
-    if tokenizer is not None:
-        config = config.with_section("data", tokenizer=str(tokenizer))
-    target = _DTYPES[dtype or config.precision.dtype]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        write_configs(config, temporary, dtype=str(target).removeprefix("torch."))
-        write_weights(CheckpointReader(chosen.path), config, temporary, dtype=target, max_shard_bytes=max_shard_bytes)
-        temporary.rename(out)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return chosen.path
+    files = plan_files(source, options)
+    configs = _configs(source, files, options, name=out.name)
+    identity = _identity(source, options, configs)
+    total = sum(record.value_bytes for file in files for record in file.records)
+    if is_complete(out, identity):
+        work.clear_notes(out)
+        return Converted(out, total, total, 0.0, True, None)
+    with work.begin(out, identity, restart=options.restart) as task:
+        task.require_room(files)
+        prediction = predict(task, files, out, workers=options.workers)
+        log.info("%s", prediction)
+        unread = source.unread_parts() if options.check_everything else []
+        progress = ByteProgress(total + sum(length for _, _, length, _ in unread), quiet=options.quiet)
+        try:
+            check_unread(source, unread, task.directory, workers=options.workers, progress=progress)
+            written = task.write(files, new_digest=hashlib.sha256, workers=options.workers, progress=progress)
+        except CheckpointError as error:
+            found = damaged(source.path) if source.entries is not None else error
+            raise (found if found.problems else error) from None
+        finally:
+            progress.close()
+        for name, text in configs.items():
+            (task.directory / name).write_text(text)
+        if source.tokenizer is not None:
+            copy_tokenizer(source.tokenizer, task.directory)
+        write_manifest(
+            task.directory,
+            files={name: done.digest for name, done in written.items()},
+            tensors={
+                record.name: _noted(record, file.name, written[file.name].tensors[record.name])
+                for file in files
+                for record in file.records
+            },
+            source=_provenance(source),
+            configuration=as_dict(source.config),
+            identity=identity,
+        )
+        task.commit()
+    kept = sum(done.kept_bytes for done in written.values())
+    return Converted(out, total, kept, progress.seconds, False, prediction)
 
 
-def write_weights(
-    reader: CheckpointReader, config: RunConfig, out: Path, *, dtype: torch.dtype, max_shard_bytes: int
-) -> None:
-    """Streams the tensors into safetensors files and writes their index; memory holds one file's worth."""
-    weight_map: dict[str, str] = {}
-    shard: dict[str, torch.Tensor] = {}
-    size = total = number = 0
+def plan_files(source: CheckpointSource, options: ExportOptions) -> list[OutputFile]:
+    """The safetensors files: which tensors go where, and where their rows come from."""
+    weights = ExportedWeights(source.weights)
 
-    def flush() -> None:
-        nonlocal shard, size, number
-        number += 1
-        name = f"model-{number:05d}.safetensors"
-        save_file(shard, out / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard, size = {}, 0
+    def dtype(item: HfTensor) -> torch.dtype:
+        return DTYPES[options.dtype] if options.dtype else source.weights.dtype(item.rule.core)
 
-    for item in mapped(config.model):
-        tensor = reader.read(item.rule.core, leading=item.leading)
-        for name, part in zip(item.names, item.rule.split(tensor, config.model), strict=True):
-            converted = part.to(dtype).contiguous().clone()
-            length = converted.numel() * converted.element_size()
-            if shard and size + length > max_shard_bytes:
-                flush()
-            shard[name] = converted
-            size, total = size + length, total + length
-    flush()
-    _name_shards(out, weight_map, number, total)
+    items = hf_tensors(source.config.model)
+    if options.max_shard_bytes is None and (before := _files_before(source, items)):
+        return [_file(name, group, weights, dtype) for name, group in before.items()]
+    sizes = [torch.Size(item.shape).numel() * dtype(item).itemsize for item in items]
+    groups = pack(items, sizes, limit=options.max_shard_bytes or SHARD_BYTES)
+    count = len(groups)
+    names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+    return [
+        _file(name, group, weights, dtype) for name, group in zip(names if count > 1 else [SINGLE], groups, strict=True)
+    ]
 
 
-def _name_shards(out: Path, weight_map: dict[str, str], count: int, total: int) -> None:
-    """Gives the files the names transformers expects, now that their number is known."""
-    names = {
-        f"model-{index:05d}.safetensors": f"model-{index:05d}-of-{count:05d}.safetensors"
-        if count > 1
-        else "model.safetensors"
-        for index in range(1, count + 1)
-    }
-    for old, new in names.items():
-        (out / old).rename(out / new)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {key: names[old] for key, old in sorted(weight_map.items())},
-    }
-    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+def _files_before(source: CheckpointSource, items: Sequence[HfTensor]) -> dict[str, list[HfTensor]] | None:
+    """By file, what lay in it when the model was converted from Hugging Face; None where that is not known."""
+    files = source.state.get("converted_from", {}).get("files", {})
+    by_name = {item.name: item for item in items}
+    if sorted(name for names in files.values() for name in names) != sorted(by_name):
+        return None
+    return {file: [by_name[name] for name in names] for file, names in sorted(files.items())}
 
 
-def write_configs(config: RunConfig, out: Path, *, dtype: str) -> None:
-    """config.json, generation_config.json and the tokenizer's files, byte for byte."""
-    eos = bos = None
-    if config.data.tokenizer is not None:
-        directory = Path(config.data.tokenizer)
-        eos, bos = special_ids(directory)
-        for name in TOKENIZER_FILES:
-            if (directory / name).is_file():
-                shutil.copyfile(directory / name, out / name)
-    else:
+def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype: Any) -> OutputFile:
+    ordered = safetensors_format.in_file_order(items, key=lambda item: (dtype(item), item.name))
+    records = tuple(
+        Record(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
+        for item in ordered
+    )
+    header = safetensors_format.header([(record.name, record.dtype, record.shape) for record in records])
+    return OutputFile(name, header, records)
+
+
+def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> Piece:
+    return Piece(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
+
+
+def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> Prediction:
+    """What is needed, from what is known before the first byte."""
+    total = sum(file.size for file in files)
+    return Prediction(
+        peak_memory_bytes=resident_bytes() + workers * _BLOCKS_IN_FLIGHT * work.BLOCK_BYTES,
+        disk_bytes=task.left_to_write(files),
+        free_bytes=free_bytes(out.absolute().parent),
+        least_seconds=total / _HASHED_PER_SECOND / min(workers, len(files)),
+    )
+
+
+def _configs(
+    source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str
+) -> dict[str, str]:
+    """The text files beside the weights, by name."""
+    formats = {record.dtype for file in files for record in file.records}
+    dtype = str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
+    eos, bos = special_ids(source.tokenizer) if source.tokenizer is not None else (None, None)
+    if source.tokenizer is None:
         log.warning("the run names no tokenizer (data.tokenizer): the export has none")
-    _dump(out / "config.json", hf_config(config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype))
-    _dump(out / "generation_config.json", {"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})
+    config = hf_config(source.config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
+    texts = {CONFIG: _dump(config)}
+    if source.tokenizer is None or not (source.tokenizer / "generation_config.json").is_file():
+        texts["generation_config.json"] = _dump({"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})
+    texts["README.md"] = model_card(
+        source, name=name, architecture=config["architectures"][0], dtype=dtype, license_=options.license_
+    )
+    if len(files) > 1:
+        texts[INDEX] = _index(files)
+    return texts
 
 
-def _dump(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+def _index(files: Sequence[OutputFile]) -> str:
+    records = [(record, file.name) for file in files for record in file.records]
+    metadata = {
+        "total_parameters": sum(torch.Size(record.shape).numel() for record, _ in records),
+        "total_size": sum(record.value_bytes for record, _ in records),
+    }
+    return _dump({"metadata": metadata, "weight_map": {record.name: name for record, name in records}}, sort_keys=True)
+
+
+def _identity(source: CheckpointSource, options: ExportOptions, configs: dict[str, str]) -> dict[str, Any]:
+    """All that decides the bytes of the directory."""
+    tokenizer = {}
+    if source.tokenizer is not None:
+        tokenizer = {
+            name: sha256(source.tokenizer / name) for name in TOKENIZER_FILES if (source.tokenizer / name).is_file()
+        }
+    return {
+        "kind": "to-hf",
+        "source": _provenance(source),
+        "configuration": as_dict(source.config),
+        "dtype": options.dtype,
+        "max_shard_bytes": options.max_shard_bytes,
+        "texts": {name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in sorted(configs.items())},
+        "tokenizer": tokenizer,
+        "code": code_version(),
+    }
+
+
+def _provenance(source: CheckpointSource) -> dict[str, Any]:
+    return {
+        "kind": "checkpoint",
+        "path": str(source.path.absolute()),
+        "run": None if source.run_dir is None else source.run_dir.name,
+        "iteration": source.iteration,
+        "xxh3_128": source.digest(),
+        "verified": source.entries is not None,
+        "written_by": source.state.get("code"),
+    }
+
+
+def _noted(record: Record, file: str, digest: str) -> NotedTensor:
+    return NotedTensor(str(record.dtype).removeprefix("torch."), record.shape, digest, file)
+
+
+def _dump(content: dict[str, Any], *, sort_keys: bool = False) -> str:
+    return json.dumps(content, indent=2, sort_keys=sort_keys) + "\n"

@@ -140,7 +140,7 @@ def prepare() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     if has_cuda():
         return
-    _keep_freed_memory()
+    keep_freed_memory()
     _map_calls()
     _map_factories()
     _map_tensor_methods()
@@ -148,7 +148,7 @@ def prepare() -> None:
     _map_expert_splits()
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has glibc keep large freed blocks: giving them back costs a page fault per 4 KiB at every reuse."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

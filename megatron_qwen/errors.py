@@ -80,9 +80,16 @@ class CheckpointError(UserError):
 
 
 class ConversionError(UserError):
-    """A conversion that cannot be done as asked (exit 1)."""
+    """What is to be converted, or the place for it, cannot be used (exit 3)."""
 
+    exit_code = EXIT_DATA
     kind = "conversion error"
+
+
+class DiskFullError(UserError):
+    """There is not enough room; what was written so far is kept and can be gone on with (exit 1)."""
+
+    kind = "disk full"
 
 
 class NumericsError(UserError):

@@ -4,6 +4,7 @@ import datetime
 import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from megatron_qwen.config.render import difference, to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
+from megatron_qwen.data.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
 
@@ -36,6 +38,7 @@ class RunDirectory:
         self.status = self.path / "status.json"
         self.data = self.path / "data.json"
         self.checkpoints = self.path / "checkpoints"
+        self.tokenizer = self.path / "tokenizer"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
 
@@ -69,10 +72,20 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             _replace(self.run_yaml, to_yaml(config))
+            self._keep_tokenizer(config.data.tokenizer)
             if data_digest is not None:
                 _replace(self.data, json.dumps({"path": config.data.path, "bin_xxh3_128": data_digest}) + "\n")
         except OSError as error:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
+
+    def _keep_tokenizer(self, source: str | None) -> None:
+        """Copies the tokenizer the run begins with; what is released must have this one."""
+        if source is None or self.tokenizer.exists():
+            return
+        temporary = self.path / ".tokenizer.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        copy_tokenizer(Path(source), temporary)
+        temporary.rename(self.tokenizer)
 
     def _data_digest(self) -> str | None:
         try:

@@ -1,6 +1,10 @@
-"""The manifest of a checkpoint: size and xxh3-128 of every file, so that damage is found and named."""
+"""The manifest of a checkpoint: size and xxh3-128 of every file, so that damage is found and named.
 
-from collections.abc import Iterable
+A shard also has its parts hashed: each slice of a weight, and what lies between them. Who reads only the weights
+checks just these, and not the optimizer's state, which is six times as large.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,20 +20,48 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and xxh3-128 (hex) of one file."""
+    """Size in bytes and xxh3-128 (hex) of one file.
+
+    Args:
+        size: its bytes.
+        xxh3_128: of the whole.
+        parts: bytes and hash of consecutive parts, which together are the file; empty where only the whole is hashed.
+    """
 
     size: int
     xxh3_128: str
+    parts: tuple[tuple[int, str], ...] = ()
+
+    def spans(self) -> Iterator[tuple[int, int, str]]:
+        """Every part as (first byte, bytes, hash)."""
+        start = 0
+        for length, digest in self.parts:
+            yield start, length, digest
+            start += length
 
 
-def hash_file(path: Path) -> FileEntry:
-    """Reads a file once."""
-    digest, size = xxhash.xxh3_128(), 0
+def hash_file(path: Path, cuts: Sequence[int] = ()) -> FileEntry:
+    """Reads a file once.
+
+    Args:
+        path: the file.
+        cuts: places at which a new part begins; none hashes the whole only.
+    """
+    whole, size = xxhash.xxh3_128(), 0
+    parts: list[tuple[int, str]] = []
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-    return FileEntry(size, digest.hexdigest())
+        for stop in [*sorted({cut for cut in cuts if cut}), None]:
+            part, begin = xxhash.xxh3_128(), size
+            while stop is None or size < stop:
+                chunk = file.read(_CHUNK if stop is None else min(_CHUNK, stop - size))
+                if not chunk:
+                    break
+                whole.update(chunk)
+                part.update(chunk)
+                size += len(chunk)
+            if size > begin:
+                parts.append((size - begin, part.hexdigest()))
+    return FileEntry(size, whole.hexdigest(), tuple(parts) if cuts else ())
 
 
 def files_in(directory: Path) -> list[str]:
@@ -45,13 +77,26 @@ def _render(content: dict[str, Any]) -> bytes:
     return orjson.dumps({**body, "checksum": checksum}, option=orjson.OPT_INDENT_2)
 
 
+def _noted(entry: FileEntry) -> dict[str, Any]:
+    noted: dict[str, Any] = {"size": entry.size, "xxh3_128": entry.xxh3_128}
+    return noted | {"parts": [list(part) for part in entry.parts]} if entry.parts else noted
+
+
+def _entry(noted: dict[str, Any]) -> FileEntry:
+    parts = tuple((int(length), str(digest)) for length, digest in noted.get("parts", ()))
+    entry = FileEntry(int(noted["size"]), str(noted["xxh3_128"]), parts)
+    if parts and sum(length for length, _ in parts) != entry.size:
+        raise ValueError("the parts are not the file")
+    return entry
+
+
 def write(directory: Path, entries: dict[str, FileEntry], *, iteration: int, attempt: int) -> None:
     """Writes manifest.json."""
     content = {
         "format": 1,
         "iteration": iteration,
         "attempt": attempt,
-        "files": {name: {"size": entry.size, "xxh3_128": entry.xxh3_128} for name, entry in sorted(entries.items())},
+        "files": {name: _noted(entry) for name, entry in sorted(entries.items())},
     }
     (directory / MANIFEST).write_bytes(_render(content))
 
@@ -64,7 +109,7 @@ def read(directory: Path) -> dict[str, FileEntry] | Problem:
         content = orjson.loads(written)
         if _render(content) != written:
             return Problem(str(path), None, "has other bytes than when it was written: damaged.")
-        return {name: FileEntry(int(entry["size"]), str(entry["xxh3_128"])) for name, entry in content["files"].items()}
+        return {name: _entry(noted) for name, noted in content["files"].items()}
     except FileNotFoundError:
         return Problem(str(path), None, "is missing: the checkpoint was never committed.")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

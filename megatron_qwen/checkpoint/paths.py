@@ -8,6 +8,7 @@ RUN_YAML = "run.yaml"
 STATE = "state.json"
 GENERATORS = "generators.safetensors"
 LATEST = "latest"
+TOKENIZER = "tokenizer"
 
 _COMMITTED = re.compile(r"iter_(\d{7,})")
 

@@ -1,14 +1,21 @@
-"""Reads slices of a torch_dist checkpoint: no process group, no model, no GPU, whatever layout wrote it."""
+"""Reads rows of the tensors of a torch_dist checkpoint: no process group, no model, no GPU, any layout."""
 
-import io
+import itertools
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import xxhash
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+from megatron_qwen.checkpoint.manifest import FileEntry
 from megatron_qwen.checkpoint.metadata import read_metadata
+from megatron_qwen.checkpoint.torch_file import NoPlainTensor, StoredTensor, locate
 from megatron_qwen.errors import CheckpointError, Problem
+
+_VERIFY_BYTES = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -19,19 +26,51 @@ class TensorInfo:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """A stored slice of a tensor.
+
+    Args:
+        tensor: name of the tensor.
+        offsets: where it begins in the tensor.
+        sizes: its shape.
+        file: the shard that holds it, relative to the checkpoint.
+        start: first byte of its archive.
+        length: bytes of its archive.
+    """
+
+    tensor: str
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
 class CheckpointReader:
-    """A checkpoint as named global tensors.
+    """A checkpoint as named global tensors. Safe to use from several threads.
 
     Args:
         directory: one iteration's directory.
+        manifest: what the checkpoint's manifest notes of its files; a slice whose hash is noted is checked when it is
+            first touched.
 
     Raises:
         CheckpointError: the metadata is missing, damaged or refused.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, manifest: Mapping[str, FileEntry] | None = None) -> None:
         self.directory = directory
         self._metadata = read_metadata(directory)
+        self._noted = {
+            (name, start): (length, digest)
+            for name, entry in (manifest or {}).items()
+            for start, length, digest in entry.spans()
+        }
+        self._lock = threading.Lock()
+        self._located: dict[Chunk, StoredTensor] = {}
+        self._chunks: dict[str, list[Chunk]] = {}
+        self._by_leading: dict[tuple[str, int], dict[tuple[int, ...], list[Chunk]]] = {}
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor in the checkpoint, optimizer state included."""
@@ -51,26 +90,88 @@ class CheckpointReader:
         Returns:
             A tensor on the CPU without the leading dimensions.
         """
+        shape = tuple(self._entry(name).size)[len(leading) :]
+        return self.read_rows(name, 0, shape[0] if shape else 1, leading=leading)
+
+    def read_rows(self, name: str, start: int, stop: int, *, leading: tuple[int, ...] = ()) -> torch.Tensor:
+        """Rows ``start`` to ``stop`` of a tensor, or of its part at an index of its first dimensions.
+
+        Raises:
+            CheckpointError: they are not all there, or damaged; names file and tensor.
+        """
         entry = self._entry(name)
         axes = len(leading)
-        result = torch.empty(tuple(entry.size)[axes:], dtype=entry.properties.dtype)
+        shape = tuple(entry.size)[axes:]
+        result = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=entry.properties.dtype)
         filled = 0
-        for index, chunk in enumerate(entry.chunks):
-            offsets, sizes = tuple(chunk.offsets), tuple(chunk.sizes)
-            inside = [place - start for place, start in zip(leading, offsets, strict=False)]
-            if any(not 0 <= place < size for place, size in zip(inside, sizes, strict=False)):
+        for chunk in self.chunks(name, leading):
+            offsets, sizes = chunk.offsets[axes:], chunk.sizes[axes:]
+            if not shape:
+                result, filled = self._rows(chunk, leading, 0, 1).view(()), 1
                 continue
-            part = self._chunk(name, index, offsets, sizes)[tuple(inside)]
-            box = tuple(slice(start, start + size) for start, size in zip(offsets[axes:], sizes[axes:], strict=True))
-            result[box] = part
+            low, high = max(start, offsets[0]), min(stop, offsets[0] + sizes[0])
+            if low >= high:
+                continue
+            part = self._rows(chunk, leading, low - offsets[0], high - offsets[0])
+            columns = (slice(begin, begin + size) for begin, size in zip(offsets[1:], sizes[1:], strict=True))
+            box = (slice(low - start, high - start), *columns)
+            if len(result) == high - low and result.shape == part.shape:
+                result = part
+            else:
+                result[box] = part
             filled += part.numel()
         if filled != result.numel():
-            raise CheckpointError(
-                Problem(
-                    str(self.directory), name, f"holds {filled} of {result.numel()} values at {leading}: incomplete."
-                )
-            )
+            fix = f"rows {start} to {stop} at {leading} hold {filled} of {result.numel()} values: incomplete."
+            raise CheckpointError(Problem(str(self.directory), name, fix))
         return result
+
+    def chunks(self, name: str, leading: tuple[int, ...] = ()) -> list[Chunk]:
+        """The stored slices that touch an index of a tensor's first dimensions."""
+        key = (name, len(leading))
+        with self._lock:
+            if key not in self._by_leading:
+                found: dict[tuple[int, ...], list[Chunk]] = {}
+                for chunk in self._all_chunks(name):
+                    axes = [
+                        range(at, at + size)
+                        for at, size in zip(chunk.offsets[: key[1]], chunk.sizes[: key[1]], strict=True)
+                    ]
+                    for place in itertools.product(*axes):
+                        found.setdefault(place, []).append(chunk)
+                self._by_leading[key] = found
+            return self._by_leading[key].get(leading, [])
+
+    def problems(self, name: str) -> list[Problem]:
+        """What is wrong with how a tensor is said to be stored, without reading it."""
+        entry, where = self._entry(name), str(self.directory)
+        try:
+            with self._lock:
+                chunks = self._all_chunks(name)
+        except CheckpointError as error:
+            return list(error.problems)
+        found, size = [], tuple(entry.size)
+        for chunk in chunks:
+            ends = [at + length for at, length in zip(chunk.offsets, chunk.sizes, strict=True)]
+            if (
+                len(chunk.sizes) != len(size)
+                or min(chunk.offsets, default=0) < 0
+                or any(end > limit for end, limit in zip(ends, size, strict=False))
+            ):
+                found.append(Problem(where, name, f"has a slice at {chunk.offsets} that lies outside of it."))
+        if len({chunk.offsets for chunk in chunks}) != len(chunks):
+            found.append(Problem(where, name, "has two slices at one place."))
+        stored = sum(torch.Size(chunk.sizes).numel() for chunk in chunks)
+        if stored != torch.Size(size).numel():
+            found.append(Problem(where, name, f"holds {stored} of {torch.Size(size).numel()} values: incomplete."))
+        return found
+
+    def _all_chunks(self, name: str) -> list[Chunk]:
+        if name not in self._chunks:
+            self._chunks[name] = [
+                self._chunk(name, index, tuple(chunk.offsets), tuple(chunk.sizes))
+                for index, chunk in enumerate(self._entry(name).chunks)
+            ]
+        return self._chunks[name]
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(name)
@@ -78,14 +179,77 @@ class CheckpointReader:
             raise CheckpointError(Problem(str(self.directory), name, "there is no such tensor in the checkpoint."))
         return entry
 
-    def _chunk(self, name: str, index: int, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> torch.Tensor:
-        stored = self._metadata.storage_data[MetadataIndex(name, torch.Size(offsets), index)]
-        path = self.directory / str(stored.relative_path)
+    def _chunk(self, name: str, index: int, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
+        try:
+            stored = self._metadata.storage_data[MetadataIndex(name, torch.Size(offsets), index)]
+            file = str(stored.relative_path)
+            start, length = int(stored.offset), int(stored.length)
+        except (KeyError, AttributeError, TypeError, ValueError):
+            fix = f"its slice at {offsets} is stored nowhere: the metadata is damaged."
+            raise CheckpointError(Problem(str(self.directory), name, fix)) from None
+        if Path(file).name != file or "\0" in file or (self.directory / file).is_symlink():
+            fix = f"is said to lie in {file!r}, outside of the checkpoint. Do not load it."
+            raise CheckpointError(Problem(str(self.directory), name, fix))
+        return Chunk(name, offsets, sizes, file, start, length)
+
+    def _rows(self, chunk: Chunk, leading: tuple[int, ...], low: int, high: int) -> torch.Tensor:
+        """Rows of a chunk, behind its leading dimensions; they lie in one piece."""
+        stored = self._locate(chunk)
+        axes = len(leading)
+        sizes = chunk.sizes[axes:]
+        width = torch.Size(sizes[1:]).numel()
+        index = 0
+        for place, offset, size in zip(leading, chunk.offsets, chunk.sizes, strict=False):
+            index = index * size + place - offset
+        first = (index * (sizes[0] if sizes else 1) + low) * width
+        values = torch.empty((high - low, *sizes[1:]), dtype=stored.dtype)
+        path = self.directory / chunk.file
+        with path.open("rb", buffering=0) as file:
+            file.seek(stored.offset + first * stored.dtype.itemsize)
+            view = memoryview(values.view(-1).view(torch.uint8).numpy())
+            while len(view):
+                taken = file.readinto(view)
+                if not taken:
+                    raise CheckpointError(Problem(str(path), chunk.tensor, "is cut off."))
+                view = view[taken:]
+        return values
+
+    def _locate(self, chunk: Chunk) -> StoredTensor:
+        with self._lock:
+            known = self._located.get(chunk)
+        if known is not None:
+            return known
+        path = self.directory / chunk.file
+        if damage := self._damage(chunk):
+            raise CheckpointError(Problem(str(path), chunk.tensor, damage))
         try:
             with path.open("rb") as file:
-                file.seek(stored.offset)
-                data = file.read(stored.length)
-            tensor: torch.Tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise CheckpointError(Problem(str(path), name, f"cannot be read ({type(error).__name__}).")) from None
-        return tensor.view(sizes)
+                stored = locate(file, chunk.start, chunk.length)
+        except FileNotFoundError:
+            raise CheckpointError(Problem(str(path), None, "is missing.")) from None
+        except NoPlainTensor as error:
+            raise CheckpointError(Problem(str(path), chunk.tensor, f"cannot be read: {error}.")) from None
+        dtype = self._entry(chunk.tensor).properties.dtype
+        if stored.dtype != dtype or torch.Size(stored.shape).numel() != torch.Size(chunk.sizes).numel():
+            fix = f"holds {stored.dtype} {stored.shape} where the metadata says {dtype} {chunk.sizes}."
+            raise CheckpointError(Problem(str(path), chunk.tensor, fix))
+        with self._lock:
+            self._located[chunk] = stored
+        return stored
+
+    def _damage(self, chunk: Chunk) -> str | None:
+        """Compares a slice's bytes with the hash its manifest notes, where it notes one."""
+        noted = self._noted.get((chunk.file, chunk.start))
+        if noted is None or noted[0] != chunk.length:
+            return None
+        digest, left = xxhash.xxh3_128(), chunk.length
+        buffer = memoryview(bytearray(min(_VERIFY_BYTES, max(left, 1))))
+        with (self.directory / chunk.file).open("rb", buffering=0) as file:
+            file.seek(chunk.start)
+            while left:
+                taken = file.readinto(buffer[: min(left, len(buffer))])
+                if not taken:
+                    return "is cut off."
+                digest.update(buffer[:taken])
+                left -= taken
+        return None if digest.hexdigest() == noted[1] else "has other bytes than when it was written: damaged."

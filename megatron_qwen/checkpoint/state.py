@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from megatron_qwen import device
 from megatron_qwen.checkpoint import generators, optimizer_state
 from megatron_qwen.checkpoint.metadata import plain_objects_only, read_metadata
-from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE
+from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.config.sections import ParallelConfig
+from megatron_qwen.data.tokenizer import copy_tokenizer
 from megatron_qwen.models.sharding import sharded_state_dict
+from megatron_qwen.provenance import code_version
 
 _EXTRA_STATE = "_extra_state"
 
@@ -48,18 +50,27 @@ def load_sharded(
     Args:
         path: the checkpoint.
         modules: chunks of this rank.
-        optimizer: None loads weights only.
+        optimizer: None loads weights only. So does a checkpoint without optimizer state (a converted model): then
+            the main weights are the loaded ones and the moments stay empty.
         groups: groups of this rank.
         optimizer_step: steps the optimizer has taken (``state.json``).
     """
-    wanted = sharded_state(modules, optimizer, groups, loading=True)
+    with_state = optimizer if has_optimizer(path) else None
+    wanted = sharded_state(modules, with_state, groups, loading=True)
     _drop_absent_extra_state(wanted, path)
     with plain_objects_only():
         loaded = dist_checkpointing.load(wanted, str(path))
     for index, module in enumerate(modules):
         _fill(module, loaded["model" if len(modules) == 1 else f"model{index}"])
-    if optimizer is not None:
-        optimizer_state.load(optimizer, loaded["optimizer"], step=optimizer_step)
+    if with_state is not None:
+        optimizer_state.load(with_state, loaded["optimizer"], step=optimizer_step)
+    elif optimizer is not None:
+        optimizer.reload_model_params()
+
+
+def has_optimizer(path: Path) -> bool:
+    """Whether a checkpoint holds the optimizer's state beside the weights."""
+    return any(name.startswith("optimizer.") for name in read_metadata(path).state_dict_metadata)
 
 
 def _drop_absent_extra_state(wanted: dict[str, Any], path: Path) -> None:
@@ -79,9 +90,15 @@ def _fill(module: GPTModel, loaded: dict[str, Any]) -> None:
 
 
 def write_small_files(
-    directory: Path, *, progress: dict[str, int], optimizer_step: int, parallel: ParallelConfig, run_yaml: str
+    directory: Path,
+    *,
+    progress: dict[str, int],
+    optimizer_step: int,
+    parallel: ParallelConfig,
+    run_yaml: str,
+    tokenizer: Path | None,
 ) -> None:
-    """Rank 0 writes configuration, counters and generator states of all ranks; every rank must call.
+    """Rank 0 writes configuration, counters, tokenizer and generator states of all ranks; every rank must call.
 
     Args:
         directory: the temporary directory of the checkpoint.
@@ -89,6 +106,7 @@ def write_small_files(
         optimizer_step: steps the optimizer has taken.
         parallel: the layout; generator states are restored under the same layout only.
         run_yaml: the resolved configuration.
+        tokenizer: directory of the run's tokenizer, so that a checkpoint can be exported wherever it is moved.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(generators.capture(), everyone if dist.get_rank() == 0 else None)
@@ -103,9 +121,12 @@ def write_small_files(
             "threads": torch.get_num_threads(),
             "backend": device.backend(),
             "torch": torch.__version__,
+            "code": code_version(),
         }
         (directory / RUN_YAML).write_text(run_yaml)
         (directory / STATE).write_text(json.dumps(content, indent=2))
+        if tokenizer is not None and tokenizer.is_dir():
+            copy_tokenizer(tokenizer, directory / TOKENIZER)
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 # torch's zip writer reports a disk that filled up as a position it did not expect.
 _FULL_SIGNS = ("No space left", "unexpected pos")
 _FULL_BYTES = 1 << 20
+_OPTIMIZER = "optimizer."
 
 
 class SaveError(UserError):
@@ -137,9 +138,9 @@ class CheckpointWriter:
             try:
                 if request.async_fn is not None:
                     request.async_fn(*arguments, **request.async_fn_kwargs)
-                    _check_result(arguments[2])
+                    cuts = _weight_cuts(_check_result(arguments[2]))
                     for path in pending.directory.glob(f"__{dist.get_rank()}_*"):
-                        pending.entries[path.name] = manifest.hash_file(path)
+                        pending.entries[path.name] = manifest.hash_file(path, cuts.get(path.name, ()))
             except BaseException as error:
                 pending.failure.append(error)
 
@@ -234,12 +235,24 @@ def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
     ]
 
 
-def _check_result(results: "queue.Queue[Any]") -> None:
+def _check_result(results: "queue.Queue[Any]") -> Any:
     """Looks at the outcome that the core put into its queue, and leaves it there for the core."""
     outcome = results.get_nowait()
     results.put(outcome)
     if isinstance(outcome, Exception):
         raise outcome
+    return outcome
+
+
+def _weight_cuts(written: Any) -> dict[str, list[int]]:
+    """By file, the places where the slices of weights begin and end, from what the core notes of its writing."""
+    cuts: dict[str, list[int]] = {}
+    results = [result for bucket in written.values() for result in bucket] if isinstance(written, dict) else written
+    for result in results:
+        stored = result.storage_data
+        if result.index.offset is not None and not result.index.fqn.startswith(_OPTIMIZER):
+            cuts.setdefault(str(stored.relative_path), []).extend((stored.offset, stored.offset + stored.length))
+    return cuts
 
 
 def _drain(results: "queue.Queue[Any]") -> None:

@@ -29,6 +29,7 @@ class ModelConfig:
     rotary_base: float = setting(1_000_000.0, doc="RoPE base (theta).", above=1)
     layernorm_epsilon: float = setting(1e-6, doc="RMSNorm epsilon.", above=0)
     add_qkv_bias: bool = setting(True, doc="Bias on Q, K and V (Qwen2 family).")
+    qk_layernorm: bool = setting(False, doc="RMSNorm on every query and key head (Qwen3 family).")
     share_embeddings_and_output_weights: bool = setting(False, doc="One matrix for input embedding and output layer.")
     init_method_std: float = setting(
         0.02, doc="Standard deviation of the normal initialisation (released configs: initializer_range).", above=0

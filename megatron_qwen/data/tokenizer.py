@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +20,8 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",  # which tokens end a text belongs with the tokens
 )
 # Qwen2's pre-tokenizer: words with their leading space, digits one by one, runs of punctuation, line ends.
 _SPLIT = (
@@ -122,10 +125,35 @@ def fingerprint(directory: str | Path) -> str:
     return hashlib.sha256((directory / name).read_bytes()).hexdigest()
 
 
-def special_ids(directory: Path) -> tuple[int, int]:
-    """(eos, bos) for config.json; the family begins a document with the token that ends one."""
-    end = load_tokenizer(directory).end_of_text
-    return end, end
+def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
+    """(eos, bos) for config.json.
+
+    A generation_config.json that came with the tokenizer decides; else documents end with the end-of-text token, and
+    the family begins one with the same.
+    """
+    tokenizer = load_tokenizer(directory)
+    try:
+        noted = json.loads((directory / "generation_config.json").read_text())
+    except FileNotFoundError:
+        noted = {}
+    except (OSError, ValueError):
+        raise DataError(Problem(str(directory / "generation_config.json"), None, "is no JSON; mend it.")) from None
+    if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id")):
+        return tokenizer.end_of_text, tokenizer.end_of_text
+    return noted["eos_token_id"], noted.get("bos_token_id")
+
+
+def _are_ids(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, list) and all(isinstance(item, int) for item in value))
+
+
+def copy_tokenizer(source: Path, target: Path) -> list[str]:
+    """Copies the files of a tokenizer, byte for byte, and returns their names."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        shutil.copyfile(source / name, target / name)
+    return names
 
 
 def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None:

@@ -53,6 +53,7 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
     shared = 3 * h * (model.moe_shared_expert_intermediate_size or 0) + (h if model.moe_shared_expert_gate else 0)
     experts = model.num_moe_experts or 0
     embedding = model.vocab_size * h
+    head_norms = 2 * model.head_dim if model.qk_layernorm else 0
     return ParameterCount(
         embedding=embedding,
         output=0 if model.share_embeddings_and_output_weights else embedding,
@@ -62,5 +63,5 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         routed_experts=layers * experts * expert,
         active_experts=layers * model.moe_router_topk * expert if model.is_moe else 0,
         shared_expert=layers * shared if model.is_moe else 0,
-        norms=layers * 2 * h + h,
+        norms=layers * (2 * h + head_norms) + h,
     )

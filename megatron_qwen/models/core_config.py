@@ -41,6 +41,7 @@ def _shape(config: RunConfig) -> dict[str, Any]:
         "layernorm_epsilon": model.layernorm_epsilon,
         "add_bias_linear": False,
         "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
         "gated_linear_unit": True,
         "activation_func": F.silu,
         "hidden_dropout": model.hidden_dropout,

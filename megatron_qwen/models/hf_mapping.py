@@ -1,18 +1,18 @@
 """The one table between megatron-core's tensors and Hugging Face's, for both directions.
 
-A rule names a tensor of the checkpoint (layers and experts are its leading dimensions) and the Hugging Face
-tensors it holds, with the function that takes it apart and the one that puts it together.
+Every Hugging Face tensor is a choice of rows of one tensor of the checkpoint. A rule names that tensor (layers
+and experts are its leading dimensions) and says which rows go where, so a conversion only ever moves rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
 from megatron_qwen.config.sections import ModelConfig
 
-Split = Callable[[torch.Tensor, ModelConfig], tuple[torch.Tensor, ...]]
-Join = Callable[[tuple[torch.Tensor, ...], ModelConfig], torch.Tensor]
+Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,16 @@ class Rule:
     Args:
         core: name in the checkpoint; ``decoder.layers.`` and ``experts.experts.`` stand for leading dimensions.
         hf: Hugging Face names, with ``{layer}`` and ``{expert}``.
-        split: checkpoint tensor -> Hugging Face tensors.
-        join: Hugging Face tensors -> checkpoint tensor.
+        rows: for each of them the rows of the checkpoint tensor it is made of, in its order.
+        width: columns; None for a vector.
+        padded: more rows may follow in the checkpoint, which pad the vocabulary.
     """
 
     core: str
     hf: tuple[str, ...]
-    split: Split
-    join: Join
+    rows: tuple[tuple[Range, ...], ...]
+    width: int | None
+    padded: bool = False
 
     @property
     def per_layer(self) -> bool:
@@ -41,15 +43,65 @@ class Rule:
         """Whether the second dimension counts experts."""
         return ".experts." in self.core
 
+    @property
+    def num_rows(self) -> int:
+        """Rows of the checkpoint tensor, without padding."""
+        return sum(stop - start for ranges in self.rows for start, stop in ranges)
+
+    def shape(self, part: int) -> tuple[int, ...]:
+        """Shape of one of the Hugging Face tensors."""
+        rows = sum(stop - start for start, stop in self.rows[part])
+        return (rows,) if self.width is None else (rows, self.width)
+
+    @property
+    def core_shape(self) -> tuple[int, ...]:
+        """Shape of the checkpoint tensor without leading dimensions and padding."""
+        return (self.num_rows,) if self.width is None else (self.num_rows, self.width)
+
+    def origin(self) -> list[tuple[int, Range]]:
+        """The checkpoint tensor from top to bottom: (which Hugging Face tensor, which of its rows)."""
+        found: list[tuple[int, int, Range]] = []
+        for part, ranges in enumerate(self.rows):
+            starts = accumulate((stop - start for start, stop in ranges), initial=0)
+            found += [(core[0], part, span) for core, span in zip(ranges, pairwise(starts), strict=True)]
+        return [(part, span) for _, part, span in sorted(found)]
+
 
 @dataclass(frozen=True)
-class Mapped:
-    """One application of a rule.
+class HfTensor:
+    """A Hugging Face tensor and where it comes from.
+
+    Args:
+        name: such as ``model.layers.3.self_attn.q_proj.weight``.
+        rule: the rule that yields it.
+        leading: index of the layer, and of the expert, in the checkpoint tensor.
+        part: which of the rule's tensors it is.
+    """
+
+    name: str
+    rule: Rule
+    leading: tuple[int, ...]
+    part: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.rule.shape(self.part)
+
+    @property
+    def rows(self) -> tuple[Range, ...]:
+        """Rows of the checkpoint tensor it is made of."""
+        return self.rule.rows[self.part]
+
+
+@dataclass(frozen=True)
+class CoreTensor:
+    """A tensor of the checkpoint at one index of its leading dimensions.
 
     Args:
         rule: the rule.
-        leading: index of the layer, and of the expert, in the checkpoint tensor.
-        names: the Hugging Face names it yields.
+        leading: index of the layer, and of the expert.
+        names: the Hugging Face tensors it is made of, in the order of the rule.
     """
 
     rule: Rule
@@ -57,125 +109,140 @@ class Mapped:
     names: tuple[str, ...]
 
 
-def _split_one(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    return (tensor,)
+def split(rule: Rule, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
+    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in rule.rows)
 
 
-def _join_one(tensors: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
-    return tensors[0]
+def join(rule: Rule, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The inverse of ``split``."""
+    return torch.cat([tensors[part][start:stop] for part, (start, stop) in rule.origin()])
 
 
-def split_vocabulary(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    """[padded vocabulary, h] -> [vocabulary, h]."""
-    return (tensor[: model.vocab_size],)
-
-
-def split_gated(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    """[2 f, h] -> gate [f, h], up [f, h]."""
-    return tensor.chunk(2)
-
-
-def join_stacked(tensors: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
-    """Stacks along the first dimension."""
-    return torch.cat(tensors)
-
-
-def split_qkv(tensor: torch.Tensor, model: ModelConfig) -> tuple[torch.Tensor, ...]:
-    """[groups x (q heads of a group + 2) x d, ...] -> Q [heads x d, ...], K and V [groups x d, ...].
-
-    megatron-core keeps each KV head beside the query heads it serves, so that TP cuts between groups.
-    """
-    groups, d = model.num_query_groups, model.head_dim
-    per_group = model.num_attention_heads // groups
-    rest = tensor.shape[1:]
-    grouped = tensor.view(groups, per_group + 2, d, *rest)
-    q, k, v = grouped[:, :per_group], grouped[:, per_group], grouped[:, per_group + 1]
-    return q.reshape(-1, *rest), k.reshape(-1, *rest), v.reshape(-1, *rest)
-
-
-def join_qkv(tensors: tuple[torch.Tensor, ...], model: ModelConfig) -> torch.Tensor:
-    """The inverse of ``split_qkv``."""
-    groups, d = model.num_query_groups, model.head_dim
-    rest = tensors[0].shape[1:]
-    return torch.cat([tensor.view(groups, -1, d, *rest) for tensor in tensors], dim=1).reshape(-1, *rest)
-
-
-def _one(core: str, hf: str, split: Split = _split_one) -> Rule:
-    return Rule(core, (hf,), split, _join_one)
+def rules(model: ModelConfig) -> list[Rule]:
+    """The rules of a model, in the order of the checkpoint's tensors."""
+    h = model.hidden_size
+    found = [_whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", model.vocab_size, h, padded=True)]
+    found += _attention(model) + (_moe(model) if model.is_moe else _dense(model))
+    found.append(_whole("decoder.final_layernorm.weight", "model.norm.weight", h))
+    if not model.share_embeddings_and_output_weights:
+        found.append(_whole("output_layer.weight", "lm_head.weight", model.vocab_size, h, padded=True))
+    return found
 
 
 _LAYER, _HF = "decoder.layers.", "model.layers.{layer}."
 
 
-def rules(model: ModelConfig) -> list[Rule]:
-    """The rules of a model, in the order of its tensors."""
-    found = [_one("embedding.word_embeddings.weight", "model.embed_tokens.weight", split_vocabulary)]
-    found += _attention(model) + (_moe(model) if model.is_moe else _dense())
-    found.append(_one("decoder.final_layernorm.weight", "model.norm.weight"))
-    if not model.share_embeddings_and_output_weights:
-        found.append(_one("output_layer.weight", "lm_head.weight", split_vocabulary))
-    return found
+def _whole(core: str, hf: str, rows: int, width: int | None = None, *, padded: bool = False) -> Rule:
+    return Rule(core, (hf,), (((0, rows),),), width, padded)
 
 
 def _attention(model: ModelConfig) -> list[Rule]:
-    def projections(kind: str) -> tuple[str, ...]:
-        return tuple(f"{_HF}self_attn.{part}_proj.{kind}" for part in "qkv")
+    core, hf, h, d = f"{_LAYER}self_attention.", f"{_HF}self_attn.", model.hidden_size, model.head_dim
 
-    core = f"{_LAYER}self_attention."
+    def projections(kind: str) -> tuple[str, ...]:
+        return tuple(f"{hf}{part}_proj.{kind}" for part in "qkv")
+
+    # The core keeps each KV head beside the query heads it serves, so that TP cuts between groups.
+    heads = model.num_attention_heads // model.num_query_groups
+    starts = [group * (heads + 2) * d for group in range(model.num_query_groups)]
+    query = tuple((start, start + heads * d) for start in starts)
+    key = tuple((start + heads * d, start + (heads + 1) * d) for start in starts)
+    value = tuple((start + (heads + 1) * d, start + (heads + 2) * d) for start in starts)
     found = [
-        _one(f"{core}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight"),
-        Rule(f"{core}linear_qkv.weight", projections("weight"), split_qkv, join_qkv),
+        _whole(f"{core}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight", h),
+        Rule(f"{core}linear_qkv.weight", projections("weight"), (query, key, value), h),
     ]
     if model.add_qkv_bias:
-        found.append(Rule(f"{core}linear_qkv.bias", projections("bias"), split_qkv, join_qkv))
-    return [*found, _one(f"{core}linear_proj.weight", f"{_HF}self_attn.o_proj.weight")]
+        found.append(Rule(f"{core}linear_qkv.bias", projections("bias"), (query, key, value), None))
+    if model.qk_layernorm:
+        found += [_whole(f"{core}{part}_layernorm.weight", f"{hf}{part}_norm.weight", d) for part in "qk"]
+    return [*found, _whole(f"{core}linear_proj.weight", f"{hf}o_proj.weight", h, model.num_attention_heads * d)]
 
 
-def _gated(core: str, hf: str) -> list[Rule]:
+def _gated(core: str, hf: str, hidden: int, ffn: int) -> list[Rule]:
     gate_and_up = (f"{hf}gate_proj.weight", f"{hf}up_proj.weight")
     return [
-        Rule(f"{core}linear_fc1.weight", gate_and_up, split_gated, join_stacked),
-        _one(f"{core}linear_fc2.weight", f"{hf}down_proj.weight"),
+        Rule(f"{core}linear_fc1.weight", gate_and_up, (((0, ffn),), ((ffn, 2 * ffn),)), hidden),
+        _whole(f"{core}linear_fc2.weight", f"{hf}down_proj.weight", hidden, ffn),
     ]
 
 
-def _dense() -> list[Rule]:
-    core, hf = f"{_LAYER}mlp.", f"{_HF}mlp."
-    return [_one(f"{core}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight"), *_gated(core, hf)]
+def _dense(model: ModelConfig) -> list[Rule]:
+    core, hf, h = f"{_LAYER}mlp.", f"{_HF}mlp.", model.hidden_size
+    norm = _whole(f"{core}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight", h)
+    return [norm, *_gated(core, hf, h, model.ffn_hidden_size)]
 
 
 def _moe(model: ModelConfig) -> list[Rule]:
-    core, hf = f"{_LAYER}mlp.", f"{_HF}mlp."
+    core, hf, h = f"{_LAYER}mlp.", f"{_HF}mlp.", model.hidden_size
+    assert model.num_moe_experts is not None
+    assert model.moe_ffn_hidden_size is not None
     found = [
-        _one(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight"),
-        _one(f"{core}router.weight", f"{hf}gate.weight"),
-        *_gated(f"{core}experts.experts.", f"{hf}experts.{{expert}}."),
+        _whole(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", h),
+        _whole(f"{core}router.weight", f"{hf}gate.weight", model.num_moe_experts, h),
+        *_gated(f"{core}experts.experts.", f"{hf}experts.{{expert}}.", h, model.moe_ffn_hidden_size),
     ]
     if model.moe_shared_expert_intermediate_size is not None:
-        found += _gated(f"{core}shared_experts.", f"{hf}shared_expert.")
+        found += _gated(f"{core}shared_experts.", f"{hf}shared_expert.", h, model.moe_shared_expert_intermediate_size)
     if model.moe_shared_expert_gate:
-        found.append(_one(f"{core}shared_experts.gate_weight", f"{hf}shared_expert_gate.weight"))
+        found.append(_whole(f"{core}shared_experts.gate_weight", f"{hf}shared_expert_gate.weight", 1, h))
     return found
 
 
-def mapped(model: ModelConfig) -> Iterator[Mapped]:
+def core_tensors(model: ModelConfig) -> Iterator[CoreTensor]:
     """Every application of every rule, layer by layer."""
     table = rules(model)
-    first_layer_rule = next(index for index, rule in enumerate(table) if rule.per_layer)
-    for rule in table[:first_layer_rule]:
-        yield Mapped(rule, (), rule.hf)
+    first = next(index for index, rule in enumerate(table) if rule.per_layer)
+    for rule in table[:first]:
+        yield CoreTensor(rule, (), rule.hf)
     for layer in range(model.num_layers):
         for rule in table:
             if rule.per_layer:
                 yield from _in_layer(rule, layer, model)
-    for rule in table[first_layer_rule:]:
+    for rule in table[first:]:
         if not rule.per_layer:
-            yield Mapped(rule, (), rule.hf)
+            yield CoreTensor(rule, (), rule.hf)
 
 
-def _in_layer(rule: Rule, layer: int, model: ModelConfig) -> Iterator[Mapped]:
+def _in_layer(rule: Rule, layer: int, model: ModelConfig) -> Iterator[CoreTensor]:
     if not rule.per_expert:
-        yield Mapped(rule, (layer,), tuple(name.format(layer=layer) for name in rule.hf))
+        yield CoreTensor(rule, (layer,), tuple(name.format(layer=layer) for name in rule.hf))
         return
     for expert in range(model.num_moe_experts or 0):
-        yield Mapped(rule, (layer, expert), tuple(name.format(layer=layer, expert=expert) for name in rule.hf))
+        names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
+        yield CoreTensor(rule, (layer, expert), names)
+
+
+# Modules of a layer in the order in which transformers holds them, and so writes them.
+_MODULES = (
+    *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
+    *(f"mlp.{part}" for part in ("gate", "experts")),
+    *(f"mlp.shared_expert.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
+    "mlp.shared_expert_gate",
+    *(f"mlp.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
+    "input_layernorm",
+    "post_attention_layernorm",
+)
+_AROUND_LAYERS = {"model.embed_tokens.weight": 0, "model.norm.weight": 2, "lm_head.weight": 3}
+
+
+def hf_tensors(model: ModelConfig) -> list[HfTensor]:
+    """Every Hugging Face tensor, in the order of transformers' modules, which decides what file each goes to."""
+    found = [
+        HfTensor(name, item.rule, item.leading, part)
+        for item in core_tensors(model)
+        for part, name in enumerate(item.names)
+    ]
+    return sorted(found, key=lambda item: _place(item.name))
+
+
+def _place(name: str) -> tuple[int, ...]:
+    if name in _AROUND_LAYERS:
+        return (_AROUND_LAYERS[name],)
+    _, _, layer, rest = name.split(".", 3)
+    module, kind = rest.rsplit(".", 1)
+    if module.startswith("mlp.experts."):
+        _, _, expert, projection = module.split(".")
+        return 1, int(layer), _MODULES.index("mlp.experts"), int(expert), _MODULES.index(f"mlp.{projection}")
+    return 1, int(layer), _MODULES.index(module), 0 if kind == "weight" else 1

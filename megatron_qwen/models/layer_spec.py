@@ -26,6 +26,7 @@ def _layer(core: TransformerConfig, backend: Backend) -> ModuleSpec:
     fused = provider.fuse_layernorm_and_linear()
     linear = provider.column_parallel_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
+    head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if core.qk_layernorm else IdentityOp
     moe = core.num_moe_experts is not None
     # Both backends save under the names of the fused modules, so that either loads the other's checkpoint.
     saved_as = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
@@ -38,6 +39,8 @@ def _layer(core: TransformerConfig, backend: Backend) -> ModuleSpec:
             linear_qkv=provider.column_parallel_layer_norm_linear() if fused else linear,
             core_attention=provider.core_attention(),
             linear_proj=provider.row_parallel_linear(),
+            q_layernorm=head_norm,
+            k_layernorm=head_norm,
         ),
     )
     return ModuleSpec(

@@ -51,7 +51,11 @@ class TorchSelfAttention(SelfAttention):
         slots = self.num_attention_heads_per_partition // groups + 2
         half = angles[:, 0, 0, : d // 2]
         cos, sin = half.cos().to(mixed.dtype), half.sin().to(mixed.dtype)
-        query, key, value = RotateQKV.apply(mixed.view(*mixed.shape[:2], groups, slots, d), cos, sin)
+        mixed = mixed.view(*mixed.shape[:2], groups, slots, d)
+        if self.config.qk_layernorm:
+            query, key, value = mixed.split((slots - 2, 1, 1), dim=3)
+            mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
+        query, key, value = RotateQKV.apply(mixed, cos, sin)
         return self.core_attention(query, key, value)
 
 

@@ -15,9 +15,9 @@ dense one, 34.8B active of 140.5B for a 72.7B dense one. They are not the releas
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
 
-_SMALL_OPTIM = OptimConfig(learning_rate=4.2e-4, min_learning_rate=4.2e-5, lr_warmup_iters=2000)
-_LARGE_OPTIM = OptimConfig(learning_rate=2.4e-4, min_learning_rate=2.4e-5, lr_warmup_iters=2000)
-_BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_interval=1000)
+SMALL_OPTIM = OptimConfig(learning_rate=4.2e-4, min_learning_rate=4.2e-5, lr_warmup_iters=2000)
+LARGE_OPTIM = OptimConfig(learning_rate=2.4e-4, min_learning_rate=2.4e-5, lr_warmup_iters=2000)
+BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_interval=1000)
 
 
 def qwen1_5_moe_a2_7b() -> RunConfig:
@@ -40,8 +40,8 @@ def qwen1_5_moe_a2_7b() -> RunConfig:
         recipe="qwen1_5_moe_a2_7b",
         model=model,
         parallel=ParallelConfig(expert_model_parallel_size=4),
-        optim=_SMALL_OPTIM,
-        training=_BATCH,
+        optim=SMALL_OPTIM,
+        training=BATCH,
     )
 
 
@@ -68,7 +68,7 @@ def qwen2_57b_a14b() -> RunConfig:
         expert_model_parallel_size=8,
         expert_tensor_parallel_size=1,
     )
-    return RunConfig(recipe="qwen2_57b_a14b", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH)
+    return RunConfig(recipe="qwen2_57b_a14b", model=model, parallel=parallel, optim=LARGE_OPTIM, training=BATCH)
 
 
 def qwen2_5_turbo_standin() -> RunConfig:
@@ -90,9 +90,7 @@ def qwen2_5_turbo_standin() -> RunConfig:
         moe_shared_expert_gate=True,
     )
     parallel = ParallelConfig(expert_model_parallel_size=8, pipeline_model_parallel_size=2)
-    return RunConfig(
-        recipe="qwen2_5_turbo_standin", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH
-    )
+    return RunConfig(recipe="qwen2_5_turbo_standin", model=model, parallel=parallel, optim=LARGE_OPTIM, training=BATCH)
 
 
 def qwen2_5_plus_standin() -> RunConfig:
@@ -119,4 +117,4 @@ def qwen2_5_plus_standin() -> RunConfig:
         expert_model_parallel_size=8,
         expert_tensor_parallel_size=1,
     )
-    return RunConfig(recipe="qwen2_5_plus_standin", model=model, parallel=parallel, optim=_LARGE_OPTIM, training=_BATCH)
+    return RunConfig(recipe="qwen2_5_plus_standin", model=model, parallel=parallel, optim=LARGE_OPTIM, training=BATCH)

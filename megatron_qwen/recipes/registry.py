@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.recipes import dense, moe, small
+from megatron_qwen.recipes import dense, moe, qwen3, small
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
@@ -19,8 +19,18 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         moe.qwen2_57b_a14b,
         moe.qwen2_5_turbo_standin,
         moe.qwen2_5_plus_standin,
+        qwen3.qwen3_0_6b,
+        qwen3.qwen3_1_7b,
+        qwen3.qwen3_4b,
+        qwen3.qwen3_8b,
+        qwen3.qwen3_14b,
+        qwen3.qwen3_32b,
+        qwen3.qwen3_30b_a3b,
+        qwen3.qwen3_235b_a22b,
         small.tiny_dense,
         small.tiny_moe,
+        small.tiny_qwen3,
+        small.tiny_qwen3_moe,
         small.demo,
     )
 }

@@ -1,5 +1,8 @@
 """Recipes for a CPU: tiny ones that tests build in a moment, and the demo's."""
 
+from dataclasses import replace
+from typing import Any
+
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import (
     CheckpointConfig,
@@ -16,6 +19,7 @@ _TINY_OPTIM = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, lr_warmup_
 _TINY_TRAINING = TrainingConfig(train_iters=10, micro_batch_size=1, global_batch_size=4, eval_interval=5, eval_iters=1)
 _TINY_DATA = DataConfig(seq_length=64, validation_fraction=0.1)
 _FP32 = PrecisionConfig(dtype="fp32")
+_QWEN3: dict[str, Any] = {"kv_channels": 32, "add_qkv_bias": False, "qk_layernorm": True}
 
 
 def tiny_dense() -> RunConfig:
@@ -55,6 +59,23 @@ def tiny_moe() -> RunConfig:
     return RunConfig(
         recipe="tiny_moe", model=model, precision=_FP32, data=_TINY_DATA, optim=_TINY_OPTIM, training=_TINY_TRAINING
     )
+
+
+def tiny_qwen3() -> RunConfig:
+    """The dense one with Qwen3's attention: normalised heads, no bias, heads wider than hidden / heads."""
+    base = tiny_dense()
+    return replace(base, recipe="tiny_qwen3", model=replace(base.model, **_QWEN3))
+
+
+def tiny_qwen3_moe() -> RunConfig:
+    """A mixture with Qwen3's attention, no shared expert, renormalised weights."""
+    base = tiny_moe()
+    routing: dict[str, Any] = {
+        "moe_shared_expert_intermediate_size": None,
+        "moe_shared_expert_gate": False,
+        "moe_router_pre_softmax": False,
+    }
+    return replace(base, recipe="tiny_qwen3_moe", model=replace(base.model, **_QWEN3, **routing))
 
 
 def demo() -> RunConfig:

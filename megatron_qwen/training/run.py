@@ -6,7 +6,9 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_qwen.checkpoint import find, state
+from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.retain import clear_abandoned
+from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.run import RunConfig, as_dict
 from megatron_qwen.distributed.rank import RankInfo
@@ -92,10 +94,14 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
             return 0
         candidates, own = find.resolve(Path(settings.load)), False
     chosen = find.newest_good(candidates, strict=settings.strict)
+    # A model of another shape is refused by name here, before the core meets it.
+    CheckpointWeights(CheckpointReader(chosen.path), parts.config.model)
     saved = state.read_state(chosen.path)
     state.load_sharded(
         chosen.path, parts.model.modules, parts.optimizer, parts.groups, optimizer_step=saved["optimizer_step"]
     )
+    if dist.get_rank() == 0 and not state.has_optimizer(chosen.path):
+        log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
     if not own:
         return 0
     parts.progress.restore(saved["progress"])
@@ -126,9 +132,10 @@ def build_callbacks(
         callbacks.append(Validation())
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
     callbacks.append(NumericsGuard())
+    checkpointing = Checkpointing(writer, resumed_at=resumed_at, tokenizer=directory.tokenizer)
     if config.metrics.profile_start is not None:
         callbacks.append(Profiler(directory.profile))
-    return [*callbacks, Checkpointing(writer, resumed_at=resumed_at), Stopping(signals)]
+    return [*callbacks, checkpointing, Stopping(signals)]
 
 
 def build_writers(config: RunConfig, directory: RunDirectory, resumed_at: int) -> list[MetricsWriter]:

@@ -20,10 +20,11 @@ class Checkpointing(Callback):
     Args:
         writer: commits them.
         resumed_at: iteration the run started from, whose checkpoint exists already.
+        tokenizer: the run's copy of its tokenizer.
     """
 
-    def __init__(self, writer: CheckpointWriter, *, resumed_at: int) -> None:
-        self.writer, self._saved = writer, resumed_at
+    def __init__(self, writer: CheckpointWriter, *, resumed_at: int, tokenizer: Path) -> None:
+        self.writer, self._saved, self._tokenizer = writer, resumed_at, tokenizer
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         """Saves if it is time, and commits a background save that has finished."""
@@ -54,6 +55,7 @@ class Checkpointing(Callback):
                 optimizer_step=step_count(parts.optimizer),
                 parallel=parts.config.parallel,
                 run_yaml=to_yaml(parts.config),
+                tokenizer=self._tokenizer,
             )
 
         with parts.model.whole_parameters():

@@ -1,0 +1,246 @@
+"""A checkpoint to convert from: which one, what is known of it, and whether it can be trusted."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.checkpoint import find, manifest
+from megatron_qwen.checkpoint.common_state import read_common_state
+from megatron_qwen.checkpoint.manifest import FileEntry
+from megatron_qwen.checkpoint.paths import MANIFEST, RUN_YAML, STATE, TOKENIZER
+from megatron_qwen.checkpoint.read import CheckpointReader
+from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import CheckpointError, ConfigError, ConversionError, DataError, Problem
+from megatron_qwen.recipes.registry import RECIPES
+
+# Megatron-LM's arguments that say the same as a field of the model section.
+_ARGUMENTS = {
+    "num_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_attention_heads",
+    "kv_channels": "head_dim",
+    "norm_epsilon": "layernorm_epsilon",
+    "rotary_base": "rotary_base",
+    "add_qkv_bias": "add_qkv_bias",
+    "qk_layernorm": "qk_layernorm",
+    "num_experts": "num_moe_experts",
+}
+_EXPERT_ARGUMENTS = {
+    "moe_router_topk": "moe_router_topk",
+    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_router_pre_softmax": "moe_router_pre_softmax",
+}
+# What a model of the family never has; another value computes another function from the same weights.
+_FIXED_ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "position_embedding_type": ("rope",),
+    "apply_layernorm_1p": (False,),
+    "rotary_percent": (1.0, 1),
+    "rotary_interleaved": (False,),
+    "use_rope_scaling": (False,),
+    "add_bias_linear": (False,),
+}
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A checkpoint and what is known of it.
+
+    Args:
+        path: one iteration's directory.
+        iteration: its number.
+        config: the run it belongs to.
+        weights: its weights.
+        entries: what its manifest notes; None for one that another program wrote.
+        state: its counters and layout; empty where nothing is noted.
+        common: what Megatron-LM noted, of a checkpoint that it wrote.
+        tokenizer: directory of the tokenizer the run had; None where it had none.
+    """
+
+    path: Path
+    iteration: int
+    config: RunConfig
+    weights: CheckpointWeights
+    entries: dict[str, FileEntry] | None
+    state: dict[str, Any]
+    common: dict[str, Any]
+    tokenizer: Path | None
+
+    @property
+    def run_dir(self) -> Path | None:
+        """The run directory it lies in, if it lies in one."""
+        candidate = self.path.absolute().parent.parent
+        return candidate if self.path.absolute().parent.name == "checkpoints" and candidate.is_dir() else None
+
+    def digest(self) -> str:
+        """What tells this checkpoint from another without reading the weights."""
+        path = self.path / (MANIFEST if self.entries is not None else ".metadata")
+        return manifest.hash_file(path).xxh3_128
+
+    def unread_parts(self) -> list[tuple[str, int, int, str]]:
+        """What the manifest notes and no weight lies in: (file, first byte, bytes, hash)."""
+        touched = {(chunk.file, chunk.start) for chunk in self.weights.chunks()}
+        return [
+            (name, start, length, digest)
+            for name, entry in (self.entries or {}).items()
+            for start, length, digest in entry.spans()
+            if (name, start) not in touched
+        ]
+
+
+def choose(path: Path, iteration: int | None) -> find.Candidate:
+    """The checkpoint that is meant: the newest, or the one of an iteration. Never another in its place.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    candidates = find.resolve(path)
+    if iteration is None:
+        return candidates[0]
+    for candidate in candidates:
+        if candidate.iteration == iteration:
+            return candidate
+    there = ", ".join(str(candidate.iteration) for candidate in candidates[:10])
+    raise CheckpointError(Problem("--iteration", iteration, f"{path} has no such checkpoint; it has {there}."))
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    iteration: int | None = None,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    tokenizer: Path | None = None,
+) -> CheckpointSource:
+    """Opens a checkpoint for reading; everything but the weights is checked at once, the weights when they are read.
+
+    Args:
+        path: a run directory, a checkpoint root or one iteration.
+        iteration: which checkpoint; None is the newest.
+        config: recipe or run.yaml that names the architecture, where the checkpoint has none itself.
+        overrides: ``section.field=value`` words that go with it.
+        tokenizer: tokenizer directory, instead of the run's.
+
+    Raises:
+        CheckpointError: it is damaged, or does not fit its configuration; names everything that is wrong.
+        ConfigError: its architecture is not known.
+    """
+    chosen = choose(path, iteration)
+    entries = _trusted_entries(chosen.path)
+    run_yaml = chosen.path / RUN_YAML
+    if config is None and not run_yaml.is_file():
+        fix = f"{chosen.path} says nothing of its architecture; name it: a recipe (mq recipes) or a run.yaml."
+        raise ConfigError(Problem("--config", None, fix))
+    resolved = resolve(config or str(run_yaml), overrides, RECIPES)
+    common = {} if entries is not None else read_common_state(chosen.path)
+    if problems := _contradictions(common, resolved.model, chosen.path):
+        raise CheckpointError(problems)
+    weights = CheckpointWeights(CheckpointReader(chosen.path, entries), resolved.model)
+    state = _read_state(chosen.path)
+    return CheckpointSource(
+        chosen.path,
+        chosen.iteration,
+        resolved,
+        weights,
+        entries,
+        state,
+        common,
+        _tokenizer(chosen.path, resolved, tokenizer),
+    )
+
+
+def _trusted_entries(directory: Path) -> dict[str, FileEntry] | None:
+    """The manifest, after every file was checked whose parts are not hashed one by one."""
+    if not (directory / MANIFEST).is_file() and not (directory / RUN_YAML).is_file():
+        return None
+    entries = manifest.read(directory)
+    if isinstance(entries, Problem):
+        raise CheckpointError(entries)
+    damage = manifest.unknown_files(directory, entries)
+    whole = [name for name, entry in entries.items() if not entry.parts]
+    damage += manifest.damage(directory, whole)
+    for name, entry in entries.items():
+        path = directory / name
+        if entry.parts and (not path.is_file() or path.stat().st_size != entry.size):
+            damage += manifest.damage(directory, [name])
+    if damage:
+        raise damaged(directory)
+    return entries
+
+
+def damaged(directory: Path) -> CheckpointError:
+    """The error of a checkpoint that is not as it was written: every file is read, so that all damage is named."""
+    found = manifest.damage(directory)
+    others = [candidate for candidate in _others(directory) if candidate.path != directory]
+    if others:
+        found.append(Problem("--iteration", None, f"there is also iteration {others[0].iteration}; choose it by hand."))
+    return CheckpointError(found)
+
+
+def _others(directory: Path) -> list[find.Candidate]:
+    try:
+        return find.resolve(directory.parent)
+    except CheckpointError:
+        return []
+
+
+def _read_state(directory: Path) -> dict[str, Any]:
+    try:
+        content = json.loads((directory / STATE).read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _contradictions(common: dict[str, Any], model: ModelConfig, directory: Path) -> list[Problem]:
+    """Where Megatron-LM's own arguments say something else than the configuration."""
+    arguments = vars(common["args"]) if hasattr(common.get("args"), "__dict__") else {}
+    names = _ARGUMENTS | (_EXPERT_ARGUMENTS if model.is_moe else {"ffn_hidden_size": "ffn_hidden_size"})
+    found = []
+    for theirs, ours in names.items():
+        noted, asked = arguments.get(theirs), getattr(model, ours)
+        if noted is not None and noted != asked:
+            fix = f"the checkpoint was written with {theirs} = {noted}; override it (model.{_field(ours)}=...)."
+            found.append(Problem(f"model.{_field(ours)}", asked, fix))
+    if arguments.get("group_query_attention") and arguments.get("num_query_groups") != model.num_query_groups:
+        fix = f"the checkpoint was written with num_query_groups = {arguments.get('num_query_groups')}."
+        found.append(Problem("model.num_query_groups", model.num_query_groups, fix))
+    tied = arguments.get("untie_embeddings_and_output_weights")
+    if tied is not None and bool(tied) is model.share_embeddings_and_output_weights:
+        fix = f"the checkpoint was written with untie_embeddings_and_output_weights = {tied}."
+        found.append(
+            Problem("model.share_embeddings_and_output_weights", model.share_embeddings_and_output_weights, fix)
+        )
+    found += [
+        Problem(str(directory), f"{name}={arguments[name]}", "no model of the family has that; it cannot be converted.")
+        for name, allowed in _FIXED_ARGUMENTS.items()
+        if arguments.get(name) is not None and arguments[name] not in allowed
+    ]
+    return found
+
+
+def _field(attribute: str) -> str:
+    return "kv_channels" if attribute == "head_dim" else attribute
+
+
+def _tokenizer(directory: Path, config: RunConfig, asked: Path | None) -> Path | None:
+    """The tokenizer's directory: the one asked for, the checkpoint's own copy, or where run.yaml says it lies."""
+    if asked is not None:
+        if not asked.is_dir():
+            raise DataError(Problem("--tokenizer", asked, "is no directory."))
+        return asked
+    if (directory / TOKENIZER).is_dir():
+        return directory / TOKENIZER
+    if config.data.tokenizer is None:
+        return None
+    if not Path(config.data.tokenizer).is_dir():
+        fix = "is not there any more, and the checkpoint holds no copy; name it with --tokenizer."
+        raise ConversionError(Problem("data.tokenizer", config.data.tokenizer, fix))
+    return Path(config.data.tokenizer)

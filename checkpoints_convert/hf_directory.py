@@ -1,0 +1,222 @@
+"""A Hugging Face directory, read without trust; all that is wrong with it is named at once."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from checkpoints_convert.safetensors_format import StoredEntry, read_header
+from megatron_qwen.checkpoint.read import TensorInfo
+from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.models.hf_config import model_from_hf
+from megatron_qwen.models.hf_mapping import hf_tensors
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_LARGEST_JSON = 64 << 20
+_SHOWN = 10
+FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class HfDirectory:
+    """A model of the family in safetensors files.
+
+    Args:
+        path: the directory.
+        mixed: whether tensors may have several formats.
+
+    Raises:
+        ConversionError: with everything that is wrong with it.
+    """
+
+    def __init__(self, path: Path, *, mixed: bool = True) -> None:
+        self.path = path
+        problems: list[Problem] = []
+        if not path.is_dir():
+            raise ConversionError(Problem(str(path), None, "is no directory."))
+        self.config = self._config(problems)
+        self.model: ModelConfig | None = None
+        try:
+            if self.config is not None:
+                self.model = model_from_hf(self.config, where=str(path / CONFIG))
+        except ConversionError as error:
+            problems += error.problems
+        self._files: dict[str, Path] = {}
+        self._entries: dict[str, StoredEntry] = {}
+        self._collect(problems)
+        if self.model is not None and self._entries:
+            problems += self._misfits(self.model, mixed=mixed)
+        if problems:
+            raise ConversionError(problems)
+        self.tensors = {name: TensorInfo(entry.shape, entry.dtype) for name, entry in self._entries.items()}
+
+    @property
+    def shape(self) -> ModelConfig:
+        """The shape of the model."""
+        assert self.model is not None
+        return self.model
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor."""
+        entry = self._entries[name]
+        width = torch.Size(entry.shape[1:]).numel() * entry.dtype.itemsize
+        values = torch.empty((stop - start, *entry.shape[1:]), dtype=entry.dtype)
+        with self._files[name].open("rb", buffering=0) as file:
+            file.seek(entry.offset + start * width)
+            view = memoryview(values.view(-1).view(torch.uint8).numpy())
+            while len(view):
+                taken = file.readinto(view)
+                if not taken:
+                    raise ConversionError(Problem(str(self._files[name]), name, "is cut off."))
+                view = view[taken:]
+        return values
+
+    def digest(self) -> str:
+        """xxh3-128 of what tells one state of the directory from another without reading the weights."""
+        found = xxhash.xxh3_128()
+        found.update(json.dumps(self.config, sort_keys=True).encode())
+        for path in sorted(set(self._files.values())):
+            status = path.stat()
+            found.update(f"{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        for name, entry in sorted(self._entries.items()):
+            found.update(f"{name} {entry.dtype} {entry.shape} {entry.offset}\n".encode())
+        return found.hexdigest()
+
+    def files(self) -> dict[str, list[str]]:
+        """By file, the tensors it holds."""
+        found: dict[str, list[str]] = {}
+        for name, path in self._files.items():
+            found.setdefault(path.name, []).append(name)
+        return found
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all values."""
+        return sum(entry.size for entry in self._entries.values())
+
+    def _config(self, problems: list[Problem]) -> dict[str, Any] | None:
+        return _read_json(self.path / CONFIG, problems)
+
+    def _collect(self, problems: list[Problem]) -> None:
+        if (self.path / INDEX).is_file():
+            files = self._indexed(problems)
+        elif (self.path / SINGLE).is_file():
+            files = {SINGLE: None}
+        else:
+            pickled = sorted(item.name for item in self.path.iterdir() if item.suffix in (".bin", ".pt", ".pth"))
+            fix = f"holds neither {SINGLE} nor {INDEX}"
+            if pickled:
+                fix += (
+                    f", only pickled weights ({', '.join(pickled[:3])}), which can run code when they are read; save "
+                )
+                fix += "the model with transformers' save_pretrained, which writes safetensors"
+            problems.append(Problem(str(self.path), None, f"{fix}."))
+            return
+        for file, expected in sorted(files.items()):
+            path = self.path / file
+            if fault := self._outside(path):
+                problems.append(Problem(str(path), None, fault))
+                continue
+            entries, faults = read_header(path)
+            problems += faults
+            self._take(path, entries, expected, problems)
+        missing = [name for names in files.values() for name in sorted(names or ()) if name not in self._entries]
+        if missing and not problems:
+            problems.append(_many(self.path / INDEX, missing, "tensors of the index are in no file"))
+
+    def _indexed(self, problems: list[Problem]) -> dict[str, set[str] | None]:
+        """By file, the tensors that the index says it holds."""
+        content = _read_json(self.path / INDEX, problems)
+        weight_map = None if content is None else content.get("weight_map")
+        if not isinstance(weight_map, dict):
+            if content is not None:
+                problems.append(Problem(str(self.path / INDEX), "weight_map", "is missing or no mapping."))
+            return {}
+        files: dict[str, set[str] | None] = {}
+        refused: set[str] = set()
+        for name, file in weight_map.items():
+            if not isinstance(file, str) or not _bare(file):
+                refused.add(repr(file))
+                continue
+            known = files.setdefault(file, set())
+            assert known is not None
+            known.add(name)
+        problems += [
+            Problem(str(self.path / INDEX), file, "is not the bare name of a file in this directory. Do not load it.")
+            for file in sorted(refused)[:_SHOWN]
+        ]
+        return files
+
+    def _outside(self, path: Path) -> str | None:
+        if not path.is_file():
+            return "is missing."
+        if path.resolve().parent != self.path.resolve():
+            return "is a link that leads out of the directory; copy the file itself (cp -rL)."
+        return None
+
+    def _take(self, path: Path, entries: list[StoredEntry], expected: set[str] | None, problems: list[Problem]) -> None:
+        twice = [entry.name for entry in entries if entry.name in self._entries]
+        strangers = [entry.name for entry in entries if expected is not None and entry.name not in expected]
+        if twice:
+            problems.append(_many(path, twice, "tensors stand in another file too"))
+        if strangers:
+            problems.append(_many(path, strangers, "tensors are not in the index, or are there for another file"))
+        for entry in entries:
+            self._entries.setdefault(entry.name, entry)
+            self._files.setdefault(entry.name, path)
+
+    def _misfits(self, model: ModelConfig, *, mixed: bool) -> list[Problem]:
+        """How the tensors differ from those that config.json names."""
+        expected = {item.name: item.shape for item in hf_tensors(model)}
+        found = []
+        if missing := sorted(expected.keys() - self._entries.keys()):
+            found.append(_many(self.path, missing, "tensors that config.json names are missing"))
+        if extra := sorted(self._entries.keys() - expected.keys()):
+            found.append(_many(self.path, extra, "tensors do not belong to the model that config.json names"))
+        for name in sorted(expected.keys() & self._entries.keys()):
+            entry = self._entries[name]
+            if entry.shape != expected[name]:
+                fix = f"has the shape {list(entry.shape)} where config.json says {list(expected[name])}."
+                found.append(Problem(str(self._files[name]), name, fix))
+            if entry.dtype not in FORMATS:
+                fix = f"has the format {entry.dtype}; bfloat16, float16 and float32 can be converted."
+                found.append(Problem(str(self._files[name]), name, fix))
+        formats = Counter(entry.dtype for entry in self._entries.values())
+        if len(formats) > 1 and not mixed:
+            rarest = min(formats, key=lambda dtype: formats[dtype])
+            names = [name for name, entry in self._entries.items() if entry.dtype == rarest]
+            fix = f"tensors have the format {rarest} and others do not; give --dtype to bring all to one"
+            found.append(_many(self.path, names, fix))
+        return found
+
+
+def _bare(name: str) -> bool:
+    return bool(name) and Path(name).name == name and not set(name) & {"\0", "\\", "/"} and name not in (".", "..")
+
+
+def _many(where: Path, names: Iterable[str], fix: str) -> Problem:
+    names = list(names)
+    shown = ", ".join(name[:120] for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+    return Problem(str(where), f"{len(names)}", f"{fix}: {shown}.")
+
+
+def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError
+        content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise TypeError
+    except FileNotFoundError:
+        problems.append(Problem(str(path), None, "is missing."))
+    except OSError as error:
+        problems.append(Problem(str(path), None, f"cannot be read ({error.strerror})."))
+    except (ValueError, TypeError, RecursionError):
+        problems.append(Problem(str(path), None, "is no JSON object, or too large: damaged."))
+    else:
+        return content
+    return None

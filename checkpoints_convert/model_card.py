@@ -1,0 +1,107 @@
+"""README.md of an exported model: what it is, what it was trained on, where it comes from."""
+
+import json
+from pathlib import Path
+
+from checkpoints_convert.checkpoint_source import CheckpointSource
+from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.estimate.parameters import count_parameters
+from megatron_qwen.provenance import code_version
+
+_UNKNOWN = "not recorded"
+
+
+def model_card(source: CheckpointSource, *, name: str, architecture: str, dtype: str, license_: str | None) -> str:
+    """The card, with the front matter that model hubs read.
+
+    Args:
+        source: the checkpoint.
+        name: of the model.
+        architecture: transformers' class.
+        dtype: format of the weights.
+        license_: SPDX-like identifier; None leaves the field for the releasing person.
+    """
+    config = source.config
+    front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    front.append(f"license: {license_}" if license_ else "license: other  # to be decided by who releases this")
+    rows = [
+        ("Architecture", f"`{architecture}`, {_shape(config.model)}"),
+        ("Parameters", _parameters(config.model)),
+        ("Weights", dtype),
+        ("Tokens seen", _tokens(source)),
+        ("Iteration", f"{source.iteration:,}"),
+        ("Sequence length in training", f"{config.data.seq_length:,}"),
+        ("Data", f"`{config.data.path}`" if config.data.path else _UNKNOWN),
+        ("Validation loss", _validation_loss(source)),
+        ("Training code", _commit(source.state.get("code"))),
+        ("Conversion code", _commit(code_version())),
+    ]
+    table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
+    use = [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+    ]
+    proof = (
+        "`manifest.json` holds the SHA-256 of every file and a hash of every tensor; "
+        f"`mq convert verify {name} {name}/manifest.json` compares them."
+    )
+    return "\n".join([*front, "---", "", f"# {name}", "", *table, "", *use, "", proof, ""])
+
+
+def _shape(model: ModelConfig) -> str:
+    parts = [
+        f"{model.num_layers} layers",
+        f"hidden size {model.hidden_size:,}",
+        f"{model.num_attention_heads} query and {model.num_query_groups} key/value heads of {model.head_dim}",
+    ]
+    if model.is_moe:
+        parts.append(
+            f"{model.num_moe_experts} experts of {model.moe_ffn_hidden_size:,}, {model.moe_router_topk} chosen"
+        )
+        if model.moe_shared_expert_intermediate_size:
+            parts.append(f"a shared expert of {model.moe_shared_expert_intermediate_size:,}")
+    else:
+        parts.append(f"feed-forward {model.ffn_hidden_size:,}")
+    parts.append(f"vocabulary {model.vocab_size:,}" + (", tied" if model.share_embeddings_and_output_weights else ""))
+    return ", ".join([*parts, f"RoPE base {model.rotary_base:,.0f}", f"{model.max_position_embeddings:,} positions"])
+
+
+def _parameters(model: ModelConfig) -> str:
+    count = count_parameters(model)
+    active = f", {count.active:,} active" if model.is_moe else ""
+    return f"{count.total:,}{active} ({count.without_embeddings:,} without embeddings)"
+
+
+def _tokens(source: CheckpointSource) -> str:
+    progress = source.state.get("progress")
+    if isinstance(progress, dict) and isinstance(progress.get("consumed_tokens"), int):
+        return f"{progress['consumed_tokens']:,}"
+    arguments = source.common.get("args")
+    samples, length = getattr(arguments, "consumed_train_samples", None), getattr(arguments, "seq_length", None)
+    return f"{samples * length:,}" if isinstance(samples, int) and isinstance(length, int) else _UNKNOWN
+
+
+def _validation_loss(source: CheckpointSource) -> str:
+    """The newest one at or before the checkpoint, from the run's metrics."""
+    newest: tuple[int, float] | None = None
+    path = (source.run_dir or Path()) / "metrics.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if source.run_dir and path.is_file() else []:
+        try:
+            record = json.loads(line)
+            iteration, loss = int(record["iteration"]), float(record["validation_loss"])
+        except (ValueError, KeyError, TypeError):
+            continue
+        if iteration <= source.iteration:
+            newest = (iteration, loss)
+    return _UNKNOWN if newest is None else f"{newest[1]:.4f} nats per token (iteration {newest[0]:,})"
+
+
+def _commit(code: object) -> str:
+    if not isinstance(code, dict):
+        return _UNKNOWN
+    commit = f" `{code['commit']}`" if code.get("commit") else ""
+    return f"megatron_qwen {code.get('version')}{commit}" + (" with local changes" if code.get("modified") else "")

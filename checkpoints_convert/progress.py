@@ -1,0 +1,101 @@
+"""What a conversion will need, said before it begins, and how far it is."""
+
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from typing import TextIO
+
+import psutil
+
+from megatron_qwen.metrics.console import duration
+
+_LIVE_S, _PLAIN_S = 0.2, 15.0
+
+
+def gb(count: float) -> str:
+    """Bytes in the units people use: ``15.2 GB``, ``3.4 MB``."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count / 1e3:,.1f} kB"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a conversion will need.
+
+    Args:
+        peak_memory_bytes: resident memory of the process at its peak.
+        disk_bytes: bytes that are still to be written.
+        free_bytes: bytes that are free where they go.
+        least_seconds: time that checksums alone take; the disk may be slower.
+    """
+
+    peak_memory_bytes: int
+    disk_bytes: int
+    free_bytes: int
+    least_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"needs {gb(self.peak_memory_bytes)} of memory and {gb(self.disk_bytes)} of disk ({gb(self.free_bytes)} "
+            f"free), and at least {duration(max(1, self.least_seconds))} for checksums"
+        )
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def free_bytes(path: str | os.PathLike[str]) -> int:
+    """Bytes that a user may still write in a file system."""
+    return int(psutil.disk_usage(os.fspath(path)).free)
+
+
+class ByteProgress:
+    """A bar of bytes with GB/s and the time left; safe to call from several threads.
+
+    Args:
+        total: bytes in all.
+        stream: where to; a terminal gets one line that is written over, anything else a line now and then.
+        quiet: show nothing.
+    """
+
+    def __init__(self, total: int, *, stream: TextIO = sys.stderr, quiet: bool = False) -> None:
+        self.total, self.done = total, 0
+        self._stream, self._live, self._quiet = stream, stream.isatty(), quiet
+        self._lock = threading.Lock()
+        self._started = self._shown = time.monotonic()
+
+    def add(self, count: int) -> None:
+        """Notes that so many bytes more are done."""
+        with self._lock:
+            self.done += count
+            now = time.monotonic()
+            if self._quiet or now - self._shown < (_LIVE_S if self._live else _PLAIN_S):
+                return
+            self._shown = now
+            text = self._text(now - self._started)
+            self._stream.write(f"\r\x1b[2K{text}" if self._live else text + "\n")
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._live and not self._quiet:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._started
+
+    def _text(self, seconds: float) -> str:
+        share = self.done / max(1, self.total)
+        rate = self.done / max(seconds, 1e-9)
+        bar = "#" * round(30 * share)
+        left = duration((self.total - self.done) / max(rate, 1))
+        return f"[{bar:<30}] {share:4.0%}  {gb(self.done)} of {gb(self.total)}  {rate / 1e9:.2f} GB/s  {left} left"

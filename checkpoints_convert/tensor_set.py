@@ -1,0 +1,77 @@
+"""Named tensors that are read a few rows at a time, whatever holds them."""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import torch
+import xxhash
+
+from megatron_qwen.checkpoint.read import TensorInfo
+from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.models.hf_mapping import CoreTensor, HfTensor, Range, hf_tensors
+
+_BLOCK_BYTES = 1 << 24
+
+
+class TensorSet(Protocol):
+    """A model's weights under their Hugging Face names."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Shape and dtype by name."""
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor, [stop - start, ...]."""
+
+
+class ExportedWeights:
+    """A checkpoint's weights as an export names and cuts them.
+
+    Args:
+        weights: of the checkpoint.
+    """
+
+    def __init__(self, weights: CheckpointWeights) -> None:
+        self.weights = weights
+        self._items = {item.name: item for item in hf_tensors(weights.model)}
+        self.tensors = {
+            name: TensorInfo(item.shape, weights.dtype(item.rule.core)) for name, item in self._items.items()
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a tensor, from wherever they lie in the checkpoint's."""
+        item = self._items[name]
+        parts = [self.core_rows(item, low, high) for low, high in _cut(item.rows, start, stop)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def core_rows(self, item: HfTensor, start: int, stop: int) -> torch.Tensor:
+        """Rows of the checkpoint's tensor behind a Hugging Face one."""
+        return self.weights.rows(CoreTensor(item.rule, item.leading, ()), start, stop)
+
+
+def _cut(ranges: tuple[Range, ...], start: int, stop: int) -> Iterator[Range]:
+    """The part of consecutive ranges that lies between two places in their sequence."""
+    at = 0
+    for first, last in ranges:
+        low, high = max(start, at), min(stop, at + last - first)
+        if low < high:
+            yield first + low - at, first + high - at
+        at += last - first
+
+
+def blocks(source: TensorSet, name: str) -> Iterator[torch.Tensor]:
+    """A tensor from top to bottom, about 16 MiB at a time."""
+    info = source.tensors[name]
+    rows = info.shape[0]
+    width = torch.Size(info.shape).numel() * info.dtype.itemsize // max(1, rows)
+    step = max(1, _BLOCK_BYTES // max(1, width))
+    for start in range(0, rows, step):
+        yield source.rows(name, start, min(rows, start + step))
+
+
+def digest(source: TensorSet, name: str) -> str:
+    """xxh3-128 of a tensor's values."""
+    found = xxhash.xxh3_128()
+    for block in blocks(source, name):
+        found.update(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+    return found.hexdigest()
