@@ -143,7 +143,7 @@ def open_checkpoint(
     if problems := _contradictions(common, resolved.model, chosen.path):
         raise CheckpointError(problems)
     weights = CheckpointWeights(CheckpointReader(chosen.path, entries), resolved.model)
-    state = _read_state(chosen.path)
+    state = read_state(chosen.path)
     return CheckpointSource(
         chosen.path,
         chosen.iteration,
@@ -191,7 +191,8 @@ def _others(directory: Path) -> list[find.Candidate]:
         return []
 
 
-def _read_state(directory: Path) -> dict[str, Any]:
+def read_state(directory: Path) -> dict[str, Any]:
+    """state.json of a checkpoint, or nothing where there is none that can be read."""
     try:
         content = json.loads((directory / STATE).read_text())
     except (OSError, ValueError):

@@ -3,106 +3,15 @@
 import argparse
 import json
 import logging
-import os
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_qwen.cli import Parser, run_program
+from checkpoints_convert.arguments import TAKES_OVERRIDES, parser, size_in_bytes
+from megatron_qwen.cli import run_program
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from checkpoints_convert.to_hf import Converted
-
-_UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1}
-_DTYPES = ["bf16", "fp16", "fp32"]
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser(
-        "mq convert",
-        description="Converts between checkpoints and Hugging Face directories, and compares them. Needs no GPU, no "
-        "process group and no model in memory; a killed conversion goes on with the same command.",
-        examples=[
-            "mq convert to-hf runs/first out/first-hf",
-            "mq convert from-hf Qwen2.5-7B runs/qwen2.5-7b-start",
-            "mq convert verify runs/first out/first-hf --logits",
-        ],
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    _to_hf_parser(actions)
-    _from_hf_parser(actions)
-    return parser
-
-
-def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
-    parser = actions.add_parser(
-        "to-hf",
-        help="checkpoint to Hugging Face directory",
-        description="Writes a directory that transformers loads: weights, configuration, tokenizer, model card and a "
-        "manifest of hashes. It appears only when it is complete; killed, the same command goes on.",
-        examples=[
-            "mq convert to-hf runs/first out/first-hf --license apache-2.0",
-            "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
-            "mq convert to-hf megatron/iter_0005000 out/7b --config qwen2_5_7b model.rotary_base=1e6 --tokenizer tok",
-        ],
-    )
-    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
-    parser.add_argument("out", type=Path, help="the directory to make")
-    parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="corrects what --config says")
-    parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--config", help="recipe or run.yaml, for a checkpoint of Megatron-LM or Megatron-Bridge")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
-    parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
-    parser.add_argument(
-        "--check",
-        choices=["all", "weights"],
-        default="all",
-        help="what is compared with the checkpoint's manifest: all of it, or only what is exported (all)",
-    )
-    _writing_options(parser, default="5GB, or the files the model came in")
-
-
-def _from_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
-    parser = actions.add_parser(
-        "from-hf",
-        help="Hugging Face directory to checkpoint",
-        description="Writes a checkpoint that any layout loads, with run.yaml and tokenizer, from a Qwen2, Qwen2-MoE, "
-        "Qwen3 or Qwen3-MoE directory with safetensors. Training goes on from it with "
-        "`mq train OUT/run.yaml data.path=... --run-dir RUN`.",
-        examples=["mq convert from-hf Qwen2.5-7B start/qwen2.5-7b", "mq convert from-hf hf start/fp32 --dtype fp32"],
-    )
-    parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
-    parser.add_argument("out", type=Path, help="the directory to make")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the directory")
-    _writing_options(parser, default="5GB")
-
-
-def _writing_options(parser: argparse.ArgumentParser, *, default: str) -> None:
-    size_help = f"size of a file, such as 5GB or 200MB; a bare number is GB ({default})"
-    parser.add_argument("--max-shard-size", type=str, metavar="SIZE", help=size_help)
-    workers = max(1, min(4, os.cpu_count() or 1))
-    parser.add_argument("--workers", type=int, default=workers, help=f"files written at a time ({workers})")
-    parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
-    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
-
-
-def size_in_bytes(text: str | None) -> int | None:
-    """``5GB``, ``200MB``, ``5`` (GB) as bytes.
-
-    Raises:
-        ConfigError: it is no size, or out of all proportion.
-    """
-    if text is None:
-        return None
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
-    unit = _UNITS.get(match.group(2).upper()) if match else None
-    if match is None or unit is None or not 1 <= (size := float(match.group(1)) * unit) <= 1e15:
-        raise ConfigError(Problem("--max-shard-size", text, "must be a size above 0, such as 5GB or 200MB."))
-    return int(size)
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -141,6 +50,75 @@ def _from_hf(options: argparse.Namespace) -> int:
     return _say(convert(options.hf_dir, options.out, how), str(options.hf_dir), as_json=options.json)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from checkpoints_convert.sides import open_side
+    from checkpoints_convert.verify import Difference, compare_logits, verify
+
+    if not 0 <= options.tolerance < 1:
+        raise ConfigError(Problem("--tolerance", options.tolerance, "must be at least 0 and below 1."))
+    how = {"iteration": options.iteration, "config": options.config, "overrides": options.overrides}
+    a, b = open_side(options.a, **how), open_side(options.b, **how)
+    verdict = verify(a, b, tolerance=options.tolerance, workers=options.workers, quiet=options.json)
+    if options.logits:
+        verdict.logits = compare_logits(a, b, prompts=options.prompt, dtype=options.dtype, quiet=options.json)
+        if not verdict.logits.passes:
+            verdict.differences.append(Difference("logits", options.dtype, str(verdict.logits)))
+    print(json.dumps(verdict.as_json()) if options.json else verdict)
+    return 0 if verdict.same else 1
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from checkpoints_convert.inspection import inspect
+
+    found = inspect(options.checkpoint, iteration=options.iteration)
+    print(json.dumps(found.as_json()) if options.json else found)
+    return 0
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from checkpoints_convert.change import as_json, draw, measure, table
+    from checkpoints_convert.sides import open_side
+
+    if options.png.exists():
+        raise ConfigError(Problem("--png", options.png, "exists already; name another file."))
+    a, b = open_side(options.a), open_side(options.b)
+    changes = measure(a, b, workers=options.workers, quiet=options.json)
+    draw(changes, options.png, title=f"{a.path.name} to {b.path.name}")
+    print(json.dumps(as_json(changes)) if options.json else f"{table(changes)}\n\npicture: {options.png}")
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from checkpoints_convert.sides import open_side
+    from checkpoints_convert.upcycle import UpcycleOptions, upcycle
+    from megatron_qwen.config.source import resolve
+    from megatron_qwen.recipes.registry import RECIPES
+
+    how = UpcycleOptions(
+        seed=options.seed,
+        router_std=options.router_std,
+        compare=not options.no_logits,
+        workers=options.workers,
+        restart=options.restart,
+        quiet=options.json,
+    )
+    recipe = resolve(options.recipe, options.overrides, RECIPES)
+    done, report = upcycle(open_side(options.dense), options.out, recipe, how)
+    if options.json:
+        print(json.dumps({"source": str(options.dense), **done.as_json(), **report}))
+        return 0
+    _say(done, str(options.dense), as_json=False)
+    print("gives the dense model's function: " + ("yes" if report["exact"] else "no"))
+    print("\n".join(f"- {note}" for note in report["notes"]))
+    if report["logits"]:
+        found = report["logits"]
+        print(
+            f"measured: largest difference of a logit {found['max_abs_difference']:.2e} (rms {found['rms']:.2f}), "
+            f"cosine {found['cosine']:.7f}, same likeliest token at {found['top1_agreement']:.2%}"
+        )
+    return 0
+
+
 def _say(done: "Converted", source: str, *, as_json: bool) -> int:
     from checkpoints_convert.progress import gb
 
@@ -155,9 +133,22 @@ def _say(done: "Converted", source: str, *, as_json: bool) -> int:
     return 0
 
 
+_ACTIONS = {
+    "to-hf": _to_hf,
+    "from-hf": _from_hf,
+    "verify": _verify,
+    "inspect": _inspect,
+    "diff": _diff,
+    "upcycle": _upcycle,
+}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Converts."""
-    options = parser().parse_args(arguments)
+    options, words = parser().parse_known_args(arguments)
+    if words and options.action not in TAKES_OVERRIDES:
+        parser().error(f"unrecognized arguments: {' '.join(words)}")
+    options.overrides = words
     if getattr(options, "workers", 1) < 1:
         raise ConfigError(Problem("--workers", options.workers, "must be at least 1."))
     if hasattr(options, "max_shard_size"):
@@ -168,7 +159,7 @@ def main(arguments: Sequence[str]) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("checkpoints_convert").setLevel(logging.INFO)
     try:
-        return {"to-hf": _to_hf, "from-hf": _from_hf}[options.action](options)
+        return _ACTIONS[options.action](options)
     except KeyboardInterrupt:
         if hasattr(options, "out"):
             logging.getLogger(__name__).warning("interrupted; the same command goes on where this stopped")

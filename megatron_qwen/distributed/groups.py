@@ -34,6 +34,13 @@ def create(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
+def of_one_rank(*, seed: int) -> ProcessGroupCollection:
+    """The groups of a world of one rank, made at the first call; every later model of the process shares them."""
+    if parallel_state.is_initialized():
+        return ProcessGroupCollection.use_mpu_process_groups()
+    return create(ParallelConfig(), seed=seed)
+
+
 def destroy() -> None:
     """Forgets every group, so that another layout can be made in the same process."""
     parallel_state.destroy_model_parallel()

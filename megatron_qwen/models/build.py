@@ -92,6 +92,17 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
     return Model(core, chunks)
 
 
+def bare_module(config: RunConfig, groups: ProcessGroupCollection, backend: Backend) -> GPTModel:
+    """The model of a single pipeline rank without values: for who fills it and runs it forward only.
+
+    Args:
+        config: the run; one pipeline stage.
+        groups: the groups of this rank.
+        backend: whose modules the layers are made of.
+    """
+    return _chunk(config, transformer_config(config, backend), groups, backend, vp_stage=None)
+
+
 def _chunk(
     config: RunConfig,
     core: TransformerConfig,

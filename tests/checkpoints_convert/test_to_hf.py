@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from checkpoints_convert.to_hf import export
+from checkpoints_convert.checkpoint_source import open_checkpoint
+from checkpoints_convert.to_hf import ExportOptions, export
 from megatron_qwen.checkpoint.paths import iteration_dir
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.samples import open_split
@@ -27,7 +28,13 @@ VARIANTS = {
     "dense, wide heads": ("tiny_dense", ["model.kv_channels=32"]),
     "MoE": ("tiny_moe", []),
     "MoE renormalised": ("tiny_moe", ["model.moe_router_pre_softmax=false"]),
+    "Qwen3": ("tiny_qwen3", []),
+    "Qwen3 MoE": ("tiny_qwen3_moe", []),
 }
+
+
+def export_run(run_dir: Path, out: Path, **options: Any) -> None:
+    export(open_checkpoint(run_dir), out, ExportOptions(quiet=True, **options))
 
 
 def core_logits(checkpoint: Path, tokens: torch.Tensor) -> Any:
@@ -47,11 +54,12 @@ def test_transformers_computes_the_same(variant, pool, tokens, tokenizer, tmp_pa
     run_dir = tmp_path / "run"
     RunDirectory(run_dir).claim(config)
     assert pool[1].run(jobs.attempt, config, run_dir) == [0]
-    export(run_dir, tmp_path / "hf", iteration=None, dtype="fp32", max_shard_bytes=10**9)
+    export_run(run_dir, tmp_path / "hf")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
-    assert type(model).__name__ == ("Qwen2MoeForCausalLM" if config.model.is_moe else "Qwen2ForCausalLM")
+    family = "Qwen3" if config.model.qk_layernorm else "Qwen2"
+    assert type(model).__name__ == f"{family}{'Moe' if config.model.is_moe else ''}ForCausalLM"
     assert sum(value.numel() for value in model.parameters()) == count_parameters(config.model).total
 
     source = open_split(config.data, seed=1, validate=True).validation
@@ -74,8 +82,8 @@ def test_transformers_computes_the_same(variant, pool, tokens, tokenizer, tmp_pa
 
 
 def test_shards_index_and_tokenizer(finished_run, tokenizer, tmp_path):
-    export(finished_run, tmp_path / "one", iteration=None, dtype=None, max_shard_bytes=10**9)
-    export(finished_run, tmp_path / "many", iteration=None, dtype=None, max_shard_bytes=100_000)
+    export_run(finished_run, tmp_path / "one")
+    export_run(finished_run, tmp_path / "many", max_shard_bytes=100_000)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 3
@@ -111,7 +119,7 @@ def test_iteration_dtype_and_refusals(finished_run, tmp_path):
     assert {value.dtype for value in load_file(tmp_path / "hf" / "model.safetensors").values()} == {torch.bfloat16}
 
     again = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "hf")
-    assert again.returncode == 1
+    assert again.returncode == 3
     assert "exists already" in again.stderr
     missing = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "other", "--iteration", 5)
     assert missing.returncode == 4

@@ -37,7 +37,7 @@ def save(parts: Any, root: Path) -> None:
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 
     writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=9, keep_every=None)
-    Checkpointing(writer, resumed_at=0).save(parts, background=False)
+    Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
 
 
 def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
@@ -51,6 +51,19 @@ def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
     assert directory.checkpoints == source
     resume(parts, directory)
     save(parts, out)
+    return {"loss": step(parts).loss, "iteration": parts.progress.iteration}
+
+
+def start_from(config: RunConfig, run_dir: Path) -> dict[str, Any]:
+    """Starts a run from ``checkpoint.load``, saves the state at once, and takes one step."""
+    from megatron_qwen.rundir import RunDirectory
+    from megatron_qwen.training.run import resume
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    directory = RunDirectory(run_dir)
+    resume(parts, directory)
+    save(parts, directory.checkpoints)
     return {"loss": step(parts).loss, "iteration": parts.progress.iteration}
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file
 
-from checkpoints_convert.to_hf import write_weights
+from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.checkpoint.find import resolve
 from megatron_qwen.checkpoint.read import CheckpointReader
+from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
@@ -34,13 +34,10 @@ def usual_config(recipe: str, tokens: Path) -> RunConfig:
     return RECIPES[recipe]().with_section("data", path=str(tokens))
 
 
-def exported(config: RunConfig, checkpoint: Path, out: Path) -> dict[str, Any]:
-    import torch
-
-    out.mkdir()
-    chosen = resolve(checkpoint)[0]
-    write_weights(CheckpointReader(chosen.path), config, out, dtype=torch.float32, max_shard_bytes=1 << 40)
-    return load_file(out / "model.safetensors")
+def exported(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
+    """Weights by their Hugging Face names."""
+    weights = ExportedWeights(CheckpointWeights(CheckpointReader(resolve(checkpoint)[0].path), config.model))
+    return {name: weights.rows(name, 0, info.shape[0]) for name, info in weights.tensors.items()}
 
 
 def relative_differences(weights: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
@@ -55,14 +52,16 @@ def relative_differences(weights: dict[str, Any], expected: dict[str, Any]) -> d
 def one_rank(pool, tokens, tmp_path_factory):
     """Five steps of each model on one rank, by recipe."""
     found = {}
-    for recipe in ("tiny_dense", "tiny_tied", "tiny_moe"):
+    for recipe in ("tiny_dense", "tiny_tied", "tiny_qwen3", "tiny_moe", "tiny_qwen3_moe"):
         directory = tmp_path_factory.mktemp(recipe)
         config = config_of(recipe, tokens)
         answer = pool[1].run(jobs.train, config, STEPS, directory / "checkpoints")[0]
-        found[recipe] = {**answer, "weights": exported(config, directory / "checkpoints", directory / "hf")}
+        found[recipe] = {**answer, "weights": exported(config, directory / "checkpoints")}
     return found
 
 
+QWEN3 = ("TP2+SP", "TP2", "PP2", "CP2", "TP2+SP full recompute", "selective recompute")
+QWEN3_MOE = ("TP2+SP", "EP2xTP2 ETP1", "PP2xEP2")
 TIED = ("TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2+SPxPP2")
 
 
@@ -70,10 +69,12 @@ TIED = ("TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2+SPxPP2")
     ("recipe", "name"),
     [("tiny_dense", name) for name in DENSE]
     + [("tiny_tied", name) for name in TIED]
-    + [("tiny_moe", name) for name in MOE],
+    + [("tiny_qwen3", name) for name in QWEN3]
+    + [("tiny_moe", name) for name in MOE]
+    + [("tiny_qwen3_moe", name) for name in QWEN3_MOE],
 )
 def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
-    ranks, layout = (MOE if recipe == "tiny_moe" else DENSE)[name]
+    ranks, layout = (MOE if recipe.endswith("moe") else DENSE)[name]
     config = jobs.with_layout(config_of(recipe, tokens), layout)
     require_legal(config, world_size=ranks)
     answers = pool[ranks].run(jobs.train, config, STEPS, tmp_path / "checkpoints")
@@ -81,7 +82,7 @@ def test_equals_one_rank(recipe, name, pool, tokens, one_rank, tmp_path):
     expected, found = one_rank[recipe], answers[0]
     worst_loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True))
     worst_norm = max(abs(a - b) / abs(b) for a, b in zip(found["grad_norms"], expected["grad_norms"], strict=True))
-    weights = exported(config, tmp_path / "checkpoints", tmp_path / "hf")
+    weights = exported(config, tmp_path / "checkpoints")
     differences = relative_differences(weights, expected["weights"])
     worst = max(differences, key=differences.__getitem__)
     print(f"{recipe} {name}: loss {worst_loss:.1e}, gradient norm {worst_norm:.1e}, {worst} {differences[worst]:.1e}")
@@ -100,7 +101,7 @@ def test_at_the_usual_epsilon(recipe, name, pool, tokens, tmp_path):
     weights = []
     for size, config in ((1, plain), (ranks, jobs.with_layout(plain, layout))):
         pool[size].run(jobs.train, config, STEPS, tmp_path / f"{size}")
-        weights.append(exported(config, tmp_path / f"{size}", tmp_path / f"hf{size}"))
+        weights.append(exported(config, tmp_path / f"{size}"))
     differences = relative_differences(weights[1], weights[0])
     worst = max(value for key, value in differences.items() if not key.endswith("k_proj.bias"))
     print(f"{recipe} {name}, usual epsilon: weights {worst:.1e}")

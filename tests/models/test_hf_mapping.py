@@ -1,18 +1,21 @@
 """The mapping table is one to one, in both directions, and names what transformers names."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_qwen.models.hf_config import hf_config
-from megatron_qwen.models.hf_mapping import mapped, rules
+from megatron_qwen.estimate.parameters import count_parameters
+from megatron_qwen.models.hf_config import hf_config, model_from_hf
+from megatron_qwen.models.hf_mapping import core_tensors, hf_tensors, join, rules, split
 from megatron_qwen.recipes.registry import RECIPES
 
 
-@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "demo"])
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe", "demo"])
 def test_names_are_those_of_transformers(recipe):
     model = RECIPES[recipe]().model
-    names = [name for item in mapped(model) for name in item.names]
+    names = [item.name for item in hf_tensors(model)]
     assert len(names) == len(set(names))
     content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="float32")
     with torch.device("meta"):
@@ -26,17 +29,51 @@ def test_names_are_those_of_transformers(recipe):
         assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
 
 
-@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe"])
 def test_split_and_join_are_inverse(recipe):
     model = RECIPES[recipe]().model
-    rows = {
-        "linear_qkv.weight": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
-        "linear_qkv.bias": (model.num_attention_heads + 2 * model.num_query_groups) * model.head_dim,
-        "linear_fc1.weight": 2 * model.ffn_hidden_size,
-    }
     for rule in rules(model):
-        height = next((value for name, value in rows.items() if rule.core.endswith(name)), model.vocab_size)
-        tensor = torch.randn(height) if rule.core.endswith("bias") else torch.randn(height, 5)
-        parts = rule.split(tensor, model)
-        assert len(parts) == len(rule.hf), rule.core
-        assert torch.equal(rule.join(parts, model), tensor), rule.core
+        tensor = torch.randn(rule.core_shape)
+        parts = split(rule, tensor)
+        assert [part.shape for part in parts] == [rule.shape(index) for index in range(len(rule.hf))]
+        assert torch.equal(join(rule, parts), tensor), rule.core
+        assert sorted(row for ranges in rule.rows for span in ranges for row in range(*span)) == list(
+            range(rule.num_rows)
+        ), "a row goes nowhere, or to two places"
+
+
+def test_query_heads_lie_beside_their_key_and_value():
+    """The core's order by the plain definition: group by group, its query heads, then key, then value."""
+    model = RECIPES["tiny_dense"]().model
+    rule = next(rule for rule in rules(model) if rule.core.endswith("linear_qkv.bias"))
+    d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups
+    query, key, value = (torch.arange(1000 * n, 1000 * n + count * d) for n, count in ((1, 4), (2, 2), (3, 2)))
+    expected = [
+        part
+        for group in range(model.num_query_groups)
+        for part in (
+            query[group * heads * d : (group + 1) * heads * d],
+            key[group * d : (group + 1) * d],
+            value[group * d : (group + 1) * d],
+        )
+    ]
+    assert torch.equal(join(rule, (query, key, value)), torch.cat(expected))
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "qwen3_235b_a22b"])
+def test_config_json_comes_back(recipe):
+    model = RECIPES[recipe]().model
+    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="bfloat16")
+    back = model_from_hf(content, where="config.json")
+    # What Hugging Face has no field for.
+    training_only = {"scale_output_init": True, "moe_z_loss_coeff": model.moe_z_loss_coeff}
+    routing = {} if model.is_moe else {"moe_aux_loss_coeff": model.moe_aux_loss_coeff}
+    head_dim = {"kv_channels": model.kv_channels} if back.head_dim == model.head_dim else {}
+    assert replace(back, **training_only, **routing, **head_dim) == model
+
+
+def test_parameters_of_the_table_are_those_of_the_estimate():
+    for name in ("qwen2_5_0_5b", "qwen2_5_72b", "qwen2_57b_a14b", "qwen3_8b", "qwen3_30b_a3b"):
+        model = RECIPES[name]().model
+        stored = sum(torch.Size(item.rule.core_shape).numel() for item in core_tensors(model))
+        assert stored == count_parameters(model).total, name

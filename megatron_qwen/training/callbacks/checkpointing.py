@@ -20,10 +20,10 @@ class Checkpointing(Callback):
     Args:
         writer: commits them.
         resumed_at: iteration the run started from, whose checkpoint exists already.
-        tokenizer: the run's copy of its tokenizer.
+        tokenizer: the run's copy of its tokenizer, where it has one.
     """
 
-    def __init__(self, writer: CheckpointWriter, *, resumed_at: int, tokenizer: Path) -> None:
+    def __init__(self, writer: CheckpointWriter, *, resumed_at: int, tokenizer: Path | None) -> None:
         self.writer, self._saved, self._tokenizer = writer, resumed_at, tokenizer
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:

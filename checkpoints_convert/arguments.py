@@ -1,0 +1,190 @@
+"""The command line of ``mq convert``; imports no torch, so that --help answers at once."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+
+from megatron_qwen.cli import Parser
+from megatron_qwen.errors import ConfigError, Problem
+
+_UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1}
+_DTYPES = ["bf16", "fp16", "fp32"]
+TAKES_OVERRIDES = ("to-hf", "verify", "upcycle")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        "mq convert",
+        description="Converts between checkpoints and Hugging Face directories, and compares them. Needs no GPU, no "
+        "process group and no model in memory; a killed conversion goes on with the same command.",
+        examples=[
+            "mq convert to-hf runs/first out/first-hf",
+            "mq convert from-hf Qwen2.5-7B runs/qwen2.5-7b-start",
+            "mq convert verify runs/first out/first-hf --logits",
+        ],
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    _to_hf_parser(actions)
+    _from_hf_parser(actions)
+    _verify_parser(actions)
+    _inspect_parser(actions)
+    _diff_parser(actions)
+    _upcycle_parser(actions)
+    return parser
+
+
+def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "to-hf",
+        help="checkpoint to Hugging Face directory",
+        description="Writes a directory that transformers loads: weights, configuration, tokenizer, model card and a "
+        "manifest of hashes. It appears only when it is complete; killed, the same command goes on.",
+        examples=[
+            "mq convert to-hf runs/first out/first-hf --license apache-2.0",
+            "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
+            "mq convert to-hf megatron/iter_0005000 out/7b --config qwen2_5_7b model.rotary_base=1e6 --tokenizer tok",
+        ],
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
+    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument(
+        "--config",
+        help="recipe or run.yaml, for a checkpoint of Megatron-LM or Megatron-Bridge; then section.field=value words",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
+    parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
+    parser.add_argument(
+        "--check",
+        choices=["all", "weights"],
+        default="all",
+        help="what is compared with the checkpoint's manifest: all of it, or only what is exported (all)",
+    )
+    _writing_options(parser, default="5GB, or the files the model came in")
+
+
+def _from_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "from-hf",
+        help="Hugging Face directory to checkpoint",
+        description="Writes a checkpoint that any layout loads, with run.yaml and tokenizer, from a Qwen2, Qwen2-MoE, "
+        "Qwen3 or Qwen3-MoE directory with safetensors. Training goes on from it with "
+        "`mq train OUT/run.yaml data.path=... --run-dir RUN`.",
+        examples=["mq convert from-hf Qwen2.5-7B start/qwen2.5-7b", "mq convert from-hf hf start/fp32 --dtype fp32"],
+    )
+    parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
+    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the directory")
+    _writing_options(parser, default="5GB")
+
+
+def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "verify",
+        help="whether two things are the same model",
+        description="Compares every tensor (shape, format, bits), the configuration and the tokenizer of A and B, each "
+        "a checkpoint, a Hugging Face directory or a manifest.json. Exit code 1 where anything differs.",
+        examples=[
+            "mq convert verify runs/first out/first-hf",
+            "mq convert verify out/first-hf out/first-hf/manifest.json",
+            "mq convert verify runs/first out/first-hf --logits --prompt 'def main('",
+            "mq convert verify out/fp32 out/bf16 --tolerance 0.004",
+        ],
+    )
+    parser.add_argument("a", type=Path, help="checkpoint, Hugging Face directory or manifest.json")
+    parser.add_argument("b", type=Path, help="what to compare with it")
+    parser.add_argument(
+        "--config",
+        help="recipe or run.yaml, for checkpoints of Megatron-LM or Megatron-Bridge; then section.field=value words",
+    )
+    parser.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.0,
+        help="largest difference in units of a tensor's largest value; formats may then differ (0: equal bits)",
+    )
+    parser.add_argument("--logits", action="store_true", help="also run both models, layer by layer")
+    parser.add_argument("--prompt", action="append", default=[], help="text for --logits; default: built-in ones")
+    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="format --logits computes in (fp32)")
+    _common_options(parser)
+
+
+def _inspect_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "inspect",
+        help="what is in a checkpoint",
+        description="Lists tensors, sizes, parts of the model, iteration and the layout that wrote a checkpoint; reads "
+        "no weights.",
+        examples=["mq convert inspect runs/first", "mq convert inspect megatron/iter_0005000 --json"],
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
+    parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+
+
+def _diff_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "diff",
+        help="how far the weights moved between two checkpoints",
+        description="Prints the norm of the change from A to B in percent of the norm of A, by layer and part, and "
+        "draws it.",
+        examples=["mq convert diff runs/first/checkpoints/iter_0000500 runs/first/checkpoints/iter_0001000"],
+    )
+    parser.add_argument("a", type=Path, help="checkpoint or Hugging Face directory")
+    parser.add_argument("b", type=Path, help="a later one")
+    parser.add_argument("--png", type=Path, default=Path("checkpoint-diff.png"), help="picture (checkpoint-diff.png)")
+    _common_options(parser)
+
+
+def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "upcycle",
+        help="a mixture of experts that starts from a dense model",
+        description="Cuts experts from a dense model's feed-forward: copies, or slices beside a shared expert, "
+        "whichever the recipe's sizes make of it. Says whether the mixture gives the dense model's logits, and measures it.",
+        examples=["mq convert upcycle runs/dense start/moe --recipe qwen1_5_moe_a2_7b model.num_layers=28"],
+    )
+    parser.add_argument("dense", type=Path, help="checkpoint or Hugging Face directory of a dense model")
+    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument(
+        "--recipe", required=True, help="recipe or run.yaml whose experts are taken; then section.field=value words"
+    )
+    parser.add_argument("--seed", type=int, default=1234, help="of the router's rows (1234)")
+    parser.add_argument(
+        "--router-std", type=float, help="of the router's rows; default: chosen by the recipe's routing"
+    )
+    parser.add_argument("--no-logits", action="store_true", help="do not run both models to compare them")
+    parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
+    _common_options(parser)
+
+
+def _writing_options(parser: argparse.ArgumentParser, *, default: str) -> None:
+    size_help = f"size of a file, such as 5GB or 200MB; a bare number is GB ({default})"
+    parser.add_argument("--max-shard-size", type=str, metavar="SIZE", help=size_help)
+    parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
+    _common_options(parser)
+
+
+def _common_options(parser: argparse.ArgumentParser) -> None:
+    workers = max(1, min(4, os.cpu_count() or 1))
+    parser.add_argument("--workers", type=int, default=workers, help=f"files or tensors at a time ({workers})")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+
+
+def size_in_bytes(text: str | None) -> int | None:
+    """``5GB``, ``200MB``, ``5`` (GB) as bytes.
+
+    Raises:
+        ConfigError: it is no size, or out of all proportion.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
+    unit = _UNITS.get(match.group(2).upper()) if match else None
+    if match is None or unit is None or not 1 <= (size := float(match.group(1)) * unit) <= 1e15:
+        raise ConfigError(Problem("--max-shard-size", text, "must be a size above 0, such as 5GB or 200MB."))
+    return int(size)

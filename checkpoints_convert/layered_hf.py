@@ -1,0 +1,84 @@
+"""A Hugging Face directory run by transformers, one layer at a time."""
+
+from typing import Any
+
+import torch
+
+from checkpoints_convert.hf_directory import HfDirectory
+from checkpoints_convert.layered import FINAL_NORM, HEAD, Ends
+from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.models.hf_config import ARCHITECTURES
+
+_VOCABULARY = 8  # of the one-layer model, whose embedding is not used
+
+
+class HfLayers:
+    """The model of a directory, each layer loaded by transformers' own loader into a model of one layer.
+
+    Args:
+        source: the directory.
+        dtype: format to compute in.
+        place: device to compute on.
+
+    Raises:
+        ConversionError: transformers is not installed.
+    """
+
+    def __init__(self, source: HfDirectory, *, dtype: torch.dtype, place: torch.device) -> None:
+        try:
+            import transformers
+        except ImportError:
+            raise ConversionError(
+                Problem("--logits", None, "needs transformers: pip install 'megatron_qwen[hf]'.")
+            ) from None
+        transformers.utils.logging.disable_progress_bar()
+        assert source.config is not None
+        self._source, self._dtype, self._place = source, dtype, place
+        self._ends = Ends(source, dtype=dtype, place=place)
+        self.num_layers, self.vocab_size = source.shape.num_layers, self._ends.vocab_size
+        self.embed, self.output_rows = self._ends.embed, self._ends.output_rows
+        kind = source.config["model_type"]
+        content = {
+            name: value for name, value in source.config.items() if name not in ("model_type", "dtype", "torch_dtype")
+        }
+        content |= {"num_hidden_layers": 1, "vocab_size": _VOCABULARY, "tie_word_embeddings": False}
+        content |= {"layer_types": ["full_attention"], "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        self._config = transformers.AutoConfig.for_model(kind, **content)
+        self._class: Any = getattr(transformers, ARCHITECTURES[kind])
+        self._by_layer: dict[int, list[str]] = {}
+        for name in source.tensors:
+            if name.startswith("model.layers."):
+                self._by_layer.setdefault(int(name.split(".")[2]), []).append(name)
+        self._layer: Any = None
+        self._norm: Any = None
+
+    def load_layer(self, index: int) -> None:
+        """Brings a layer into memory, in place of the one before."""
+        self._layer = None
+        hidden = self._source.shape.hidden_size
+        state = {
+            f"model.layers.0.{name.split('.', 3)[3]}": self._source.rows(name, 0, self._source.tensors[name].shape[0])
+            for name in self._by_layer[index]
+        }
+        state["model.embed_tokens.weight"] = state[HEAD] = torch.zeros(_VOCABULARY, hidden, dtype=self._dtype)
+        state[FINAL_NORM] = self._ends.norm_weight()
+        model, report = self._class.from_pretrained(
+            None, config=self._config, state_dict=state, dtype=self._dtype, output_loading_info=True
+        )
+        faults = {name: keys for name, keys in report.items() if keys}
+        assert not faults, faults
+        model = model.to(self._place).eval()
+        self._norm, model.model.norm = model.model.norm, torch.nn.Identity()
+        self._layer = model.model
+
+    @torch.no_grad()
+    def layer(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[s, h] -> [s, h] by the loaded layer."""
+        found: torch.Tensor = self._layer(inputs_embeds=hidden[None], use_cache=False).last_hidden_state[0]
+        return found
+
+    @torch.no_grad()
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[s, h] -> [s, h]."""
+        found: torch.Tensor = self._norm(hidden)
+        return found

@@ -1,0 +1,108 @@
+"""What can be compared: a checkpoint, a Hugging Face directory, or the manifest of a released one."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpoint
+from checkpoints_convert.hf_directory import CONFIG, HfDirectory
+from checkpoints_convert.release import ReleaseManifest, sha256
+from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
+from megatron_qwen.config.fields import field_infos
+from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.data.tokenizer import TOKENIZER_FILES
+from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.models.hf_config import hf_config
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two things that are compared.
+
+    Args:
+        path: as it was named.
+        kind: ``checkpoint``, ``huggingface`` or ``manifest``.
+        model: its shape.
+        described: shape, format (torch's name) and, of a manifest, xxh3-128 of every tensor.
+        tensors: the values; None of a manifest.
+        tokenizer: SHA-256 of the tokenizer's files.
+        tokenizer_dir: where they lie; None of a manifest or where there is none.
+        checkpoint: what is known of a checkpoint.
+        manifest: of a manifest.
+    """
+
+    path: Path
+    kind: str
+    model: ModelConfig
+    described: Mapping[str, tuple[tuple[int, ...], str, str | None]]
+    tensors: TensorSet | None
+    tokenizer: Mapping[str, str]
+    tokenizer_dir: Path | None
+    checkpoint: CheckpointSource | None = None
+    manifest: ReleaseManifest | None = None
+
+    def config(self) -> dict[str, Any]:
+        """The shape in Hugging Face's terms, which both sides share."""
+        return hf_config(self.model, eos_token_id=None, bos_token_id=None, dtype="")
+
+
+def open_side(
+    path: Path, *, iteration: int | None = None, config: str | None = None, overrides: Sequence[str] = ()
+) -> Side:
+    """Opens whatever lies at a path.
+
+    Raises:
+        ConversionError: a Hugging Face directory or a manifest that cannot be read.
+        CheckpointError: a checkpoint that cannot be trusted, or nothing that is any of the three.
+    """
+    if path.is_file():
+        return _manifest_side(path)
+    if (path / CONFIG).is_file():
+        return _hf_side(path)
+    return _checkpoint_side(path, iteration, config, overrides)
+
+
+def _manifest_side(path: Path) -> Side:
+    manifest = ReleaseManifest(path)
+    known = field_infos("model", ModelConfig)
+    try:
+        body = json.loads(path.read_bytes())["configuration"]["model"]
+        model = ModelConfig(**{name: value for name, value in body.items() if name in known})
+    except (KeyError, TypeError, ValueError):
+        raise ConversionError(Problem(str(path), "configuration", "is missing or damaged.")) from None
+    described = {name: (noted.shape, noted.dtype, noted.xxh3_128) for name, noted in manifest.tensors.items()}
+    tokenizer = {name: digest for name, (_, digest) in manifest.files.items() if name in TOKENIZER_FILES}
+    return Side(path, "manifest", model, described, None, tokenizer, None, manifest=manifest)
+
+
+def _hf_side(path: Path) -> Side:
+    source = HfDirectory(path)
+    return Side(path, "huggingface", source.shape, _described(source), source, *_tokenizer(path))
+
+
+def _checkpoint_side(path: Path, iteration: int | None, config: str | None, overrides: Sequence[str]) -> Side:
+    source = open_checkpoint(path, iteration=iteration, config=config, overrides=overrides)
+    weights = ExportedWeights(source.weights)
+    files, directory = ({}, None) if source.tokenizer is None else _tokenizer(source.tokenizer)
+    return Side(
+        source.path,
+        "checkpoint",
+        source.config.model,
+        _described(weights),
+        weights,
+        files,
+        directory,
+        checkpoint=source,
+    )
+
+
+def _described(source: TensorSet) -> dict[str, tuple[tuple[int, ...], str, str | None]]:
+    return {name: (info.shape, str(info.dtype).removeprefix("torch."), None) for name, info in source.tensors.items()}
+
+
+def _tokenizer(path: Path) -> tuple[dict[str, str], Path | None]:
+    files = {name: sha256(path / name) for name in TOKENIZER_FILES if (path / name).is_file()}
+    usable = any(name in files for name in ("tokenizer.json", "tokenizer.model"))
+    return files, path if usable else None
