@@ -145,7 +145,7 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "upcycle",
         help="a mixture of experts that starts from a dense model",
         description="Cuts experts from a dense model's feed-forward: copies, or slices beside a shared expert, "
-        "whichever the recipe's sizes make of it. Says whether the mixture gives the dense model's logits, and measures it.",
+        "whichever the recipe's sizes make of it. Says whether that gives the dense model's logits, and measures it.",
         examples=["mq convert upcycle runs/dense start/moe --recipe qwen1_5_moe_a2_7b model.num_layers=28"],
     )
     parser.add_argument("dense", type=Path, help="checkpoint or Hugging Face directory of a dense model")

@@ -175,9 +175,16 @@ def _trusted_entries(directory: Path) -> dict[str, FileEntry] | None:
     return entries
 
 
-def damaged(directory: Path) -> CheckpointError:
-    """The error of a checkpoint that is not as it was written: every file is read, so that all damage is named."""
-    found = manifest.damage(directory)
+def damaged(directory: Path, error: CheckpointError | None = None) -> CheckpointError:
+    """The error of a checkpoint that is not as it was written: every file is read, so that all damage is named.
+
+    Args:
+        directory: one iteration's directory.
+        error: what was met first; it stands where every file is as the manifest says, or there is none.
+    """
+    found = manifest.damage(directory) if (directory / MANIFEST).is_file() else []
+    if not found and error is not None:
+        return error
     others = [candidate for candidate in _others(directory) if candidate.path != directory]
     if others:
         found.append(Problem("--iteration", None, f"there is also iteration {others[0].iteration}; choose it by hand."))

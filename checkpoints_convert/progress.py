@@ -1,6 +1,7 @@
 """What a conversion will need, said before it begins, and how far it is."""
 
 import os
+import resource
 import sys
 import threading
 import time
@@ -45,9 +46,9 @@ class Prediction:
         )
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(psutil.Process().memory_info().rss)
+def peak_resident_bytes() -> int:
+    """Largest resident memory of this process so far; imports alone reach more than they keep."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:

@@ -13,10 +13,11 @@ import xxhash
 
 from checkpoints_convert import safetensors_format, work
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
+from checkpoints_convert.file_writer import LARGEST_BLOCK
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.output import OutputFile, Piece, Record, pack
-from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, resident_bytes
+from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, peak_resident_bytes
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
@@ -29,8 +30,8 @@ from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# A block is read, converted and held while it is written; the allocator keeps about one more.
-_BLOCKS_IN_FLIGHT = 5
+# A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
+_BLOCKS_IN_FLIGHT = 20
 SHARD_BYTES = 5_000_000_000
 # SHA-256 with the processor's instructions, as a lower bound of what a core does in a second.
 _HASHED_PER_SECOND = 1.2e9
@@ -118,8 +119,7 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
             check_unread(source, unread, task.directory, workers=options.workers, progress=progress)
             written = task.write(files, new_digest=hashlib.sha256, workers=options.workers, progress=progress)
         except CheckpointError as error:
-            found = damaged(source.path) if source.entries is not None else error
-            raise (found if found.problems else error) from None
+            raise damaged(source.path, error) from None
         finally:
             progress.close()
         for name, text in configs.items():
@@ -189,7 +189,7 @@ def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers:
     """What is needed, from what is known before the first byte."""
     total = sum(file.size for file in files)
     return Prediction(
-        peak_memory_bytes=resident_bytes() + workers * _BLOCKS_IN_FLIGHT * work.BLOCK_BYTES,
+        peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * LARGEST_BLOCK,
         disk_bytes=task.left_to_write(files),
         free_bytes=free_bytes(out.absolute().parent),
         least_seconds=total / _HASHED_PER_SECOND / min(workers, len(files)),

@@ -139,13 +139,12 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
                 verdict.equal_tensors += difference is None
                 if difference is not None and difference.size > tolerance:
                     verdict.differences.append(difference)
-    except CheckpointError as error:
+    except CheckpointError as met:
+        error = met
         for side in (a, b):
-            if side.checkpoint is not None and side.checkpoint.entries is not None:
-                found = damaged(side.checkpoint.path)
-                if found.problems:
-                    raise found from None
-        raise error
+            if side.checkpoint is not None:
+                error = damaged(side.checkpoint.path, error)
+        raise error from None
     finally:
         progress.close()
     return verdict

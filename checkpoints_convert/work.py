@@ -1,9 +1,7 @@
-"""Writes the files of a conversion so that it can be killed at any moment and gone on with.
+"""The directory of a conversion under way, which can be killed at any moment and gone on with.
 
 Everything goes to ``.NAME.partial`` beside the directory that is to be made, which appears by one rename when it is
-complete. A journal a file notes the hash of every tensor once it is written; the same command reads back what it
-finds, keeps the tensors whose bytes are as noted, and writes the rest. So a kill costs the tensors that were being
-written at that moment.
+complete. The same command finds it there, by what is noted of all that decides its bytes, and goes on.
 """
 
 import errno
@@ -14,62 +12,23 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any
 
 import orjson
-import torch
-import xxhash
 
-from checkpoints_convert.output import OutputFile, Record, cast
+from checkpoints_convert.file_writer import Digest, FileWriter, Stopped, Written, block_bytes
+from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ByteProgress, free_bytes, gb
 from megatron_qwen.errors import CheckpointError, ConversionError, DataError, DiskFullError, Problem
 
-BLOCK_BYTES = 1 << 24
 _JOURNAL, _PLAN = ".journal", ".plan.json"
 # Room for configuration, tokenizer and metadata beside the tensors.
 _SMALL_FILES = 64 << 20
 
 
-class Digest(Protocol):
-    """A running hash."""
-
-    def update(self, data: Any, /) -> None:
-        """Takes bytes."""
-
-    def copy(self) -> Any:
-        """The same state, apart."""
-
-    def hexdigest(self) -> str:
-        """The hash so far."""
-
-
-@dataclass
-class Written:
-    """A file that is there, whole.
-
-    Args:
-        size: its bytes.
-        digest: hash of the file.
-        tensors: xxh3-128 of the values of each tensor.
-        parts: bytes and xxh3-128 of the header and of each record, in order.
-        kept_bytes: of the values, those that an earlier attempt had written.
-    """
-
-    size: int = 0
-    digest: str = ""
-    tensors: dict[str, str] = field(default_factory=dict)
-    parts: list[tuple[int, str]] = field(default_factory=list)
-    kept_bytes: int = 0
-
-
 class OccupiedError(ConversionError):
     """Where a directory is to be made, something is already (exit 3)."""
-
-
-class _Stopped(Exception):
-    """Another file failed."""
 
 
 class Work:
@@ -111,9 +70,20 @@ class Work:
             DiskFullError: what is written so far stays.
             UserError: a tensor cannot be read; whatever the source says.
         """
-        (self.directory / _JOURNAL).mkdir(exist_ok=True)
         with ThreadPoolExecutor(workers, thread_name_prefix="convert") as pool:
-            pending = {file.name: pool.submit(self._file, file, new_digest, progress) for file in files}
+            writers = {
+                file.name: FileWriter(
+                    file,
+                    self.directory / file.name,
+                    self.directory / _JOURNAL / file.name,
+                    new_digest=new_digest,
+                    block=block_bytes(files),
+                    progress=progress,
+                    stop=self._stop,
+                )
+                for file in files
+            }
+            pending = {name: pool.submit(writer.write) for name, writer in writers.items()}
             try:
                 wait(pending.values(), return_when=FIRST_EXCEPTION)
             finally:
@@ -126,7 +96,7 @@ class Work:
             if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(files) from None
         for failure in failures:
-            if not isinstance(failure, _Stopped):
+            if not isinstance(failure, Stopped):
                 raise failure
         return {name: future.result() for name, future in pending.items()}
 
@@ -137,105 +107,6 @@ class Work:
             "free. What is written is kept; make room and run the same command again."
         )
         return DiskFullError(Problem(str(self.directory), None, fix))
-
-    def _file(self, file: OutputFile, new_digest: Callable[[], Digest], progress: ByteProgress) -> Written:
-        path, journal = self.directory / file.name, self.directory / _JOURNAL / file.name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        done = Written(size=file.size)
-        lines = journal.read_text().splitlines() if journal.is_file() and path.is_file() else []
-        with path.open("r+b" if path.is_file() else "w+b", buffering=0) as stream:
-            digest, kept = self._keep(file, stream, lines, new_digest, done, progress)
-            stream.truncate(stream.tell())
-            _replace(journal, "".join(f"{line}\n" for line in lines[:kept]))
-            if not kept:
-                stream.write(file.header)
-                digest.update(file.header)
-                done.parts[:] = [(len(file.header), xxhash.xxh3_128_hexdigest(file.header))] if file.header else []
-            with journal.open("a") as notes:
-                for record in file.records[max(0, kept) :]:
-                    notes.write(self._record(record, stream, digest, done, progress) + "\n")
-                    notes.flush()
-            os.fsync(stream.fileno())
-        done.digest = digest.hexdigest()
-        return done
-
-    def _record(self, record: Record, stream: BinaryIO, digest: Digest, done: Written, progress: ByteProgress) -> str:
-        """Writes one tensor; its line of the journal."""
-        values, whole = xxhash.xxh3_128(), xxhash.xxh3_128()
-
-        def put(data: Any) -> None:
-            digest.update(data)
-            whole.update(data)
-            _write(stream, data)
-
-        put(record.before)
-        for block in self._blocks(record):
-            data = memoryview(block.contiguous().view(-1).view(torch.uint8).numpy())
-            values.update(data)
-            put(data)
-            progress.add(len(data))
-        put(record.after)
-        done.tensors[record.name] = values.hexdigest()
-        done.parts.append((record.size, whole.hexdigest()))
-        return f"{values.hexdigest()} {whole.hexdigest()} {xxhash.xxh3_64_hexdigest(values.digest() + whole.digest())}"
-
-    def _blocks(self, record: Record) -> Iterator[torch.Tensor]:
-        rows = max(1, BLOCK_BYTES // max(1, record.row_bytes))
-        for piece in record.pieces:
-            for start in range(0, piece.rows, rows):
-                if self._stop.is_set():
-                    raise _Stopped
-                yield cast(piece.read(start, min(piece.rows, start + rows)), record)
-
-    def _keep(
-        self,
-        file: OutputFile,
-        stream: BinaryIO,
-        lines: Sequence[str],
-        new_digest: Callable[[], Digest],
-        done: Written,
-        progress: ByteProgress,
-    ) -> tuple[Digest, int]:
-        """Reads back what an earlier attempt wrote; leaves the stream behind the last tensor that is as noted."""
-        digest = new_digest()
-        if not lines or stream.read(len(file.header)) != file.header:
-            stream.seek(0)
-            return digest, 0
-        digest.update(file.header)
-        if file.header:
-            done.parts.append((len(file.header), xxhash.xxh3_128_hexdigest(file.header)))
-        at, kept = len(file.header), 0
-        for record, line in zip(file.records, lines, strict=False):
-            noted = _parse(line)
-            before = digest.copy()
-            if noted is None or not self._is_there(record, stream, digest, noted[1]):
-                digest = before
-                break
-            at, kept = at + record.size, kept + 1
-            done.tensors[record.name] = noted[0]
-            done.parts.append((record.size, noted[1]))
-            done.kept_bytes += record.value_bytes
-            progress.add(record.value_bytes)
-        stream.seek(at)
-        if not kept:  # begin anew, header included
-            stream.seek(0)
-            done.parts.clear()
-            return new_digest(), 0
-        return digest, kept
-
-    def _is_there(self, record: Record, stream: BinaryIO, digest: Digest, noted: str) -> bool:
-        found, left = xxhash.xxh3_128(), record.size
-        while left:
-            if self._stop.is_set():
-                raise _Stopped
-            data = stream.read(min(left, BLOCK_BYTES))
-            if not data:
-                return False
-            found.update(data)
-            digest.update(data)
-            left -= len(data)
-        return found.hexdigest() == noted
 
     def commit(self) -> None:
         """Makes the directory appear.
@@ -324,25 +195,6 @@ def require_free(out: Path) -> None:
 
 def _occupied(out: Path) -> Problem:
     return Problem(str(out), None, "exists already and is not empty; name a new directory or remove it.")
-
-
-def _parse(line: str) -> tuple[str, str] | None:
-    """A journal's line, or None where it was cut off."""
-    words = line.split(" ")
-    if len(words) != 3:
-        return None
-    values, whole, check = words
-    try:
-        good = check == xxhash.xxh3_64_hexdigest(bytes.fromhex(values) + bytes.fromhex(whole))
-    except ValueError:
-        return None
-    return (values, whole) if good else None
-
-
-def _write(stream: BinaryIO, data: Any) -> None:
-    view = memoryview(data)
-    while len(view):
-        view = view[stream.write(view) :]
 
 
 def _replace(path: Path, text: str) -> None:

@@ -1,0 +1,200 @@
+"""A conversion that is killed goes on with the same command and ends with the same bytes."""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from checkpoints_convert.from_hf import ImportOptions, convert
+from megatron_qwen.errors import DiskFullError
+from tests.checkpoints_convert.big import SHARD_BYTES, big_model
+from tests.conftest import command, environment
+
+KILLS = 15  # of each direction
+
+
+def start(*words: object) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command("checkpoints_convert.convert", *words),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A Hugging Face directory of 12 shards, and the checkpoint made of it."""
+    root = tmp_path_factory.mktemp("source")
+    big_model(root / "hf")
+    convert(root / "hf", root / "checkpoint", ImportOptions(quiet=True, max_shard_bytes=SHARD_BYTES))
+    return root
+
+
+COMMANDS = {
+    "to-hf": lambda root, out: ("to-hf", root / "checkpoint", out, "--max-shard-size", SHARD_BYTES / 1e9, "--json"),
+    "from-hf": lambda root, out: ("from-hf", root / "hf", out, "--max-shard-size", SHARD_BYTES / 1e9, "--json"),
+}
+
+
+@pytest.mark.parametrize("direction", COMMANDS)
+def test_killed_at_random_moments(direction, source, tmp_path):
+    words = COMMANDS[direction](source, tmp_path / "out")
+    begun = time.monotonic()
+    whole = start(*words)
+    answer = json.loads(whole.communicate(timeout=120)[0])
+    took = time.monotonic() - begun
+    assert answer["kept_bytes"] == 0
+    expected = hashes(tmp_path / "out")
+    assert len(expected) > 12
+    dice = random.Random(11)
+    total, killed, kept_after_a_kill = answer["weight_bytes"], 0, 0
+    while killed < KILLS:
+        shutil.rmtree(tmp_path / "out")
+        process = start(*words)
+        # Not before the imports are done, where there is nothing to lose.
+        time.sleep(took * dice.uniform(0.3, 1.05))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            continue
+        killed += 1
+        written = unfinished_bytes(tmp_path)
+        assert not (tmp_path / "out").exists() or hashes(tmp_path / "out").items() >= expected.items()
+        again = start(*words)
+        answer = json.loads(again.communicate(timeout=120)[0])
+        assert again.returncode == 0
+        assert hashes(tmp_path / "out") == expected
+        assert not list(tmp_path.glob(".out*")), "something is left beside the directory"
+        # What was on the disk and is written again: under one shard.
+        repeated = written - answer["kept_bytes"]
+        assert repeated < SHARD_BYTES, f"{repeated} bytes of {written} were thrown away"
+        kept_after_a_kill += 0 < answer["kept_bytes"] < total
+    print(f"{direction}: {killed} kills, the same bytes {killed} times, {kept_after_a_kill} of them in the middle")
+    assert kept_after_a_kill > KILLS // 4, "hardly a kill fell into the writing"
+
+
+def unfinished_bytes(folder: Path) -> int:
+    """Bytes of tensors that an unfinished conversion has on the disk; 0 where it is done."""
+    shards = [*folder.glob(".out.partial/**/*.safetensors"), *folder.glob(".out.partial/**/*.distcp")]
+    return sum(path.stat().st_size for path in shards)
+
+
+def test_what_is_found_is_checked_again(source, tmp_path):
+    """A byte that changed between two attempts is not kept."""
+    words = COMMANDS["to-hf"](source, tmp_path / "out")
+    assert start(*words).wait(120) == 0
+    expected = hashes(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    process = start(*words)
+    partial = tmp_path / ".out.partial"
+    while process.poll() is None and sum(1 for _ in partial.glob("*.safetensors")) < 4:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    shards = sorted(partial.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    assert shards, "it was done before it could be killed"
+    with shards[-1].open("r+b") as file:
+        file.seek(shards[-1].stat().st_size // 3)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    journal = next((partial / ".journal").glob("*.safetensors"))
+    journal.write_text(journal.read_text()[:-7])  # a line that was cut off
+    assert start(*words).wait(120) == 0
+    assert hashes(tmp_path / "out") == expected
+
+
+def test_the_same_command_after_the_end_is_done_at_once(source, tmp_path):
+    words = COMMANDS["to-hf"](source, tmp_path / "out")
+    assert start(*words).wait(120) == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    again = start(*words)
+    assert json.loads(again.communicate()[0])["complete_before"]
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    shard = next((tmp_path / "out").glob("*.safetensors"))
+    with shard.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x55")
+    assert start(*words).wait() == 3
+
+
+def test_two_at_once(source, tmp_path):
+    words = COMMANDS["from-hf"](source, tmp_path / "out")
+    first, second = start(*words), start(*words)
+    codes = sorted((first.wait(120), second.wait(120)))
+    assert codes in ([0, 3], [0, 0])  # the second may come when the first is done
+    assert (tmp_path / "out" / "run.yaml").is_file()
+
+
+def test_another_unfinished_conversion_is_not_thrown_away(source, tmp_path):
+    process = start(*COMMANDS["to-hf"](source, tmp_path / "out"))
+    partial = tmp_path / ".out.partial"
+    while process.poll() is None and not list(partial.glob("*.safetensors")):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert partial.is_dir(), "it was done before it could be killed"
+    other = [*COMMANDS["to-hf"](source, tmp_path / "out"), "--dtype", "fp32"]
+    done = subprocess.run(
+        command("checkpoints_convert.convert", *other), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 3
+    assert "--restart" in done.stderr
+    assert partial.is_dir()
+    assert start(*other, "--restart").wait(120) == 0
+    assert not partial.exists()
+
+
+def test_a_full_disk_is_foreseen(source, tmp_path, monkeypatch):
+    from checkpoints_convert import work
+
+    monkeypatch.setattr(work, "free_bytes", lambda path: 1_000_000)
+    with pytest.raises(DiskFullError, match=r"bytes .* are needed and 1,000,000 are free"):
+        convert(source / "hf", tmp_path / "out", ImportOptions(quiet=True))
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.rglob("*.distcp"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 200 MB, half of what the model needs."""
+    mount = tmp_path / "disk"
+    mount.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", mount], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
+    yield mount
+    subprocess.run(["umount", mount], check=True)
+
+
+def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(source, small_disk, monkeypatch):
+    """Others write too: what was free at the start may not be free later."""
+    from checkpoints_convert import work
+
+    with monkeypatch.context() as patched:
+        patched.setattr(work, "free_bytes", lambda path: 1 << 40)
+        with pytest.raises(DiskFullError, match=r"[0-9,]+ bytes .* more are needed.*run the same command again"):
+            convert(source / "hf", small_disk / "out", ImportOptions(quiet=True, max_shard_bytes=SHARD_BYTES))
+    assert not (small_disk / "out").exists()
+    assert list(small_disk.glob(".out.partial/**/*.distcp"))
+    subprocess.run(["mount", "-o", "remount,size=900m", small_disk], check=True)
+    done = convert(source / "hf", small_disk / "out", ImportOptions(quiet=True, max_shard_bytes=SHARD_BYTES))
+    assert done.kept_bytes > done.weight_bytes // 4
+    shards = {path.name: path.read_bytes() for path in (small_disk / "out").rglob("*.distcp")}
+    assert shards == {path.name: path.read_bytes() for path in (source / "checkpoint").rglob("*.distcp")}
