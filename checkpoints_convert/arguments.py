@@ -157,6 +157,8 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--router-std", type=float, help="of the router's rows; default: chosen by the recipe's routing"
     )
+    share_help = "of the output that routed experts give where the shared expert holds the whole too (0.5)"
+    parser.add_argument("--routed-share", type=float, default=0.5, help=share_help)
     parser.add_argument("--no-logits", action="store_true", help="do not run both models to compare them")
     parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
     _common_options(parser)

@@ -97,18 +97,22 @@ def _upcycle(options: argparse.Namespace) -> int:
     how = UpcycleOptions(
         seed=options.seed,
         router_std=options.router_std,
+        routed_share=options.routed_share,
         compare=not options.no_logits,
         workers=options.workers,
         restart=options.restart,
         quiet=options.json,
     )
+    if not 0 <= options.routed_share < 1:
+        raise ConfigError(Problem("--routed-share", options.routed_share, "must be at least 0 and below 1."))
     recipe = resolve(options.recipe, options.overrides, RECIPES)
     done, report = upcycle(open_side(options.dense), options.out, recipe, how)
     if options.json:
         print(json.dumps({"source": str(options.dense), **done.as_json(), **report}))
         return 0
     _say(done, str(options.dense), as_json=False)
-    print("gives the dense model's function: " + ("yes" if report["exact"] else "no"))
+    answer = "yes, but for rounding" if report["exact"] else "nearly" if report["nearly"] else "no"
+    print(f"gives the dense model's function: {answer}")
     print("\n".join(f"- {note}" for note in report["notes"]))
     if report["logits"]:
         found = report["logits"]

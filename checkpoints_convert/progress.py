@@ -1,11 +1,11 @@
 """What a conversion will need, said before it begins, and how far it is."""
 
 import os
-import resource
 import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 import psutil
@@ -47,8 +47,15 @@ class Prediction:
 
 
 def peak_resident_bytes() -> int:
-    """Largest resident memory of this process so far; imports alone reach more than they keep."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """Largest resident memory of this process so far; imports alone reach more than they keep.
+
+    From the kernel's own note of this program (VmHWM): getrusage counts what its parent had at the fork as well.
+    """
+    try:
+        text = Path("/proc/self/status").read_text()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    return int(text.partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def free_bytes(path: str | os.PathLike[str]) -> int:

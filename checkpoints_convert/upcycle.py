@@ -33,6 +33,7 @@ class UpcycleOptions:
     Args:
         seed: of the router's rows.
         router_std: of the router's rows; None chooses.
+        routed_share: part of the output that the routed experts give where the shared expert holds the whole too.
         compare: run both models on prompts and say how far their logits are apart.
         workers: shards written at a time.
         restart: throw away an unfinished conversion of something else to the same place.
@@ -41,6 +42,7 @@ class UpcycleOptions:
 
     seed: int = 1234
     router_std: float | None = None
+    routed_share: float = 0.5
     compare: bool = True
     workers: int = 2
     restart: bool = False
@@ -64,7 +66,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
     """
     if dense.tensors is None:
         raise ConversionError(Problem(str(dense.path), None, "is a manifest: it holds no weights."))
-    cut = plan(dense.model, recipe.model, router_std=options.router_std)
+    cut = plan(dense.model, recipe.model, router_std=options.router_std, routed_share=options.routed_share)
     formats = {info.dtype for info in dense.tensors.tensors.values()}
     if len(formats) > 1:
         raise ConversionError(
@@ -78,7 +80,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         "kind": "upcycled",
         "path": str(dense.path.absolute()),
         "dense": dense.kind,
-        "plan": {"exact": cut.exact, "notes": cut.notes, "slices": cut.slices, "router_std": cut.router_std},
+        "plan": {key: value for key, value in asdict(cut).items() if key != "model"},
         "seed": options.seed,
     }
     identity = {
@@ -91,7 +93,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
     files = shards(records, limit=SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, dense.tokenizer_dir, note, identity)
     done = write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
-    report: dict[str, Any] = {"exact": cut.exact, "notes": list(cut.notes), "logits": None}
+    report: dict[str, Any] = {"exact": cut.exact, "nearly": cut.nearly, "notes": list(cut.notes), "logits": None}
     if options.compare:
         dtype_name = "fp32"
         found = compare_logits(dense, open_side(out), prompts=(), dtype=dtype_name, quiet=options.quiet)

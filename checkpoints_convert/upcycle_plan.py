@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConversionError, Problem
 
-# Rows of the router where their size changes the function: so small that the softmax is flat.
-_FLAT_STD = 1e-6
+# Standard deviation of the router's logits where their size changes the function: so small that its softmax is nearly
+# flat, and large enough for fp32 to tell one group from the next.
+_FLAT_LOGITS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class UpcyclePlan:
         shared_scale: factor on the shared expert's.
         router_std: standard deviation of the router's rows.
         exact: whether the mixture computes what the dense model does, but for rounding.
+        nearly: whether it does so up to what a nearly flat router adds, a part in a thousand of the routed output.
         notes: in words, what is exact and what cannot be.
     """
 
@@ -41,6 +43,7 @@ class UpcyclePlan:
     shared_scale: float
     router_std: float
     exact: bool
+    nearly: bool
     notes: tuple[str, ...]
 
     def group(self, expert: int) -> int:
@@ -89,13 +92,16 @@ def mixture_shape(dense: ModelConfig, recipe: ModelConfig) -> ModelConfig:
     return replace(dense, **experts)
 
 
-def plan(dense: ModelConfig, recipe: ModelConfig, *, router_std: float | None = None) -> UpcyclePlan:
+def plan(
+    dense: ModelConfig, recipe: ModelConfig, *, router_std: float | None = None, routed_share: float = 0.5
+) -> UpcyclePlan:
     """Decides which channels go where and how outputs are scaled.
 
     Args:
         dense: the dense model.
         recipe: the mixture; its experts count.
         router_std: of the router's rows; None is the model's initialisation, or nearly zero where it must be flat.
+        routed_share: part of the output that the routed experts give where the shared expert holds the whole too.
 
     Raises:
         ConversionError: the shapes do not go together.
@@ -115,10 +121,10 @@ def plan(dense: ModelConfig, recipe: ModelConfig, *, router_std: float | None = 
     full = slices if renormalised else experts * slices / topk
     share = 1.0
     if shared_holds_all:
-        share = 0.5 if covered else 0.0
+        share = routed_share if covered else 0.0
         notes.append(
-            "the shared expert holds the whole feed-forward and gives half of the output, the routed experts the other"
-            if covered
+            f"the shared expert holds the whole feed-forward too and gives {1 - share:.0%} of the output"
+            if share
             else "the shared expert gives the whole output; the routed experts start with output matrices of zero"
         )
     elif shared:
@@ -126,14 +132,15 @@ def plan(dense: ModelConfig, recipe: ModelConfig, *, router_std: float | None = 
     if width * slices > ffn - first:
         notes.append(f"{width * slices - (ffn - first)} channels of a group are padding with zero output")
     std = router_std if router_std is not None else dense.init_method_std
-    if not renormalised and share and router_std is None:
-        std = _FLAT_STD
-    if not renormalised and share:
+    flat = not renormalised and share > 0
+    if flat:
+        std = router_std if router_std is not None else _FLAT_LOGITS / math.sqrt(model.hidden_size)
         notes.append(
-            f"the router's weights are not renormalised, so its rows are drawn with std {std:g}: exact up to the "
-            "deviation of its softmax from a flat one"
+            "not exact: the router's weights are not renormalised, so the routed output scales with its softmax; its "
+            f"rows are drawn with std {std:.2g}, which keeps that nearly flat"
+            + (" (--routed-share 0 is exact)" if shared_holds_all else "")
         )
-    exact = covered or shared_holds_all
+    possible = covered or shared_holds_all
     gate = 2.0 if model.moe_shared_expert_gate else 1.0
     if model.moe_shared_expert_gate:
         notes.append("the shared expert's gate starts at zero, a sigmoid of one half, and its output matrix is doubled")
@@ -145,7 +152,8 @@ def plan(dense: ModelConfig, recipe: ModelConfig, *, router_std: float | None = 
         routed_scale=full * share,
         shared_scale=gate * (1.0 - share if shared_holds_all else 1.0),
         router_std=std,
-        exact=exact,
+        exact=possible and not flat,
+        nearly=possible and flat,
         notes=tuple(notes),
     )
 

@@ -84,6 +84,9 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
             model.moe_router_topk,
             f"must be at most model.num_moe_experts = {model.num_moe_experts}.",
         )
+    if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
+        fix = "must be true with one chosen expert: its weight would always be one."
+        yield Problem("model.moe_router_pre_softmax", "false", fix)
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
         yield Problem(
             "model.moe_shared_expert_gate",
