@@ -30,7 +30,7 @@ def save_as(config: RunConfig, root: Path, is_current: bool) -> str:
     parts.progress.iteration = 7
     writer = CheckpointWriter(root, attempt=3, is_current=lambda: is_current, keep_last=2, keep_every=None)
     try:
-        Checkpointing(writer, resumed_at=0).save(parts, background=False)
+        Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
     except SaveError as error:
         return error.render()
     return ""
@@ -59,7 +59,7 @@ def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=2, keep_every=None)
     for _ in range(2):
         jobs.step(parts)
-    Checkpointing(writer, resumed_at=0).save(parts, background=True)
+    Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=True)
     before = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     for _ in range(2):
         jobs.step(parts)
