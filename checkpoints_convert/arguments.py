@@ -10,7 +10,8 @@ from megatron_qwen.errors import ConfigError, Problem
 
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1}
 _DTYPES = ["bf16", "fp16", "fp32"]
-TAKES_OVERRIDES = ("to-hf", "verify", "upcycle")
+_CONFIG_HELP = "recipe or run.yaml, for what Megatron-LM or Megatron-Bridge wrote; section.field=value words change it"
+TAKES_OVERRIDES = ("to-hf", "verify", "diff", "upcycle")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,10 +51,7 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
     parser.add_argument("out", type=Path, help="the directory to make")
     parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument(
-        "--config",
-        help="recipe or run.yaml, for a checkpoint of Megatron-LM or Megatron-Bridge; then section.field=value words",
-    )
+    parser.add_argument("--config", help=_CONFIG_HELP)
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
     parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
@@ -96,10 +94,7 @@ def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("a", type=Path, help="checkpoint, Hugging Face directory or manifest.json")
     parser.add_argument("b", type=Path, help="what to compare with it")
-    parser.add_argument(
-        "--config",
-        help="recipe or run.yaml, for checkpoints of Megatron-LM or Megatron-Bridge; then section.field=value words",
-    )
+    parser.add_argument("--config", help=_CONFIG_HELP)
     parser.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
     parser.add_argument(
         "--tolerance",
@@ -136,6 +131,7 @@ def _diff_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("a", type=Path, help="checkpoint or Hugging Face directory")
     parser.add_argument("b", type=Path, help="a later one")
+    parser.add_argument("--config", help=_CONFIG_HELP)
     parser.add_argument("--png", type=Path, default=Path("checkpoint-diff.png"), help="picture (checkpoint-diff.png)")
     _common_options(parser)
 
@@ -153,6 +149,7 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument(
         "--recipe", required=True, help="recipe or run.yaml whose experts are taken; then section.field=value words"
     )
+    parser.add_argument("--config", help="recipe or run.yaml of the dense model, where Megatron-LM wrote it")
     parser.add_argument("--seed", type=int, default=1234, help="of the router's rows (1234)")
     parser.add_argument(
         "--router-std", type=float, help="of the router's rows; default: chosen by the recipe's routing"

@@ -85,7 +85,7 @@ def measure(a: Side, b: Side, *, workers: int = 2, quiet: bool = False) -> list[
 
 def _squares(a: TensorSet, b: TensorSet, name: str) -> tuple[float, float]:
     norm = change = 0.0
-    for ours, theirs in zip(blocks(a, name), blocks(b, name), strict=True):
+    for ours, theirs in blocks([a, b], name):
         one, other = ours.float(), theirs.float()
         norm += float(one.square().sum(dtype=torch.float64))
         change += float((other - one).square().sum(dtype=torch.float64))

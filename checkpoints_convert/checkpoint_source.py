@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from megatron_qwen.checkpoint import find, manifest
 from megatron_qwen.checkpoint.common_state import read_common_state
 from megatron_qwen.checkpoint.manifest import FileEntry
@@ -81,8 +83,15 @@ class CheckpointSource:
 
     def digest(self) -> str:
         """What tells this checkpoint from another without reading the weights."""
-        path = self.path / (MANIFEST if self.entries is not None else ".metadata")
-        return manifest.hash_file(path).xxh3_128
+        if self.entries is not None:
+            return manifest.hash_file(self.path / MANIFEST).xxh3_128
+        # Nothing else tells whether the shards are those of before.
+        found = xxhash.xxh3_128()
+        for name in manifest.files_in(self.path):
+            status = (self.path / name).stat()
+            found.update(f"{name} {status.st_size} {status.st_mtime_ns}\n".encode())
+        found.update(manifest.hash_file(self.path / ".metadata").xxh3_128.encode())
+        return found.hexdigest()
 
     def unread_parts(self) -> list[tuple[str, int, int, str]]:
         """What the manifest notes and no weight lies in: (file, first byte, bytes, hash)."""
@@ -117,6 +126,7 @@ def open_checkpoint(
     iteration: int | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
+    where_needed: bool = False,
     tokenizer: Path | None = None,
 ) -> CheckpointSource:
     """Opens a checkpoint for reading; everything but the weights is checked at once, the weights when they are read.
@@ -126,6 +136,7 @@ def open_checkpoint(
         iteration: which checkpoint; None is the newest.
         config: recipe or run.yaml that names the architecture, where the checkpoint has none itself.
         overrides: ``section.field=value`` words that go with it.
+        where_needed: leave ``config`` out of account where the checkpoint has a run.yaml, instead of refusing it.
         tokenizer: tokenizer directory, instead of the run's.
 
     Raises:
@@ -138,7 +149,13 @@ def open_checkpoint(
     if config is None and not run_yaml.is_file():
         fix = f"{chosen.path} says nothing of its architecture; name it: a recipe (mq recipes) or a run.yaml."
         raise ConfigError(Problem("--config", None, fix))
-    resolved = resolve(config or str(run_yaml), overrides, RECIPES)
+    if run_yaml.is_file():
+        if (config is not None or overrides) and not where_needed:
+            fix = f"{chosen.path} has a run.yaml of its own, which says what it is; leave this out."
+            raise ConfigError(Problem("--config", config or " ".join(overrides), fix))
+        config, overrides = str(run_yaml), ()
+    assert config is not None
+    resolved = resolve(config, overrides, RECIPES)
     common = {} if entries is not None else read_common_state(chosen.path)
     if problems := _contradictions(common, resolved.model, chosen.path):
         raise CheckpointError(problems)
@@ -202,7 +219,7 @@ def read_state(directory: Path) -> dict[str, Any]:
     """state.json of a checkpoint, or nothing where there is none that can be read."""
     try:
         content = json.loads((directory / STATE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -79,9 +79,12 @@ def _diff(options: argparse.Namespace) -> int:
     from checkpoints_convert.change import as_json, draw, measure, table
     from checkpoints_convert.sides import open_side
 
+    if options.png.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ConfigError(Problem("--png", options.png, "must end in .png, .svg or .pdf."))
     if options.png.exists():
         raise ConfigError(Problem("--png", options.png, "exists already; name another file."))
-    a, b = open_side(options.a), open_side(options.b)
+    how = {"config": options.config, "overrides": options.overrides}
+    a, b = open_side(options.a, **how), open_side(options.b, **how)
     changes = measure(a, b, workers=options.workers, quiet=options.json)
     draw(changes, options.png, title=f"{a.path.name} to {b.path.name}")
     print(json.dumps(as_json(changes)) if options.json else f"{table(changes)}\n\npicture: {options.png}")
@@ -106,7 +109,7 @@ def _upcycle(options: argparse.Namespace) -> int:
     if not 0 <= options.routed_share < 1:
         raise ConfigError(Problem("--routed-share", options.routed_share, "must be at least 0 and below 1."))
     recipe = resolve(options.recipe, options.overrides, RECIPES)
-    done, report = upcycle(open_side(options.dense), options.out, recipe, how)
+    done, report = upcycle(open_side(options.dense, config=options.config), options.out, recipe, how)
     if options.json:
         print(json.dumps({"source": str(options.dense), **done.as_json(), **report}))
         return 0

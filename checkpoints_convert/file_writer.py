@@ -221,12 +221,11 @@ class FileWriter:
         return half if half.whole.hexdigest() == noted[1] else None
 
     def _blocks(self, record: Record) -> list[_Block]:
-        rows = max(1, self._block // max(1, record.row_bytes))
-        return [
-            _Block(piece, start, min(piece.rows, start + rows))
-            for piece in record.pieces
-            for start in range(0, piece.rows, rows)
-        ]
+        blocks = []
+        for piece in record.pieces:
+            rows = max(1, self._block // max(1, record.row_bytes, piece.row_bytes))
+            blocks += [_Block(piece, start, min(piece.rows, start + rows)) for start in range(0, piece.rows, rows)]
+        return blocks
 
     def _bytes(self, record: Record, blocks: int) -> int:
         """Bytes of the values in the first blocks of a record."""

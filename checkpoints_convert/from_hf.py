@@ -39,8 +39,8 @@ from megatron_qwen.checkpoint.torch_file import Envelope, envelope
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_qwen.data.tokenizer import TOKENIZER_FILES, copy_tokenizer
-from megatron_qwen.errors import ConversionError
+from megatron_qwen.data.tokenizer import copy_tokenizer
+from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -101,7 +101,7 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     source = HfDirectory(hf_dir, mixed=options.dtype is not None)
     formats = {info.dtype for info in source.tensors.values()}
     dtype = DTYPES[options.dtype] if options.dtype else formats.pop()
-    names = [name for name in TOKENIZER_FILES if (hf_dir / name).is_file()]
+    names = source.tokenizer_files()
     has_tokenizer = any(name in names for name in ("tokenizer.json", "tokenizer.model", "vocab.json"))
     if not has_tokenizer:
         log.warning("%s holds no tokenizer: the checkpoint has none", hf_dir)
@@ -230,8 +230,15 @@ def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> N
     if checkpoint.tokenizer is not None:
         copy_tokenizer(checkpoint.tokenizer, folder / TOKENIZER)
         copy_tokenizer(checkpoint.tokenizer, root / TOKENIZER)
-    note = {"format": 1, "identity": identity_digest(checkpoint.identity), "source": checkpoint.note}
-    (root / NOTE).write_text(json.dumps({**note, "code": code_version()}, indent=1) + "\n")
+    around = [root / RUN_YAML, root / _CHECKPOINTS / LATEST, *sorted((root / TOKENIZER).glob("*"))]
+    note = {
+        "format": 1,
+        "identity": identity_digest(checkpoint.identity),
+        "source": checkpoint.note,
+        "files": {str(path.relative_to(root)): sha256(path) for path in around},
+        "code": code_version(),
+    }
+    (root / NOTE).write_text(json.dumps(note, indent=1) + "\n")
 
 
 def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
@@ -268,6 +275,10 @@ def _is_complete(out: Path, identity: Mapping[str, Any]) -> bool:
         return False
     if not isinstance(noted, dict) or noted.get("identity") != identity_digest(identity):
         return False
-    if damage := manifest.damage(iteration_dir(out / _CHECKPOINTS, 0)):
+    damage = manifest.damage(iteration_dir(out / _CHECKPOINTS, 0))
+    for name, digest in noted["files"].items():
+        if not (out / name).is_file() or sha256(out / name) != digest:
+            damage.append(Problem(str(out / name), None, "is missing or has other bytes than when it was written."))
+    if damage:
         raise ConversionError(damage)
     return True

@@ -12,13 +12,16 @@ import xxhash
 from checkpoints_convert.safetensors_format import StoredEntry, read_header
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.data.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.models.hf_config import model_from_hf
-from megatron_qwen.models.hf_mapping import hf_tensors
+from megatron_qwen.models.hf_mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20
 _SHOWN = 10
+# More than these are not looked for one by one.
+_MOST_MISSING = 200_000
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -93,12 +96,22 @@ class HfDirectory:
             found.setdefault(path.name, []).append(name)
         return found
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of all values."""
-        return sum(entry.size for entry in self._entries.values())
+    def tokenizer_files(self) -> list[str]:
+        """Names of the tokenizer's files that are there.
+
+        Raises:
+            ConversionError: one of them is a link that leads out of the directory.
+        """
+        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
+        faults = [(name, self._outside(self.path / name)) for name in names]
+        if any(fault for _, fault in faults):
+            raise ConversionError([Problem(str(self.path / name), None, fault) for name, fault in faults if fault])
+        return names
 
     def _config(self, problems: list[Problem]) -> dict[str, Any] | None:
+        if (self.path / CONFIG).exists() and (fault := self._outside(self.path / CONFIG)):
+            problems.append(Problem(str(self.path / CONFIG), None, fault))
+            return None
         return _read_json(self.path / CONFIG, problems)
 
     def _collect(self, problems: list[Problem]) -> None:
@@ -171,6 +184,12 @@ class HfDirectory:
 
     def _misfits(self, model: ModelConfig, *, mixed: bool) -> list[Problem]:
         """How the tensors differ from those that config.json names."""
+        named = count_hf_tensors(model)
+        if named > len(self._entries) + _MOST_MISSING:
+            fix = (
+                f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not go together."
+            )
+            return [Problem(str(self.path), None, fix)]
         expected = {item.name: item.shape for item in hf_tensors(model)}
         found = []
         if missing := sorted(expected.keys() - self._entries.keys()):
@@ -206,9 +225,11 @@ def _many(where: Path, names: Iterable[str], fix: str) -> Problem:
 
 def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     try:
-        if path.stat().st_size > _LARGEST_JSON:
+        with path.open("rb") as file:
+            data = file.read(_LARGEST_JSON + 1)
+        if len(data) > _LARGEST_JSON:
             raise ValueError
-        content = json.loads(path.read_bytes())
+        content = json.loads(data)
         if not isinstance(content, dict):
             raise TypeError
     except FileNotFoundError:

@@ -147,7 +147,9 @@ def _noted(directory: Path, tensors: list[Row]) -> tuple[str, dict[str, Any]]:
         return _layout(sizes), facts
     arguments = getattr(read_common_state(directory).get("args"), "__dict__", {})
     if arguments:
-        facts["tokens"] = (arguments.get("consumed_train_samples") or 0) * (arguments.get("seq_length") or 0) or None
+        samples, length = arguments.get("consumed_train_samples"), arguments.get("seq_length")
+        if isinstance(samples, int) and isinstance(length, int):
+            facts["tokens"] = samples * length
         sizes = {short: arguments.get(name) for name, short in _SIZES.items()}
         return _layout({name: size if isinstance(size, int) else 1 for name, size in sizes.items()}), facts
     return _guessed(tensors), facts

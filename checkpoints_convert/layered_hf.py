@@ -10,6 +10,29 @@ from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.models.hf_config import ARCHITECTURES
 
 _VOCABULARY = 8  # of the one-layer model, whose embedding is not used
+# What of config.json decides what a layer computes. Nothing else reaches transformers: not where to get code from.
+_COMPUTED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_parameters",
+    "attention_bias",
+    "qkv_bias",
+    "num_experts",
+    "num_local_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+)
 
 
 class HfLayers:
@@ -38,12 +61,9 @@ class HfLayers:
         self.num_layers, self.vocab_size = source.shape.num_layers, self._ends.vocab_size
         self.embed, self.output_rows = self._ends.embed, self._ends.output_rows
         kind = source.config["model_type"]
-        content = {
-            name: value for name, value in source.config.items() if name not in ("model_type", "dtype", "torch_dtype")
-        }
+        content = {name: source.config[name] for name in _COMPUTED if name in source.config}
         content |= {"num_hidden_layers": 1, "vocab_size": _VOCABULARY, "tie_word_embeddings": False}
-        content |= {"layer_types": ["full_attention"], "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-        self._config = transformers.AutoConfig.for_model(kind, **content)
+        self._config = transformers.AutoConfig.for_model(kind, **content, attn_implementation="sdpa")
         self._class: Any = getattr(transformers, ARCHITECTURES[kind])
         self._by_layer: dict[int, list[str]] = {}
         for name in source.tensors:

@@ -86,6 +86,8 @@ def prompt_tokens(prompts: Sequence[str], tokenizer: Path | None, *, vocab_size:
     found = load_tokenizer(tokenizer).encode_batch(list(prompts or PROMPTS))
     if any(token >= vocab_size for ids in found for token in ids):
         raise ConversionError(Problem(str(tokenizer), None, f"has ids beyond the {vocab_size} of the model."))
+    if not any(found):
+        raise ConversionError(Problem("--prompt", "", "holds no token; give a text."))
     return [torch.tensor(ids) for ids in found if ids]
 
 

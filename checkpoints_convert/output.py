@@ -7,6 +7,7 @@ before it begins, and what an interrupted one left can be told from what it shou
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 
 import torch
 
@@ -22,10 +23,12 @@ class Piece:
     Args:
         rows: how many.
         read: gives rows start to stop of the piece, [stop - start, ...].
+        row_bytes: bytes that are read for a row, where that is more than is written of it.
     """
 
     rows: int
     read: ReadRows
+    row_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,10 @@ class OutputFile:
     name: str
     header: bytes
     records: tuple[Record, ...]
+
+    def __post_init__(self) -> None:
+        assert ".." not in Path(self.name).parts, self.name
+        assert not Path(self.name).is_absolute(), self.name
 
     @property
     def size(self) -> int:

@@ -13,6 +13,7 @@ import psutil
 from megatron_qwen.metrics.console import duration
 
 _LIVE_S, _PLAIN_S = 0.2, 15.0
+_TRIAL_BYTES = 64 << 20
 
 
 def gb(count: float) -> str:
@@ -31,19 +32,36 @@ class Prediction:
         peak_memory_bytes: resident memory of the process at its peak.
         disk_bytes: bytes that are still to be written.
         free_bytes: bytes that are free where they go.
-        least_seconds: time that checksums alone take; the disk may be slower.
+        seconds: about how long it takes.
+        write_rate: bytes a second that the disk took in a trial; None where there was none.
     """
 
     peak_memory_bytes: int
     disk_bytes: int
     free_bytes: int
-    least_seconds: float
+    seconds: float
+    write_rate: float | None
 
     def __str__(self) -> str:
+        trial = f" (this disk takes {self.write_rate / 1e9:.2f} GB/s)" if self.write_rate else ""
         return (
-            f"needs {gb(self.peak_memory_bytes)} of memory and {gb(self.disk_bytes)} of disk ({gb(self.free_bytes)} "
-            f"free), and at least {duration(max(1, self.least_seconds))} for checksums"
+            f"needs at most {gb(self.peak_memory_bytes)} of memory, {gb(self.disk_bytes)} of disk "
+            f"({gb(self.free_bytes)} free) and about {duration(max(1, self.seconds))}{trial}"
         )
+
+
+def trial_write_rate(directory: Path) -> float:
+    """Bytes a second that a disk takes, from writing and removing a small file."""
+    path, block = directory / ".trial", bytes(1 << 20)
+    started = time.perf_counter()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for _ in range(_TRIAL_BYTES // len(block)):
+                file.write(block)
+            os.fsync(file.fileno())
+    finally:
+        path.unlink(missing_ok=True)
+    return _TRIAL_BYTES / (time.perf_counter() - started)
 
 
 def peak_resident_bytes() -> int:

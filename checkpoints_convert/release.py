@@ -14,6 +14,7 @@ from megatron_qwen.provenance import code_version
 
 MANIFEST = "manifest.json"
 _BUFFER = 1 << 22
+_FORMATS = {name: name for name in ("bfloat16", "float16", "float32")}
 
 
 @dataclass(frozen=True)
@@ -108,12 +109,13 @@ class ReleaseManifest:
             content = json.loads(path.read_bytes())
             self.identity = str(content["identity"])
             self.source: dict[str, Any] = dict(content["source"])
+            self.configuration: dict[str, Any] = dict(content["configuration"])
             self.files = {
                 str(name): (int(item["size"]), str(item["sha256"])) for name, item in content["files"].items()
             }
             self.tensors = {
                 str(name): NotedTensor(
-                    str(item["dtype"]), tuple(map(int, item["shape"])), str(item["xxh3_128"]), str(item["file"])
+                    _FORMATS[item["dtype"]], tuple(map(int, item["shape"])), str(item["xxh3_128"]), str(item["file"])
                 )
                 for name, item in content["tensors"].items()
             }

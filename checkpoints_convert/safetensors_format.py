@@ -126,6 +126,8 @@ def _entry(name: str, described: dict[str, Any], begin: int) -> StoredEntry:
     if not all(isinstance(length, int) and 0 <= length < 2**40 for length in shape):
         raise ValueError(f"shape {described['shape']!r}")
     first, last = described["data_offsets"]
+    if not (isinstance(first, int) and isinstance(last, int)):
+        raise ValueError("data_offsets must be whole numbers")
     entry = StoredEntry(name, dtype, shape, begin + int(first))
     if first < 0 or last - first != entry.size:
         raise ValueError(f"{last - first} bytes do not hold {list(shape)} of {described['dtype']}")

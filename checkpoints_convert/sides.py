@@ -1,6 +1,5 @@
 """What can be compared: a checkpoint, a Hugging Face directory, or the manifest of a released one."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpo
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
-from megatron_qwen.config.fields import field_infos
+from megatron_qwen.config.fields import bound_problems, coerce, field_infos
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.data.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
@@ -68,9 +67,11 @@ def _manifest_side(path: Path) -> Side:
     manifest = ReleaseManifest(path)
     known = field_infos("model", ModelConfig)
     try:
-        body = json.loads(path.read_bytes())["configuration"]["model"]
-        model = ModelConfig(**{name: value for name, value in body.items() if name in known})
-    except (KeyError, TypeError, ValueError):
+        body = manifest.configuration["model"]
+        model = ModelConfig(**{name: coerce(value, known[name].type) for name, value in body.items() if name in known})
+        if list(bound_problems("model", model)):
+            raise ValueError
+    except (KeyError, TypeError, ValueError, AttributeError):
         raise ConversionError(Problem(str(path), "configuration", "is missing or damaged.")) from None
     described = {name: (noted.shape, noted.dtype, noted.xxh3_128) for name, noted in manifest.tensors.items()}
     tokenizer = {name: digest for name, (_, digest) in manifest.files.items() if name in TOKENIZER_FILES}
@@ -83,7 +84,7 @@ def _hf_side(path: Path) -> Side:
 
 
 def _checkpoint_side(path: Path, iteration: int | None, config: str | None, overrides: Sequence[str]) -> Side:
-    source = open_checkpoint(path, iteration=iteration, config=config, overrides=overrides)
+    source = open_checkpoint(path, iteration=iteration, config=config, overrides=overrides, where_needed=True)
     weights = ExportedWeights(source.weights)
     files, directory = ({}, None) if source.tokenizer is None else _tokenizer(source.tokenizer)
     return Side(

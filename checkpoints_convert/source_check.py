@@ -8,6 +8,7 @@ import xxhash
 
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.progress import ByteProgress
+from megatron_qwen.errors import CheckpointError, Problem
 
 _BUFFER = 1 << 22
 _DONE = ".checked"
@@ -15,21 +16,21 @@ Part = tuple[str, int, int, str]
 
 
 def check_unread(
-    source: CheckpointSource, parts: Sequence[Part], work: Path, *, workers: int, progress: ByteProgress
+    source: CheckpointSource, parts: Sequence[Part], notes: Path, *, workers: int, progress: ByteProgress
 ) -> None:
     """Compares the parts of a checkpoint that hold no weights with the hashes of its manifest, once a conversion.
 
     Args:
         source: the checkpoint.
         parts: (file, first byte, bytes, hash).
-        work: directory of the conversion, where it is noted that this is done.
+        notes: folder of the conversion where it is noted that this is done.
         workers: parts read at a time.
         progress: told of every byte.
 
     Raises:
         CheckpointError: with everything that is damaged in the whole checkpoint.
     """
-    done = work / ".journal" / _DONE
+    done = notes / _DONE
     if done.is_file():
         progress.add(sum(length for _, _, length, _ in parts))
         return
@@ -47,6 +48,6 @@ def check_unread(
 
     with ThreadPoolExecutor(workers, thread_name_prefix="check") as pool:
         if not all(pool.map(is_whole, parts)):
-            raise damaged(source.path)
-    done.parent.mkdir(exist_ok=True)
+            changed = Problem(str(source.path), None, "changed while it was read; try again.")
+            raise damaged(source.path, CheckpointError(changed))
     done.touch()

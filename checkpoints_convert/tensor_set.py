@@ -1,6 +1,6 @@
 """Named tensors that are read a few rows at a time, whatever holds them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -59,19 +59,19 @@ def _cut(ranges: tuple[Range, ...], start: int, stop: int) -> Iterator[Range]:
         at += last - first
 
 
-def blocks(source: TensorSet, name: str) -> Iterator[torch.Tensor]:
-    """A tensor from top to bottom, about 16 MiB at a time."""
-    info = source.tensors[name]
-    rows = info.shape[0]
-    width = torch.Size(info.shape).numel() * info.dtype.itemsize // max(1, rows)
+def blocks(sources: Sequence[TensorSet], name: str) -> Iterator[tuple[torch.Tensor, ...]]:
+    """A tensor from top to bottom, the same rows of every source, of each about 16 MiB at most."""
+    infos = [source.tensors[name] for source in sources]
+    rows = infos[0].shape[0]
+    width = max(torch.Size(info.shape).numel() * info.dtype.itemsize for info in infos) // max(1, rows)
     step = max(1, _BLOCK_BYTES // max(1, width))
     for start in range(0, rows, step):
-        yield source.rows(name, start, min(rows, start + step))
+        yield tuple(source.rows(name, start, min(rows, start + step)) for source in sources)
 
 
 def digest(source: TensorSet, name: str) -> str:
     """xxh3-128 of a tensor's values."""
     found = xxhash.xxh3_128()
-    for block in blocks(source, name):
+    for (block,) in blocks([source], name):
         found.update(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
     return found.hexdigest()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +18,13 @@ from checkpoints_convert.file_writer import LARGEST_BLOCK
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.output import OutputFile, Piece, Record, pack
-from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, peak_resident_bytes
+from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, peak_resident_bytes, trial_write_rate
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.config.run import as_dict
 from megatron_qwen.data.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
-from megatron_qwen.errors import CheckpointError
+from megatron_qwen.errors import CheckpointError, DataError
 from megatron_qwen.models.hf_config import hf_config
 from megatron_qwen.models.hf_mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
@@ -33,8 +34,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
 _BLOCKS_IN_FLIGHT = 20
 SHARD_BYTES = 5_000_000_000
-# SHA-256 with the processor's instructions, as a lower bound of what a core does in a second.
-_HASHED_PER_SECOND = 1.2e9
+_WEIGHT_FILE = re.compile(r"model[A-Za-z0-9_-]*\.safetensors")
+# What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
+_MOVED_PER_SECOND = 0.6e9
+# Below this, a trial of the disk takes longer than what it predicts.
+_WORTH_A_TRIAL = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Converted:
             "gb_per_second": round((self.weight_bytes - self.kept_bytes) / max(self.seconds, 1e-9) / 1e9, 4),
             "complete_before": self.complete_before,
             "predicted_peak_memory_bytes": self.prediction.peak_memory_bytes if self.prediction else None,
+            "predicted_seconds": round(self.prediction.seconds, 1) if self.prediction else None,
         }
 
 
@@ -116,7 +121,8 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
         unread = source.unread_parts() if options.check_everything else []
         progress = ByteProgress(total + sum(length for _, _, length, _ in unread), quiet=options.quiet)
         try:
-            check_unread(source, unread, task.directory, workers=options.workers, progress=progress)
+            if options.check_everything:
+                check_unread(source, unread, task.notes, workers=options.workers, progress=progress)
             written = task.write(files, new_digest=hashlib.sha256, workers=options.workers, progress=progress)
         except CheckpointError as error:
             raise damaged(source.path, error) from None
@@ -164,11 +170,22 @@ def plan_files(source: CheckpointSource, options: ExportOptions) -> list[OutputF
 
 def _files_before(source: CheckpointSource, items: Sequence[HfTensor]) -> dict[str, list[HfTensor]] | None:
     """By file, what lay in it when the model was converted from Hugging Face; None where that is not known."""
-    files = source.state.get("converted_from", {}).get("files", {})
+    files = _converted_from(source).get("files")
     by_name = {item.name: item for item in items}
-    if sorted(name for names in files.values() for name in names) != sorted(by_name):
+    if not isinstance(files, dict) or not all(isinstance(names, list) for names in files.values()):
+        return None
+    # What a checkpoint says names files here: bare names of weights, nothing else.
+    if not all(_WEIGHT_FILE.fullmatch(str(file)) for file in files):
+        return None
+    if sorted(str(name) for names in files.values() for name in names) != sorted(by_name):
         return None
     return {file: [by_name[name] for name in names] for file, names in sorted(files.items())}
+
+
+def _converted_from(source: CheckpointSource) -> dict[str, Any]:
+    """What a checkpoint notes of the directory it was converted from."""
+    noted = source.state.get("converted_from")
+    return noted if isinstance(noted, dict) else {}
 
 
 def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype: Any) -> OutputFile:
@@ -187,12 +204,15 @@ def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> P
 
 def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> Prediction:
     """What is needed, from what is known before the first byte."""
-    total = sum(file.size for file in files)
+    left = task.left_to_write(files)
+    rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
+    seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
     return Prediction(
         peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * LARGEST_BLOCK,
-        disk_bytes=task.left_to_write(files),
+        disk_bytes=left,
         free_bytes=free_bytes(out.absolute().parent),
-        least_seconds=total / _HASHED_PER_SECOND / min(workers, len(files)),
+        seconds=max(seconds, left / rate) if rate else seconds,
+        write_rate=rate,
     )
 
 
@@ -202,7 +222,7 @@ def _configs(
     """The text files beside the weights, by name."""
     formats = {record.dtype for file in files for record in file.records}
     dtype = str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
-    eos, bos = special_ids(source.tokenizer) if source.tokenizer is not None else (None, None)
+    eos, bos = _token_ids(source)
     if source.tokenizer is None:
         log.warning("the run names no tokenizer (data.tokenizer): the export has none")
     config = hf_config(source.config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
@@ -212,9 +232,22 @@ def _configs(
     texts["README.md"] = model_card(
         source, name=name, architecture=config["architectures"][0], dtype=dtype, license_=options.license_
     )
-    if len(files) > 1:
+    if [file.name for file in files] != [SINGLE]:
         texts[INDEX] = _index(files)
     return texts
+
+
+def _token_ids(source: CheckpointSource) -> tuple[Any, Any]:
+    """(eos, bos): from the tokenizer, else from the config.json that the model came with."""
+    if source.tokenizer is None:
+        return None, None
+    try:
+        return special_ids(source.tokenizer)
+    except DataError:
+        noted = _converted_from(source).get("config.json")
+        if not isinstance(noted, dict):
+            raise
+        return noted.get("eos_token_id"), noted.get("bos_token_id")
 
 
 def _index(files: Sequence[OutputFile]) -> str:

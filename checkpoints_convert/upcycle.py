@@ -17,8 +17,9 @@ from checkpoints_convert.tensor_set import TensorSet
 from checkpoints_convert.to_hf import SHARD_BYTES, Converted
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from checkpoints_convert.verify import compare_logits
+from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -73,7 +74,10 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
             Problem(str(dense.path), None, "has weights of several formats; convert it to one first.")
         )
     dtype = formats.pop()
+    if options.router_std is not None and not 0 <= options.router_std < 1e3:
+        raise ConfigError(Problem("--router-std", options.router_std, "must be a small number, at least 0."))
     config = new_run(cut.model, out, dtype=dtype, tokenizer=dense.tokenizer_dir is not None)
+    require_legal(config)
     cutter = Cutter(dense, cut, seed=options.seed)
     records = [cutter.record(item, dtype) for item in core_tensors(cut.model)]
     note = {
@@ -98,7 +102,9 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         dtype_name = "fp32"
         found = compare_logits(dense, open_side(out), prompts=(), dtype=dtype_name, quiet=options.quiet)
         report["logits"] = found.as_json()
-    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    temporary = out / f".{REPORT}.part"
+    temporary.write_text(json.dumps(report, indent=2) + "\n")
+    temporary.replace(out / REPORT)
     return done, report
 
 
@@ -132,7 +138,9 @@ class Cutter:
     def _piece(self, name: str, part: int, span: tuple[int, int]) -> Piece:
         first, last = span
         read = self._reader(name)
-        return Piece(last - first, lambda start, stop: read(first + start, first + stop))
+        # An expert's output matrix takes some columns of rows that are read whole, in fp32.
+        wide = 4 * self._ffn if name.endswith("down_proj.weight") else 0
+        return Piece(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
 
     def _reader(self, name: str) -> Callable[[int, int], torch.Tensor]:
         """What gives rows of a Hugging Face tensor of the mixture."""

@@ -1,5 +1,6 @@
 """``mq convert verify``: whether two things are the same model, tensor by tensor."""
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -137,7 +138,7 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
                 verdict.tensors += 1
                 verdict.bytes_compared += sizes[name]
                 verdict.equal_tensors += difference is None
-                if difference is not None and difference.size > tolerance:
+                if difference is not None and (not tolerance or difference.size > tolerance):
                     verdict.differences.append(difference)
     except CheckpointError as met:
         error = met
@@ -171,9 +172,15 @@ def compare_logits(a: Side, b: Side, *, prompts: Sequence[str], dtype: str, quie
         raise ConversionError(Problem("--logits", None, fix))
     tokenizer = a.tokenizer_dir or b.tokenizer_dir
     tokens = prompt_tokens(prompts, tokenizer, vocab_size=a.model.vocab_size)
-    progress = ByteProgress(a.model.num_layers, quiet=True)
     first, second = _layers(a, dtype), _layers(b, dtype)
-    return compare(first, second, tokens, dtype=dtype, on_layer=lambda index: progress.add(1))
+    live = sys.stderr.isatty() and not quiet
+
+    def show(index: int) -> None:
+        if live:
+            end = "\n" if index + 1 == a.model.num_layers else ""
+            print(f"\rlayer {index + 1} of {a.model.num_layers}", end=end, file=sys.stderr, flush=True)
+
+    return compare(first, second, tokens, dtype=dtype, on_layer=show)
 
 
 def _layers(side: Side, dtype: str) -> LayeredModel:
@@ -222,7 +229,7 @@ def _tensor(a: Side, b: Side, name: str, tolerance: float) -> Difference | None:
 def _values(a: TensorSet, b: TensorSet, name: str) -> Difference | None:
     largest = scale = 0.0
     count = different = 0
-    for ours, theirs in zip(blocks(a, name), blocks(b, name), strict=True):
+    for ours, theirs in blocks([a, b], name):
         count += ours.numel()
         if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
             scale = max(scale, float(ours.abs().max().float()))

@@ -6,6 +6,7 @@ complete. The same command finds it there, by what is noted of all that decides 
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import threading
@@ -14,8 +15,6 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-import orjson
 
 from checkpoints_convert.file_writer import Digest, FileWriter, Stopped, Written, block_bytes
 from checkpoints_convert.output import OutputFile
@@ -42,6 +41,13 @@ class Work:
     def __init__(self, directory: Path, out: Path) -> None:
         self.directory, self.out = directory, out
         self._stop = threading.Event()
+
+    @property
+    def notes(self) -> Path:
+        """Where journals lie, and whatever else only the work needs; it is gone when the work is done."""
+        path = self.directory / _JOURNAL
+        path.mkdir(exist_ok=True)
+        return path
 
     def left_to_write(self, files: Sequence[OutputFile]) -> int:
         """Bytes that are not there yet."""
@@ -75,7 +81,7 @@ class Work:
                 file.name: FileWriter(
                     file,
                     self.directory / file.name,
-                    self.directory / _JOURNAL / file.name,
+                    self.notes / file.name,
                     new_digest=new_digest,
                     block=block_bytes(files),
                     progress=progress,
@@ -142,43 +148,80 @@ def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Wor
     Raises:
         OccupiedError: ``out`` is occupied, another process is at it, or something else lies in the work directory.
     """
+    out = out.absolute()
     require_free(out)
     directory = out.with_name(f".{out.name}.partial")
-    directory.mkdir(parents=True, exist_ok=True)
-    handle = os.open(directory, os.O_RDONLY)
+    handle = _lock(directory, out)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
+        require_free(out)  # another process may have finished it meanwhile
         _claim(directory, out, identity, restart=restart)
         try:
             yield Work(directory, out)
         except (CheckpointError, ConversionError, DataError) as error:
             if not isinstance(error, OccupiedError):
-                shutil.rmtree(directory, ignore_errors=True)
+                _clear(directory)
+                directory.rmdir()
             raise
     finally:
         os.close(handle)
 
 
+def _lock(directory: Path, out: Path) -> int:
+    """Makes the work directory and locks it against every other process; the open directory."""
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except (FileExistsError, NotADirectoryError):
+            raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
+        # Between opening and locking, another process may have renamed or removed what is locked now.
+        if directory.exists() and os.path.samestat(os.fstat(handle), directory.stat()):
+            return handle
+        os.close(handle)
+
+
+def _clear(directory: Path) -> None:
+    """Empties a work directory; the plan goes last, so that a kill leaves what can be recognised."""
+    for path in directory.iterdir():
+        if path.name != _PLAN:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (directory / _PLAN).unlink(missing_ok=True)
+
+
 def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: bool) -> None:
     plan = directory / _PLAN
-    wanted = orjson.dumps(identity, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+    wanted = json.dumps(identity, indent=1, sort_keys=True)
     there = [path for path in directory.iterdir() if path.name != f"{_PLAN}.part"]
-    if plan.is_file() and plan.read_bytes() == wanted:
+    if plan.is_file() and plan.read_text() == wanted:
         return
     if there and not plan.is_file():
         raise OccupiedError(Problem(str(directory), None, "is needed for the work and is not empty; remove it."))
     if there and not restart:
         fix = (
-            f"an unfinished conversion with another source or other options lies in {directory}; repeat the command "
-            "that began it, or give --restart to throw it away."
+            f"an unfinished conversion that differs in {_difference(plan, identity)} lies in {directory}; repeat the "
+            "command that began it, or give --restart to throw it away."
         )
         raise OccupiedError(Problem(str(out), None, fix))
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _replace(plan, wanted.decode())
+    _clear(directory)
+    _replace(plan, wanted)
+
+
+def _difference(plan: Path, identity: dict[str, Any]) -> str:
+    """What an unfinished conversion has otherwise, in the words of its plan."""
+    try:
+        there: dict[str, Any] = json.loads(plan.read_text())
+        wanted: dict[str, Any] = json.loads(json.dumps(identity))
+        names = [name for name in sorted(there.keys() | wanted.keys()) if there.get(name) != wanted.get(name)]
+        if "source" in names and (begun := there["source"].get("iteration")) != wanted["source"].get("iteration"):
+            return f"iteration (it is of --iteration {begun})"
+    except (ValueError, AttributeError, KeyError):
+        names = []
+    return ", ".join(names) or "everything"
 
 
 def clear_notes(out: Path) -> None:
@@ -189,6 +232,8 @@ def clear_notes(out: Path) -> None:
 
 def require_free(out: Path) -> None:
     """Raises OccupiedError where a directory cannot be made because something is there."""
+    if not out.absolute().name:
+        raise OccupiedError(_occupied(out))
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
         raise OccupiedError(_occupied(out))
 

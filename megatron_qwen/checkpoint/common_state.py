@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_qwen.checkpoint.metadata import read_metadata
+from megatron_qwen.checkpoint.metadata import FrozenType, read_metadata
 from megatron_qwen.errors import CheckpointError, Problem
 
 COMMON = "common.pt"
@@ -24,7 +24,7 @@ _IN_SHARDS = "common_state/shard_0_1"
 _LARGEST = 1 << 30
 
 
-class _Inert:
+class _Inert(metaclass=FrozenType):
     """Stands for an object whose content is of no use here; nothing of it runs."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
@@ -38,7 +38,7 @@ class _Inert:
     def extend(self, values: Any) -> None: ...
 
 
-class _Namespace(SimpleNamespace):
+class _Namespace(SimpleNamespace, metaclass=FrozenType):
     """argparse's Namespace, its attributes without its class."""
 
     def __setstate__(self, state: Any) -> None:
@@ -111,7 +111,9 @@ def read_common_state(directory: Path) -> dict[str, Any]:
         data = _read(path, int(stored.offset), int(stored.length))
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            (described,) = [name for name in archive.namelist() if name.partition("/")[2] == "data.pkl"]
+            (described,) = [item for item in archive.infolist() if item.filename.partition("/")[2] == "data.pkl"]
+            if described.compress_type != zipfile.ZIP_STORED:  # torch compresses nothing; a bomb would
+                raise ValueError("compressed")
             content = _Unpickler(io.BytesIO(archive.read(described))).load()
     except pickle.UnpicklingError as error:
         raise CheckpointError(Problem(str(path), None, f"is refused: {error}. Do not load this checkpoint.")) from None

@@ -158,8 +158,9 @@ class CheckpointReader:
                 or any(end > limit for end, limit in zip(ends, size, strict=False))
             ):
                 found.append(Problem(where, name, f"has a slice at {chunk.offsets} that lies outside of it."))
-        if len({chunk.offsets for chunk in chunks}) != len(chunks):
-            found.append(Problem(where, name, "has two slices at one place."))
+        if not found and (pair := _overlapping(chunks)):
+            fix = f"has slices at {pair[0].offsets} and {pair[1].offsets} that overlap."
+            found.append(Problem(where, name, fix))
         stored = sum(torch.Size(chunk.sizes).numel() for chunk in chunks)
         if stored != torch.Size(size).numel():
             found.append(Problem(where, name, f"holds {stored} of {torch.Size(size).numel()} values: incomplete."))
@@ -253,3 +254,35 @@ class CheckpointReader:
                 digest.update(buffer[:taken])
                 left -= taken
         return None if digest.hexdigest() == noted[1] else "has other bytes than when it was written: damaged."
+
+
+def _overlapping(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
+    """Two slices that share a value, or None.
+
+    Slices are compared within one index of the dimensions along which all have length one (layers, experts), and
+    there only with those that begin before they end.
+    """
+    if not chunks:
+        return None
+    axes = range(len(chunks[0].sizes))
+    single = [axis for axis in axes if all(chunk.sizes[axis] == 1 for chunk in chunks)]
+    others = [axis for axis in axes if axis not in single]
+    groups: dict[tuple[int, ...], list[Chunk]] = {}
+    for chunk in chunks:
+        groups.setdefault(tuple(chunk.offsets[axis] for axis in single), []).append(chunk)
+    for group in groups.values():
+        if not others and len(group) > 1:
+            return group[0], group[1]
+        group.sort(key=lambda chunk: [chunk.offsets[axis] for axis in others])
+        for index, chunk in enumerate(group):
+            for later in group[index + 1 :]:
+                first = others[0]
+                if later.offsets[first] >= chunk.offsets[first] + chunk.sizes[first]:
+                    break
+                if all(
+                    later.offsets[axis] < chunk.offsets[axis] + chunk.sizes[axis]
+                    and chunk.offsets[axis] < later.offsets[axis] + later.sizes[axis]
+                    for axis in others
+                ):
+                    return chunk, later
+    return None

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import torch
 
+from megatron_qwen.checkpoint.metadata import FrozenCall
+
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _LARGEST_PICKLE = 1 << 16
 _STORAGES: dict[str, torch.dtype] = {
@@ -93,7 +95,7 @@ class _Tensors(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _describe
+            return FrozenCall(_describe)
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if module == "torch" and name in _STORAGES:
@@ -132,6 +134,10 @@ def locate(file: BinaryIO, offset: int, length: int) -> StoredTensor:
             window.seek(_start(window, described))
             content = _Tensors(io.BytesIO(window.read(described.file_size) or b"")).load()
             dtype, key, start, shape, stride = content
+            if not all(isinstance(number, int) for number in (start, *shape, *stride)) or not isinstance(
+                dtype, torch.dtype
+            ):
+                raise NoPlainTensor("its description is none")
             values = members[f"data/{key}"]
             begin = _start(window, values) + start * dtype.itemsize
     except NoPlainTensor:

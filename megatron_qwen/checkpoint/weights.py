@@ -17,6 +17,7 @@ from megatron_qwen.errors import CheckpointError, Problem
 from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
 
 _SHOWN = 10
+_FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 # What a checkpoint holds beside the weights.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
@@ -124,6 +125,8 @@ class CheckpointWeights:
             return f"has {shapes[0][0]} layers where the configuration says {expected}."
         if rule.per_expert and len(names[0][1]) == 2 and shapes[0][1] != self.model.num_moe_experts:
             return f"has {shapes[0][1]} experts where the configuration says {self.model.num_moe_experts}."
+        if any(self._tensors[name].dtype not in _FORMATS for name, _ in names):
+            return f"has the format {self._tensors[names[0][0]].dtype}; bfloat16, float16 and float32 can be converted."
         dtypes = {self._tensors[name].dtype for name, _ in names} | {self._dtypes.get(rule.core)} - {None}
         if len(dtypes) > 1:
             return f"has several formats: {', '.join(sorted(map(str, dtypes)))}."

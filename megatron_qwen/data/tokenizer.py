@@ -131,7 +131,6 @@ def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
     A generation_config.json that came with the tokenizer decides; else documents end with the end-of-text token, and
     the family begins one with the same.
     """
-    tokenizer = load_tokenizer(directory)
     try:
         noted = json.loads((directory / "generation_config.json").read_text())
     except FileNotFoundError:
@@ -139,7 +138,8 @@ def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
     except (OSError, ValueError):
         raise DataError(Problem(str(directory / "generation_config.json"), None, "is no JSON; mend it.")) from None
     if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id")):
-        return tokenizer.end_of_text, tokenizer.end_of_text
+        end = load_tokenizer(directory).end_of_text
+        return end, end
     return noted["eos_token_id"], noted.get("bos_token_id")
 
 

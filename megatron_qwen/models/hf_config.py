@@ -35,6 +35,14 @@ _OPTIONAL: dict[str, tuple[str, type]] = {
     "attention_dropout": ("attention_dropout", float),
     "router_aux_loss_coef": ("moe_aux_loss_coeff", float),
 }
+# Sizes that no model has; whoever names them wants the reader to run out of memory.
+_LIMITS = {
+    "num_hidden_layers": ("num_layers", 10_000),
+    "num_attention_heads": ("num_attention_heads", 65_536),
+    "num_key_value_heads": ("num_query_groups", 65_536),
+    "num_experts": ("num_moe_experts", 65_536),
+}
+
 # What must have one value, because nothing else is computed here.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
@@ -227,6 +235,13 @@ def _switches(kind: str, content: dict[str, Any], where: str, problems: list[Pro
 
 def _illegal(model: ModelConfig, where: str) -> list[Problem]:
     found = [Problem(f"{where}: {item.where}", item.value, item.fix) for item in bound_problems("model", model)]
+    if found:
+        return found
+    found += [
+        Problem(f"{where}: {name}", getattr(model, field), f"is beyond all models; at most {limit:,}.")
+        for name, (field, limit) in _LIMITS.items()
+        if (getattr(model, field) or 0) > limit
+    ]
     if found:
         return found
     heads, groups = model.num_attention_heads, model.num_query_groups

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-import torch
-
 from megatron_qwen.config.sections import ModelConfig
 
 Range = tuple[int, int]
@@ -109,16 +107,6 @@ class CoreTensor:
     names: tuple[str, ...]
 
 
-def split(rule: Rule, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
-    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in rule.rows)
-
-
-def join(rule: Rule, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """The inverse of ``split``."""
-    return torch.cat([tensors[part][start:stop] for part, (start, stop) in rule.origin()])
-
-
 def rules(model: ModelConfig) -> list[Rule]:
     """The rules of a model, in the order of the checkpoint's tensors."""
     h = model.hidden_size
@@ -212,6 +200,13 @@ def _in_layer(rule: Rule, layer: int, model: ModelConfig) -> Iterator[CoreTensor
     for expert in range(model.num_moe_experts or 0):
         names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
         yield CoreTensor(rule, (layer, expert), names)
+
+
+def count_hf_tensors(model: ModelConfig) -> int:
+    """How many Hugging Face tensors there are, without naming them."""
+    times = {True: model.num_layers, False: 1}
+    experts = {True: model.num_moe_experts or 0, False: 1}
+    return sum(len(rule.hf) * times[rule.per_layer] * experts[rule.per_expert] for rule in rules(model))
 
 
 # Modules of a layer in the order in which transformers holds them, and so writes them.

@@ -60,6 +60,33 @@ def test_crafted_metadata_is_refused_and_not_run(checkpoint, tmp_path):
         assert not witness.exists(), name
 
 
+def test_metadata_cannot_change_a_class(checkpoint):
+    """BUILD with slot state sets attributes on whatever is on the stack, a class that may be named included."""
+    classes = ("pathlib\nPosixPath", "torch.distributed.checkpoint.metadata\nMetadata")
+    for named in (*classes, "torch.serialization\n_get_layout"):
+        # GLOBAL named; tuple (None, {"is_symlink": dict}); BUILD
+        pickled = b"\x80\x02c" + named.encode() + b"\n(N}X\n\x00\x00\x00is_symlinkcbuiltins\ndict\nstb."
+        (checkpoint / ".metadata").write_bytes(pickled)
+        with pytest.raises(CheckpointError, match="refused"):
+            read_metadata(checkpoint)
+        assert not isinstance(getattr(Path, "is_symlink"), type)  # noqa: B009
+        assert Path("/nowhere").is_symlink() is False
+
+
+def test_metadata_with_other_types_is_one_error(checkpoint):
+    metadata = read_metadata(checkpoint)
+    name = "decoder.final_layernorm.weight"
+    for change in (
+        lambda: setattr(metadata.state_dict_metadata[name], "properties", None),
+        lambda: setattr(metadata, "state_dict_metadata", ["a"]),
+        lambda: setattr(metadata, "storage_data", None),
+    ):
+        change()
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(CheckpointError, match="damaged"):
+            read_metadata(checkpoint)
+
+
 @pytest.mark.parametrize("content", [b"", b"\x80", b"not a pickle", pickle.dumps({"a": 1})])
 def test_damaged_metadata_is_one_error(content, checkpoint):
     (checkpoint / ".metadata").write_bytes(content)

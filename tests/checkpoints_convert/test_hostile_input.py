@@ -1,11 +1,13 @@
 """Broken or hostile input is refused: exit code 3 or 4, everything in one message, nothing written, nothing run."""
 
+import dataclasses
 import io
 import json
 import os
 import pickle
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -409,6 +411,17 @@ def set_stored(metadata: Any, **values: Any) -> None:
                 setattr(stored, name, value)
 
 
+def shift_slice(metadata: Any) -> None:
+    """Has a slice begin where another is, so that the number of values is right and their places are not."""
+    chunks = metadata.state_dict_metadata["decoder.layers.mlp.linear_fc1.weight"].chunks
+    moved = next(chunk for chunk in chunks if chunk.offsets[1])
+    before = moved.offsets
+    moved.offsets = torch.Size([moved.offsets[0], moved.offsets[1] - 8, 0])
+    for index in list(metadata.storage_data):
+        if index.fqn == "decoder.layers.mlp.linear_fc1.weight" and index.offset == before:
+            metadata.storage_data[dataclasses.replace(index, offset=moved.offsets)] = metadata.storage_data.pop(index)
+
+
 METADATA: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensor gone": (lambda metadata: metadata.state_dict_metadata.pop(FC2), "not in the checkpoint"),
     "tensor more": (
@@ -424,8 +437,9 @@ METADATA: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     "slice twice": (
         lambda metadata: metadata.state_dict_metadata[FC2].chunks.append(metadata.state_dict_metadata[FC2].chunks[0]),
-        "two slices at one place",
+        "overlap",
     ),
+    "slices that overlap and leave a gap": (lambda metadata: shift_slice(metadata), "overlap"),
     "other shape": (
         lambda metadata: setattr(metadata.state_dict_metadata[FC2], "size", torch.Size([4, 64, 64])),
         "outside of it",
@@ -507,6 +521,92 @@ def test_pickle_in_common_pt(where, payload, hf, tmp_path):
     message = refused(*(words if where == "to-hf" else ("inspect", foreign)), exit_codes=(4,))
     assert "common.pt" in message
     assert_untouched(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"/tmp/victim.safetensors": None},
+        {"../victim.safetensors": None},
+        {"README.md": None},
+        {".plan.json": None},
+        [1],
+        {"model.safetensors": 7},
+    ],
+)
+def test_a_checkpoint_names_no_files_but_weights(files, hf, tmp_path):
+    """What it notes of the directory it came from decides names here; a forged note is left out of account."""
+    convert(hf, tmp_path / "start", ImportOptions(quiet=True))
+    forged = tmp_path / "start" / "checkpoints" / "iter_0000000"
+    state = json.loads((forged / "state.json").read_text())
+    names = [name for group in state["converted_from"]["files"].values() for name in group]
+    if isinstance(files, dict):
+        files = {name: names if value is None else value for name, value in files.items()}
+    state["converted_from"]["files"] = files
+    (forged / "state.json").write_text(json.dumps(state))
+    sign(forged)
+    before = set(tmp_path.iterdir())
+    assert main(["to-hf", str(forged), str(tmp_path / "out")]) == 0
+    assert set(tmp_path.iterdir()) == before | {tmp_path / "out"}
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert not Path("/tmp/victim.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "special_tokens_map.json"])
+def test_a_link_to_a_file_of_somebody_else(name, hf, tmp_path):
+    (tmp_path / "secret").write_text((hf / "config.json").read_text())
+    (hf / name).unlink(missing_ok=True)
+    (hf / name).symlink_to(tmp_path / "secret")
+    message = refused("from-hf", hf, tmp_path / "out", exit_codes=(3,))
+    assert "link that leads out" in message
+    assert name in message
+    assert_untouched(tmp_path)
+
+
+def test_sizes_beyond_all_bounds_are_refused_at_once(hf, tmp_path):
+    for changes in ({"num_hidden_layers": 10**9}, {"num_attention_heads": 5 * 10**8, "num_key_value_heads": 5 * 10**8}):
+        content = json.loads((hf / "config.json").read_text()) | changes
+        (hf / "config.json").write_text(json.dumps(content))
+        assert "beyond all models" in refused("from-hf", hf, tmp_path / "out", exit_codes=(3,))
+
+
+@pytest.mark.parametrize("extra", [{"note": 2**80}, {"note": "\ud800"}, {"auto_map": {"AutoModel": "evil.py"}}])
+def test_what_config_json_holds_beside_is_harmless(extra, hf, tmp_path):
+    content = json.loads((hf / "config.json").read_text()) | extra | {"attn_implementation": "evil/kernel"}
+    (hf / "config.json").write_text(json.dumps(content))
+    assert main(["from-hf", str(hf), str(tmp_path / "out")]) == 0
+    assert main(["verify", str(hf), str(tmp_path / "out"), "--logits"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda noted: noted.pop("tensors"),
+        lambda noted: noted.update(configuration=[]),
+        lambda noted: noted["configuration"].update(model=[1]),
+        lambda noted: noted["configuration"]["model"].update(num_layers="many"),
+        lambda noted: next(iter(noted["tensors"].values())).update(dtype="evil"),
+        lambda noted: next(iter(noted["tensors"].values())).update(shape=["a"]),
+        lambda noted: noted.update(files=[]),
+    ],
+)
+def test_a_manifest_that_is_none(change, finished_run, tmp_path):
+    assert main(["to-hf", str(finished_run), str(tmp_path / "hf")]) == 0
+    path = tmp_path / "hf" / "manifest.json"
+    noted = json.loads(path.read_text())
+    change(noted)
+    path.write_text(json.dumps(noted))
+    assert "manifest.json" in refused("verify", finished_run, path, exit_codes=(3,))
+
+
+def test_a_zip_bomb_in_common_pt(hf, tmp_path):
+    convert(hf, tmp_path / "start", ImportOptions(quiet=True))
+    foreign = tmp_path / "start" / "checkpoints" / "iter_0000000"
+    for name in ("manifest.json", "run.yaml", "state.json"):
+        (foreign / name).unlink()
+    with zipfile.ZipFile(foreign / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"N0" * 50_000_000 + b"N.")
+    assert "common.pt" in refused("inspect", foreign, exit_codes=(4,))
 
 
 def test_the_program_itself_ends_with_the_code_and_no_traceback(hf, tmp_path):

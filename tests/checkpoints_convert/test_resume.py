@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints_convert.from_hf import ImportOptions, convert
-from megatron_qwen.errors import DiskFullError
+from megatron_qwen.errors import CheckpointError, DiskFullError
 from tests.checkpoints_convert.big import SHARD_BYTES, big_model
 from tests.conftest import command, environment
 
@@ -55,10 +55,9 @@ COMMANDS = {
 @pytest.mark.parametrize("direction", COMMANDS)
 def test_killed_at_random_moments(direction, source, tmp_path):
     words = COMMANDS[direction](source, tmp_path / "out")
-    begun = time.monotonic()
     whole = start(*words)
     answer = json.loads(whole.communicate(timeout=120)[0])
-    took = time.monotonic() - begun
+    writing_s = answer["seconds"]
     assert answer["kept_bytes"] == 0
     expected = hashes(tmp_path / "out")
     assert len(expected) > 12
@@ -67,8 +66,10 @@ def test_killed_at_random_moments(direction, source, tmp_path):
     while killed < KILLS:
         shutil.rmtree(tmp_path / "out")
         process = start(*words)
-        # Not before the imports are done, where there is nothing to lose.
-        time.sleep(took * dice.uniform(0.3, 1.05))
+        # From when it begins to write, for as long as that took; before, there is nothing to lose.
+        while process.poll() is None and not (tmp_path / ".out.partial").exists():
+            time.sleep(0.001)
+        time.sleep(writing_s * dice.uniform(0, 1.1))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode == 0:
@@ -86,7 +87,7 @@ def test_killed_at_random_moments(direction, source, tmp_path):
         assert repeated < SHARD_BYTES, f"{repeated} bytes of {written} were thrown away"
         kept_after_a_kill += 0 < answer["kept_bytes"] < total
     print(f"{direction}: {killed} kills, the same bytes {killed} times, {kept_after_a_kill} of them in the middle")
-    assert kept_after_a_kill > KILLS // 4, "hardly a kill fell into the writing"
+    assert kept_after_a_kill > KILLS // 3, "hardly a kill fell into the writing"
 
 
 def unfinished_bytes(folder: Path) -> int:
@@ -198,3 +199,61 @@ def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(source, small_disk
     assert done.kept_bytes > done.weight_bytes // 4
     shards = {path.name: path.read_bytes() for path in (small_disk / "out").rglob("*.distcp")}
     assert shards == {path.name: path.read_bytes() for path in (source / "checkpoint").rglob("*.distcp")}
+
+
+def unfinished(words: tuple[object, ...], folder: Path) -> None:
+    """Kills a conversion in the midst of writing."""
+    process = start(*words)
+    while process.poll() is None and sum(1 for _ in folder.glob(".out.partial/*.safetensors")) < 3:
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert (folder / ".out.partial").is_dir(), "it was done before it could be killed"
+
+
+def test_a_foreign_source_that_changed_meanwhile_is_noticed(source, tmp_path):
+    """No manifest tells of it: size and time of every file are part of what the work is known by."""
+    foreign = tmp_path / "iter_0000000"
+    shutil.copytree(source / "checkpoint" / "checkpoints" / "iter_0000000", foreign)
+    config = tmp_path / "run.yaml"
+    config.write_text((foreign / "run.yaml").read_text())
+    for name in ("manifest.json", "run.yaml", "state.json"):
+        (foreign / name).unlink()
+    words = ("to-hf", foreign, tmp_path / "out", "--config", config, "--max-shard-size", "20MB", "--json")
+    unfinished(words, tmp_path)
+    shard = sorted(foreign.glob("*.distcp"))[0]
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    assert start(*words).wait(120) == 3
+
+
+def test_what_was_not_checked_is_checked_when_it_is_asked_for(finished_run, tmp_path):
+    """An attempt with --check weights must not spare the next one the rest."""
+    from checkpoints_convert import to_hf
+    from checkpoints_convert.checkpoint_source import open_checkpoint
+    from megatron_qwen.checkpoint.metadata import read_metadata
+
+    shutil.copytree(finished_run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "iter_0000008"
+    stored = next(info for index, info in read_metadata(checkpoint).storage_data.items() if "exp_avg_sq" in index.fqn)
+    data = bytearray((checkpoint / stored.relative_path).read_bytes())
+    data[stored.offset + stored.length // 2] ^= 1
+    (checkpoint / stored.relative_path).write_bytes(bytes(data))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(to_hf, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            to_hf.export(
+                open_checkpoint(checkpoint), tmp_path / "out", to_hf.ExportOptions(check_everything=False, quiet=True)
+            )
+    assert (tmp_path / ".out.partial").is_dir()
+    with pytest.raises(CheckpointError, match="damaged"):
+        to_hf.export(open_checkpoint(checkpoint), tmp_path / "out", to_hf.ExportOptions(quiet=True))
+
+
+def test_a_finished_checkpoint_that_lost_a_file_is_not_complete(source, tmp_path):
+    words = COMMANDS["from-hf"](source, tmp_path / "out")
+    assert start(*words).wait(120) == 0
+    (tmp_path / "out" / "run.yaml").unlink()
+    assert start(*words).wait(120) == 3

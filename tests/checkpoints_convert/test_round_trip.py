@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from checkpoints_convert.checkpoint_source import open_checkpoint
@@ -125,3 +126,69 @@ def test_formats(dtype, tmp_path):
     assert next(first.parameters()).dtype == torch_dtype
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         assert torch.equal(one, other.to(torch_dtype))
+
+
+@pytest.mark.parametrize(("stored", "computed"), [("bf16", "fp32"), ("fp16", "bf16"), ("fp32", "bf16")])
+def test_training_goes_on_in_another_format(stored, computed, pool, tokens, tmp_path):
+    original = make("qwen3 odd", tmp_path / "hf", dtype=torch.float32)
+    convert(original, tmp_path / "start", ImportOptions(quiet=True, dtype=stored))
+    fields = [
+        f"data.path={tokens}",
+        "data.seq_length=64",
+        "training.global_batch_size=4",
+        f"precision.dtype={computed}",
+    ]
+    config = resolve(str(tmp_path / "start" / "run.yaml"), fields, RECIPES)
+    run_dir = tmp_path / "run"
+    RunDirectory(run_dir).claim(config)
+    assert pool[1].run(jobs.start_from, config, run_dir)[0]["loss"] > 0
+    export(open_checkpoint(tmp_path / "start"), tmp_path / "expected", ExportOptions(quiet=True, dtype=computed))
+    export(open_checkpoint(run_dir), tmp_path / "back", ExportOptions(quiet=True))
+    assert_same_weights(tmp_path / "back", tmp_path / "expected")
+
+
+def test_a_checkpoint_of_another_shape_is_refused_by_name(pool, tokens, tmp_path):
+    convert(make("qwen3 odd", tmp_path / "hf"), tmp_path / "start", ImportOptions(quiet=True))
+    fields = [f"data.path={tokens}", f"checkpoint.load={tmp_path / 'start'}", "training.train_iters=1"]
+    config = resolve("tiny_dense", fields, RECIPES)
+    (message,) = pool[1].run(refusal_of_start, config, tmp_path / "run")
+    assert "decoder.layers.self_attention.linear_qkv.weight" in message
+    assert "where the configuration says" in message
+
+
+def refusal_of_start(config: Any, run_dir: Path) -> str:
+    """Starts from ``checkpoint.load``; answers with the error."""
+    from megatron_qwen.errors import CheckpointError
+
+    try:
+        jobs.start_from(config, run_dir)
+    except CheckpointError as error:
+        return error.render()
+    return "loaded"
+
+
+def test_an_index_over_a_single_file_comes_back(tmp_path):
+    original = make("qwen2 odd", tmp_path / "hf")
+    (original / "model.safetensors").rename(original / "model-00001-of-00001.safetensors")
+    names = load_file(original / "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (original / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(original, tmp_path / "start", ImportOptions(quiet=True))
+    export(open_checkpoint(tmp_path / "start"), tmp_path / "back", ExportOptions(quiet=True))
+    assert weight_files(tmp_path / "back") == weight_files(original)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+
+
+def test_a_tokenizer_of_two_files(tmp_path):
+    """vocab.json and merges.txt alone: kept as they are, token ids from config.json."""
+    original = make("qwen2 odd", tmp_path / "hf")
+    for name in ("vocab.json", "merges.txt"):
+        (original / name).write_text("{}")
+    (original / "generation_config.json").unlink()
+    content = json.loads((original / "config.json").read_text()) | {"eos_token_id": 7, "bos_token_id": 6}
+    (original / "config.json").write_text(json.dumps(content))
+    convert(original, tmp_path / "start", ImportOptions(quiet=True))
+    export(open_checkpoint(tmp_path / "start"), tmp_path / "back", ExportOptions(quiet=True))
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (7, 6)
+    assert (tmp_path / "back" / "merges.txt").read_text() == "{}"

@@ -1,5 +1,6 @@
 """The exported directory is the trained model: transformers computes the same numbers from it."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +21,7 @@ from megatron_qwen.data.tokenizer import load_tokenizer
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
-from tests.conftest import run
+from tests.conftest import make_run, run
 from tests.distributed import jobs
 
 VARIANTS = {
@@ -141,3 +143,43 @@ def test_a_damaged_checkpoint_is_not_exported(finished_run, tmp_path):
     assert ".distcp" in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_the_tokenizer_is_the_one_the_run_began_with(pool, tokens, tokenizer, tmp_path):
+    """Whatever happened to its directory since, and wherever the checkpoint was moved."""
+    shutil.copytree(tokenizer, tmp_path / "tokenizer")
+    run_dir = make_run(pool, "tiny_dense", tokens, tmp_path / "tokenizer", tmp_path / "run")
+    (tmp_path / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    shutil.move(iteration_dir(run_dir / "checkpoints", 8), tmp_path / "alone")
+    shutil.rmtree(run_dir)
+    export_run(tmp_path / "alone", tmp_path / "hf")
+    for path in tokenizer.iterdir():
+        assert (tmp_path / "hf" / path.name).read_bytes() == path.read_bytes()
+    shutil.rmtree(tmp_path / "tokenizer")
+    export_run(tmp_path / "alone", tmp_path / "again")
+
+
+def test_manifest_and_model_card(finished_run, tmp_path):
+    """What a release engineer signs says of every file and tensor what it is."""
+    export_run(finished_run, tmp_path / "hf", license_="apache-2.0", max_shard_bytes=100_000)
+    noted = json.loads((tmp_path / "hf" / "manifest.json").read_text())
+    names = {path.name for path in (tmp_path / "hf").iterdir()} - {"manifest.json"}
+    assert noted["files"].keys() == names
+    for name, described in noted["files"].items():
+        data = (tmp_path / "hf" / name).read_bytes()
+        assert described == {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    shards = {name: load_file(tmp_path / "hf" / name) for name in names if name.endswith(".safetensors")}
+    tensors = {name: value for shard in shards.values() for name, value in shard.items()}
+    assert noted["tensors"].keys() == tensors.keys()
+    for name, described in noted["tensors"].items():
+        assert name in shards[described["file"]]
+        assert described["shape"] == list(tensors[name].shape)
+        assert described["xxh3_128"] == xxhash.xxh3_128_hexdigest(tensors[name].numpy().tobytes())
+    assert noted["source"]["iteration"] == 8
+    assert noted["source"]["verified"]
+    assert noted["configuration"]["model"]["num_layers"] == 4
+    metrics = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    loss = [line["validation_loss"] for line in metrics if line.get("validation_loss") is not None][-1]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    for text in ("license: apache-2.0", "`Qwen2ForCausalLM`", "| Tokens seen | 2,048 |", f"{loss:.4f} nats", "189,504"):
+        assert text in card, text

@@ -12,7 +12,7 @@ from checkpoints_convert.convert import main
 from checkpoints_convert.to_hf import ExportOptions, export
 from checkpoints_convert.upcycle_plan import plan
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import ConversionError
+from megatron_qwen.errors import ConfigError, ConversionError
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.checkpoints_convert.models import make
@@ -138,3 +138,10 @@ def test_what_does_not_go_together():
         plan(dense, dense)
     with pytest.raises(ConversionError, match="already"):
         plan(moe, moe)
+
+
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_written(dense, tmp_path):
+    for words in (["model.num_moe_experts=4", "model.moe_router_topk=8"], ["--router-std", "-1"]):
+        with pytest.raises(ConfigError):
+            main(["upcycle", str(dense), str(tmp_path / "moe"), "--recipe", "tiny_moe", *SHAPE, *words])
+    assert not list(tmp_path.iterdir())

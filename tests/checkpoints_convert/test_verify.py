@@ -13,6 +13,8 @@ from checkpoints_convert.convert import main
 from checkpoints_convert.from_hf import ImportOptions, convert
 from checkpoints_convert.logits import TOLERANCE
 from megatron_qwen.checkpoint.paths import iteration_dir
+from megatron_qwen.models.hf_config import model_from_hf
+from megatron_qwen.models.hf_mapping import hf_tensors
 from tests.checkpoints_convert.models import MODELS, make, with_tokenizer
 
 
@@ -90,6 +92,30 @@ def test_minus_zero_is_not_zero_and_nan_is_itself(changed, tmp_path, capsys):
     code, found = verdict(capsys, changed, tmp_path / "other")
     assert code == 1
     assert found["worst"][0]["name"] == NAME
+
+
+def test_formats_are_compared_over_more_than_one_block(tmp_path, capsys):
+    """Rows of both sides must go together, whatever they take of a block."""
+    content = json.loads((make("qwen2 odd tied", tmp_path / "small") / "config.json").read_text())
+    model = model_from_hf(content | {"vocab_size": 200_000}, where="config.json")
+    for dtype in (torch.float32, torch.bfloat16):
+        directory = tmp_path / str(dtype)
+        directory.mkdir()
+        (directory / "config.json").write_text(json.dumps(content | {"vocab_size": 200_000}))
+        torch.manual_seed(1)
+        tensors = {item.name: torch.randn(item.shape).to(dtype) for item in hf_tensors(model)}
+        save_file(tensors, directory / "model.safetensors")
+    sides = (tmp_path / "torch.float32", tmp_path / "torch.bfloat16")
+    assert verdict(capsys, *sides, "--tolerance", 2**-8)[0] == 0
+    assert verdict(capsys, *sides, "--tolerance", 1e-4)[0] == 1
+
+
+def test_only_the_sign_of_a_zero(changed, tmp_path, capsys):
+    rewrite(changed, lambda tensors: tensors[NAME].__setitem__((0, 0), 0.0))
+    shutil.copytree(changed, tmp_path / "other")
+    rewrite(tmp_path / "other", lambda tensors: tensors[NAME].__setitem__((0, 0), -0.0))
+    code, found = verdict(capsys, changed, tmp_path / "other")
+    assert (code, found["equal_tensors"]) == (1, found["tensors"] - 1)
 
 
 def test_the_worst_ten_are_named_worst_first(released, changed, capsys):

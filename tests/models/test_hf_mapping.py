@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.models.hf_config import hf_config, model_from_hf
-from megatron_qwen.models.hf_mapping import core_tensors, hf_tensors, join, rules, split
+from megatron_qwen.models.hf_mapping import Rule, core_tensors, count_hf_tensors, hf_tensors, rules
 from megatron_qwen.recipes.registry import RECIPES
 
 
@@ -16,7 +16,7 @@ from megatron_qwen.recipes.registry import RECIPES
 def test_names_are_those_of_transformers(recipe):
     model = RECIPES[recipe]().model
     names = [item.name for item in hf_tensors(model)]
-    assert len(names) == len(set(names))
+    assert len(names) == len(set(names)) == count_hf_tensors(model)
     content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="float32")
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
@@ -27,6 +27,16 @@ def test_names_are_those_of_transformers(recipe):
         }
     else:
         assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
+
+
+def split(rule: Rule, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
+    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in rule.rows)
+
+
+def join(rule: Rule, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The inverse of ``split``."""
+    return torch.cat([tensors[part][start:stop] for part, (start, stop) in rule.origin()])
 
 
 @pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe"])
