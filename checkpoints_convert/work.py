@@ -7,6 +7,7 @@ complete. The same command finds it there, by what is noted of all that decides 
 import errno
 import fcntl
 import json
+import logging
 import os
 import shutil
 import threading
@@ -19,8 +20,10 @@ from typing import Any
 from checkpoints_convert.file_writer import Digest, FileWriter, Stopped, Written, block_bytes
 from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ByteProgress, free_bytes, gb
+from megatron_qwen.checkpoint.durable import sync
 from megatron_qwen.errors import CheckpointError, ConversionError, DataError, DiskFullError, Problem
 
+log = logging.getLogger(__name__)
 _JOURNAL, _PLAN = ".journal", ".plan.json"
 # Room for configuration, tokenizer and metadata beside the tensors.
 _SMALL_FILES = 64 << 20
@@ -122,7 +125,7 @@ class Work:
         """
         for folder, _, names in os.walk(self.directory):
             for path in [*(Path(folder) / name for name in names), Path(folder)]:
-                _sync(path)
+                sync(path)
         try:
             self.directory.rename(self.out)
         except OSError as error:
@@ -130,7 +133,7 @@ class Work:
                 raise
             raise OccupiedError(_occupied(self.out)) from None
         clear_notes(self.out)
-        _sync(self.out.parent)
+        sync(self.out.parent)
 
 
 @contextmanager
@@ -176,9 +179,11 @@ def _lock(directory: Path, out: Path) -> int:
             raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             os.close(handle)
             raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
+        except OSError as error:  # a network file system without locks
+            log.warning("%s cannot be locked (%s): see to it that no other process converts to it", out, error.strerror)
         # Between opening and locking, another process may have renamed or removed what is locked now.
         if directory.exists() and os.path.samestat(os.fstat(handle), directory.stat()):
             return handle
@@ -250,11 +255,3 @@ def _replace(path: Path, text: str) -> None:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,7 +1,6 @@
 """Writes checkpoints: everything under a temporary name, then the manifest, the rename, and ``latest``."""
 
 import logging
-import os
 import queue
 import shutil
 import threading
@@ -19,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qwen import device
 from megatron_qwen.checkpoint import manifest
+from megatron_qwen.checkpoint.durable import sync
 from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, committed, iteration_dir, temporary_dir
 from megatron_qwen.checkpoint.retain import prune
 from megatron_qwen.errors import Problem, UserError
@@ -189,12 +189,12 @@ class CheckpointWriter:
                 raise RuntimeError(f"attempt {self.attempt} has been followed by another and may not commit")
             manifest.write(directory, entries, iteration=pending.iteration, attempt=self.attempt)
             for name in [*entries, MANIFEST]:
-                _sync(directory / name)
-            _sync(directory)
+                sync(directory / name)
+            sync(directory)
             if final.exists():
                 shutil.rmtree(final)
             directory.rename(final)
-            _sync(self.root)
+            sync(self.root)
             _write_latest(self.root, final.name)
             self._prune(pending.iteration)
 
@@ -294,17 +294,9 @@ def _size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _write_latest(root: Path, name: str) -> None:
     temporary = root / f".{LATEST}.tmp"
     temporary.write_text(name + "\n")
-    _sync(temporary)
+    sync(temporary)
     temporary.replace(root / LATEST)
-    _sync(root)
+    sync(root)

@@ -37,7 +37,7 @@ def losses(recipe: str, tokens: Path, run_dir: Path, *overrides: str, steps: int
     return [json.loads(line)["lm_loss"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3"])
 def test_torch_backend_in_fp32_and_bf16(recipe, tokens, tmp_path):
     exact = losses(recipe, tokens, tmp_path / "fp32", "precision.backend=torch")
     half = losses(recipe, tokens, tmp_path / "bf16", "precision.backend=torch", "precision.dtype=bf16")
@@ -45,7 +45,7 @@ def test_torch_backend_in_fp32_and_bf16(recipe, tokens, tmp_path):
     assert half == pytest.approx(exact, rel=1e-2)
 
 
-@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3"])
 def test_te_equals_torch(recipe, tokens, tmp_path):
     needs_te()
     ours = losses(recipe, tokens, tmp_path / "torch", "precision.backend=torch", "precision.dtype=bf16")
