@@ -11,7 +11,7 @@ from megatron_qwen.cli import run_program
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from checkpoints_convert.to_hf import Converted
+    from checkpoints_convert.conversion import Converted
 
 
 def _to_hf(options: argparse.Namespace) -> int:
@@ -51,8 +51,8 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from checkpoints_convert.sides import open_side
-    from checkpoints_convert.verify import Difference, compare_logits, verify
+    from checkpoints_convert.compare.sides import open_side
+    from checkpoints_convert.compare.verify import Difference, compare_logits, verify
 
     if not 0 <= options.tolerance < 1:
         raise ConfigError(Problem("--tolerance", options.tolerance, "must be at least 0 and below 1."))
@@ -68,7 +68,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
-    from checkpoints_convert.inspection import inspect
+    from checkpoints_convert.compare.inspection import inspect
 
     found = inspect(options.checkpoint, iteration=options.iteration)
     print(json.dumps(found.as_json()) if options.json else found)
@@ -76,8 +76,8 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from checkpoints_convert.change import as_json, draw, measure, table
-    from checkpoints_convert.sides import open_side
+    from checkpoints_convert.compare.change import as_json, draw, measure, table
+    from checkpoints_convert.compare.sides import open_side
 
     if options.png.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(Problem("--png", options.png, "must end in .png, .svg or .pdf."))
@@ -92,7 +92,7 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _upcycle(options: argparse.Namespace) -> int:
-    from checkpoints_convert.sides import open_side
+    from checkpoints_convert.compare.sides import open_side
     from checkpoints_convert.upcycle import UpcycleOptions, upcycle
     from megatron_qwen.config.source import resolve
     from megatron_qwen.recipes.registry import RECIPES

@@ -1,54 +1,18 @@
-"""``mq convert from-hf``: a Hugging Face directory as a checkpoint that any layout loads.
+"""``mq convert from-hf``: a Hugging Face directory as a checkpoint that any layout loads."""
 
-The checkpoint is written as megatron-core would write it on one rank that saves no optimizer: the same names, the
-same archives in the shards, the same metadata. No process group and no model is made, and no tensor is held whole.
-"""
-
-import io
-import json
 import logging
-import pickle
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import xxhash
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-
-from checkpoints_convert import work
+from checkpoints_convert.conversion import DTYPES, SHARD_BYTES, Converted
 from checkpoints_convert.hf_directory import HfDirectory
-from checkpoints_convert.output import OutputFile, Piece, Record, pack
-from checkpoints_convert.progress import ByteProgress
-from checkpoints_convert.release import identity_digest, sha256
-from checkpoints_convert.to_hf import DTYPES, SHARD_BYTES, Converted, predict
-from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.manifest import FileEntry
-from megatron_qwen.checkpoint.paths import LATEST, RUN_YAML, STATE, TOKENIZER, iteration_dir
-from megatron_qwen.checkpoint.torch_file import Envelope, envelope
-from megatron_qwen.config.render import to_yaml
-from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_qwen.data.tokenizer import copy_tokenizer
-from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
+from checkpoints_convert.output import Piece
+from checkpoints_convert.release import sha256
+from megatron_qwen.models.hf_mapping import core_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)
-NOTE = "conversion.json"
-_CHECKPOINTS = "checkpoints"
-_COMMON = "common_state/shard_0_1"
-_SEQ_LENGTH = 4096
 
 
 @dataclass(frozen=True)
@@ -68,27 +32,6 @@ class ImportOptions:
     workers: int = 2
     restart: bool = False
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class NewCheckpoint:
-    """A checkpoint to write, of weights alone.
-
-    Args:
-        out: the directory to make.
-        config: its run.yaml.
-        files: its shards, named relative to ``out``.
-        tokenizer: directory of the tokenizer that goes along; None for none.
-        note: where it comes from, for conversion.json.
-        identity: all that decides its bytes.
-    """
-
-    out: Path
-    config: RunConfig
-    files: list[OutputFile]
-    tokenizer: Path | None
-    note: Mapping[str, Any]
-    identity: dict[str, Any]
 
 
 def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
@@ -132,153 +75,5 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     return write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
 
 
-def new_run(model: ModelConfig, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
-    """The configuration with which training goes on from the checkpoint."""
-    return RunConfig(
-        recipe="custom",
-        model=model,
-        precision=PrecisionConfig(dtype="fp32" if dtype == torch.float32 else "bf16"),
-        data=DataConfig(
-            tokenizer=str(out.absolute() / TOKENIZER) if tokenizer else None,
-            seq_length=min(_SEQ_LENGTH, model.max_position_embeddings),
-        ),
-        checkpoint=CheckpointConfig(load=str(out.absolute())),
-    )
-
-
 def _piece(source: HfDirectory, name: str, first: int, last: int) -> Piece:
     return Piece(last - first, lambda start, stop: source.rows(name, first + start, first + stop))
-
-
-@cache
-def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> Envelope:
-    return envelope(dtype, shape)
-
-
-def record_of(item: CoreTensor, dtype: torch.dtype, pieces: Sequence[Piece]) -> Record:
-    """A weight at one layer and expert as a slice in a shard; its name carries the index of the slice."""
-    shape = (1,) * len(item.leading) + item.rule.core_shape
-    around = _envelope(dtype, shape)
-    name = "/".join([item.rule.core, *map(str, item.leading)])
-    return Record(name, shape, dtype, tuple(pieces), around.before, around.after)
-
-
-def shards(records: Sequence[Record], *, limit: int) -> list[OutputFile]:
-    """The shards of a checkpoint; the last one also holds what megatron-core keeps beside the tensors: nothing."""
-    groups = pack(records, [record.size for record in records], limit=limit)
-    buffer = io.BytesIO()
-    torch.save([{}], buffer)
-    groups[-1].append(Record(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
-    folder = iteration_dir(Path(_CHECKPOINTS), 0)
-    return [OutputFile(str(folder / f"__{number}_0.distcp"), b"", tuple(group)) for number, group in enumerate(groups)]
-
-
-def write_checkpoint(checkpoint: NewCheckpoint, *, workers: int, restart: bool, quiet: bool) -> Converted:
-    """Writes a new checkpoint with its run.yaml and tokenizer.
-
-    Raises:
-        ConversionError: its place is occupied, or its source cannot be read.
-        DiskFullError: there is not enough room.
-    """
-    out, files = checkpoint.out, checkpoint.files
-    total = sum(record.value_bytes for file in files for record in file.records)
-    if _is_complete(out, checkpoint.identity):
-        work.clear_notes(out)
-        return Converted(out, total, total, 0.0, True, None)
-    with work.begin(out, checkpoint.identity, restart=restart) as task:
-        task.require_room(files)
-        prediction = predict(task, files, out, workers=workers)
-        log.info("%s", prediction)
-        progress = ByteProgress(total, quiet=quiet)
-        try:
-            written = task.write(files, new_digest=xxhash.xxh3_128, workers=workers, progress=progress)
-        finally:
-            progress.close()
-        folder = iteration_dir(task.directory / _CHECKPOINTS, 0)
-        _write_small_files(checkpoint, folder, task.directory)
-        entries = {
-            Path(name).name: FileEntry(done.size, done.digest, tuple(done.parts)) for name, done in written.items()
-        }
-        rest = [name for name in manifest.files_in(folder) if name not in entries]
-        entries |= {name: manifest.hash_file(folder / name) for name in rest}
-        manifest.write(folder, entries, iteration=0, attempt=0)
-        task.commit()
-    kept = sum(done.kept_bytes for done in written.values())
-    return Converted(out, total, kept, progress.seconds, False, prediction)
-
-
-def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> None:
-    text = to_yaml(checkpoint.config)
-    (folder / RUN_YAML).write_text(text)
-    (root / RUN_YAML).write_text(text)
-    (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (folder / ".metadata").write_bytes(pickle.dumps(torch_metadata(checkpoint.files, checkpoint.config.model)))
-    counters = ("iteration", "schedule_iteration", "consumed_samples", "consumed_tokens")
-    state = {
-        "progress": dict.fromkeys((*counters, "skipped_iterations", "consecutive_skips"), 0),
-        "optimizer_step": 0,
-        "world_size": 0,
-        "layout": asdict(ParallelConfig()),
-        "threads": 0,
-        "backend": "none",
-        "torch": torch.__version__,
-        "code": code_version(),
-        "converted_from": checkpoint.note,
-    }
-    (folder / STATE).write_text(json.dumps(state, indent=2))
-    (root / _CHECKPOINTS / LATEST).write_text(folder.name + "\n")
-    if checkpoint.tokenizer is not None:
-        copy_tokenizer(checkpoint.tokenizer, folder / TOKENIZER)
-        copy_tokenizer(checkpoint.tokenizer, root / TOKENIZER)
-    around = [root / RUN_YAML, root / _CHECKPOINTS / LATEST, *sorted((root / TOKENIZER).glob("*"))]
-    note = {
-        "format": 1,
-        "identity": identity_digest(checkpoint.identity),
-        "source": checkpoint.note,
-        "files": {str(path.relative_to(root)): sha256(path) for path in around},
-        "code": code_version(),
-    }
-    (root / NOTE).write_text(json.dumps(note, indent=1) + "\n")
-
-
-def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
-    """torch's metadata of the shards: which slice of which tensor lies where."""
-    by_name = {"/".join([item.rule.core, *map(str, item.leading)]): item for item in core_tensors(model)}
-    tensors: dict[str, Any] = {}
-    storage: dict[MetadataIndex, _StorageInfo] = {}
-    for file in files:
-        for record, start in zip(file.records, file.record_offsets(), strict=True):
-            info = _StorageInfo(Path(file.name).name, start, record.size)
-            item = by_name.get(record.name)
-            if item is None:
-                tensors[record.name] = BytesStorageMetadata()
-                storage[MetadataIndex(record.name)] = info
-                continue
-            offsets = torch.Size(item.leading + (0,) * len(item.rule.core_shape))
-            entry = tensors.setdefault(item.rule.core, _described(item, record, model))
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.shape)))
-            storage[MetadataIndex(item.rule.core, offsets)] = info
-    return Metadata(state_dict_metadata=tensors, storage_data=storage)
-
-
-def _described(item: CoreTensor, record: Record, model: ModelConfig) -> TensorStorageMetadata:
-    leading = (model.num_layers, model.num_moe_experts or 0)[: len(item.leading)]
-    size = torch.Size((*leading, *item.rule.core_shape))
-    return TensorStorageMetadata(TensorProperties(dtype=record.dtype), size, [])
-
-
-def _is_complete(out: Path, identity: Mapping[str, Any]) -> bool:
-    """Whether a directory is the whole result of this very conversion; its files are read again."""
-    try:
-        noted = json.loads((out / NOTE).read_text())
-    except (OSError, ValueError):
-        return False
-    if not isinstance(noted, dict) or noted.get("identity") != identity_digest(identity):
-        return False
-    damage = manifest.damage(iteration_dir(out / _CHECKPOINTS, 0))
-    for name, digest in noted["files"].items():
-        if not (out / name).is_file() or sha256(out / name) != digest:
-            damage.append(Problem(str(out / name), None, "is missing or has other bytes than when it was written."))
-    if damage:
-        raise ConversionError(damage)
-    return True

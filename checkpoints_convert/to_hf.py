@@ -14,11 +14,11 @@ import xxhash
 
 from checkpoints_convert import safetensors_format, work
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
-from checkpoints_convert.file_writer import LARGEST_BLOCK
+from checkpoints_convert.conversion import DTYPES, SHARD_BYTES, Converted, predict
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.output import OutputFile, Piece, Record, pack
-from checkpoints_convert.progress import ByteProgress, Prediction, free_bytes, peak_resident_bytes, trial_write_rate
+from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
@@ -30,15 +30,7 @@ from megatron_qwen.models.hf_mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
-_BLOCKS_IN_FLIGHT = 20
-SHARD_BYTES = 5_000_000_000
 _WEIGHT_FILE = re.compile(r"model[A-Za-z0-9_-]*\.safetensors")
-# What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
-_MOVED_PER_SECOND = 0.6e9
-# Below this, a trial of the disk takes longer than what it predicts.
-_WORTH_A_TRIAL = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -63,40 +55,6 @@ class ExportOptions:
     check_everything: bool = True
     restart: bool = False
     quiet: bool = False
-
-
-@dataclass(frozen=True)
-class Converted:
-    """What a conversion did.
-
-    Args:
-        out: the directory.
-        weight_bytes: bytes of all values.
-        kept_bytes: of these, bytes that an earlier attempt had written.
-        seconds: how long it took.
-        complete_before: whether there was nothing to do.
-        prediction: what it was said to need.
-    """
-
-    out: Path
-    weight_bytes: int
-    kept_bytes: int
-    seconds: float
-    complete_before: bool
-    prediction: Prediction | None
-
-    def as_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {
-            "out": str(self.out),
-            "weight_bytes": self.weight_bytes,
-            "kept_bytes": self.kept_bytes,
-            "seconds": round(self.seconds, 3),
-            "gb_per_second": round((self.weight_bytes - self.kept_bytes) / max(self.seconds, 1e-9) / 1e9, 4),
-            "complete_before": self.complete_before,
-            "predicted_peak_memory_bytes": self.prediction.peak_memory_bytes if self.prediction else None,
-            "predicted_seconds": round(self.prediction.seconds, 1) if self.prediction else None,
-        }
 
 
 def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Converted:
@@ -200,20 +158,6 @@ def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype:
 
 def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> Piece:
     return Piece(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
-
-
-def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> Prediction:
-    """What is needed, from what is known before the first byte."""
-    left = task.left_to_write(files)
-    rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
-    seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
-    return Prediction(
-        peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * LARGEST_BLOCK,
-        disk_bytes=left,
-        free_bytes=free_bytes(out.absolute().parent),
-        seconds=max(seconds, left / rate) if rate else seconds,
-        write_rate=rate,
-    )
 
 
 def _configs(

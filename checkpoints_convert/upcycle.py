@@ -10,13 +10,13 @@ from typing import Any
 import torch
 import xxhash
 
-from checkpoints_convert.from_hf import NewCheckpoint, new_run, record_of, shards, write_checkpoint
+from checkpoints_convert.compare.sides import Side, open_side
+from checkpoints_convert.compare.verify import compare_logits
+from checkpoints_convert.conversion import SHARD_BYTES, Converted
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
 from checkpoints_convert.output import Piece, Record
-from checkpoints_convert.sides import Side, open_side
 from checkpoints_convert.tensor_set import TensorSet
-from checkpoints_convert.to_hf import SHARD_BYTES, Converted
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
-from checkpoints_convert.verify import compare_logits
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, ConversionError, Problem

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 
+from checkpoints_convert.compare.layered import FINAL_NORM, HEAD, Ends
 from checkpoints_convert.hf_directory import HfDirectory
-from checkpoints_convert.layered import FINAL_NORM, HEAD, Ends
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.models.hf_config import ARCHITECTURES
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from checkpoints_convert.compare.sides import Side
 from checkpoints_convert.progress import ByteProgress
-from checkpoints_convert.sides import Side
 from checkpoints_convert.tensor_set import TensorSet, blocks
 from megatron_qwen.errors import ConversionError, Problem
 

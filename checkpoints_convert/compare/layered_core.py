@@ -10,7 +10,7 @@ device.prepare()
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from checkpoints_convert.layered import Ends  # noqa: E402
+from checkpoints_convert.compare.layered import Ends  # noqa: E402
 from checkpoints_convert.tensor_set import ExportedWeights  # noqa: E402
 from megatron_qwen.checkpoint.weights import CheckpointWeights  # noqa: E402
 from megatron_qwen.config.run import RunConfig  # noqa: E402

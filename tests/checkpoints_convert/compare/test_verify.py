@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints_convert.compare.logits import TOLERANCE
 from checkpoints_convert.convert import main
 from checkpoints_convert.from_hf import ImportOptions, convert
-from checkpoints_convert.logits import TOLERANCE
 from megatron_qwen.checkpoint.paths import iteration_dir
 from megatron_qwen.models.hf_config import model_from_hf
 from megatron_qwen.models.hf_mapping import hf_tensors
@@ -224,8 +224,8 @@ def test_layer_by_layer_is_the_whole_model(tokenizer, tmp_path):
     """The logits that are compared are those of the whole model, by transformers."""
     from transformers import AutoModelForCausalLM
 
+    from checkpoints_convert.compare.layered_hf import HfLayers
     from checkpoints_convert.hf_directory import HfDirectory
-    from checkpoints_convert.layered_hf import HfLayers
 
     for name in ("qwen2 odd tied", "qwen3_moe odd"):
         directory = with_tokenizer(make(name, tmp_path / name, dtype=torch.float32, loud=True), tokenizer)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from checkpoints_convert.checkpoint_source import damaged
-from checkpoints_convert.layered import LayeredModel
-from checkpoints_convert.logits import LogitComparison, compare, prompt_tokens
+from checkpoints_convert.compare.layered import LayeredModel
+from checkpoints_convert.compare.logits import LogitComparison, compare, prompt_tokens
+from checkpoints_convert.compare.sides import Side
 from checkpoints_convert.progress import ByteProgress, gb
 from checkpoints_convert.release import MANIFEST
-from checkpoints_convert.sides import Side
 from checkpoints_convert.tensor_set import TensorSet, blocks, digest
 from megatron_qwen.checkpoint import manifest as checkpoint_manifest
 from megatron_qwen.errors import CheckpointError, ConversionError, Problem
@@ -187,11 +187,11 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
     from megatron_qwen import device
 
     if side.checkpoint is not None:
-        from checkpoints_convert.layered_core import CoreLayers
+        from checkpoints_convert.compare.layered_core import CoreLayers
 
         return CoreLayers(side.checkpoint.weights, dtype=_DTYPES[dtype], place=device.current())
+    from checkpoints_convert.compare.layered_hf import HfLayers
     from checkpoints_convert.hf_directory import HfDirectory
-    from checkpoints_convert.layered_hf import HfLayers
 
     assert isinstance(side.tensors, HfDirectory)
     return HfLayers(side.tensors, dtype=_DTYPES[dtype], place=device.current())

@@ -1,0 +1,1 @@
+"""Comparing two models: bits, configuration, logits, change; and what is in one."""
