@@ -32,7 +32,7 @@ class Prediction:
         peak_memory_bytes: resident memory of the process at its peak.
         disk_bytes: bytes that are still to be written.
         free_bytes: bytes that are free where they go.
-        seconds: about how long it takes.
+        seconds: how long it takes at least: a disk that is fast for a moment may be slower for long.
         write_rate: bytes a second that the disk took in a trial; None where there was none.
     """
 
@@ -43,10 +43,10 @@ class Prediction:
     write_rate: float | None
 
     def __str__(self) -> str:
-        trial = f" (this disk takes {self.write_rate / 1e9:.2f} GB/s)" if self.write_rate else ""
+        trial = f" (a trial of the disk gave {self.write_rate / 1e9:.2f} GB/s)" if self.write_rate else ""
         return (
             f"needs at most {gb(self.peak_memory_bytes)} of memory, {gb(self.disk_bytes)} of disk "
-            f"({gb(self.free_bytes)} free) and about {duration(max(1, self.seconds))}{trial}"
+            f"({gb(self.free_bytes)} free) and at least {duration(max(1, self.seconds))}{trial}"
         )
 
 
