@@ -29,6 +29,9 @@ _COLUMNS = (
 )
 
 
+_ANNOTATED_LAYERS, _DECADE = 12, 10.0
+
+
 @dataclass(frozen=True)
 class Change:
     """How a group of tensors moved.
@@ -120,22 +123,34 @@ def draw(changes: list[Change], path: Path, *, title: str) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     layers, columns = _axes(changes)
     values = np.full((len(layers), len(columns)), np.nan)
     for item in changes:
         if item.part != "all" and item.relative > 0:
             values[layers.index(item.layer), columns.index(item.part)] = 100 * item.relative
-    figure, axes = plt.subplots(figsize=(1.6 + 0.8 * len(columns), 1.8 + 0.22 * len(layers)), layout="constrained")
+    size = (1.6 + 0.8 * len(columns), max(3.2, 1.8 + 0.22 * len(layers)))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     norm = LogNorm() if np.isfinite(values).any() else None
-    image = axes.imshow(values, aspect="auto", cmap="viridis", norm=norm, interpolation="nearest")
-    axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right")
+    image = axes.imshow(values, aspect="auto", cmap="cividis", norm=norm, interpolation="nearest")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     step = max(1, len(layers) // 24)
     axes.set_yticks(range(0, len(layers), step), layers[::step])
     axes.set_ylabel("layer")
     axes.set_title(title, fontsize=10)
     if norm is not None:
-        figure.colorbar(image, label="change of weights, % of their norm")
+        plain = FuncFormatter(lambda value, _: f"{value:g}")
+        bar = figure.colorbar(image, label="change, % of the norm")
+        bar.ax.yaxis.set_major_formatter(plain)
+        within_a_decade = np.nanmax(values) / np.nanmin(values) <= _DECADE
+        bar.ax.yaxis.set_minor_formatter(plain if within_a_decade else NullFormatter())
+        bar.ax.tick_params(which="both", labelsize=8)
+    if len(layers) <= _ANNOTATED_LAYERS and norm is not None:
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                dark = norm(value) < 0.5
+                axes.text(column, row, f"{value:.3g}", ha="center", va="center", fontsize=8, color="w" if dark else "k")
     ends = "   ".join(f"{item.layer}: {100 * item.relative:.3g} %" for item in changes if item.part == "all")
     axes.set_xlabel(ends, fontsize=8)
     figure.savefig(path, dpi=130)
