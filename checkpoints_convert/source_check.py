@@ -34,6 +34,16 @@ def check_unread(
     if done.is_file():
         progress.add(sum(length for _, _, length, _ in parts))
         return
+    require_whole(source, parts, workers=workers, progress=progress)
+    done.touch()
+
+
+def require_whole(source: CheckpointSource, parts: Sequence[Part], *, workers: int, progress: ByteProgress) -> None:
+    """Compares parts of a checkpoint with the hashes of its manifest.
+
+    Raises:
+        CheckpointError: with everything that is damaged in the whole checkpoint.
+    """
 
     def is_whole(part: Part) -> bool:
         name, start, length, noted = part
@@ -50,4 +60,3 @@ def check_unread(
         if not all(pool.map(is_whole, parts)):
             changed = Problem(str(source.path), None, "changed while it was read; try again.")
             raise damaged(source.path, CheckpointError(changed))
-    done.touch()

@@ -15,8 +15,8 @@ from checkpoints_convert.compare.logits import LogitComparison, compare, prompt_
 from checkpoints_convert.compare.sides import Side
 from checkpoints_convert.progress import ByteProgress, gb
 from checkpoints_convert.release import MANIFEST
+from checkpoints_convert.source_check import require_whole
 from checkpoints_convert.tensor_set import TensorSet, blocks, digest
-from megatron_qwen.checkpoint import manifest as checkpoint_manifest
 from megatron_qwen.errors import CheckpointError, ConversionError, Problem
 
 WORST = 10
@@ -117,15 +117,16 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
         CheckpointError: a checkpoint is damaged.
     """
     verdict = Verdict(tolerance=tolerance)
-    for side in (a, b):
-        _require_whole(side)
     verdict.differences += _configurations(a, b) + _tokenizers(a, b) + _files(a, b) + _files(b, a)
     for name in sorted(a.described.keys() ^ b.described.keys()):
         where = a.path if name in a.described else b.path
         verdict.differences.append(Difference("tensor", name, f"is only in {where}"))
     names = [name for name in a.described if name in b.described]
     sizes = {name: _bytes(a, name) for name in names}
-    progress = ByteProgress(sum(sizes.values()), quiet=quiet)
+    # Of a checkpoint, what holds no weights is checked as well.
+    unread = [(side.checkpoint, side.checkpoint.unread_parts()) for side in (a, b) if side.checkpoint is not None]
+    others = sum(length for _, parts in unread for _, _, length, _ in parts)
+    progress = ByteProgress(sum(sizes.values()) + others, quiet=quiet)
 
     def one(name: str) -> tuple[str, Difference | None]:
         found = _tensor(a, b, name, tolerance)
@@ -133,6 +134,8 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
         return name, found
 
     try:
+        for checkpoint, parts in unread:
+            require_whole(checkpoint, parts, workers=workers, progress=progress)
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
             for name, difference in pool.map(one, names):
                 verdict.tensors += 1
@@ -195,16 +198,6 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
 
     assert isinstance(side.tensors, HfDirectory)
     return HfLayers(side.tensors, dtype=_DTYPES[dtype], place=device.current())
-
-
-def _require_whole(side: Side) -> None:
-    """Of a checkpoint, what holds no weights is checked as well."""
-    if side.checkpoint is None or not side.checkpoint.unread_parts():
-        return
-    path = side.checkpoint.path
-    names = {name for name, *_ in side.checkpoint.unread_parts()}
-    if checkpoint_manifest.damage(path, sorted(names)):
-        raise damaged(path)
 
 
 def _bytes(side: Side, name: str) -> int:

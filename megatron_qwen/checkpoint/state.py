@@ -1,7 +1,7 @@
 """What a checkpoint holds, to and from the parts of a run."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,10 @@ def load_sharded(
         groups: groups of this rank.
         optimizer_step: steps the optimizer has taken (``state.json``).
     """
-    with_state = optimizer if has_optimizer(path) else None
+    saved = read_metadata(path).state_dict_metadata
+    with_state = optimizer if has_optimizer(saved) else None
     wanted = sharded_state(modules, with_state, groups, loading=True)
-    _drop_absent_extra_state(wanted, path)
+    _drop_absent_extra_state(wanted, saved)
     with plain_objects_only():
         loaded = dist_checkpointing.load(wanted, str(path))
     for index, module in enumerate(modules):
@@ -68,14 +69,13 @@ def load_sharded(
         optimizer.reload_model_params()
 
 
-def has_optimizer(path: Path) -> bool:
-    """Whether a checkpoint holds the optimizer's state beside the weights."""
-    return any(name.startswith("optimizer.") for name in read_metadata(path).state_dict_metadata)
+def has_optimizer(saved: Iterable[str]) -> bool:
+    """Whether a checkpoint with these names holds the optimizer's state beside the weights."""
+    return any(name.startswith("optimizer.") for name in saved)
 
 
-def _drop_absent_extra_state(wanted: dict[str, Any], path: Path) -> None:
+def _drop_absent_extra_state(wanted: dict[str, Any], saved: Container[str]) -> None:
     """Takes out of a request the extra state of Transformer Engine's modules that the torch backend does not save."""
-    saved = read_metadata(path).state_dict_metadata
     for key, state in wanted.items():
         if key.startswith("model"):
             for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject)]:

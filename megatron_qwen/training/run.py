@@ -95,12 +95,13 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
         candidates, own = find.resolve(Path(settings.load)), False
     chosen = find.newest_good(candidates, strict=settings.strict)
     # A model of another shape is refused by name here, before the core meets it.
-    CheckpointWeights(CheckpointReader(chosen.path), parts.config.model)
+    reader = CheckpointReader(chosen.path)
+    CheckpointWeights(reader, parts.config.model)
     saved = state.read_state(chosen.path)
     state.load_sharded(
         chosen.path, parts.model.modules, parts.optimizer, parts.groups, optimizer_step=saved["optimizer_step"]
     )
-    if dist.get_rank() == 0 and not state.has_optimizer(chosen.path):
+    if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
         log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
     if not own:
         return 0
