@@ -28,6 +28,8 @@ _EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "decoder_sparse_step": 1,
 }
+# Experts that EP 4 divides, few: with tensor parallelism megatron-core computes them one by one.
+_FEW = _EXPERTS | {"num_experts": 8}
 _SHARED: dict[str, Any] = {"shared_expert_intermediate_size": 40}
 
 # name -> (transformers' model type, fields of its configuration)
@@ -39,9 +41,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3 odd": ("qwen3", _ODD),
     "qwen3 even tied": ("qwen3", _EVEN | {"tie_word_embeddings": True}),
     "qwen2_moe odd": ("qwen2_moe", _ODD | _EXPERTS | _SHARED),
-    "qwen2_moe even": ("qwen2_moe", _EVEN | _EXPERTS | _SHARED | {"norm_topk_prob": True}),
+    "qwen2_moe even": ("qwen2_moe", _EVEN | _FEW | _SHARED | {"norm_topk_prob": True}),
     "qwen3_moe odd": ("qwen3_moe", _ODD | _EXPERTS | {"norm_topk_prob": True}),
-    "qwen3_moe even": ("qwen3_moe", _EVEN | _EXPERTS | {"norm_topk_prob": True}),
+    "qwen3_moe even": ("qwen3_moe", _EVEN | _FEW | {"norm_topk_prob": True}),
 }
 
 
