@@ -71,7 +71,7 @@ def test_experts_of_57b(width, tmp_path):
     hf = write_model(scaled(moe_ffn_hidden_size=width), tmp_path / "hf")
     there = watch("from-hf", hf, tmp_path / "start", "--max-shard-size", "3MB", "--workers", "2")
     back = watch("to-hf", tmp_path / "start", tmp_path / "back", "--max-shard-size", "3MB", "--workers", "2")
-    assert len(list((tmp_path / "back").glob("*.safetensors"))) > (10 if width == 40 else 100)
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > (10 if width == 40 else 60)
     assert (tmp_path / "back" / "model.safetensors.index.json").is_file()
     for name, found in (("from-hf", there), ("to-hf", back)):
         size, predicted = found.answer["weight_bytes"], found.answer["predicted_peak_memory_bytes"]
