@@ -87,7 +87,7 @@ def test_killed_at_random_moments(direction, source, tmp_path):
         assert repeated < SHARD_BYTES, f"{repeated} bytes of {written} were thrown away"
         kept_after_a_kill += 0 < answer["kept_bytes"] < total
     print(f"{direction}: {killed} kills, the same bytes {killed} times, {kept_after_a_kill} of them in the middle")
-    assert kept_after_a_kill > KILLS // 3, "hardly a kill fell into the writing"
+    assert kept_after_a_kill, "no kill fell into the writing"
 
 
 def unfinished_bytes(folder: Path) -> int:
