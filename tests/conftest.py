@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,21 @@ def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir:
     RunDirectory(run_dir).claim(config)
     assert pool[1].run(jobs.attempt, config, run_dir) == [0]
     return run_dir
+
+
+@contextmanager
+def small_disk(mount: Path, size: str) -> Iterator[Path]:
+    """Mounts a file system of a size, such as ``16m``; skips the test where that needs privileges."""
+    mount.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", mount], capture_output=True, text=True
+    )
+    if done.returncode:
+        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
+    try:
+        yield mount
+    finally:
+        subprocess.run(["umount", mount], check=True)
 
 
 def run(

@@ -1,7 +1,6 @@
 """The commit protocol under trouble: stale attempts, background saves, full disks."""
 
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from megatron_qwen.checkpoint import find, manifest
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
+from tests.conftest import small_disk
 from tests.distributed import jobs
 from tests.rank_pool import rank_info
 
@@ -76,16 +76,11 @@ def test_a_background_save_holds_the_step_it_was_asked_at(pool, config, tmp_path
     )
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+@pytest.fixture(name="small_disk")
+def disk(tmp_path):
     """A file system of a few megabytes."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with small_disk(tmp_path / "disk", "16m") as mount:
+        yield mount
 
 
 LATE = {".metadata", "metadata.json", "manifest.json"}

@@ -15,7 +15,7 @@ import pytest
 from checkpoints_convert.from_hf import ImportOptions, convert
 from megatron_qwen.errors import CheckpointError, DiskFullError
 from tests.checkpoints_convert.big import SHARD_BYTES, big_model
-from tests.conftest import command, environment
+from tests.conftest import command, environment, small_disk
 
 KILLS = 15  # of each direction
 
@@ -172,16 +172,11 @@ def test_a_full_disk_is_foreseen(source, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.distcp"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
+@pytest.fixture(name="small_disk")
+def disk(tmp_path):
     """A file system of 200 MB, half of what the model needs."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"mounting a small tmpfs needs privileges: {done.stderr.strip()}")
-    yield mount
-    subprocess.run(["umount", mount], check=True)
+    with small_disk(tmp_path / "disk", "200m") as mount:
+        yield mount
 
 
 def test_a_disk_that_fills_up_leaves_what_can_be_gone_on_with(source, small_disk, monkeypatch):
