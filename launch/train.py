@@ -7,13 +7,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.ranks import LocalRanks
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.job.local_ranks import LocalRanks
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 

@@ -1,14 +1,14 @@
-"""The run directory: what lies where, which configuration owns it, which attempt is the newest."""
+"""The run directory: what lies where, which configuration owns it, what state it is in."""
 
-import datetime
 import json
 import logging
 import os
 import shutil
-import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.attempts import AttemptLog, now
 from megatron_qwen.config.render import difference, to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
@@ -21,6 +21,17 @@ log = logging.getLogger(__name__)
 # A resumed run may change anything but what decides which model it is and which tokens it has seen.
 _OWNING_SECTIONS = ("model", "data", "optim")
 _OWNING_TRAINING = ("seed", "global_batch_size", "rampup_batch_size")
+
+
+class RunState(StrEnum):
+    """What status.json says of a run."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    REQUEUED = "requeued"
+    STOPPED = "stopped"
+    CANCELLED = "cancelled"
+    DONE = "done"
 
 
 class RunDirectory:
@@ -41,6 +52,10 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
+        self.heartbeat = self.path / "heartbeat.json"
+        self.code = self.path / "code"
+        self.submission = self.path / "submission"
+        self.jobs = self.path / "jobs.jsonl"
 
     def logs(self, attempt: int) -> Path:
         """Where the ranks of an attempt write what they print."""
@@ -113,58 +128,35 @@ class RunDirectory:
         ]
 
     def begin_attempt(self, *, world_size: int) -> int:
-        """Notes a new attempt and returns its number, from 1."""
-        number = self.newest_attempt() + 1
-        entry = {
-            "attempt": number,
-            "started": _now(),
-            "world_size": world_size,
-            "pid": os.getpid(),
-            "host": os.uname().nodename,
-        }
-        with self.attempts.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-        self.write_status("running", attempt=number)
+        """Notes a new attempt of a run without a job controller and returns its number, from 1."""
+        number = AttemptLog(self.attempts).begin(world_size=world_size)
+        self.write_status(RunState.RUNNING, attempt=number)
         return number
 
     def end_attempt(self, number: int, *, exit_code: int, reason: str, iteration: int, gained: int) -> None:
-        """Notes how an attempt ended."""
-        entry = {
-            "attempt": number,
-            "ended": _now(),
-            "exit_code": exit_code,
-            "reason": reason,
-            "iteration": iteration,
-            "iterations_gained": gained,
-        }
-        state = "done" if exit_code == 0 else "stopped"
+        """Notes how such an attempt ended."""
+        state = RunState.DONE if exit_code == 0 else RunState.STOPPED
+        facts = {"exit_code": exit_code, "reason": reason, "iteration": iteration}
         try:
-            with self.attempts.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
-            self.write_status(state, attempt=number, exit_code=exit_code, reason=reason, iteration=iteration)
+            AttemptLog(self.attempts).end(number, **facts, iterations_gained=gained)
+            self.write_status(state, attempt=number, **facts)
         except OSError as error:  # a full disk must not hide why the attempt ended
             log.warning("the end of attempt %d could not be noted: %s", number, error)
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first."""
-        if not self.attempts.is_file():
-            return 0
-        return max((_attempt_of(line) for line in self.attempts.read_text().splitlines()), default=0)
+        return AttemptLog(self.attempts).newest()
 
-    def write_status(self, state: str, **facts: Any) -> None:
+    def state(self) -> RunState | None:
+        """What status.json says; None before the first word."""
+        try:
+            return RunState(str(json.loads(self.status.read_text())["state"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def write_status(self, state: RunState, **facts: Any) -> None:
         """Replaces status.json."""
-        _replace(self.status, json.dumps({"state": state, "time": _now(), **facts}, indent=2) + "\n")
-
-
-def _attempt_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["attempt"])
-    except (ValueError, KeyError, TypeError):
-        return 0  # a line that was cut off in writing
-
-
-def _now() -> str:
-    return datetime.datetime.fromtimestamp(time.time(), datetime.UTC).isoformat(timespec="seconds")
+        _replace(self.status, json.dumps({"state": state, "time": now(), **facts}, indent=2) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:

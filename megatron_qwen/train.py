@@ -6,9 +6,12 @@ python -m megatron_qwen.train RUN_DIR
 import logging
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 from megatron_qwen import device
+from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
+from megatron_qwen.rundir import RunDirectory
 
 
 def main(run_dir: str) -> int:
@@ -20,11 +23,13 @@ def main(run_dir: str) -> int:
     from megatron_qwen.config.source import resolve
     from megatron_qwen.distributed.rank import RankInfo, join, leave
     from megatron_qwen.recipes.registry import RECIPES
+    from megatron_qwen.resilience import stack_dump
     from megatron_qwen.resilience.parent import die_with_launcher
     from megatron_qwen.resilience.signals import StopSignals
     from megatron_qwen.training.run import run_attempt
 
     die_with_launcher()
+    stack_dump.install()
     signals = StopSignals()
     signals.install()
     info = RankInfo.from_environment()
@@ -38,8 +43,23 @@ def main(run_dir: str) -> int:
     return code
 
 
+def report_end(run_dir: Path, exit_code: int, error: BaseException | None) -> None:
+    """Leaves the job's controller, where there is one, a note of how this rank ended."""
+    attempt = attempt_of_controller()
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))
+    if attempt is None or (error is None and rank):
+        return
+    try:
+        rank_end(rank, exit_code=exit_code, error=error).write(RunDirectory(run_dir).logs(attempt))
+    except OSError as failure:  # a full disk must not hide the error itself
+        print(f"the end of rank {rank} could not be noted: {failure}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
+    )
     from megatron_qwen.resilience.exits import exit_code_of
 
-    sys.exit(exit_code_of(lambda: main(sys.argv[1])))
+    directory = Path(sys.argv[1])
+    sys.exit(exit_code_of(lambda: main(sys.argv[1]), report=partial(report_end, directory)))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.attempts import Attempt, AttemptLog
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.render import difference, dump
 from megatron_qwen.config.run import RunConfig
@@ -18,7 +19,7 @@ from megatron_qwen.metrics.console import duration
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tools.recipes import layout_name
-from tools.run_records import Attempt, goodput, read_attempts, read_metrics
+from tools.run_records import goodput, read_metrics
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fbfbf9; margin: 0 }
@@ -56,7 +57,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         sections: what else to show, after the curves.
     """
     directory = RunDirectory(run_dir)
-    records, attempts = read_metrics(directory.metrics), read_attempts(directory.attempts)
+    records, attempts = read_metrics(directory.metrics), AttemptLog(directory.attempts).read()
     config = resolve(str(directory.run_yaml), [], RECIPES)
     parts = [
         f"<h1>{html.escape(config.recipe)}: {html.escape(directory.path.name)}</h1>",
@@ -185,11 +186,14 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
     def shown(value: object) -> str:
         return "" if value is None else html.escape(str(value))
 
-    rows = "".join(
-        f"<tr><td>{item.number}</td><td>{shown(item.reason)}</td><td>{shown(item.exit_code)}</td><td>{shown(item.gained)}</td></tr>"
-        for item in attempts
-    )
-    return f"<table><tr><th>attempt</th><th>ended</th><th>exit code</th><th>iterations gained</th></tr>{rows}</table>"
+    def row(item: Attempt) -> str:
+        reason = item.reason or ("still runs, or was killed" if item.ended is None else None)
+        cells = (item.number, reason, item.detail, ", ".join(item.nodes), item.exit_code, item.gained)
+        return "<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in cells) + "</tr>"
+
+    heads = ("attempt", "ended", "cause", "nodes", "exit code", "iterations gained")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<table><tr>{head}</tr>{''.join(row(item) for item in attempts)}</table>"
 
 
 def _settings(config: RunConfig) -> str:

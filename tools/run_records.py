@@ -1,12 +1,11 @@
 """What a run wrote of itself, read leniently: a run that was killed may have left half a line."""
 
-import datetime
 import json
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.attempts import Attempt
 from megatron_qwen.errors import ConfigError, Problem
 
 # Always numbers, but null where a step was not finite.
@@ -42,49 +41,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One attempt at a run.
-
-    Args:
-        number: from 1.
-        reason: why it ended; of one that was killed, that.
-        exit_code: None where it was killed or still runs.
-        gained: iterations it added.
-        wall_s: from start to end; None where no end was noted.
-    """
-
-    number: int
-    reason: str
-    exit_code: int | None
-    gained: int | None
-    wall_s: float | None
-
-
-def read_attempts(path: Path) -> list[Attempt]:
-    """The attempts of attempts.jsonl, in their order."""
-    begun: dict[int, str] = {}
-    ended: dict[int, dict[str, Any]] = {}
-    for entry in read_lines(path):
-        number = entry.get("attempt")
-        if isinstance(number, int) and "started" in entry:
-            begun[number] = str(entry["started"])
-        elif isinstance(number, int) and "ended" in entry:
-            ended[number] = entry
-    return [_attempt(number, begun[number], ended.get(number)) for number in sorted(begun)]
-
-
-def _attempt(number: int, started: str, end: dict[str, Any] | None) -> Attempt:
-    if end is None:
-        return Attempt(number, "still runs, or was killed", None, None, None)
-    try:
-        span = datetime.datetime.fromisoformat(str(end["ended"])) - datetime.datetime.fromisoformat(started)
-        wall = span.total_seconds()
-    except ValueError:
-        wall = None
-    return Attempt(number, str(end.get("reason")), end.get("exit_code"), end.get("iterations_gained"), wall)
 
 
 def goodput(records: list[dict[str, Any]], attempts: list[Attempt]) -> float | None:

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qwen import device
+from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.durable import sync
 from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, committed, iteration_dir, temporary_dir
@@ -55,15 +56,15 @@ class CheckpointWriter:
     Args:
         root: the run's checkpoints directory.
         attempt: number of this attempt; a temporary directory carries it.
-        is_current: asks, on rank 0, whether this attempt is still the run's newest; one that is not commits nothing.
+        attempts: the run's attempts; one that is no longer the newest of them commits nothing.
         keep_last: newest checkpoints to keep.
         keep_every: multiples of this many iterations are kept for good.
     """
 
     def __init__(
-        self, root: Path, *, attempt: int, is_current: Callable[[], bool], keep_last: int, keep_every: int | None
+        self, root: Path, *, attempt: int, attempts: AttemptLog, keep_last: int, keep_every: int | None
     ) -> None:
-        self.root, self.attempt, self.is_current = root, attempt, is_current
+        self.root, self.attempt, self.attempts = root, attempt, attempts
         self.keep_last, self.keep_every = keep_last, keep_every
         self._pending: _Pending | None = None
         # The core would start a manager process for this queue; threads of this process need none.
@@ -185,17 +186,19 @@ class CheckpointWriter:
             entries.update(self._hash_written(pending))
             if dist.get_rank() != 0:
                 return
-            if not self.is_current():
-                raise RuntimeError(f"attempt {self.attempt} has been followed by another and may not commit")
+            self._require_current()
             manifest.write(directory, entries, iteration=pending.iteration, attempt=self.attempt)
             for name in [*entries, MANIFEST]:
                 sync(directory / name)
             sync(directory)
-            if final.exists():
-                shutil.rmtree(final)
-            directory.rename(final)
-            sync(self.root)
-            _write_latest(self.root, final.name)
+            # No attempt begins between the question and the rename.
+            with self.attempts.exclusive():
+                self._require_current()
+                if final.exists():
+                    shutil.rmtree(final)
+                directory.rename(final)
+                sync(self.root)
+                _write_latest(self.root, final.name)
             self._prune(pending.iteration)
 
         self._together(publish, directory)
@@ -203,6 +206,10 @@ class CheckpointWriter:
             size = sum(entry.size for entry in entries.values())
             log.info("saved %s, %.1f MiB in %.1f s", final, size / 2**20, time.monotonic() - pending.started)
         return final
+
+    def _require_current(self) -> None:
+        if self.attempts.newest() != self.attempt:
+            raise RuntimeError(f"attempt {self.attempt} has been followed by another and may not commit")
 
     def _prune(self, newest: int) -> None:
         try:

@@ -229,6 +229,18 @@ class ResilienceConfig:
     max_consecutive_skips: int = setting(
         5, doc="Steps in a row whose loss or gradient is not finite before the run stops with exit 17.", minimum=1
     )
+    max_restarts_without_progress: int = setting(
+        3, doc="Restarts in a row that leave no newer checkpoint, after which a job starts the run no more.", minimum=1
+    )
+    hang_timeout_s: float = setting(
+        900.0,
+        doc="Seconds without a finished step after which a job takes the run for hung: it dumps all stacks and starts "
+        "again. Longer than the longest step, validation or save.",
+        above=0,
+    )
+    startup_timeout_s: float = setting(
+        1800.0, doc="The same before the first step: imports, joining, loading, compilation.", above=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

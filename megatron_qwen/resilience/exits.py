@@ -8,30 +8,42 @@ from collections.abc import Callable
 from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER, UserError
 
 
-def exit_code_of(program: Callable[[], int]) -> int:
-    """Runs a rank's program; reports what it raises, and never hangs in the clean-up of a broken group."""
+def exit_code_of(program: Callable[[], int], *, report: Callable[[int, BaseException | None], None]) -> int:
+    """Runs a rank's program; prints what it raises, and never hangs in the clean-up of a broken group.
+
+    Args:
+        program: returns an exit code.
+        report: is told the exit code, and the exception where one was raised.
+    """
+    raised: BaseException
     try:
-        return program()
+        code = program()
+        report(code, None)
+        return code
     except UserError as error:
-        rank = os.environ.get("RANK", "0")
+        raised = error
+        rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
         # The same message from every rank helps nobody; another rank's own trouble does.
         print(error.render() if rank == "0" else f"rank {rank}: {error.render()}", file=sys.stderr, flush=True)
         code = error.exit_code
     except OSError as error:
-        code = EXIT_FAILURE
+        code, raised = EXIT_FAILURE, error
         if error.strerror is None:
             traceback.print_exc()
         else:
             where = f"{error.filename}: " if error.filename else ""
             print(f"error: {where}{error.strerror}. Nothing that was saved is lost.", file=sys.stderr)
     except RuntimeError as error:
+        raised = error
         traceback.print_exc()
         code = EXIT_LOST_PEER if _is_lost_peer(error) else EXIT_FAILURE
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        raised = error
         traceback.print_exc()
         code = EXIT_FAILURE
+    report(code, raised)
     sys.stderr.flush()
     os._exit(code)
 

@@ -5,17 +5,21 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint import find, state
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.retain import clear_abandoned
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.run import RunConfig, as_dict
+from megatron_qwen.distributed.placement import placement_report
 from megatron_qwen.distributed.rank import RankInfo
 from megatron_qwen.errors import CheckpointError, UserError
 from megatron_qwen.metrics.console import ProgressLine
 from megatron_qwen.metrics.wandb_writer import WandbWriter
 from megatron_qwen.metrics.writers import JsonlWriter, MetricsWriter, TensorBoardWriter
+from megatron_qwen.resilience.heartbeat import Heartbeat
+from megatron_qwen.resilience.rank_end import attempt_of_controller
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.callbacks.base import Callback
@@ -24,6 +28,7 @@ from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.profiler import Profiler
+from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife
 from megatron_qwen.training.callbacks.stopping import Stopping
 from megatron_qwen.training.callbacks.validation import Validation
 from megatron_qwen.training.setup import Parts, build_parts
@@ -39,24 +44,37 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
         The exit code.
     """
     directory = RunDirectory(run_dir)
+    if report := placement_report(info):
+        log.info("%s", report)
     parts = build_parts(config, info)
     resumed_at = resume(parts, directory)
+    controlled = attempt_of_controller() is not None
     attempt = _begin(directory)
     if dist.get_rank() == 0:
-        _log_to(directory.logs(attempt) / "rank_0.log")
+        if not controlled:  # the controller keeps what every rank prints
+            _log_to(directory.logs(attempt) / "rank_0.log")
         _log_data(parts)
+    heartbeat = None
+    if dist.get_rank() == 0:
+        heartbeat = Heartbeat(directory.heartbeat, attempt=attempt, resumed_at=resumed_at)
+        heartbeat.beat("starting", resumed_at)
     code, reason = 1, "error"
     try:
-        trainer = Trainer(parts, build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at))
+        trainer = Trainer(
+            parts,
+            build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at, heartbeat=heartbeat),
+        )
         code = trainer.fit()
         reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
     except UserError as error:
         code, reason = error.exit_code, error.kind
         raise
     finally:
-        if dist.get_rank() == 0:
-            done = parts.progress.iteration
-            directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
+        done = parts.progress.iteration
+        if heartbeat is not None:
+            heartbeat.beat("finishing", done)
+            if not controlled:
+                directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
     return code
 
 
@@ -114,19 +132,27 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
 
 
 def build_callbacks(
-    parts: Parts, directory: RunDirectory, signals: StopSignals, *, attempt: int, resumed_at: int
+    parts: Parts,
+    directory: RunDirectory,
+    signals: StopSignals,
+    *,
+    attempt: int,
+    resumed_at: int,
+    heartbeat: Heartbeat | None,
 ) -> list[Callback]:
     """The features of a run, in the order in which they act after a step."""
     config = parts.config
     writer = CheckpointWriter(
         directory.checkpoints,
         attempt=attempt,
-        is_current=lambda: directory.newest_attempt() == attempt,
+        attempts=AttemptLog(directory.attempts),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
     )
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks: list[Callback] = []
+    if heartbeat is not None:
+        callbacks.append(SignsOfLife(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
     if config.model.is_moe:
         callbacks.append(ExpertLoad())
     if parts.data.validation is not None:
@@ -152,10 +178,13 @@ def build_writers(config: RunConfig, directory: RunDirectory, resumed_at: int) -
 
 
 def _begin(directory: RunDirectory) -> int:
-    """Rank 0 notes the attempt and clears what earlier ones left half done; every rank learns its number."""
-    number = [0]
+    """Rank 0 notes the attempt, unless a controller has, and clears what earlier ones left half done.
+
+    Every rank learns the number.
+    """
+    number = [attempt_of_controller() or 0]
     if dist.get_rank() == 0:
-        number[0] = directory.begin_attempt(world_size=dist.get_world_size())
+        number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
         clear_abandoned(directory.checkpoints)
         directory.checkpoints.mkdir(exist_ok=True)
     dist.broadcast_object_list(number)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint import find, manifest
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
 from megatron_qwen.config.run import RunConfig
@@ -20,15 +21,15 @@ def config(tokens) -> RunConfig:
     return RECIPES["tiny_dense"]().with_section("data", path=str(tokens))
 
 
-def save_as(config: RunConfig, root: Path, is_current: bool) -> str:
-    """Saves as an attempt that is, or is not, the run's newest; answers with the error."""
+def save_as(config: RunConfig, root: Path) -> str:
+    """Saves as the third attempt at a run; answers with the error."""
     from megatron_qwen.checkpoint.write import CheckpointWriter, SaveError
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
     parts.progress.iteration = 7
-    writer = CheckpointWriter(root, attempt=3, is_current=lambda: is_current, keep_last=2, keep_every=None)
+    writer = CheckpointWriter(root, attempt=3, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     try:
         Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
     except SaveError as error:
@@ -36,17 +37,28 @@ def save_as(config: RunConfig, root: Path, is_current: bool) -> str:
     return ""
 
 
+def attempts_beside(root: Path) -> AttemptLog:
+    """The attempts of the run whose checkpoints lie in ``root``."""
+    return AttemptLog(root.with_name("attempts.jsonl"))
+
+
 def test_a_stale_attempt_commits_nothing(pool, config, tmp_path):
-    messages = pool[2].run(save_as, config, tmp_path, False)
+    root = tmp_path / "checkpoints"
+    for _ in range(4):
+        attempts_beside(root).begin()
+    messages = pool[2].run(save_as, config, root)
     assert all("attempt 3 has been followed by another" in message for message in messages)
-    assert list(tmp_path.iterdir()) == [], "it left something behind"
+    assert list(root.iterdir()) == [], "it left something behind"
 
 
 def test_a_current_attempt_commits(pool, config, tmp_path):
-    assert pool[2].run(save_as, config, tmp_path, True) == ["", ""]
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["iter_0000007", "latest"]
-    assert (tmp_path / "latest").read_text() == "iter_0000007\n"
-    assert manifest.damage(iteration_dir(tmp_path, 7)) == []
+    root = tmp_path / "checkpoints"
+    for _ in range(3):
+        attempts_beside(root).begin()
+    assert pool[2].run(save_as, config, root) == ["", ""]
+    assert [path.name for path in sorted(root.iterdir())] == ["iter_0000007", "latest"]
+    assert (root / "latest").read_text() == "iter_0000007\n"
+    assert manifest.damage(iteration_dir(root, 7)) == []
 
 
 def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
@@ -56,7 +68,7 @@ def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     from megatron_qwen.training.setup import build_parts
 
     parts = build_parts(config, rank_info())
-    writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=2, keep_every=None)
+    writer = CheckpointWriter(root, attempt=0, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     for _ in range(2):
         jobs.step(parts)
     Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=True)

@@ -33,10 +33,12 @@ def step(parts: Any) -> Any:
 
 def save(parts: Any, root: Path) -> None:
     """Commits the state as a checkpoint under ``root``."""
+    from megatron_qwen.attempts import AttemptLog
     from megatron_qwen.checkpoint.write import CheckpointWriter
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 
-    writer = CheckpointWriter(root, attempt=1, is_current=lambda: True, keep_last=9, keep_every=None)
+    outside_of_runs = AttemptLog(root / "attempts.jsonl")
+    writer = CheckpointWriter(root, attempt=0, attempts=outside_of_runs, keep_last=9, keep_every=None)
     Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
 
 

@@ -1,0 +1,218 @@
+"""A cluster file: what an infra engineer says of a cluster once. Typed, checked, every field documented."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, get_origin
+
+from launch.text import control_character
+from megatron_qwen.config.fields import FieldInfo, WrongType, bound_problems, coerce, field_infos, setting, type_name
+from megatron_qwen.config.source import did_you_mean
+from megatron_qwen.config.strict_yaml import read_mapping
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.slurm import minutes
+
+CLUSTERS = Path(__file__).parent / "clusters"
+EXAMPLE = "h100_infiniband"
+LOCAL = "local"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """One cluster, as its jobs are to be submitted."""
+
+    scheduler: Literal["slurm", "local"] = setting(
+        "slurm", doc="slurm; or local, which starts jobs on this machine through submitit's local executor."
+    )
+    partition: str | None = setting(None, doc="Partition; null is the cluster's default.")
+    account: str | None = setting(None, doc="Account to charge.")
+    qos: str | None = setting(None, doc="Quality of service.")
+    reservation: str | None = setting(None, doc="Reservation to run in.")
+    constraint: str | None = setting(None, doc="Node features that jobs need.")
+    gpus_per_node: int = setting(doc="GPUs of a node, one rank each; 0 on a cluster of CPUs.", minimum=0)
+    gpu_type: str | None = setting(None, doc="Type in Slurm's gres (gpu:TYPE:N); null asks for any.")
+    gpu: str | None = setting(None, doc="Device the estimates are for: B200, H200, H100, A100; null estimates nothing.")
+    ranks_per_node: int | None = setting(
+        None, doc="Ranks of a node; null is gpus_per_node, or one on a cluster of CPUs.", minimum=1
+    )
+    cpus_per_rank: int | None = setting(None, doc="CPUs of a rank (cpus-per-task); null leaves it to Slurm.", minimum=1)
+    memory_per_rank_gib: float | None = setting(
+        None, doc="Host memory of a rank; null with exclusive is the whole node, else Slurm's default.", above=0
+    )
+    time_limit: str = setting("24:00:00", doc="Longest run time of one job, as Slurm writes it (D-HH:MM:SS).")
+    exclusive: bool = setting(False, doc="Take whole nodes.")
+    signal_delay_s: int = setting(
+        300, doc="Seconds before the time limit at which the run is told to save and leave.", minimum=10
+    )
+    run_root: str = setting("runs", doc="Directory of runs, on a file system that all nodes share.")
+    environment: Mapping[str, str] = setting(
+        None, doc="Variables set in the job: network, NCCL. No secrets: they would be written down."
+    )
+    pass_environment: tuple[str, ...] = setting(
+        (),
+        doc="Names of variables that the job takes from the submitting shell, beside PATH, HOME, USER and the like. "
+        "The way for secrets: Slurm keeps the value, no file of ours does.",
+    )
+    modules: tuple[str, ...] = setting((), doc="Environment modules that are loaded before the ranks start.")
+    setup: tuple[str, ...] = setting((), doc="Shell lines that run before the ranks, as they stand.")
+    container: Literal["pyxis", "apptainer"] | None = setting(
+        None, doc="What runs the ranks in a container; null runs them on the node."
+    )
+    container_image: str | None = setting(None, doc="Image: a name or .sqsh file (pyxis), a .sif file (apptainer).")
+    container_mounts: tuple[str, ...] = setting(
+        (), doc="Further mounts, SOURCE:TARGET; run directory and code are mounted by themselves."
+    )
+    container_python: str = setting("python3", doc="Interpreter inside the container.")
+    health_check: bool = setting(True, doc="Run slurm/healthcheck.sh on every node before the ranks.")
+    health_check_arguments: tuple[str, ...] = setting(
+        (), doc="Its options, such as --min-disk-gib 20, --loop (see slurm/healthcheck.sh --help)."
+    )
+    mean_hours_between_faults: float | None = setting(
+        None, doc="Of one node, where known; advises on the save interval.", above=0
+    )
+    sbatch: Mapping[str, str] = setting(None, doc="Further sbatch parameters, such as {switches: 1}.")
+
+    @property
+    def ranks(self) -> int:
+        """Ranks of a node."""
+        return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def time_limit_minutes(self) -> int:
+        """The time limit, rounded up to whole minutes."""
+        found = minutes(self.time_limit)
+        assert found is not None
+        return max(1, -int(-found // 1))
+
+    def texts(self) -> Iterator[tuple[str, str]]:
+        """Every text of the file, with where it stands: all that may reach a script."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, str):
+                yield item.name, value
+            elif isinstance(value, tuple):
+                yield from ((f"{item.name}[{index}]", text) for index, text in enumerate(value))
+            elif isinstance(value, Mapping):
+                for key, text in value.items():
+                    yield f"{item.name}.{key}", text
+                    yield f"{item.name} key", key
+
+
+def known_clusters() -> list[str]:
+    """Names of the files in launch/clusters."""
+    return sorted(path.stem for path in CLUSTERS.glob("*.yaml"))
+
+
+def load(name: str) -> Cluster:
+    """A cluster by the name of its file in launch/clusters, or by a path.
+
+    Raises:
+        ConfigError: there is none, or it says what cannot be; all of it at once.
+    """
+    path = Path(name) if name.endswith((".yaml", ".yml")) else CLUSTERS / f"{name}.yaml"
+    if not path.is_file():
+        hint = did_you_mean(name, known_clusters())
+        fix = f"no such cluster file.{hint} launch/clusters has {', '.join(known_clusters())}; a path works too."
+        raise ConfigError(Problem("--cluster", name, fix))
+    return read(read_mapping(path), origin=str(path))
+
+
+def read(content: dict[str, Any], *, origin: str) -> Cluster:
+    """A cluster from the mapping of its file.
+
+    Args:
+        content: the mapping.
+        origin: name of the file, for messages.
+
+    Raises:
+        ConfigError: unknown fields, wrong types, control characters, values out of bounds.
+    """
+    known = field_infos("cluster", Cluster)
+    problems: list[Problem] = []
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in known:
+            hint = did_you_mean(str(name), known)
+            problems.append(Problem(f"{origin}: {name}", None, f"no such field.{hint} docs/slurm.md lists them."))
+            continue
+        try:
+            values[name] = _coerce(value, known[name])
+        except WrongType:
+            kind = _type_name(known[name])
+            problems.append(Problem(f"{origin}: {name}", value, f"must be {kind}."))
+    missing = [name for name, info in known.items() if info.default is MISSING and name not in content]
+    problems += [Problem(f"{origin}: {name}", None, "must be given.") for name in missing]
+    if problems:
+        raise ConfigError(problems)
+    cluster = Cluster(**{"environment": {}, "sbatch": {}, **values})
+    if found := list(_problems(cluster, origin)):
+        raise ConfigError(found)
+    return cluster
+
+
+def _is_mapping(info: FieldInfo) -> bool:
+    return get_origin(info.type) is Mapping
+
+
+def _type_name(info: FieldInfo) -> str:
+    return "mapping of text to text" if _is_mapping(info) else type_name(info.type)
+
+
+def _coerce(value: Any, info: FieldInfo) -> Any:
+    if not _is_mapping(info):
+        return coerce(value, info.type)
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise WrongType
+    return {key: _plain(item) for key, item in value.items()}
+
+
+def _plain(value: Any) -> str:
+    """A value of a mapping as text: YAML reads ``1`` and ``true`` where people mean the words."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise WrongType
+
+
+def _problems(cluster: Cluster, origin: str) -> Iterator[Problem]:
+    for where, text in cluster.texts():
+        if (character := control_character(text)) is not None:
+            yield Problem(f"{origin}: {where}", None, f"holds the control character {character}; take it out.")
+    yield from bound_problems(origin, cluster)
+    if minutes(cluster.time_limit) in (None, 0):
+        yield Problem(f"{origin}: time_limit", cluster.time_limit, "must be a time as Slurm writes it (D-HH:MM:SS).")
+    elif cluster.signal_delay_s >= cluster.time_limit_minutes * 60:
+        yield Problem(f"{origin}: signal_delay_s", cluster.signal_delay_s, "must be shorter than time_limit.")
+    for name in [*cluster.environment, *cluster.pass_environment]:
+        if not (name.isidentifier() and name.isascii()):
+            yield Problem(f"{origin}: environment", name, "is no name of a variable.")
+    for name in cluster.sbatch:
+        if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
+            yield Problem(f"{origin}: sbatch", name, "is no option of sbatch; write it without the leading dashes.")
+    if (cluster.container is None) is not (cluster.container_image is None):
+        yield Problem(f"{origin}: container", cluster.container, "container and container_image go together.")
+    if cluster.gpu_type is not None and not cluster.gpus_per_node:
+        yield Problem(f"{origin}: gpu_type", cluster.gpu_type, "needs gpus_per_node above 0.")
+
+
+def reference() -> str:
+    """The table of fields, for docs/slurm.md."""
+    lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
+    for info in field_infos("cluster", Cluster).values():
+        default = "required" if info.default is MISSING else f"`{_shown(info)}`"
+        lines.append(f"| `{info.name}` | {_type_name(info)} | {default} | {info.doc} |")
+    return "\n".join(lines)
+
+
+def _shown(info: FieldInfo) -> str:
+    if _is_mapping(info):
+        return "{}"
+    default = info.default
+    if isinstance(default, tuple):
+        return "[" + ", ".join(default) + "]"
+    if default is None or isinstance(default, bool):
+        return {None: "null", True: "true", False: "false"}[default]
+    return str(default)

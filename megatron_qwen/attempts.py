@@ -1,0 +1,185 @@
+"""attempts.jsonl: every attempt at a run, how it began and how it ended. Read leniently, appended to under a lock."""
+
+import datetime
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# A rank that hangs while it holds the lock must not hold up the attempt that follows.
+_LOCK_TIMEOUT_S = 20.0
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt at a run.
+
+    Args:
+        number: from 1.
+        started: ISO time.
+        nodes: names of its nodes; empty for a run outside a cluster.
+        job_id: Slurm's, or None.
+        world_size: ranks.
+        ended: ISO time, or None where no end was noted: it runs, or was killed.
+        exit_code: None without an end.
+        reason: why it ended, one of ``resilience.policy.Reason`` where a job controller saw to it.
+        detail: one line about the cause.
+        iteration: last finished iteration.
+        gained: iterations it added.
+        saved: newest committed iteration at its end.
+        failed_nodes: nodes that failed it.
+        error: signature of the exception that ended it, where one did.
+        action: what was done then.
+    """
+
+    number: int
+    started: str
+    nodes: tuple[str, ...] = ()
+    job_id: str | None = None
+    world_size: int | None = None
+    ended: str | None = None
+    exit_code: int | None = None
+    reason: str | None = None
+    detail: str = ""
+    iteration: int | None = None
+    gained: int | None = None
+    saved: int | None = None
+    failed_nodes: tuple[str, ...] = ()
+    error: str | None = None
+    action: str | None = None
+
+    @property
+    def wall_s(self) -> float | None:
+        """Seconds from start to end; None where no end was noted."""
+        try:
+            begun, ended = (datetime.datetime.fromisoformat(str(moment)) for moment in (self.started, self.ended))
+            return (ended - begun).total_seconds()
+        except ValueError:
+            return None
+
+
+@dataclass(frozen=True)
+class AttemptLog:
+    """The file.
+
+    Args:
+        path: attempts.jsonl.
+    """
+
+    path: Path
+    _lock: Path = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """The lock lies beside the file."""
+        object.__setattr__(self, "_lock", self.path.with_name(".attempts.lock"))
+
+    def read(self) -> list[Attempt]:
+        """All attempts in their order; a line that was cut off in writing is left out."""
+        begun: dict[int, dict[str, Any]] = {}
+        ended: dict[int, dict[str, Any]] = {}
+        for entry in _lines(self.path):
+            number = entry.get("attempt")
+            if isinstance(number, int) and "started" in entry:
+                begun[number] = entry
+            elif isinstance(number, int) and "ended" in entry:
+                ended[number] = entry
+        return [_attempt(number, begun[number], ended.get(number, {})) for number in sorted(begun)]
+
+    def newest(self) -> int:
+        """Number of the newest attempt, 0 before the first."""
+        return max(
+            (entry["attempt"] for entry in _lines(self.path) if isinstance(entry.get("attempt"), int)), default=0
+        )
+
+    def since_forgiven(self) -> list[Attempt]:
+        """Attempts since a person last asked for the run to go on: what restarts are counted from."""
+        through = [entry["forgiven_through"] for entry in _lines(self.path) if "forgiven_through" in entry]
+        return [attempt for attempt in self.read() if attempt.number > max(through, default=0)]
+
+    def forgive(self) -> None:
+        """Has the policy forget what has gone wrong so far; nothing is deleted."""
+        self._append({"forgiven_through": self.newest(), "time": now()})
+
+    def begin(self, **facts: Any) -> int:
+        """Notes a new attempt and returns its number, from 1. From here on no earlier attempt commits anything."""
+        with self.exclusive():
+            number = self.newest() + 1
+            entry = {"attempt": number, "started": now(), **facts, "pid": os.getpid(), "host": os.uname().nodename}
+            self._append(entry)
+        return number
+
+    def end(self, number: int, **facts: Any) -> None:
+        """Notes how an attempt ended."""
+        self._append({"attempt": number, "ended": now(), **facts})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            # After a line that was cut off, a new one begins.
+            torn = file.tell() and self.path.read_bytes()[-1:] != b"\n"
+            file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Holds the lock between asking which attempt is the newest and acting on the answer.
+
+        A file system without locks, and a holder that hangs, are passed over after a while.
+        """
+        with self._lock.open("a") as file:
+            deadline = time.monotonic() + _LOCK_TIMEOUT_S
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+                except OSError:
+                    break
+            yield
+
+
+def now() -> str:
+    """The time as the run's files write it."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            yield entry
+
+
+def _attempt(number: int, begin: dict[str, Any], end: dict[str, Any]) -> Attempt:
+    def whole(value: Any) -> int | None:
+        return value if isinstance(value, int) else None
+
+    def text(value: Any) -> str | None:
+        return None if value is None else str(value)
+
+    return Attempt(
+        number=number,
+        started=str(begin["started"]),
+        nodes=tuple(map(str, begin.get("nodes") or ())),
+        job_id=text(begin.get("job_id")),
+        world_size=whole(begin.get("world_size")),
+        ended=text(end.get("ended")),
+        exit_code=whole(end.get("exit_code")),
+        reason=text(end.get("reason")),
+        detail=str(end.get("detail") or ""),
+        iteration=whole(end.get("iteration")),
+        gained=whole(end.get("iterations_gained")),
+        saved=whole(end.get("saved_iteration")),
+        failed_nodes=tuple(map(str, end.get("failed_nodes") or ())),
+        error=text(end.get("error")),
+        action=text(end.get("action")),
+    )

@@ -1,0 +1,244 @@
+"""The nodes a controller was given: starting ranks there, and what becomes of the job afterwards."""
+
+import datetime
+import os
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from megatron_qwen import slurm
+from megatron_qwen.errors import UserError
+from megatron_qwen.job.local_ranks import LOCAL_NODE, LocalRanks
+from megatron_qwen.job.ranks import Ranks, SrunRanks, environment_of_ranks, placement
+from megatron_qwen.job.settings import JobSettings
+
+_RANK = ("-P", "-m", "megatron_qwen.train")
+_FIRST_PORT, _PORTS = 15_000, 17_000
+
+
+class Ending(Enum):
+    """What the scheduler is doing with the job."""
+
+    NOTHING = "it leaves the job alone"
+    PREEMPTING = "it makes room for another job"
+    REQUEUED = "it has put the job back into the queue"
+    TIMED_OUT = "the time limit is reached"
+    CANCELLED = "somebody cancelled it"
+
+
+class Allocation(Protocol):
+    """Where a controller runs."""
+
+    @property
+    def job_id(self) -> str | None:
+        """Slurm's number of the job, None without Slurm."""
+
+    @property
+    def nodes(self) -> tuple[str, ...]:
+        """Names of the nodes."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that run there."""
+
+    @property
+    def requeues_in_place(self) -> bool:
+        """Whether the next attempt is made by this process."""
+
+    def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
+        """Starts the ranks of an attempt."""
+
+    def ending(self) -> Ending:
+        """What the scheduler is doing with the job."""
+
+    def seconds_left(self) -> float | None:
+        """Time until the job's time limit; None where there is none."""
+
+    def lost_among(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Nodes that the scheduler has lost."""
+
+    def requeue(self, exclude: Sequence[str]) -> None:
+        """Has the job start again, on other nodes than those excluded."""
+
+
+@dataclass(frozen=True)
+class LocalAllocation:
+    """This machine, without Slurm.
+
+    Args:
+        settings: of the job.
+        world_size: ranks to start.
+    """
+
+    settings: JobSettings
+    world_size: int
+    job_id: str | None = None
+    nodes: tuple[str, ...] = (LOCAL_NODE,)
+    requeues_in_place: bool = True
+
+    def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
+        """Starts the ranks as children."""
+        environment = {**os.environ, "MQ_ATTEMPT": str(attempt)}
+        ranks = LocalRanks(
+            run_dir,
+            world_size=self.world_size,
+            log_dir=logs,
+            python=self.settings.python,
+            environment=environment,
+            quiet=True,
+        )
+        ranks.start()
+        return ranks
+
+    def ending(self) -> Ending:
+        """Nobody does anything with it."""
+        return Ending.NOTHING
+
+    def seconds_left(self) -> float | None:
+        """No limit."""
+        return None
+
+    def lost_among(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """This machine is up."""
+        return ()
+
+    def requeue(self, exclude: Sequence[str]) -> None:
+        """The controller goes on by itself."""
+
+
+class SlurmAllocation:
+    """The nodes of a Slurm job, seen from its batch script on the first of them.
+
+    Args:
+        settings: of the job.
+        environ: Slurm's variables.
+    """
+
+    requeues_in_place = False
+
+    def __init__(self, settings: JobSettings, environ: Mapping[str, str] = os.environ) -> None:
+        self.settings, self._environ = settings, environ
+        self._raw_id = environ["SLURM_JOB_ID"]
+        array = environ.get("SLURM_ARRAY_JOB_ID")
+        self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else self._raw_id
+        self._restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        self.nodes = tuple(slurm.hostnames(environ["SLURM_JOB_NODELIST"]))
+        self.tasks = slurm.tasks_per_node(environ["SLURM_TASKS_PER_NODE"])
+        self.world_size = sum(self.tasks)
+
+    def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
+        """Starts one task a rank under srun."""
+        environment = environment_of_ranks(
+            self._environ, address=self.master_address(), port=self.master_port(), attempt=attempt
+        )
+        command = [*self.settings.rank_prefix, self.settings.python, *_RANK, str(run_dir)]
+        return SrunRanks(
+            command,
+            srun_arguments=[
+                f"--nodes={len(self.nodes)}",
+                f"--ntasks={self.world_size}",
+                "--distribution=block",
+                *self.settings.srun_arguments,
+            ],
+            logs=logs,
+            environment=environment,
+            job_id=self._raw_id,
+            placement=placement(self.nodes, self.tasks),
+        )
+
+    def master_address(self) -> str:
+        """Address of the first node, where this controller and rank 0 are. Node names need not resolve."""
+        try:
+            shown = slurm.show_nodes(self.nodes[:1])
+            address = shown[self.nodes[0]].get("NodeAddr", "")
+        except (UserError, KeyError):
+            address = ""
+        return address or self._environ.get("SLURM_LAUNCH_NODE_IPADDR") or self.nodes[0]
+
+    def master_port(self) -> int:
+        """A port that differs between the jobs of a node and the restarts of a job, and that nothing listens on."""
+        wanted = int(self._raw_id) * 7 + self._restarts
+        for offset in range(_PORTS):
+            port = _FIRST_PORT + (wanted + offset) % _PORTS
+            with socket.socket() as probe:
+                try:
+                    probe.bind(("", port))
+                except OSError:
+                    continue
+                return port
+        return _FIRST_PORT + wanted % _PORTS
+
+    def _shown(self) -> dict[str, str]:
+        """The job as Slurm shows it; nothing where it does not answer."""
+        try:
+            return slurm.show_job(self._raw_id)
+        except UserError as error:
+            print(error.render(), file=sys.stderr)
+            return {}
+
+    def ending(self) -> Ending:
+        """What Slurm is doing with the job.
+
+        While a job is ended its state reads COMPLETING whatever the cause, so the cause is read from what surrounds it.
+        """
+        shown = self._shown()
+        state = shown.get("JobState", "RUNNING")
+        if int(shown.get("Restarts", "0")) > self._restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+            return Ending.REQUEUED
+        if state in ("RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING"):
+            return Ending.PREEMPTING if shown.get("PreemptTime", "None") != "None" else Ending.NOTHING
+        if state == "CANCELLED":
+            return Ending.CANCELLED
+        left = _seconds_until(shown.get("EndTime", ""))
+        limit = slurm.minutes(shown.get("TimeLimit", ""))
+        begun = _seconds_until(shown.get("StartTime", ""))
+        overdue = limit is not None and begun is not None and -begun >= limit * 60
+        return Ending.TIMED_OUT if state == "TIMEOUT" or (left is not None and overdue) else Ending.CANCELLED
+
+    def seconds_left(self) -> float | None:
+        """Time until the job's time limit."""
+        return _seconds_until(self._shown().get("EndTime", ""))
+
+    def lost_among(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Nodes that are down or do not answer; a node that is drained is neither."""
+        try:
+            shown = slurm.show_nodes(nodes)
+        except UserError as error:
+            print(error.render(), file=sys.stderr)
+            return ()
+        return tuple(name for name, node in shown.items() if slurm.is_lost(node))
+
+    def requeue(self, exclude: Sequence[str]) -> None:
+        """Puts the job back into the queue, unless Slurm has done so, and has it avoid nodes.
+
+        Raises:
+            SlurmError: Slurm refused.
+        """
+        if self.ending() is not Ending.REQUEUED:
+            slurm.ask("scontrol", "requeue", self._raw_id)
+        if exclude:
+            slurm.ask("scontrol", "update", f"JobId={self._raw_id}", f"ExcNodeList={','.join(exclude)}")
+
+
+def _seconds_until(moment: str) -> float | None:
+    """Seconds from now to a time as Slurm prints it, in local time; None for ``Unknown``."""
+    try:
+        return (datetime.datetime.fromisoformat(moment) - datetime.datetime.now()).total_seconds()
+    except ValueError:
+        return None
+
+
+def find(settings: JobSettings, *, world_size: int) -> Allocation:
+    """The allocation this process was given.
+
+    Args:
+        settings: of the job.
+        world_size: ranks of a local run; a Slurm job's are as many as its tasks.
+    """
+    if settings.scheduler == "slurm":
+        return SlurmAllocation(settings)
+    return LocalAllocation(settings, world_size)

@@ -1,0 +1,67 @@
+"""What submitit pickles, and what ``python -m megatron_qwen.job.call RUN_DIR`` does: become the controller of a run."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import UserError
+from megatron_qwen.job.allocation import find
+from megatron_qwen.job.controller import Controller
+from megatron_qwen.job.settings import JobSettings
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.resilience.signals import StopSignals
+from megatron_qwen.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call that needs nothing but a path, so that a pickle holds no state and no secret.
+
+    Args:
+        run_dir: the run directory.
+        world_size: ranks of a run without Slurm.
+    """
+
+    run_dir: str
+    world_size: int
+
+    def __call__(self) -> None:
+        """Sees the run through and ends the process with the policy's exit code.
+
+        submitit would turn a return value into a pickle and every end into exit code 0, so it does not get one.
+        """
+        code = control(Path(self.run_dir), world_size=self.world_size)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def control(run_dir: Path, *, world_size: int | None = None) -> int:
+    """Runs the controller in this process.
+
+    Args:
+        run_dir: a run directory with run.yaml and job.json.
+        world_size: ranks of a run without Slurm; None: as many as its layout needs.
+
+    Returns:
+        The exit code by the policy's table.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
+    # submitit's handlers would requeue in the middle of a step; ours only take note.
+    signals = StopSignals()
+    signals.install()
+    try:
+        directory, settings = RunDirectory(run_dir), JobSettings.read(run_dir)
+        if world_size is None:
+            world_size = resolve(str(directory.run_yaml), [], RECIPES).parallel.model_parallel_size
+        return Controller(directory, settings, find(settings, world_size=world_size), signals).run()
+    except UserError as error:
+        print(error.render(), file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(control(Path(sys.argv[1])))

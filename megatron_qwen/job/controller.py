@@ -1,0 +1,278 @@
+"""Sees a run through the attempts that one job makes at it: starts ranks, watches them, decides what follows.
+
+It runs in the batch script on the first node (or as a process of its own without Slurm), outside the ranks, so that it
+outlives them. Between jobs it knows nothing but what lies in the run directory.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+from megatron_qwen.attempts import AttemptLog
+from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, UserError
+from megatron_qwen.job import health, stacks
+from megatron_qwen.job.allocation import Allocation, Ending
+from megatron_qwen.job.ranks import Ranks
+from megatron_qwen.job.settings import JobSettings
+from megatron_qwen.job.verdict import Evidence, judge
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.resilience.heartbeat import Watchdog, read_beat
+from megatron_qwen.resilience.policy import Action, Decision, Outcome, Reason, decide, excluded_nodes
+from megatron_qwen.resilience.rank_end import read_rank_ends
+from megatron_qwen.resilience.signals import StopSignals
+from megatron_qwen.rundir import RunDirectory, RunState
+
+log = logging.getLogger(__name__)
+_POLL_S = 0.5
+_CURRENT_EVERY_S = 5.0
+# Slurm notices a dead node later than its peers do.
+_NODE_STATE_WAIT_S = 3.0
+
+
+class Superseded(Exception):
+    """Another attempt at the run has begun elsewhere; this one must touch nothing any more."""
+
+
+class Controller:
+    """The job's hold on a run.
+
+    Args:
+        directory: the run.
+        settings: of the job.
+        allocation: where it runs.
+        signals: what this process was told.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, settings: JobSettings, allocation: Allocation, signals: StopSignals
+    ) -> None:
+        self.directory, self.settings, self.allocation, self.signals = directory, settings, allocation, signals
+        self.attempts = AttemptLog(directory.attempts)
+        self.config: RunConfig = resolve(str(directory.run_yaml), [], RECIPES)
+
+    def run(self) -> int:
+        """Makes attempts until this job has nothing more to do.
+
+        Returns:
+            The job's exit code by the policy's table.
+        """
+        while True:
+            settled = self._settled()
+            if settled is not None:
+                return settled
+            try:
+                decision = self._attempt()
+            except Superseded:
+                log.warning("another attempt at this run has begun: leaving it the run")
+                return EXIT_DO_NOT_REQUEUE
+            if not self._follow(decision):
+                return decision.exit_code
+
+    def _settled(self) -> int | None:
+        """Exit code where the run needs no attempt any more."""
+        state = self.directory.state()
+        if state is RunState.DONE:
+            log.info("the run is done already")
+            return 0
+        if state in (RunState.STOPPED, RunState.CANCELLED):
+            log.error("the run is %s; `mq launch requeue %s` has it go on", state, self.directory.path)
+            return EXIT_DO_NOT_REQUEUE
+        return None
+
+    def _attempt(self) -> Decision:
+        self._close_unfinished()
+        earlier = self.attempts.since_forgiven()
+        avoided = sorted(set(excluded_nodes(earlier)) & set(self.allocation.nodes))
+        number = self.attempts.begin(
+            nodes=list(self.allocation.nodes), job_id=self.allocation.job_id, world_size=self.allocation.world_size
+        )
+        self.directory.write_status(RunState.RUNNING, attempt=number, job_id=self.allocation.job_id)
+        logs = self.directory.logs(number)
+        logs.mkdir(parents=True, exist_ok=True)
+        log.info("attempt %d on %s, %d ranks", number, ", ".join(self.allocation.nodes), self.allocation.world_size)
+        sick = self._sick_nodes(logs) if not avoided else {}
+        if avoided:
+            detail = f"the job was given {', '.join(avoided)} again, which failed before"
+            outcome = self._outcome(number, Reason.UNHEALTHY_NODE, detail)
+        elif sick:
+            detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
+            outcome = self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
+        else:
+            outcome = self._with_ranks(number, logs)
+        limit = self.config.resilience.max_restarts_without_progress
+        decision = decide(earlier, outcome, max_restarts_without_progress=limit)
+        self._note(number, outcome, decision)
+        return decision
+
+    def _sick_nodes(self, logs: Path) -> dict[str, str]:
+        if self.settings.health_check is None or self.settings.scheduler == "local":
+            return {}
+        script = self.directory.code / health.SCRIPT
+        return health.failures(self.allocation.nodes, script=script, arguments=self.settings.health_check, logs=logs)
+
+    def _with_ranks(self, number: int, logs: Path) -> Outcome:
+        ranks = self.allocation.start(self.directory.path, attempt=number, logs=logs)
+        try:
+            hang = self._watch(ranks, number)
+            if hang is not None:
+                return self._hung(ranks, number, logs, hang)
+        finally:
+            ranks.kill()
+        return self._ended(ranks, number, logs)
+
+    def _watch(self, ranks: Ranks, number: int) -> str | None:
+        """Waits for the end; returns one line about a hang, else None."""
+        resilience = self.config.resilience
+        watchdog = Watchdog(
+            lambda: read_beat(self.directory.heartbeat),
+            attempt=number,
+            start_s=resilience.startup_timeout_s,
+            step_s=resilience.hang_timeout_s,
+        )
+        next_look, passed_on = time.monotonic() + _CURRENT_EVERY_S, False
+        while ranks.poll() is None:
+            time.sleep(_POLL_S)
+            if self.signals.received is not None and not passed_on:
+                # Slurm tells the ranks by itself, but not every way of telling this process; twice does no harm.
+                ranks.send(self.signals.received)
+                passed_on = True
+            if time.monotonic() > next_look:
+                next_look = time.monotonic() + _CURRENT_EVERY_S
+                if self.attempts.newest() != number:
+                    raise Superseded
+                if (hang := watchdog.silence()) is not None:
+                    return hang
+        return None
+
+    def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> Outcome:
+        found = stacks.gather(ranks, logs)
+        for line in (f"attempt {number} hangs: {hang}; all stacks are in {logs / 'stacks.txt'}", *found.summary):
+            log.error("%s", line)
+        places = ranks.nodes_of_ranks()
+        blame = tuple(sorted({places[rank] for rank in found.odd}))
+        # Where most nodes stand out none does.
+        blame = blame if len(blame) * 2 <= len(self.allocation.nodes) else ()
+        odd = f"; the odd one: {', '.join(f'rank {rank} on {places[rank]}' for rank in found.odd[:4])}" if blame else ""
+        return self._outcome(number, Reason.HANG, hang + odd, failed_nodes=blame)
+
+    def _ended(self, ranks: Ranks, number: int, logs: Path) -> Outcome:
+        code = ranks.poll() or 0
+        ends = read_rank_ends(logs)
+        if code:
+            time.sleep(_NODE_STATE_WAIT_S if self.settings.scheduler == "slurm" else 0.0)
+        evidence = Evidence(
+            exit_code=code,
+            tasks=ranks.ends(),
+            ends=ends,
+            nodes=ranks.nodes_of_ranks(),
+            down_nodes=self.allocation.lost_among(self.allocation.nodes) if code else (),
+            ending=self.allocation.ending() if code else Ending.NOTHING,
+            seconds_left=self.allocation.seconds_left() if code else None,
+            signal_delay_s=self.settings.signal_delay_s,
+        )
+        verdict = judge(evidence)
+        return self._outcome(
+            number, verdict.reason, verdict.detail, failed_nodes=verdict.failed_nodes, error=verdict.error
+        )
+
+    def _outcome(
+        self, number: int, reason: Reason, detail: str, *, failed_nodes: tuple[str, ...] = (), error: str | None = None
+    ) -> Outcome:
+        beat = read_beat(self.directory.heartbeat)
+        own = beat is not None and beat.attempt == number
+        iteration = beat.iteration if own and beat is not None else None
+        gained = max(0, beat.iteration - beat.resumed_at) if own and beat is not None else 0
+        saved = self._newest_saved()
+        return Outcome(reason, detail, failed_nodes, error, iteration, gained, saved)
+
+    def _newest_saved(self) -> int:
+        found = committed(self.directory.checkpoints)
+        return found[0][0] if found else 0
+
+    def _note(self, number: int, outcome: Outcome, decision: Decision) -> None:
+        if self.attempts.newest() != number:
+            raise Superseded
+        facts = {
+            "exit_code": decision.exit_code,
+            "reason": str(outcome.reason),
+            "detail": outcome.detail,
+            "iteration": outcome.iteration,
+            "iterations_gained": outcome.gained,
+            "saved_iteration": outcome.saved,
+            "failed_nodes": list(outcome.failed_nodes),
+            "error": outcome.error,
+            "action": str(decision.action),
+        }
+        self.attempts.end(number, **facts)
+        state = {
+            Action.STOP: RunState.STOPPED,
+            Action.REQUEUE: RunState.REQUEUED,
+            Action.NONE: RunState.DONE if outcome.reason is Reason.FINISHED else RunState.CANCELLED,
+        }[decision.action]
+        if decision.action is Action.REQUEUE and self.settings.scheduler == "local" and self.signals.received:
+            state = RunState.CANCELLED  # nobody starts a process again that a person has ended
+        self.directory.write_status(
+            state,
+            attempt=number,
+            job_id=self.allocation.job_id,
+            exit_code=decision.exit_code,
+            reason=f"{outcome.reason}: {decision.why}" if state is RunState.STOPPED else decision.why,
+            iteration=outcome.iteration,
+            checkpoint=self._last_good(),
+            avoid=list(decision.exclude),
+        )
+
+    def _last_good(self) -> str | None:
+        found = committed(self.directory.checkpoints)
+        return str(found[0][1]) if found else None
+
+    def _follow(self, decision: Decision) -> bool:
+        """Does what was decided; true where this process is to make the next attempt itself."""
+        if decision.action is Action.STOP:
+            last = self._last_good()
+            kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written."
+            log.error("STOPPED, will not start again: %s. %s", decision.why, kept)
+            log.error("Once the cause is mended: mq launch requeue %s", self.directory.path)
+            return False
+        if decision.action is Action.NONE:
+            log.info("%s", decision.why)
+            return False
+        avoid = f"; avoids {', '.join(decision.exclude)}" if decision.exclude else ""
+        if self.allocation.requeues_in_place and self.signals.received is None:
+            log.warning("starting again (%s)", decision.why)
+            return True
+        if not self.settings.requeue:
+            log.warning("left to the next job of the chain (%s)", decision.why)
+            return False
+        log.warning("requeued (%s)%s", decision.why, avoid)
+        try:
+            self.allocation.requeue(decision.exclude)
+        except UserError as error:
+            log.error("%s The job ends with %d; start it again by hand.", error.render(), decision.exit_code)
+        return False
+
+    def _close_unfinished(self) -> None:
+        """Notes the end of an attempt whose controller could not, because it went with its node."""
+        attempts = self.attempts.read()
+        if not attempts or attempts[-1].ended is not None:
+            return
+        last = attempts[-1]
+        down = self.allocation.lost_among(last.nodes) if last.nodes else ()
+        reason = Reason.LOST_NODE if down else Reason.LOST_PEER
+        detail = f"Slurm reports {', '.join(down)} down" if down else "its controller was killed"
+        outcome = self._outcome(last.number, reason, detail, failed_nodes=down)
+        log.warning("attempt %d ended without a word: %s", last.number, detail)
+        self.attempts.end(
+            last.number,
+            exit_code=None,
+            reason=str(reason),
+            detail=detail,
+            iteration=outcome.iteration,
+            iterations_gained=outcome.gained,
+            saved_iteration=outcome.saved,
+            failed_nodes=list(down),
+            action=str(Action.REQUEUE),
+        )

@@ -1,0 +1,170 @@
+"""Starts the ranks of a run on this machine and sees them to their end."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER
+from megatron_qwen.job.ranks import TaskEnd
+
+# A rank that lost its peers says less about the cause than the peer that went first.
+# NCCL's watchdog ends a process that waits for a dead peer by SIGABRT.
+_CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
+_GRACE_S = 20.0
+LOCAL_NODE = "this machine"
+# SIGKILL is the out-of-memory killer or a dying node: the peer is lost, the run is not.
+_CODES_OF_SIGNALS: dict[int, int] = {
+    signal.SIGINT: 130,
+    signal.SIGTERM: 143,
+    signal.SIGKILL: EXIT_LOST_PEER,
+    signal.SIGABRT: EXIT_LOST_PEER,
+}
+
+
+class LocalRanks:
+    """The processes of a run on one machine.
+
+    Rank 0 writes to this terminal; the others to files, whose end is shown where one of them fails.
+
+    Args:
+        run_dir: run directory with its run.yaml.
+        world_size: ranks to start.
+        log_dir: where the other ranks' output goes.
+        python: their interpreter.
+        environment: theirs, beside what says who they are.
+        quiet: rank 0 writes to a file as well.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        world_size: int,
+        log_dir: Path,
+        python: str = sys.executable,
+        environment: Mapping[str, str] = os.environ,
+        quiet: bool = False,
+    ) -> None:
+        self.run_dir, self.world_size, self.log_dir = run_dir, world_size, log_dir
+        self._python, self._environment, self._quiet = python, environment, quiet
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._ended: list[TaskEnd] = []
+        self._deadline: float | None = None
+
+    def run(self) -> int:
+        """Starts the ranks, passes signals on, and waits.
+
+        Returns:
+            The exit code of the rank that failed first, else 0; 76 where a rank was killed.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+        try:
+            self.start()
+            while (code := self.poll()) is None:
+                time.sleep(0.05)
+            return code
+        finally:
+            self.kill()
+
+    def start(self) -> None:
+        """Starts the ranks."""
+        self.log_dir.mkdir(parents=True, exist_ok=True)
+        port = _free_port()
+        for rank in range(self.world_size):
+            if rank == 0 and not self._quiet:
+                self._processes.append(self._start(rank, port, None))
+                continue
+            with (self.log_dir / f"rank_{rank}.log").open("ab" if self._quiet else "wb") as output:
+                self._processes.append(self._start(rank, port, output))
+
+    def _start(self, rank: int, port: int, output: IO[bytes] | None) -> subprocess.Popen[bytes]:
+        size = str(self.world_size)
+        environment = {
+            **self._environment,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": size,
+            "LOCAL_WORLD_SIZE": size,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "MQ_LAUNCHER_PID": str(os.getpid()),
+        }
+        command = [self._python, "-P", "-m", "megatron_qwen.train", str(self.run_dir)]
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            # Ctrl-C reaches the ranks through us alone, once each.
+            process_group=0,
+        )
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.send(signal.Signals(number))
+
+    def poll(self) -> int | None:
+        """Exit code of them all together once they have ended, or once those that lag behind a failure were ended."""
+        known = {end.rank for end in self._ended}
+        for rank, process in enumerate(self._processes):
+            code = process.poll()
+            if code is not None and rank not in known:
+                self._ended.append(TaskEnd(rank, LOCAL_NODE, code))
+        if self._deadline is None and any(end.code for end in self._ended):
+            self._deadline = time.monotonic() + _GRACE_S
+        late = self._deadline is not None and time.monotonic() > self._deadline
+        if len(self._ended) < self.world_size and not late:
+            return None
+        self.kill()
+        return self._verdict()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to every rank that lives."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def ends(self) -> list[TaskEnd]:
+        """Ranks that did not end with 0, the first to end first."""
+        return [end for end in self._ended if end.code]
+
+    def nodes_of_ranks(self) -> dict[int, str]:
+        """This machine, for every rank."""
+        return dict.fromkeys(range(self.world_size), LOCAL_NODE)
+
+    def kill(self) -> None:
+        """Ends every rank at once and waits for that."""
+        for process in self._processes:
+            if process.poll() is None:
+                process.kill()
+        for process in self._processes:
+            process.wait()
+
+    def _verdict(self) -> int:
+        failed = self.ends()
+        if not failed:
+            return 0
+        first = next((end for end in failed if end.code not in _CONSEQUENCES), failed[0])
+        log = self.log_dir / f"rank_{first.rank}.log"
+        said_by_rank_0 = any(end.rank == 0 and end.code == first.code for end in failed)
+        if first.rank and log.is_file() and not said_by_rank_0:
+            tail = log.read_text(errors="replace").splitlines()[-15:]
+            print(f"rank {first.rank} ended with {first.code}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr)
+        if first.code < 0:
+            print(f"rank {first.rank} was ended by {signal.Signals(-first.code).name}", file=sys.stderr)
+            return _CODES_OF_SIGNALS.get(-first.code, EXIT_FAILURE)
+        return first.code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,185 @@
+"""The ranks of an attempt as their controller sees them, and how they are started under srun."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+_SIGNALS_BY_TEXT = {
+    "Killed": signal.SIGKILL,
+    "Terminated": signal.SIGTERM,
+    "Aborted": signal.SIGABRT,
+    "Segmentation fault": signal.SIGSEGV,
+    "Bus error": signal.SIGBUS,
+    "User defined signal 2": signal.SIGUSR2,
+    "Quit": signal.SIGQUIT,
+    "Interrupt": signal.SIGINT,
+}
+_TASK_LINE = re.compile(
+    r"srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): "
+    r"(?:Exited with exit code (?P<code>\d+)|(?P<signal>[A-Z][\w ]*?)(?: \(core dumped\))?$)",
+    re.MULTILINE,
+)
+_KILL_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class TaskEnd:
+    """How a rank's process ended.
+
+    Args:
+        rank: which.
+        node: where.
+        code: exit code, or the negative number of a signal.
+    """
+
+    rank: int
+    node: str
+    code: int
+
+
+class Ranks(Protocol):
+    """The processes of one attempt."""
+
+    def poll(self) -> int | None:
+        """Exit code of them all together once they have ended, else None."""
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to every rank."""
+
+    def kill(self) -> None:
+        """Ends every rank at once and waits for that."""
+
+    def ends(self) -> list[TaskEnd]:
+        """Ranks that did not end with 0, the first to end first."""
+
+    def nodes_of_ranks(self) -> dict[int, str]:
+        """Node of every rank."""
+
+
+class SrunRanks:
+    """Ranks under srun, one task a rank.
+
+    Args:
+        command: what each task runs.
+        srun_arguments: further arguments of srun.
+        logs: directory of this attempt's logs.
+        environment: of srun and, through it, of the ranks.
+        job_id: of the job whose step this is.
+        placement: node of every rank.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        srun_arguments: Sequence[str],
+        logs: Path,
+        environment: Mapping[str, str],
+        job_id: str,
+        placement: Mapping[int, str],
+    ) -> None:
+        self._job_id, self._placement = job_id, dict(placement)
+        self._said = logs / "srun.log"
+        own = (
+            "srun",
+            "--kill-on-bad-exit=1",
+            "--wait=60",
+            "--export=ALL",
+            "--open-mode=append",
+            f"--output={logs}/rank_%t.log",
+            f"--error={logs}/rank_%t.log",
+        )
+        with self._said.open("ab") as said:
+            self._srun = subprocess.Popen(
+                [*own, *srun_arguments, *command],
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+            )
+
+    def poll(self) -> int | None:
+        """Exit code of srun: the highest of its tasks."""
+        return self._srun.poll()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal to every rank, through Slurm: they are on many nodes."""
+        step = f"{self._job_id}.{self._step_id()}"
+        name = number.name.removeprefix("SIG")
+        subprocess.run(["scancel", f"--signal={name}", step], capture_output=True, timeout=60, check=False)
+
+    def kill(self) -> None:
+        """Ends the step, whatever its ranks do."""
+        deadline = time.monotonic() + _KILL_TIMEOUT_S
+        while self._srun.poll() is None and time.monotonic() < deadline:
+            self.send(signal.SIGKILL)
+            try:
+                self._srun.wait(5)
+            except subprocess.TimeoutExpired:
+                continue
+        if self._srun.poll() is None:
+            self._srun.kill()
+            self._srun.wait()
+
+    def _step_id(self) -> str:
+        """The newest numbered step of the job: earlier ones, such as a health check, have ended."""
+        command = ["squeue", "-h", "-s", "-j", self._job_id, "-o", "%i"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        except subprocess.TimeoutExpired:
+            return "0"
+        numbers = [int(step) for line in done.stdout.split() if (step := line.rpartition(".")[2]).isdecimal()]
+        return str(max(numbers, default=0))
+
+    def ends(self) -> list[TaskEnd]:
+        """What srun said of tasks that failed, in the order in which it said it."""
+        return parse_task_ends(self._said.read_text(errors="replace") if self._said.is_file() else "")
+
+    def nodes_of_ranks(self) -> dict[int, str]:
+        """Node of every rank."""
+        return self._placement
+
+
+def parse_task_ends(text: str) -> list[TaskEnd]:
+    """``srun: error: n2: tasks 2-3: Exited with exit code 76`` and its kind, rank by rank."""
+    found: dict[int, TaskEnd] = {}
+    for match in _TASK_LINE.finditer(text):
+        code = int(match["code"]) if match["code"] else -int(_SIGNALS_BY_TEXT.get(match["signal"], signal.SIGKILL))
+        for rank in _numbers(match["tasks"]):
+            found.setdefault(rank, TaskEnd(rank, match["node"], code))
+    return list(found.values())
+
+
+def _numbers(text: str) -> list[int]:
+    """``0-2,5`` as [0, 1, 2, 5]."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        numbers += range(int(first), int(last or first) + 1)
+    return numbers
+
+
+def placement(nodes: Sequence[str], tasks: Sequence[int]) -> dict[int, str]:
+    """Node of every rank under Slurm's block distribution, which ``srun`` is told to use."""
+    places = [node for node, count in zip(nodes, tasks, strict=True) for _ in range(count)]
+    return dict(enumerate(places))
+
+
+def environment_of_ranks(own: Mapping[str, str], *, address: str, port: int, attempt: int) -> dict[str, str]:
+    """The controller's environment with what tells ranks where to meet, and without what would mislead them."""
+    mislead = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_EXPORT_ENV", "SBATCH_EXPORT"}
+    kept = {name: value for name, value in own.items() if name not in mislead and not name.startswith("SUBMITIT_")}
+    if "SLURM_CPUS_PER_TASK" in own:
+        kept["SRUN_CPUS_PER_TASK"] = own["SLURM_CPUS_PER_TASK"]  # srun no longer takes it from sbatch (Slurm 22.05)
+    return {**kept, "MASTER_ADDR": address, "MASTER_PORT": str(port), "MQ_ATTEMPT": str(attempt)}
+
+
+def own_environment() -> dict[str, str]:
+    """This process's environment."""
+    return dict(os.environ)

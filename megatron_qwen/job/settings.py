@@ -1,0 +1,58 @@
+"""job.json: what the controller of a run's jobs needs to know beside run.yaml."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from megatron_qwen.errors import ConfigError, Problem
+
+NAME = "job.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """Written at submission, read by every job of the run.
+
+    Args:
+        scheduler: slurm, or local for one machine without it.
+        ranks_per_node: tasks of a node.
+        signal_delay_s: seconds before the time limit at which Slurm sends SIGUSR2.
+        requeue: whether a job that may go on requeues itself; the jobs of a chain leave that to the next of them.
+        python: interpreter of the ranks, inside the container where there is one.
+        srun_arguments: further arguments of srun, such as a container of pyxis.
+        rank_prefix: command that the ranks' command is handed to, such as ``apptainer exec``.
+        health_check: arguments of slurm/healthcheck.sh; None leaves it out.
+    """
+
+    scheduler: Literal["slurm", "local"]
+    ranks_per_node: int
+    signal_delay_s: int
+    requeue: bool = True
+    python: str = "python3"
+    srun_arguments: tuple[str, ...] = ()
+    rank_prefix: tuple[str, ...] = ()
+    health_check: tuple[str, ...] | None = None
+
+    def write(self, run_dir: Path) -> None:
+        """Writes job.json."""
+        temporary = run_dir / f".{NAME}.tmp"
+        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        temporary.replace(run_dir / NAME)
+
+    @classmethod
+    def read(cls, run_dir: Path) -> "JobSettings":
+        """Reads job.json.
+
+        Raises:
+            ConfigError: it is missing or not one of ours.
+        """
+        path = run_dir / NAME
+        try:
+            content = json.loads(path.read_text())
+            values = {item.name: content[item.name] for item in fields(cls) if item.name in content}
+            tuples = {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+            return cls(**{**values, **tuples})
+        except (OSError, ValueError, TypeError) as error:
+            fix = f"cannot be read ({error}); `mq launch submit` or `mq launch freeze` writes it."
+            raise ConfigError(Problem(str(path), None, fix)) from None

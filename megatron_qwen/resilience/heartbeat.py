@@ -1,0 +1,105 @@
+"""heartbeat.json: rank 0 says that the run moves, and the watchdog outside it sees when it no longer does."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+_INTERVAL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One sign of life.
+
+    Args:
+        attempt: which attempt it is of.
+        phase: what the run is doing: starting, training, saving, validating, finishing.
+        iteration: last finished iteration.
+        resumed_at: iteration the attempt went on from.
+        count: grows with every beat that is written.
+    """
+
+    attempt: int
+    phase: str
+    iteration: int
+    resumed_at: int
+    count: int
+
+
+class Heartbeat:
+    """Writes beats, at most one a second, apart from a change of phase.
+
+    Args:
+        path: the file.
+        attempt: number of this attempt.
+        resumed_at: iteration it goes on from.
+    """
+
+    def __init__(self, path: Path, *, attempt: int, resumed_at: int) -> None:
+        self.path, self.attempt, self.resumed_at = path, attempt, resumed_at
+        self._count, self._phase, self._written = 0, "", float("-inf")
+
+    def beat(self, phase: str, iteration: int) -> bool:
+        """Notes that the run is in this phase; false where the last beat is too young for another."""
+        if phase == self._phase and time.monotonic() - self._written < _INTERVAL_S:
+            return False
+        self._count += 1
+        self._phase, self._written = phase, time.monotonic()
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(vars(Beat(self.attempt, phase, iteration, self.resumed_at, self._count))))
+        temporary.replace(self.path)
+        return True
+
+
+def read_beat(path: Path) -> Beat | None:
+    """The newest beat, or None."""
+    try:
+        return Beat(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+class Watchdog:
+    """Tells when an attempt has shown no sign of life for too long. Goes by this process's clock alone.
+
+    Args:
+        read: returns the newest beat.
+        attempt: the attempt that is watched.
+        start_s: patience until its first step.
+        step_s: patience after that.
+        clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[], Beat | None],
+        *,
+        attempt: int,
+        start_s: float,
+        step_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._read, self._attempt, self._clock = read, attempt, clock
+        self._start_s, self._step_s = start_s, step_s
+        self._last: Beat | None = None
+        self._seen = clock()
+
+    def silence(self) -> str | None:
+        """One line about the hang, or None while all is well."""
+        beat, now = self._read(), self._clock()
+        if beat is not None and beat.attempt == self._attempt and beat != self._last:
+            self._last, self._seen = beat, now
+            return None
+        starting = self._last is None or self._last.phase == "starting"
+        patience = self._start_s if starting else self._step_s
+        if now - self._seen <= patience:
+            return None
+        where = (
+            "before its first step"
+            if self._last is None
+            else f"{self._last.phase} after iteration {self._last.iteration}"
+        )
+        return f"no sign of life for {patience:.0f} s, {where}"

@@ -1,0 +1,249 @@
+"""What is done after an attempt at a run has ended: one table, and the rules that read it.
+
+The table is printed in docs/slurm.md; a test keeps the page so.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from megatron_qwen.attempts import Attempt
+from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, EXIT_FAILURE, EXIT_LOST_PEER, EXIT_REQUEUE
+
+EXIT_TERMINATED = 143
+
+
+class Reason(StrEnum):
+    """Why an attempt ended."""
+
+    FINISHED = "finished"
+    PREEMPTED = "preempted"
+    OUT_OF_TIME = "out of time"
+    REQUEUED = "requeued by hand"
+    CANCELLED = "cancelled"
+    UNHEALTHY_NODE = "unhealthy node"
+    LOST_NODE = "lost node"
+    LOST_PEER = "lost peer"
+    HANG = "hang"
+    ERROR = "error"
+    CONFIGURATION = "configuration"
+    DATA = "data"
+    CHECKPOINT = "checkpoint"
+    NUMERICS = "numerics"
+
+
+class Action(StrEnum):
+    """What follows an attempt."""
+
+    NONE = "none"
+    REQUEUE = "requeue"
+    STOP = "stop"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A row of the table.
+
+    Args:
+        reason: why the attempt ended.
+        sign: how that is known.
+        action: what follows.
+        counted: whether a restart for this reason counts against ``resilience.max_restarts_without_progress``.
+            None: only where the attempt added no iteration.
+        exclude_after: failures of a node after which the job avoids it; None: nodes are not to blame.
+        exit_code: of the job.
+    """
+
+    reason: Reason
+    sign: str
+    action: Action
+    counted: bool | None
+    exclude_after: int | None
+    exit_code: int
+
+
+POLICY: tuple[Rule, ...] = (
+    Rule(Reason.FINISHED, "every rank ended with 0", Action.NONE, False, None, 0),
+    Rule(
+        Reason.PREEMPTED,
+        "SIGUSR2 or SIGTERM before the job's end; the ranks saved and ended with 75",
+        Action.REQUEUE,
+        False,
+        None,
+        EXIT_REQUEUE,
+    ),
+    Rule(
+        Reason.OUT_OF_TIME,
+        "SIGUSR2 ahead of the time limit; the ranks saved and ended with 75",
+        Action.REQUEUE,
+        None,
+        None,
+        EXIT_REQUEUE,
+    ),
+    Rule(Reason.REQUEUED, "`scontrol requeue`; the ranks saved", Action.REQUEUE, False, None, EXIT_REQUEUE),
+    Rule(Reason.CANCELLED, "`mq launch cancel`, `scancel`", Action.NONE, False, None, EXIT_TERMINATED),
+    Rule(
+        Reason.UNHEALTHY_NODE,
+        "slurm/healthcheck.sh failed on a node, before any rank started",
+        Action.REQUEUE,
+        False,
+        1,
+        EXIT_LOST_PEER,
+    ),
+    Rule(Reason.LOST_NODE, "Slurm reports a node of the job down", Action.REQUEUE, True, 2, EXIT_LOST_PEER),
+    Rule(
+        Reason.LOST_PEER,
+        "a rank was killed, or lost its connection; its node answers",
+        Action.REQUEUE,
+        True,
+        2,
+        EXIT_LOST_PEER,
+    ),
+    Rule(
+        Reason.HANG,
+        "no step for `resilience.hang_timeout_s`; stacks of all ranks are in the logs",
+        Action.REQUEUE,
+        True,
+        2,
+        EXIT_LOST_PEER,
+    ),
+    Rule(
+        Reason.ERROR,
+        "an exception; the same one at the same iteration as the attempt before stops the run",
+        Action.REQUEUE,
+        True,
+        None,
+        EXIT_FAILURE,
+    ),
+    Rule(Reason.CONFIGURATION, "a rank ended with 2", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    Rule(Reason.DATA, "a rank ended with 3", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    Rule(Reason.CHECKPOINT, "a rank ended with 4", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    Rule(Reason.NUMERICS, "a rank ended with 17", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+)
+RULES: dict[Reason, Rule] = {rule.reason: rule for rule in POLICY}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How an attempt ended, as its controller found it.
+
+    Args:
+        reason: row of the table.
+        detail: one line for people.
+        failed_nodes: nodes to blame.
+        error: signature of the exception, where one ended it.
+        iteration: last finished iteration, None where no step was done.
+        gained: iterations the attempt added.
+        saved: newest committed iteration now.
+    """
+
+    reason: Reason
+    detail: str
+    failed_nodes: tuple[str, ...] = ()
+    error: str | None = None
+    iteration: int | None = None
+    gained: int = 0
+    saved: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is to be done.
+
+    Args:
+        action: none, requeue or stop.
+        why: one line for people.
+        exit_code: of the job.
+        exclude: every node the job is to avoid from now on.
+    """
+
+    action: Action
+    why: str
+    exit_code: int
+    exclude: tuple[str, ...]
+
+
+def decide(earlier: Sequence[Attempt], outcome: Outcome, *, max_restarts_without_progress: int) -> Decision:
+    """Reads the table for an attempt that has just ended.
+
+    Args:
+        earlier: the attempts before it.
+        outcome: how it ended.
+        max_restarts_without_progress: counted restarts in a row after which the run stops, where none committed a
+            newer checkpoint.
+    """
+    rule = RULES[outcome.reason]
+    exclude = excluded_nodes(earlier, outcome)
+    if rule.action is not Action.REQUEUE:
+        why = outcome.detail if rule.action is Action.NONE else f"{outcome.detail}; starting again would not help"
+        return Decision(rule.action, why, rule.exit_code, exclude)
+    if _same_error_again(earlier, outcome):
+        why = f"the same error at the same iteration twice: {outcome.error}"
+        return Decision(Action.STOP, why, EXIT_DO_NOT_REQUEUE, exclude)
+    fruitless = _fruitless(earlier, outcome)
+    if fruitless >= max_restarts_without_progress:
+        why = (
+            f"{fruitless} restarts without a newer checkpoint (resilience.max_restarts_without_progress); "
+            f"the last end: {outcome.reason}, {outcome.detail}"
+        )
+        return Decision(Action.STOP, why, EXIT_DO_NOT_REQUEUE, exclude)
+    return Decision(Action.REQUEUE, f"{outcome.reason}: {outcome.detail}", rule.exit_code, exclude)
+
+
+def excluded_nodes(earlier: Sequence[Attempt], outcome: Outcome | None = None) -> tuple[str, ...]:
+    """Nodes that have failed the run as often as the table allows."""
+    ends = [(attempt.reason, attempt.failed_nodes) for attempt in earlier]
+    if outcome is not None:
+        ends.append((outcome.reason, outcome.failed_nodes))
+    failures: Counter[str] = Counter()
+    at_once: set[str] = set()
+    for reason, nodes in ends:
+        rule = RULES[Reason(reason)] if reason in set(Reason) else None
+        if rule is None or rule.exclude_after is None:
+            continue
+        failures.update(nodes)
+        at_once.update(nodes if rule.exclude_after == 1 else ())
+    limit = RULES[Reason.LOST_NODE].exclude_after or 1
+    return tuple(sorted(at_once | {node for node, count in failures.items() if count >= limit}))
+
+
+def _counts(reason: str | None, gained: int | None) -> bool:
+    if reason not in set(Reason):
+        return reason is None  # an attempt whose end nobody noted
+    counted = RULES[Reason(reason)].counted
+    return not gained if counted is None else counted
+
+
+def _fruitless(earlier: Sequence[Attempt], outcome: Outcome) -> int:
+    """Restarts in a row, the newest included, that ended for a counted reason and left no newer checkpoint."""
+    ends = [(attempt.reason, attempt.gained, attempt.saved) for attempt in earlier]
+    ends.append((outcome.reason, outcome.gained, outcome.saved))
+    count, newest = 0, 0
+    for index, (reason, gained, saved) in enumerate(ends):
+        if saved is not None and saved > newest:
+            count, newest = 0, saved
+        elif index and _counts(reason, gained):  # the first attempt is no restart
+            count += 1
+    return count
+
+
+def _same_error_again(earlier: Sequence[Attempt], outcome: Outcome) -> bool:
+    if outcome.error is None:
+        return False
+    failures = [attempt for attempt in earlier if attempt.error is not None]
+    return bool(failures) and (failures[-1].error, failures[-1].iteration) == (outcome.error, outcome.iteration)
+
+
+def table() -> str:
+    """The table as the page about Slurm shows it."""
+    lines = [
+        "| ended because | known by | then | counted as a restart | node is avoided | job's exit code |",
+        "|---|---|---|---|---|---|",
+    ]
+    for rule in POLICY:
+        counted = {None: "if no iteration was gained", True: "yes", False: "no"}[rule.counted]
+        avoided = {None: "", 1: "at once", 2: "after its second failure"}[rule.exclude_after]
+        counted = counted if rule.action is Action.REQUEUE else ""
+        lines.append(f"| {rule.reason} | {rule.sign} | {rule.action} | {counted} | {avoided} | {rule.exit_code} |")
+    return "\n".join(lines)

@@ -1,0 +1,68 @@
+"""How a rank tells the job's controller of its end, and where it finds out that it has a controller."""
+
+import json
+import os
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+# Set by the controller for its ranks.
+ATTEMPT_VARIABLE = "MQ_ATTEMPT"
+_PATTERN = "rank_*.end.json"
+
+
+@dataclass(frozen=True)
+class RankEnd:
+    """The end of a rank.
+
+    Args:
+        rank: which.
+        exit_code: what it leaves with.
+        message: one line for people.
+        error: signature of an exception: its type and where it was raised. Empty where none was.
+        time: Unix time, to tell the first of several.
+    """
+
+    rank: int
+    exit_code: int
+    message: str
+    error: str
+    time: float
+
+    def write(self, directory: Path) -> None:
+        """Leaves the record in the logs of the attempt."""
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / _PATTERN.replace("*", str(self.rank))
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self)))
+        temporary.replace(path)
+
+
+def rank_end(rank: int, *, exit_code: int, error: BaseException | None, message: str = "") -> RankEnd:
+    """The record of an end, from the exception that caused it."""
+    if error is None:
+        return RankEnd(rank, exit_code, message, "", time.time())
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    kind = type(error).__name__
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return RankEnd(rank, exit_code, message or f"{kind}: {first_line}", f"{kind}{where}", time.time())
+
+
+def read_rank_ends(directory: Path) -> list[RankEnd]:
+    """What the ranks of an attempt left, the earliest first."""
+    ends = []
+    for path in directory.glob(_PATTERN):
+        try:
+            ends.append(RankEnd(**json.loads(path.read_text())))
+        except (OSError, ValueError, TypeError):
+            continue  # cut off in writing
+    return sorted(ends, key=lambda end: end.time)
+
+
+def attempt_of_controller(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Number of the attempt that a controller began for this rank; None without a controller."""
+    text = environ.get(ATTEMPT_VARIABLE, "")
+    return int(text) if text.isdecimal() else None

@@ -1,0 +1,162 @@
+"""What is asked of Slurm, through its own programs. Everything here works without slurmdbd.
+
+Accounts of jobs come from ``squeue`` and ``scontrol show``, because ``sacct`` fails where no accounting database runs.
+"""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_qwen.errors import Problem, UserError
+
+_TIMEOUT_S = 60.0
+_PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
+_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%L", "%N", "%S", "%j", "%Q")
+_LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
+_UNUSABLE = (*_LOST, "DRAIN", "REBOOT", "MAINT")
+
+
+class SlurmError(UserError):
+    """Slurm refused or did not answer (exit 1)."""
+
+    kind = "Slurm"
+
+
+def is_there() -> bool:
+    """Whether Slurm's programs are on this machine."""
+    return shutil.which("sbatch") is not None and shutil.which("scontrol") is not None
+
+
+def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
+    """What a Slurm program prints.
+
+    Raises:
+        SlurmError: it is not there, failed, or did not answer in time.
+    """
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except FileNotFoundError:
+        fix = "is not on PATH; load the site's Slurm module, or ask on a login node."
+        raise SlurmError(Problem(command[0], None, fix)) from None
+    except subprocess.TimeoutExpired:
+        raise SlurmError(Problem(" ".join(command), None, f"no answer in {timeout_s:.0f} s.")) from None
+    if done.returncode:
+        raise SlurmError(Problem(" ".join(command), None, (done.stderr or done.stdout).strip().replace("\n", "; ")))
+    return done.stdout
+
+
+def fields(line: str) -> dict[str, str]:
+    """``Key=Value`` pairs of a line of ``scontrol show -o``; values may hold blanks."""
+    return {key: value.strip() for key, value in _PAIR.findall(line.strip())}
+
+
+def show_job(job_id: str) -> dict[str, str]:
+    """A job as ``scontrol show job`` has it."""
+    lines = ask("scontrol", "show", "job", "-o", job_id).splitlines()
+    return fields(lines[0]) if lines else {}
+
+
+def show_nodes(names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
+    """Nodes by name; all of them where none is named."""
+    lines = ask("scontrol", "show", "node", "-o", *([",".join(names)] if names else [])).splitlines()
+    shown = [fields(line) for line in lines if line.strip()]
+    return {node["NodeName"]: node for node in shown if "NodeName" in node}
+
+
+def show_partitions() -> dict[str, dict[str, str]]:
+    """Partitions by name."""
+    shown = [fields(line) for line in ask("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    return {partition["PartitionName"]: partition for partition in shown if "PartitionName" in partition}
+
+
+def is_usable(node: dict[str, str]) -> bool:
+    """Whether a node can run jobs."""
+    state = node.get("State", "")
+    return "*" not in state and not any(word in state for word in _UNUSABLE)
+
+
+def is_lost(node: dict[str, str]) -> bool:
+    """Whether what ran on a node has to be given up."""
+    state = node.get("State", "")
+    return "*" in state or any(word in state for word in _LOST)
+
+
+def hostnames(node_list: str) -> list[str]:
+    """``n[1-3,7]`` as names."""
+    return ask("scontrol", "show", "hostnames", node_list).split() if node_list else []
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """``4(x2),3`` as [4, 4, 3]."""
+    counts: list[int] = []
+    for part in text.split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts
+
+
+def minutes(text: str) -> float | None:
+    """``2-12:00:00``, ``1:30:00``, ``45:00`` or ``90`` as minutes; None for no limit or no time at all."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        return None
+    days, first, second, third = (None if part is None else int(part) for part in match.groups())
+    if days is not None:
+        return days * 1440 + (first or 0) * 60 + (second or 0) + (third or 0) / 60
+    if third is not None:
+        return (first or 0) * 60 + (second or 0) + third / 60
+    return (first or 0) + (second or 0) / 60
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job that Slurm still knows.
+
+    Args:
+        job_id: ``12`` or ``12_3``.
+        state: such as PENDING, RUNNING.
+        reason: why it waits.
+        elapsed: time it has run.
+        left: time it has left.
+        nodes: its node list.
+        start: when it starts or started.
+        name: job name.
+        priority: 0 for a held one.
+    """
+
+    job_id: str
+    state: str
+    reason: str
+    elapsed: str
+    left: str
+    nodes: str
+    start: str
+    name: str
+    priority: str
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it waits for a person."""
+        reason = self.reason.lower()
+        return self.state == "PENDING" and ("held" in reason or self.priority == "0")
+
+
+def queue() -> dict[str, QueuedJob]:
+    """This user's jobs by id, arrays task by task."""
+    lines = ask("squeue", "--me", "-h", "-r", "-t", "all", "-o", "|".join(_QUEUE_FIELDS)).splitlines()
+    jobs = [QueuedJob(*line.split("|")) for line in lines if line.count("|") == len(_QUEUE_FIELDS) - 1]
+    return {job.job_id: job for job in jobs}
+
+
+def accounting(job_ids: Sequence[str]) -> dict[str, str]:
+    """States that slurmdbd has kept, by job id; empty where there is no accounting."""
+    if not job_ids or shutil.which("sacct") is None:
+        return {}
+    try:
+        lines = ask("sacct", "-X", "-n", "-P", "-o", "JobID,State", "-j", ",".join(job_ids)).splitlines()
+    except SlurmError:
+        return {}
+    pairs = [line.split("|") for line in lines]
+    return {pair[0]: pair[1].split()[0] for pair in pairs if len(pair) == 2 and pair[1].strip()}
