@@ -1,7 +1,7 @@
 """A cluster file: what an infra engineer says of a cluster once. Typed, checked, every field documented."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_origin
 
@@ -146,6 +146,18 @@ def read(content: dict[str, Any], *, origin: str) -> Cluster:
         raise ConfigError(problems)
     cluster = Cluster(**{"environment": {}, "sbatch": {}, **values})
     if found := list(_problems(cluster, origin)):
+        raise ConfigError(found)
+    return cluster
+
+
+def changed(cluster: Cluster, **values: Any) -> Cluster:
+    """The cluster with other values in some fields.
+
+    Raises:
+        ConfigError: they are not legal.
+    """
+    cluster = replace(cluster, **values)
+    if found := list(_problems(cluster, "--" + ", --".join(values).replace("_", "-"))):
         raise ConfigError(found)
     return cluster
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.request import absolute_paths, smallest_world
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.render import to_yaml
@@ -43,41 +44,20 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Trains and returns the exit code."""
     options, overrides = parser().parse_known_args(arguments)
-    config = _with_absolute_paths(resolve(options.source, overrides, RECIPES))
+    config = absolute_paths(resolve(options.source, overrides, RECIPES))
     rank = _outer_rank()
     if rank is not None:
         return _as_rank(config, options.run_dir, rank)
     if options.nproc is not None and options.nproc < 1:
         raise ConfigError(Problem("--nproc", options.nproc, "must be at least 1."))
     require_legal(config)
-    world_size = options.nproc or config.parallel.model_parallel_size
-    if config.model.is_moe and options.nproc is None:
-        world_size = max(world_size, _expert_ranks(config))
+    world_size = options.nproc or smallest_world(config)
     require_legal(config, world_size=world_size)
     digest = _require_data(config)
     directory = RunDirectory(options.run_dir)
     directory.claim(config, data_digest=digest)
     logs = directory.logs(directory.newest_attempt() + 1)
     return LocalRanks(directory.path, world_size=world_size, log_dir=logs).run()
-
-
-def _with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Paths as they are from here; what run.yaml says must hold from any directory."""
-
-    def absolute(path: str | None) -> str | None:
-        return None if path is None else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
-
-    data, load = config.data, config.checkpoint.load
-    config = config.with_section("data", path=absolute(data.path), tokenizer=absolute(data.tokenizer))
-    return config.with_section("checkpoint", load=absolute(load))
-
-
-def _expert_ranks(config: RunConfig) -> int:
-    """Fewest ranks that hold every expert: a multiple of both grids."""
-    parallel = config.parallel
-    expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    dense = parallel.model_parallel_size
-    return next(size for size in range(dense, dense * expert + 1, dense) if size % expert == 0)
 
 
 def _outer_rank() -> int | None:

@@ -72,26 +72,33 @@ class RunDirectory:
             ConfigError: the directory belongs to another configuration; every differing field is named.
         """
         if self.run_yaml.is_file():
-            begun_with = self._data_digest()
-            moved = data_digest is not None and data_digest == begun_with
-            problems = self._foreign(resolve(str(self.run_yaml), [], RECIPES), config, data_moved=moved)
-            if None not in (data_digest, begun_with) and not moved:
-                fix = "holds other tokens than this run began with; use a new --run-dir."
-                problems.append(Problem("data.path", config.data.path, fix))
-            if problems:
+            if problems := self.foreign_problems(config, data_digest=data_digest):
                 raise ConfigError(problems)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
                 Problem("--run-dir", self.path, "is not empty and holds no run.yaml; choose another directory.")
             )
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            # What a job reads and runs lies here: nobody else may write it.
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             _replace(self.run_yaml, to_yaml(config))
             self._keep_tokenizer(config.data.tokenizer)
             if data_digest is not None:
                 _replace(self.data, json.dumps({"path": config.data.path, "bin_xxh3_128": data_digest}) + "\n")
         except OSError as error:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
+
+    def foreign_problems(self, config: RunConfig, *, data_digest: str | None = None) -> list[Problem]:
+        """Every field by which the run that lies here already differs from ``config``; none where nothing lies here."""
+        if not self.run_yaml.is_file():
+            return []
+        begun_with = self._data_digest()
+        moved = data_digest is not None and data_digest == begun_with
+        problems = self._foreign(resolve(str(self.run_yaml), [], RECIPES), config, data_moved=moved)
+        if None not in (data_digest, begun_with) and not moved:
+            fix = "holds other tokens than this run began with; use a new --run-dir."
+            problems.append(Problem("data.path", config.data.path, fix))
+        return problems
 
     def _keep_tokenizer(self, source: str | None) -> None:
         """Copies the tokenizer the run begins with; what is released must have this one."""

@@ -18,6 +18,12 @@ _LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
 _UNUSABLE = (*_LOST, "DRAIN", "REBOOT", "MAINT")
 
 
+# States of a job that will do nothing any more.
+ENDED = frozenset(
+    {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
+)
+
+
 class SlurmError(UserError):
     """Slurm refused or did not answer (exit 1)."""
 
@@ -75,6 +81,17 @@ def is_usable(node: dict[str, str]) -> bool:
     """Whether a node can run jobs."""
     state = node.get("State", "")
     return "*" not in state and not any(word in state for word in _UNUSABLE)
+
+
+def gpus_of(node: dict[str, str]) -> dict[str, int]:
+    """GPUs of a node by type, from ``gpu:h100:8(S:0-1),nic:2``; the type is empty in ``gpu:8``."""
+    found: dict[str, int] = {}
+    for part in node.get("Gres", "").split(","):
+        words = part.partition("(")[0].split(":")
+        if words[0] == "gpu" and words[-1].isdecimal():
+            kind = words[1] if len(words) == 3 else ""
+            found[kind] = found.get(kind, 0) + int(words[-1])
+    return found
 
 
 def is_lost(node: dict[str, str]) -> bool:

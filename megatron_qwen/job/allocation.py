@@ -49,6 +49,9 @@ class Allocation(Protocol):
     def requeues_in_place(self) -> bool:
         """Whether the next attempt is made by this process."""
 
+    def environment(self, attempt: int) -> dict[str, str]:
+        """Variables of what is started on the nodes."""
+
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
         """Starts the ranks of an attempt."""
 
@@ -80,15 +83,18 @@ class LocalAllocation:
     nodes: tuple[str, ...] = (LOCAL_NODE,)
     requeues_in_place: bool = True
 
+    def environment(self, attempt: int) -> dict[str, str]:
+        """This process's, and the attempt."""
+        return {**os.environ, "MQ_ATTEMPT": str(attempt)}
+
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
         """Starts the ranks as children."""
-        environment = {**os.environ, "MQ_ATTEMPT": str(attempt)}
         ranks = LocalRanks(
             run_dir,
             world_size=self.world_size,
             log_dir=logs,
             python=self.settings.python,
-            environment=environment,
+            environment=self.environment(attempt),
             quiet=True,
         )
         ranks.start()
@@ -130,11 +136,14 @@ class SlurmAllocation:
         self.tasks = slurm.tasks_per_node(environ["SLURM_TASKS_PER_NODE"])
         self.world_size = sum(self.tasks)
 
-    def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
-        """Starts one task a rank under srun."""
-        environment = environment_of_ranks(
+    def environment(self, attempt: int) -> dict[str, str]:
+        """The job's, with where the ranks meet."""
+        return environment_of_ranks(
             self._environ, address=self.master_address(), port=self.master_port(), attempt=attempt
         )
+
+    def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
+        """Starts one task a rank under srun."""
         command = [*self.settings.rank_prefix, self.settings.python, *_RANK, str(run_dir)]
         return SrunRanks(
             command,
@@ -145,7 +154,7 @@ class SlurmAllocation:
                 *self.settings.srun_arguments,
             ],
             logs=logs,
-            environment=environment,
+            environment=self.environment(attempt),
             job_id=self._raw_id,
             placement=placement(self.nodes, self.tasks),
         )

@@ -111,7 +111,13 @@ class Controller:
         if self.settings.health_check is None or self.settings.scheduler == "local":
             return {}
         script = self.directory.code / health.SCRIPT
-        return health.failures(self.allocation.nodes, script=script, arguments=self.settings.health_check, logs=logs)
+        return health.failures(
+            self.allocation.nodes,
+            script=script,
+            arguments=self.settings.health_check,
+            logs=logs,
+            environment=self.allocation.environment(0),
+        )
 
     def _with_ranks(self, number: int, logs: Path) -> Outcome:
         ranks = self.allocation.start(self.directory.path, attempt=number, logs=logs)

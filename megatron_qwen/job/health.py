@@ -2,7 +2,9 @@
 
 import re
 import subprocess
-from collections.abc import Sequence
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _TIMEOUT_S = 300.0
@@ -11,7 +13,9 @@ _DONE = re.compile(r"^(?:\d+: )?healthcheck (\S+): (?:ok|FAIL)", re.MULTILINE)
 SCRIPT = "slurm/healthcheck.sh"
 
 
-def failures(nodes: Sequence[str], *, script: Path, arguments: Sequence[str], logs: Path) -> dict[str, str]:
+def failures(
+    nodes: Sequence[str], *, script: Path, arguments: Sequence[str], logs: Path, environment: Mapping[str, str]
+) -> dict[str, str]:
     """Runs the check once on each node of the job.
 
     Args:
@@ -19,6 +23,7 @@ def failures(nodes: Sequence[str], *, script: Path, arguments: Sequence[str], lo
         script: the check, on a file system that the nodes share.
         arguments: its arguments.
         logs: where its output is kept, as health.log.
+        environment: of the check; its loop finds the other nodes there.
 
     Returns:
         What is wrong, by node. A node that does not answer in time has failed.
@@ -32,10 +37,13 @@ def failures(nodes: Sequence[str], *, script: Path, arguments: Sequence[str], lo
         "--kill-on-bad-exit=0",
         "bash",
         str(script),
+        "--clock",
+        str(round(time.time())),
         *arguments,
     ]
+    own = {**environment, "MQ_PYTHON": sys.executable}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=own, check=False)
         text, code = done.stdout + done.stderr, done.returncode
     except subprocess.TimeoutExpired as error:
         text, code = _text(error.stdout) + _text(error.stderr), 1

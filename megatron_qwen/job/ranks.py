@@ -1,6 +1,5 @@
 """The ranks of an attempt as their controller sees them, and how they are started under srun."""
 
-import os
 import re
 import signal
 import subprocess
@@ -178,8 +177,3 @@ def environment_of_ranks(own: Mapping[str, str], *, address: str, port: int, att
     if "SLURM_CPUS_PER_TASK" in own:
         kept["SRUN_CPUS_PER_TASK"] = own["SLURM_CPUS_PER_TASK"]  # srun no longer takes it from sbatch (Slurm 22.05)
     return {**kept, "MASTER_ADDR": address, "MASTER_PORT": str(port), "MQ_ATTEMPT": str(attempt)}
-
-
-def own_environment() -> dict[str, str]:
-    """This process's environment."""
-    return dict(os.environ)

@@ -1,6 +1,7 @@
 """What the ranks of a pool are asked to do."""
 
 import hashlib
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def save(parts: Any, root: Path) -> None:
     from megatron_qwen.checkpoint.write import CheckpointWriter
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 
-    outside_of_runs = AttemptLog(root / "attempts.jsonl")
+    outside_of_runs = AttemptLog(Path(tempfile.mkdtemp()) / "attempts.jsonl")
     writer = CheckpointWriter(root, attempt=0, attempts=outside_of_runs, keep_last=9, keep_every=None)
     Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
 

@@ -1,0 +1,177 @@
+"""The command line of ``mq launch``; imports nothing heavy, so that --help answers at once."""
+
+import argparse
+from pathlib import Path
+
+from megatron_qwen.cli import Parser
+
+TAKES_OVERRIDES = ("submit", "dry-run", "array", "freeze")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = Parser(
+        "mq launch",
+        description="Submits runs to Slurm (or to this machine), shows how they are, and steers them. docs/slurm.md is "
+        "for a cluster's first day.",
+        examples=[
+            "mq launch cluster-init > launch/clusters/ours.yaml",
+            "mq launch dry-run qwen2_5_7b data.path=data/corpus --cluster ours --nodes 16",
+            "mq launch submit qwen2_5_7b data.path=data/corpus --cluster ours --nodes 16 --name 7b-first",
+            "mq launch status runs --watch",
+            "mq launch logs runs/7b-first --rank 0 --follow",
+        ],
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    _submit_parser(actions)
+    _dry_run_parser(actions)
+    _array_parser(actions)
+    _status_parser(actions)
+    _logs_parser(actions)
+    _steering_parsers(actions)
+    _site_parsers(actions)
+    return parser
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="a recipe (mq recipes) or a run.yaml; then section.field=value overrides")
+    _job_options(parser)
+    parser.add_argument("--name", help="of the run; default: the recipe's")
+    parser.add_argument("--run-dir", type=Path, help="default: the cluster's run_root and the name")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument("--chain", type=int, help="so many jobs in a row, where jobs may not requeue themselves")
+    many.add_argument(
+        "--until-done", action="store_true", help="one job that requeues itself until the run is done (the default)"
+    )
+
+
+def _job_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, help="of a job (1)")
+    parser.add_argument("--cluster", help="a file of launch/clusters by its name, or a path")
+    parser.add_argument("--time-limit", help="of a job, D-HH:MM:SS; default: the cluster's")
+
+
+def _submit_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "submit",
+        help="check a run and hand it to the cluster",
+        description="Checks everything that can be checked without a GPU, freezes configuration and code in the run "
+        "directory, and submits. The same command goes on where a run stopped; a run of another configuration is "
+        "refused. Without --cluster: this machine where there is no Slurm, else the example cluster.",
+        examples=[
+            "mq launch submit qwen2_5_7b data.path=/data/corpus --cluster ours --nodes 16 --name 7b-first",
+            "mq launch submit runs/7b-first/run.yaml training.train_iters=200000 --cluster ours --nodes 16",
+            "mq launch submit qwen2_5_72b data.path=/data/corpus --cluster ours --nodes 128 --chain 14",
+            "mq launch submit tiny_dense data.path=data/corpus --cluster local",
+        ],
+    )
+    _run_options(parser)
+    parser.add_argument("--new-code", action="store_true", help="replace the run's snapshot by the present code")
+    parser.add_argument("--json", action="store_true")
+
+
+def _dry_run_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "dry-run",
+        help="show all of a submission and submit nothing",
+        description="Prints the resolved configuration, the sbatch text, predicted memory, tokens/s, duration, "
+        "GPU-hours and checkpoint size, and what preflight finds. Without --cluster an example cluster of nodes with "
+        "eight H100 serves.",
+        examples=["mq launch dry-run qwen2_5_72b --nodes 128", "mq launch dry-run qwen2_5_7b --nodes 4 --json"],
+    )
+    _run_options(parser)
+    parser.add_argument("--json", action="store_true")
+
+
+def _array_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "array",
+        help="submit many runs as one job array",
+        description="FILE is YAML: `recipe`, `overrides` of all runs, and `runs`: names, each with overrides of its "
+        "own. Every run gets a directory of its own in the run root and is seen through for itself.",
+        examples=["mq launch array sweep.yaml --cluster ours --nodes 1 --at-once 4"],
+    )
+    parser.add_argument("file", type=Path)
+    _job_options(parser)
+    parser.add_argument("--at-once", type=int, default=4, help="runs that may run together (4)")
+    parser.add_argument("--run-root", type=Path, help="default: the cluster's")
+    parser.add_argument("--json", action="store_true")
+
+
+def _status_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "status",
+        help="how runs are",
+        description="One table of runs: state, iteration, loss, tokens/s, time left, attempts, jobs, and for what "
+        "needs a hand the command. Works without accounting (slurmdbd).",
+        examples=[
+            "mq launch status",
+            "mq launch status runs/7b-first runs/7b-second --json",
+            "mq launch status --watch",
+        ],
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="run directories, or directories of them (runs)")
+    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="show it again and again")
+    parser.add_argument("--json", action="store_true")
+
+
+def _logs_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "logs",
+        help="what the ranks printed",
+        description="The log of one rank, or of all of them merged in the order of time; across attempts.",
+        examples=[
+            "mq launch logs runs/7b-first --rank 0 --follow",
+            "mq launch logs runs/7b-first --attempt 3",
+            "mq launch logs runs/7b-first --controller",
+        ],
+    )
+    parser.add_argument("run", type=Path, help="a run directory")
+    parser.add_argument("--rank", type=int, action="append", help="only this one; may be given again")
+    parser.add_argument("--attempt", type=int, help="only this one")
+    parser.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
+    parser.add_argument(
+        "--controller", action="store_true", help="what the jobs' controllers said, instead of the ranks"
+    )
+
+
+def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
+    for name, text in (
+        ("cancel", "End the jobs of runs. They save first."),
+        (
+            "requeue",
+            "Have runs go on: releases held jobs, requeues running ones, and submits again what has stopped. Restarts "
+            "are counted from zero again.",
+        ),
+    ):
+        parser = actions.add_parser(
+            name,
+            help=text.partition(":")[0].rstrip("."),
+            description=text,
+            examples=[f"mq launch {name} runs/7b-first"],
+        )
+        parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+
+
+def _site_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
+    draft = actions.add_parser(
+        "cluster-init",
+        help="draft a cluster file from what Slurm says",
+        description="Asks sinfo and scontrol what the cluster is and prints a cluster file to look over.",
+        examples=["mq launch cluster-init > launch/clusters/ours.yaml", "mq launch cluster-init --partition gpu"],
+    )
+    draft.add_argument("--partition", help="default: the cluster's default one")
+    freeze = actions.add_parser(
+        "freeze",
+        help="make a run directory without submitting, for slurm/train.sbatch",
+        description="Preflight and snapshot as submit makes them, and no job.",
+        examples=["mq launch freeze qwen2_5_7b data.path=data/corpus --run-dir runs/7b --cluster ours --nodes 16"],
+    )
+    _run_options(freeze)
+    reference = actions.add_parser(
+        "reference",
+        help="tables for the documentation",
+        description="Prints the fields of a cluster file, or the table of what follows the end of an attempt.",
+        examples=["mq launch reference cluster", "mq launch reference policy"],
+    )
+    reference.add_argument("what", choices=["cluster", "policy"])

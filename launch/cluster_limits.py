@@ -1,0 +1,62 @@
+"""Whether the cluster takes such a job at all: asked of Slurm before submission."""
+
+from collections.abc import Iterator
+
+from launch.finding import Finding, error, warning
+from launch.request import Request
+from megatron_qwen import slurm
+from megatron_qwen.config.source import did_you_mean
+from megatron_qwen.errors import Problem, UserError
+
+
+def cluster_limits(request: Request) -> list[Finding]:
+    """Partition, node count, time limit and GPUs against what Slurm says of itself."""
+    try:
+        partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
+    except UserError as failure:
+        return [error(problem) for problem in failure.problems]
+    cluster = request.cluster
+    name = cluster.partition or next((key for key, part in partitions.items() if part.get("Default") == "YES"), None)
+    if name is None:
+        fix = f"must be given: this cluster has no default partition. It has {', '.join(partitions)}."
+        return [error(Problem("partition", None, fix))]
+    if name not in partitions:
+        fix = f"no such partition.{did_you_mean(name, partitions)} This cluster has {', '.join(partitions)}."
+        return [error(Problem("partition", name, fix))]
+    return list(_limits(request, name, partitions[name], nodes))
+
+
+def _limits(
+    request: Request, name: str, partition: dict[str, str], nodes: dict[str, dict[str, str]]
+) -> Iterator[Finding]:
+    cluster = request.cluster
+    if partition.get("State") != "UP":
+        yield error(Problem("partition", name, f"is {partition.get('State')}; use another, or wait until it is UP."))
+    limit = slurm.minutes(partition.get("MaxTime", ""))
+    if limit is not None and cluster.time_limit_minutes > limit:
+        fix = (
+            f"exceeds the {partition['MaxTime']} of partition {name}; longer runs go on in the next job by themselves."
+        )
+        yield error(Problem("time_limit", cluster.time_limit, fix))
+    largest = partition.get("MaxNodes", "UNLIMITED")
+    if largest.isdecimal() and request.nodes > int(largest):
+        yield error(Problem("--nodes", request.nodes, f"partition {name} allows {largest} a job."))
+    members = {key: node for key, node in nodes.items() if name in node.get("Partitions", "").split(",")}
+    if request.nodes > len(members):
+        yield error(Problem("--nodes", request.nodes, f"partition {name} has {len(members)} nodes."))
+        return
+    fitting = {key: node for key, node in members.items() if _gpus(node, cluster.gpu_type) >= cluster.gpus_per_node}
+    if len(fitting) < request.nodes:
+        kind = f"{cluster.gpu_type} " if cluster.gpu_type else ""
+        fix = f"{len(fitting)} nodes of partition {name} have that many {kind}GPUs, {request.nodes} are needed."
+        yield error(Problem("gpus_per_node", cluster.gpus_per_node, fix))
+        return
+    usable = sum(slurm.is_usable(node) for node in fitting.values())
+    if usable < request.nodes:
+        fix = f"{usable} of {len(fitting)} fitting nodes of partition {name} are up: the job will wait for the others."
+        yield warning(Problem("--nodes", request.nodes, fix))
+
+
+def _gpus(node: dict[str, str], kind: str | None) -> int:
+    found = slurm.gpus_of(node)
+    return sum(found.values()) if kind is None else found.get(kind, 0)

@@ -1,0 +1,159 @@
+"""``mq launch``: runs on a cluster."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launch import cluster, cluster_init, control, dry_run, logs, status, submit
+from launch.arguments import TAKES_OVERRIDES, parser
+from launch.freeze import freeze
+from launch.preflight import check
+from launch.request import Request, make
+from megatron_qwen import slurm
+from megatron_qwen.cli import run_program
+from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem
+from megatron_qwen.resilience import policy
+from megatron_qwen.rundir import RunDirectory
+
+DEFAULT_RUNS = Path("runs")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Does what was asked for."""
+    options, overrides = parser().parse_known_args(arguments)
+    if overrides and options.action not in TAKES_OVERRIDES:
+        raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}. See mq launch {options.action} --help.")
+    actions: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+        "submit": _submit,
+        "dry-run": _dry_run,
+        "array": _array,
+        "freeze": _freeze,
+        "status": _status,
+        "logs": _logs,
+        "cancel": _steer,
+        "requeue": _steer,
+        "cluster-init": _cluster_init,
+        "reference": _reference,
+    }
+    return actions[options.action](options, overrides)
+
+
+def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = False) -> Request:
+    return make(
+        options.source,
+        overrides,
+        nodes=options.nodes,
+        cluster=options.cluster,
+        name=options.name,
+        run_dir=options.run_dir,
+        time_limit=options.time_limit,
+        chain=options.chain,
+        dry=dry,
+    )
+
+
+def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
+    submitted, code = submit.submit(_request(options, overrides), new_code=options.new_code)
+    if submitted is None:
+        return code
+    if options.json:
+        print(submit.as_json([submitted]))
+        return 0
+    print(f"submitted {submitted.name} as job {', '.join(submitted.jobs)}", *submitted.notes, sep="\n  ")
+    print(f"  status: mq launch status {submitted.run_dir}\n  logs:   mq launch logs {submitted.run_dir} --follow")
+    return 0
+
+
+def _dry_run(options: argparse.Namespace, overrides: list[str]) -> int:
+    request = _request(options, overrides, dry=True)
+    # The example cluster is nobody's, and a laptop knows nothing of a cluster's disk and limits.
+    named = options.cluster is not None
+    found = check(request, on_site=named and (slurm.is_there() or request.cluster.scheduler == "local"))
+    if options.json:
+        print(dry_run.as_json(request, found))
+    else:
+        dry_run.show(request, found)
+    return found.exit_code
+
+
+def _array(options: argparse.Namespace, overrides: list[str]) -> int:
+    if options.at_once < 1:
+        raise ConfigError(Problem("--at-once", options.at_once, "must be at least 1."))
+    content = submit.read_array(options.file)
+    run_dir = None if options.run_root is None else options.run_root / options.file.stem
+    base = make(
+        content.recipe,
+        [*content.overrides, *overrides],
+        nodes=options.nodes,
+        cluster=options.cluster,
+        name=options.file.stem,
+        run_dir=run_dir,
+        time_limit=options.time_limit,
+    )
+    shared = [*content.overrides, *overrides]
+    submitted = submit.submit_array(base, content.runs, shared, at_once=options.at_once)
+    if options.json:
+        print(submit.as_json(submitted))
+    else:
+        for item in submitted:
+            print(f"submitted {item.name} as job {', '.join(item.jobs)}")
+        print(f"  status: mq launch status {base.run_dir.parent}")
+    return 0
+
+
+def _freeze(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Preflight without the limits of the cluster: the job that asks runs already."""
+    request = _request(options, overrides)
+    found = check(request, on_site=False)
+    submit.show(found.findings)
+    if found.errors or any(item.severity == "unset" for item in found.findings):
+        return found.exit_code or EXIT_CONFIG
+    for line in freeze(request, data_digest=found.data_digest, new_code=False):
+        print(line)
+    return 0
+
+
+def _status(options: argparse.Namespace, _: list[str]) -> int:
+    places = options.runs or [DEFAULT_RUNS]
+    if options.watch is not None:
+        status.watch(places, every_s=options.watch)
+        return 0
+    rows = status.collect(status.find_runs(places))
+    print(status.as_json(rows) if options.json else status.table(rows))
+    return 0
+
+
+def _logs(options: argparse.Namespace, _: list[str]) -> int:
+    run = status.find_runs([options.run])[0]
+    if options.controller:
+        for path in sorted(run.submission.glob("*.out"), key=lambda path: path.stat().st_mtime):
+            print(f"==> {path.name}")
+            print(path.read_text(errors="replace"), end="")
+        return 0
+    if options.follow:
+        logs.follow(run, ranks=options.rank, out=sys.stdout)
+    else:
+        logs.show(run, ranks=options.rank, attempt=options.attempt, out=sys.stdout)
+    return 0
+
+
+def _steer(options: argparse.Namespace, _: list[str]) -> int:
+    runs: list[RunDirectory] = status.find_runs(options.runs)
+    for line in control.cancel(runs) if options.action == "cancel" else control.requeue(runs):
+        print(line)
+    return 0
+
+
+def _cluster_init(options: argparse.Namespace, _: list[str]) -> int:
+    print(cluster_init.draft(options.partition), end="")
+    return 0
+
+
+def _reference(options: argparse.Namespace, _: list[str]) -> int:
+    print(cluster.reference() if options.what == "cluster" else policy.table())
+    return 0
+
+
+if __name__ == "__main__":
+    run_program(main)

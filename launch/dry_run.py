@@ -1,0 +1,100 @@
+"""``mq launch dry-run``: everything a submission would do, shown and not done."""
+
+import json
+from typing import Any
+
+from launch.estimates import Prediction
+from launch.preflight import Preflight
+from launch.request import Request
+from launch.submission import script
+from megatron_qwen.config.render import to_yaml
+from megatron_qwen.config.run import as_dict
+from megatron_qwen.estimate.memory import ALLOWANCE_GIB
+from megatron_qwen.estimate.speed import ASSUMED_MFU, ASSUMED_MFU_MOE
+
+_GIB = 2.0**30
+
+
+def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
+    """Name and value of every predicted figure, for people."""
+    memory, cluster = prediction.memory, request.cluster
+    interval = request.config.checkpoint.save_interval
+    rows = [
+        ("parameters, total / active", f"{prediction.parameters.total:,} / {prediction.parameters.active:,}"),
+        ("ranks", f"{request.world_size:,} = {request.nodes} nodes x {request.ranks_per_node}"),
+        ("memory of the fullest rank", _memory(prediction)),
+        ("  weights, gradients, optimizer", f"{memory.state_gib:.1f} GiB (stage {memory.stage})"),
+        ("  activations, logits", f"{(memory.activations + memory.loss) / _GIB:.1f} GiB"),
+        ("  allowance for context and buffers", f"{ALLOWANCE_GIB:.1f} GiB"),
+        ("checkpoint", f"{prediction.checkpoint / 1e9:,.1f} GB, every {interval} iterations"),
+        ("tokens of the run", f"{prediction.tokens:,}"),
+    ]
+    if prediction.speed is None or prediction.hours is None or prediction.gpu_hours is None:
+        return [*rows, ("speed", "not predicted: the cluster file names no GPU with a known peak for this precision")]
+    speed = prediction.speed
+    share = ASSUMED_MFU_MOE if request.config.model.is_moe else ASSUMED_MFU
+    jobs = prediction.hours * 60 / cluster.time_limit_minutes
+    return [
+        *rows,
+        ("tokens/s", f"{speed.tokens_per_second:,.0f}, {speed.tokens_per_second / request.world_size:,.0f} a GPU"),
+        ("  assumed", f"{share:.0%} of the {cluster.gpu}'s peak, less a pipeline bubble of {speed.bubble:.1%}"),
+        ("step", f"{speed.step_s:.1f} s"),
+        ("duration", f"{prediction.hours:,.1f} h, {jobs:.1f} jobs of {cluster.time_limit}"),
+        ("GPU-hours", f"{prediction.gpu_hours:,.0f}"),
+    ]
+
+
+def _memory(prediction: Prediction) -> str:
+    total = prediction.memory.total_gib
+    if prediction.device_gib is None:
+        return f"{total:.1f} GiB"
+    return f"{total:.1f} of {prediction.device_gib:.0f} GiB"
+
+
+def show(request: Request, found: Preflight) -> None:
+    """Prints configuration, script, figures and findings."""
+    print(f"# {request.run_dir}/run.yaml")
+    print(to_yaml(request.config))
+    if request.cluster.scheduler == "slurm":
+        print("# sbatch would get")
+        print(script(request))
+    else:
+        print("# submitit's local executor would start the run on this machine\n")
+    if found.prediction is not None:
+        print("# predicted (megatron_qwen/estimate; nothing of it was measured)")
+        for name, value in figures(request, found.prediction):
+            print(f"{name:<38}{value}")
+    if found.findings:
+        print(f"\n# preflight: {len(found.findings)} finding{'s' if len(found.findings) > 1 else ''}")
+        for finding in found.findings:
+            print(finding)
+
+
+def as_json(request: Request, found: Preflight) -> str:
+    """The same for programs."""
+    content: dict[str, Any] = {
+        "name": request.name,
+        "run_dir": str(request.run_dir),
+        "nodes": request.nodes,
+        "ranks": request.world_size,
+        "config": as_dict(request.config),
+        "sbatch": script(request) if request.cluster.scheduler == "slurm" else None,
+        "findings": [{"severity": item.severity, "text": str(item.problem)} for item in found.findings],
+        "predicted": None,
+    }
+    if (prediction := found.prediction) is not None:
+        speed = prediction.speed
+        content["predicted"] = {
+            "parameters": prediction.parameters.total,
+            "active_parameters": prediction.parameters.active,
+            "memory_gib": prediction.memory.total_gib,
+            "memory_state_gib": prediction.memory.state_gib,
+            "device_memory_gib": prediction.device_gib,
+            "tokens_per_second": speed.tokens_per_second if speed else None,
+            "step_s": speed.step_s if speed else None,
+            "hours": prediction.hours,
+            "gpu_hours": prediction.gpu_hours,
+            "checkpoint_bytes": prediction.checkpoint,
+            "tokens": prediction.tokens,
+        }
+    return json.dumps(content, indent=2)

@@ -1,0 +1,114 @@
+"""Makes the run directory a job can start from: configuration, code, job settings, and the note of every submission."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from launch.request import Request
+from launch.snapshot import NOTE
+from launch.snapshot import freeze as freeze_code
+from megatron_qwen.attempts import now
+from megatron_qwen.job.settings import JobSettings
+from megatron_qwen.rundir import RunDirectory
+
+
+def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list[str]:
+    """Writes run.yaml, code/ and job.json; what is there already and agrees stays.
+
+    Args:
+        request: what is submitted.
+        data_digest: hash of the token file, where it is known.
+        new_code: take the present code where the run has a snapshot already.
+
+    Returns:
+        What a person should know, a line each.
+
+    Raises:
+        ConfigError: the directory belongs to another configuration.
+    """
+    directory = RunDirectory(request.run_dir)
+    directory.claim(request.config, data_digest=data_digest)
+    directory.path.chmod(0o700)
+    said = _freeze_code(request, directory, new_code=new_code)
+    job_settings(request).write(directory.path)
+    return said
+
+
+def _freeze_code(request: Request, directory: RunDirectory, *, new_code: bool) -> list[str]:
+    if directory.code.exists() and not new_code:
+        note = json.loads((directory.code / NOTE).read_text())
+        return [f"code: the snapshot of {note['time']} stays ({_named(note)}); --new-code takes the present one"]
+    replaced = directory.path / f"code.until_{now().replace(':', '')}"
+    if directory.code.exists():
+        directory.code.rename(replaced)
+    snapshot = freeze_code(directory.code, environ=request.environ)
+    said = [f"code: {_named({'commit': snapshot.commit, 'modified': snapshot.modified})}"]
+    return said + [f"left out of the snapshot: {name}" for name in snapshot.left_out]
+
+
+def _named(note: dict[str, Any]) -> str:
+    commit = f"commit {note['commit'][:12]}" if note["commit"] else "no git checkout"
+    return commit + (" with uncommitted changes" if note["modified"] else "")
+
+
+def job_settings(request: Request) -> JobSettings:
+    """What the controller is to know."""
+    cluster, directory = request.cluster, RunDirectory(request.run_dir)
+    mounts = [f"{path}:{path}" for path in _mounted(request)] + list(cluster.container_mounts)
+    srun_arguments: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
+    if cluster.container == "pyxis":
+        srun_arguments = (
+            f"--container-image={cluster.container_image}",
+            f"--container-mounts={','.join(mounts)}",
+            f"--container-workdir={directory.path}",
+        )
+    elif cluster.container == "apptainer":
+        gpu = ("--nv",) if cluster.gpus_per_node else ()
+        prefix = ("apptainer", "exec", *gpu, "--bind", ",".join(mounts), str(cluster.container_image))
+    health = None
+    if cluster.health_check and cluster.scheduler == "slurm":
+        health = ("--gpus", str(cluster.gpus_per_node), "--disk", str(directory.path), *cluster.health_check_arguments)
+    return JobSettings(
+        scheduler=cluster.scheduler,
+        ranks_per_node=request.ranks_per_node,
+        signal_delay_s=cluster.signal_delay_s,
+        requeue=request.chain is None,
+        python=sys.executable if cluster.container is None else cluster.container_python,
+        srun_arguments=srun_arguments,
+        rank_prefix=prefix,
+        health_check=health,
+    )
+
+
+def _mounted(request: Request) -> list[Path]:
+    """Directories that the ranks need inside a container."""
+    data, load = request.config.data, request.config.checkpoint.load
+    wanted = [request.run_dir]
+    wanted += [Path(data.path).parent] if data.path else []
+    wanted += [Path(path) for path in (data.tokenizer, load) if path]
+    return list(dict.fromkeys(wanted))
+
+
+def note_jobs(request: Request, jobs: list[str]) -> None:
+    """Adds a submission to jobs.jsonl."""
+    directory = RunDirectory(request.run_dir)
+    entry = {
+        "time": now(),
+        "jobs": jobs,
+        "scheduler": request.cluster.scheduler,
+        "cluster": request.cluster_name,
+        "nodes": request.nodes,
+        "host": os.uname().nodename,
+    }
+    with directory.jobs.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def remove_unused(path: Path, *, existed: bool) -> None:
+    """Takes back a run directory that a failed submission made; one that was there before stays."""
+    if not existed:
+        shutil.rmtree(path, ignore_errors=True)

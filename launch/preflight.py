@@ -1,0 +1,219 @@
+"""Everything that can be known to be wrong before a job is submitted, all at once, each with a way out. No torch."""
+
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from launch.cluster_limits import cluster_limits
+from launch.estimates import Prediction, predict
+from launch.finding import Finding, error, warning
+from launch.request import Request
+from launch.text import control_character, is_secret_name, secret_in
+from megatron_qwen.config import checks
+from megatron_qwen.config.run import SECTION_TYPES, as_dict
+from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
+from megatron_qwen.rundir import RunDirectory
+
+# Beyond four epochs repeated data is worth visibly less than new (Muennighoff et al. 2023, arXiv 2305.16264).
+_WORTHWHILE_EPOCHS = 4.0
+# What a parallel file system takes from one node, for the time a save needs.
+_ASSUMED_WRITE_BYTES_PER_S = 1e9
+
+
+@dataclass(frozen=True)
+class Preflight:
+    """What was found.
+
+    Args:
+        findings: in the order of the checks.
+        prediction: None where the configuration is not legal.
+        data_digest: hash of the token file, where its manifest has one.
+    """
+
+    findings: tuple[Finding, ...]
+    prediction: Prediction | None
+    data_digest: str | None
+
+    @property
+    def errors(self) -> list[Finding]:
+        """Findings that forbid to submit."""
+        return [finding for finding in self.findings if finding.severity == "error"]
+
+    @property
+    def exit_code(self) -> int:
+        """3 where only data is at fault, 2 for everything else, 0 without an error."""
+        kinds = {finding.kind for finding in self.errors}
+        return 0 if not kinds else EXIT_DATA if kinds == {"data"} else EXIT_CONFIG
+
+
+def check(request: Request, *, on_site: bool) -> Preflight:
+    """Runs every check.
+
+    Args:
+        request: what is to be submitted.
+        on_site: whether this machine is one of the cluster's, which can be asked about limits and disk.
+    """
+    findings = [error(problem) for problem in checks.problems(request.config, world_size=request.world_size)]
+    legal = not findings
+    for rule in (_texts, _secrets, _run_directory):
+        findings += rule(request)
+    found, digest = _data(request)
+    findings += found
+    prediction = None
+    if legal:
+        prediction = predict(request)
+        for sized in (_memory, _intervals):
+            findings += sized(request, prediction)
+        findings += _disk(request, prediction) if on_site else []
+    if on_site and request.cluster.scheduler == "slurm":
+        findings += cluster_limits(request)
+    return Preflight(tuple(findings), prediction, digest)
+
+
+def _config_texts(request: Request) -> Iterator[tuple[str, str]]:
+    content = as_dict(request.config)
+    for section in SECTION_TYPES:
+        for name, value in content[section].items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    yield f"{section}.{name}", text
+
+
+def _texts(request: Request) -> Iterator[Finding]:
+    """Nothing that could end a line of a script; nothing that Slurm would read as a pattern."""
+    for where, text in (*_config_texts(request), ("--run-dir", str(request.run_dir))):
+        if (character := control_character(text)) is not None:
+            yield error(Problem(where, text, f"holds the control character {character}; take it out."))
+    if "%" in str(request.run_dir):
+        yield error(Problem("--run-dir", request.run_dir, "must not hold %, which Slurm replaces in file names."))
+
+
+def _secrets(request: Request) -> Iterator[Finding]:
+    fix = "would be written into files of the run; pass it through the environment (pass_environment of the cluster)."
+    for where, text in (*_config_texts(request), *request.cluster.texts()):
+        if (what := secret_in(text, request.environ)) is not None:
+            yield error(Problem(where, None, f"holds {what}, which {fix}"))
+    for name in (*request.cluster.environment, *request.cluster.sbatch):
+        if is_secret_name(name):
+            yield error(Problem(f"cluster: {name}", None, f"is named like a secret, which {fix}"))
+
+
+def _run_directory(request: Request) -> Iterator[Finding]:
+    """Nobody else may be able to write what the job will read and run."""
+    path = request.run_dir
+    if path.exists():
+        found = path.stat()
+        if not stat.S_ISDIR(found.st_mode):
+            yield error(Problem("--run-dir", path, "is no directory; choose another name."))
+        elif found.st_uid != os.getuid():
+            yield error(Problem("--run-dir", path, "belongs to somebody else; choose another name."))
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            fix = f"can be written by others, who could have the job run their code; chmod 700 {path}."
+            yield error(Problem("--run-dir", path, fix))
+    for parent in path.parents:
+        if parent.is_dir():
+            mode = parent.stat().st_mode
+            if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+                fix = "can be written by everyone, who could replace the run in it; chmod o-w, or set its sticky bit."
+                yield error(Problem("directory", parent, fix))
+    existing = next(parent for parent in path.parents if parent.is_dir())
+    if not os.access(existing, os.W_OK):
+        yield error(Problem("--run-dir", path, f"cannot be made: {existing} cannot be written."))
+
+
+def _data(request: Request) -> tuple[list[Finding], str | None]:
+    """Data, tokenizer and epochs."""
+    config = request.config
+    if config.data.path is None:
+        fix = "must be given before this is submitted: the prefix of a .bin / .idx pair (mq data prepare)."
+        return [Finding("unset", Problem("data.path", None, fix), "data")], None
+    from megatron_qwen.data.preflight import require_usable
+    from megatron_qwen.data.samples import open_split
+
+    try:
+        digest = require_usable(config)
+        split = open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+    except DataError as failure:
+        return [Finding("error", problem, "data") for problem in failure.problems], None
+    except UserError as failure:
+        return [error(problem) for problem in failure.problems], None
+    windows = split.train.windows
+    epochs = config.training.train_iters * config.training.global_batch_size / max(1, windows)
+    found = []
+    if epochs > _WORTHWHILE_EPOCHS:
+        fix = (
+            f"would be read {epochs:.1f} times: {windows:,} samples of {config.data.seq_length} tokens for "
+            f"{config.training.train_iters:,} iterations. Beyond 4 epochs repeated text is worth little; add data."
+        )
+        found.append(warning(Problem("data.path", config.data.path, fix)))
+    return found, digest
+
+
+def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:
+    capacity = prediction.device_gib
+    if capacity is None:
+        return
+    memory = prediction.memory
+    fix = (
+        f"{{}} of {capacity:.0f} GiB on a rank of pipeline stage {memory.stage}; use more tensor or pipeline "
+        "parallelism, more nodes, recompute (training.recompute_granularity=full), or a smaller micro batch."
+    )
+    if memory.state_gib > capacity:
+        what = f"weights, gradients and optimizer alone take {memory.state_gib:.1f}"
+        yield error(Problem("memory", None, fix.format(what)))
+    elif memory.total_gib > capacity:
+        yield warning(Problem("memory", None, fix.format(f"an estimated {memory.total_gib:.1f}")))
+
+
+def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
+    config = request.config
+    existing = next(parent for parent in (request.run_dir, *request.run_dir.parents) if parent.is_dir())
+    kept = config.checkpoint.keep_last + 1  # the one that is being written
+    if config.checkpoint.keep_every:
+        kept += config.training.train_iters // config.checkpoint.keep_every
+    needed, free = kept * prediction.checkpoint, shutil.disk_usage(existing).free
+    if needed > free:
+        fix = (
+            f"{free / 1e9:,.1f} GB are free there and {kept} checkpoints of {prediction.checkpoint / 1e9:,.1f} GB "
+            "would not fit; lower checkpoint.keep_last, or use another run root."
+        )
+        severity: Literal["error", "warning"] = "error" if 2 * prediction.checkpoint > free else "warning"
+        yield Finding(severity, Problem("disk", existing, fix), "configuration")
+
+
+def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
+    """Saves often enough for the time limit, and a warning early enough for a save."""
+    cluster, config = request.cluster, request.config
+    speed = prediction.speed
+    if speed is None or cluster.scheduler == "local":
+        return
+    limit_s = cluster.time_limit_minutes * 60
+    save_s = prediction.checkpoint / (_ASSUMED_WRITE_BYTES_PER_S * request.nodes)
+    leave_s = speed.step_s + save_s
+    if leave_s > cluster.signal_delay_s:
+        fix = (
+            f"is too short: a step takes about {speed.step_s:.0f} s and a save {save_s:.0f} s (at 1 GB/s a node), and "
+            f"both must be over before the time limit; use at least {leave_s * 1.5:.0f}."
+        )
+        yield warning(Problem("signal_delay_s", cluster.signal_delay_s, fix))
+    interval = config.checkpoint.save_interval
+    if interval == 0 or interval * speed.step_s > limit_s:
+        fix = (
+            f"means no save within a job of {cluster.time_limit}: a step takes about {speed.step_s:.1f} s, so a job "
+            f"makes {limit_s / speed.step_s:,.0f} iterations. A fault would lose all of them; save more often."
+        )
+        yield warning(Problem("checkpoint.save_interval", interval, fix))
+    elif cluster.mean_hours_between_faults is not None:
+        faults_s = cluster.mean_hours_between_faults * 3600 / request.nodes
+        best = max(1, round((2 * max(save_s, 1.0) * faults_s) ** 0.5 / speed.step_s))
+        if not best / 3 <= interval <= best * 3:
+            fix = f"with a fault every {faults_s / 3600:.1f} h about {best} loses least time (Young and Daly)."
+            yield warning(Problem("checkpoint.save_interval", interval, fix))
+
+
+def run_directory_problems(request: Request, digest: str | None) -> list[Problem]:
+    """Where the run exists already with another configuration: every field that differs."""
+    return RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=digest)

@@ -1,0 +1,142 @@
+"""What somebody wants submitted: a configuration, a cluster, a number of nodes, a name, a place."""
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from launch import cluster as clusters
+from launch.cluster import Cluster
+from megatron_qwen import slurm
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.recipes.registry import RECIPES
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run on one cluster.
+
+    Args:
+        name: of the run; its jobs carry it.
+        config: resolved.
+        cluster: as its file says, with what the command line changes.
+        cluster_name: how it was named.
+        nodes: of a job.
+        run_dir: the run directory.
+        chain: jobs that follow one another; None for one that requeues itself until the run is done.
+        environ: the submitting shell's variables.
+    """
+
+    name: str
+    config: RunConfig
+    cluster: Cluster
+    cluster_name: str
+    nodes: int
+    run_dir: Path
+    chain: int | None
+    environ: dict[str, str]
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Tasks of a node; on a single machine as many as the layout needs, where its file does not say."""
+        cluster = self.cluster
+        if cluster.scheduler == "local" and not (cluster.ranks_per_node or cluster.gpus_per_node):
+            return smallest_world(self.config)
+        return cluster.ranks
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the run."""
+        return self.nodes * self.ranks_per_node
+
+
+def make(
+    source: str,
+    overrides: list[str],
+    *,
+    nodes: int,
+    cluster: str | None,
+    name: str | None = None,
+    run_dir: Path | None = None,
+    time_limit: str | None = None,
+    chain: int | None = None,
+    dry: bool = False,
+) -> Request:
+    """Reads what was asked for.
+
+    Args:
+        source: recipe or run.yaml.
+        overrides: ``section.field=value``.
+        nodes: of a job.
+        cluster: name or path of a cluster file; None picks one.
+        name: of the run; None is the recipe's.
+        run_dir: None is the cluster's run root and the name.
+        time_limit: instead of the cluster's.
+        chain: number of jobs in a row.
+        dry: nothing will be submitted: without Slurm, and without a cluster, the example cluster serves.
+
+    Raises:
+        ConfigError: with everything that cannot be read.
+    """
+    problems: list[Problem] = []
+    if nodes < 1:
+        problems.append(Problem("--nodes", nodes, "must be at least 1."))
+    if chain is not None and chain < 1:
+        problems.append(Problem("--chain", chain, "must be at least 1."))
+    if name is not None and not _NAME.fullmatch(name):
+        problems.append(
+            Problem("--name", name, "must be letters, digits, '.', '_' and '-', and begin with one of them.")
+        )
+    chosen = cluster or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
+    described: Cluster | None = None
+    config: RunConfig | None = None
+    try:
+        described = clusters.load(chosen)
+        if time_limit is not None:
+            described = clusters.changed(described, time_limit=time_limit)
+    except ConfigError as error:
+        problems += error.problems
+    try:
+        config = absolute_paths(resolve(source, overrides, RECIPES))
+    except ConfigError as error:
+        problems += error.problems
+    if described is not None and described.scheduler == "local" and nodes > 1:
+        problems.append(
+            Problem("--nodes", nodes, f"the cluster {chosen} is one machine; use 1, or name another cluster.")
+        )
+    if problems:
+        raise ConfigError(problems)
+    assert described is not None
+    assert config is not None
+    name = name or (config.recipe if source in RECIPES else Path(source).resolve().parent.name)
+    where = run_dir if run_dir is not None else Path(described.run_root) / name
+    return Request(name, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+
+
+def with_name(request: Request, name: str, config: RunConfig) -> Request:
+    """The same request for another run beside it."""
+    return replace(request, name=name, config=config, run_dir=request.run_dir.parent / name)
+
+
+def absolute_paths(config: RunConfig) -> RunConfig:
+    """Paths as they are from here; what run.yaml says must hold from any directory."""
+
+    def absolute(path: str | None) -> str | None:
+        return None if path is None else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
+
+    data, load = config.data, config.checkpoint.load
+    config = config.with_section("data", path=absolute(data.path), tokenizer=absolute(data.tokenizer))
+    return config.with_section("checkpoint", load=absolute(load))
+
+
+def smallest_world(config: RunConfig) -> int:
+    """Fewest ranks that hold the model: the layout's size and, with experts, a multiple of both grids."""
+    parallel, dense = config.parallel, config.parallel.model_parallel_size
+    if not config.model.is_moe:
+        return dense
+    expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
+    return next(size for size in range(dense, dense * expert + 1, dense) if size % expert == 0)

@@ -1,0 +1,174 @@
+"""Hands jobs to Slurm, or to this machine, through submitit. The only file that knows submitit."""
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launch.request import Request
+from megatron_qwen.errors import Problem
+from megatron_qwen.job.call import Job
+from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.slurm import SlurmError
+
+# What a job may know of the shell it was submitted from. Everything else stays behind: a stray variable changes a run,
+# and a secret would be kept in Slurm's spool.
+PASSED_ON = (
+    "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "SLURM_CONF", "MODULEPATH", "MODULESHOME",
+    "LMOD_CMD", "LMOD_DIR", "LMOD_PKG", "LOADEDMODULES", "TMPDIR",
+)  # fmt: skip
+
+
+def environment_of_job(request: Request) -> dict[str, str]:
+    """The variables a job begins with."""
+    wanted = (*PASSED_ON, *request.cluster.pass_environment)
+    return {name: request.environ[name] for name in wanted if name in request.environ}
+
+
+def setup_lines(request: Request) -> list[str]:
+    """Shell lines before the controller: signals, variables, modules, the cluster's own lines."""
+    cluster = request.cluster
+    lines = ["trap '' TERM USR2  # the controller, not this shell, answers them"]
+    lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(cluster.environment.items())]
+    if cluster.modules:
+        lines += ["type module >/dev/null 2>&1 || . /etc/profile"]
+        lines += [f"module load {shlex.quote(name)}" for name in cluster.modules]
+    lines += cluster.setup
+    lines += [f"export PYTHONPATH={shlex.quote(str(RunDirectory(request.run_dir).code))}"]
+    return lines
+
+
+def slurm_parameters(request: Request, *, after: str | None = None, at_once: int | None = None) -> dict[str, Any]:
+    """submitit's parameters of a job.
+
+    Args:
+        request: what is submitted.
+        after: job that must have ended before.
+        at_once: tasks of an array that may run together.
+    """
+    cluster, ranks = request.cluster, request.ranks_per_node
+    chosen = {
+        name: getattr(cluster, name)
+        for name in ("partition", "account", "qos", "constraint")
+        if getattr(cluster, name) is not None
+    }
+    further: dict[str, Any] = {
+        ("requeue" if request.chain is None else "no-requeue"): True,
+        **({"reservation": cluster.reservation} if cluster.reservation else {}),
+        **cluster.sbatch,
+    }
+    if cluster.gpus_per_node:
+        kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
+        chosen["gres"] = f"gpu:{kind}{cluster.gpus_per_node}"
+    if cluster.memory_per_rank_gib is not None:
+        chosen["mem"] = f"{round(cluster.memory_per_rank_gib * ranks * 1024)}M"
+    elif cluster.exclusive:
+        chosen["mem"] = "0"
+    if cluster.exclusive:
+        chosen["exclusive"] = True
+    if cluster.cpus_per_rank is not None:
+        chosen["cpus_per_task"] = cluster.cpus_per_rank
+    if after is not None:
+        chosen["dependency"] = f"afterany:{after}"
+    if at_once is not None:
+        chosen["array_parallelism"] = at_once
+    return {
+        **chosen,
+        "job_name": request.name,
+        "nodes": request.nodes,
+        "ntasks_per_node": ranks,
+        "time": cluster.time_limit_minutes,
+        "signal_delay_s": cluster.signal_delay_s,
+        "setup": setup_lines(request),
+        "additional_parameters": further,
+        "use_srun": False,
+        "stderr_to_stdout": True,
+        "wckey": None,
+    }
+
+
+def script(request: Request) -> str:
+    """The text that sbatch would get."""
+    from submitit.slurm.slurm import _make_sbatch_string
+
+    folder = RunDirectory(request.run_dir).submission
+    command = f"{_python()} -u -m submitit.core._submit {shlex.quote(str(folder))}"
+    return str(_make_sbatch_string(command=command, folder=folder, **slurm_parameters(request)))
+
+
+def submit(request: Request, *, after: str | None = None) -> str:
+    """Submits one job and returns its id.
+
+    Raises:
+        SlurmError: sbatch refused.
+    """
+    return _submit(request, [_job(request)], RunDirectory(request.run_dir).submission, after=after)[0]
+
+
+def submit_array(requests: Sequence[Request], folder: Path, *, at_once: int) -> list[str]:
+    """Submits runs as one array and returns the ids of its tasks, in order.
+
+    Args:
+        requests: runs that differ in name, directory and configuration only.
+        folder: where scripts, pickles and the controllers' logs go.
+        at_once: tasks that may run together.
+    """
+    return _submit(requests[0], [_job(request) for request in requests], folder, at_once=at_once)
+
+
+def _job(request: Request) -> Job:
+    return Job(str(request.run_dir), request.world_size)
+
+
+def _submit(
+    request: Request, jobs: Sequence[Job], folder: Path, *, after: str | None = None, at_once: int | None = None
+) -> list[str]:
+    from submitit import LocalExecutor, SlurmExecutor
+    from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    local = request.cluster.scheduler == "local"
+    with _only(environment_of_job(request)):
+        if local:
+            executor: Any = LocalExecutor(folder, python=_python())
+            executor.update_parameters(
+                timeout_min=request.cluster.time_limit_minutes,
+                signal_delay_s=request.cluster.signal_delay_s,
+                gpus_per_node=request.cluster.gpus_per_node,
+                stderr_to_stdout=True,
+                # Ctrl-C and the end of the terminal are the shell's, not the job's.
+                setup=["trap '' INT HUP", *setup_lines(request)[1:]],
+            )
+        else:
+            executor = SlurmExecutor(folder, python=_python())
+            executor.update_parameters(**slurm_parameters(request, after=after, at_once=at_once))
+        try:
+            if len(jobs) == 1:
+                return [str(executor.submit(jobs[0]).job_id)]
+            with executor.batch():
+                submitted = [executor.submit(job) for job in jobs]
+            return [str(job.job_id) for job in submitted]
+        except (FailedJobError, FailedSubmissionError) as error:
+            lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+            raise SlurmError(Problem("sbatch", None, "; ".join(line.strip() for line in lines[:3]))) from None
+
+
+def _python() -> str:
+    """-P: nothing of the directory a job happens to start in is imported."""
+    return f"{shlex.quote(sys.executable)} -P"
+
+
+@contextmanager
+def _only(environment: Mapping[str, str]) -> Iterator[None]:
+    """Runs the block with nothing else in the environment; sbatch and the local executor hand on what they have."""
+    before = dict(os.environ)
+    os.environ.clear()
+    os.environ.update(environment)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)

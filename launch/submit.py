@@ -1,0 +1,213 @@
+"""``mq launch submit``: preflight, freeze, hand over; and the same for many runs as one array."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch import freeze, run_jobs, submission
+from launch.finding import Finding
+from launch.preflight import Preflight, check
+from launch.request import Request, absolute_paths, with_name
+from megatron_qwen import slurm
+from megatron_qwen.attempts import AttemptLog
+from megatron_qwen.config.source import resolve
+from megatron_qwen.config.strict_yaml import read_mapping
+from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem, UserError
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory, RunState
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that was handed over.
+
+    Args:
+        name: of the run.
+        run_dir: where it lies.
+        jobs: ids.
+        notes: what a person should know.
+    """
+
+    name: str
+    run_dir: Path
+    jobs: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
+    """Submits a run, or says why not.
+
+    Returns:
+        What was submitted (None where there was nothing to do or something is wrong) and the exit code.
+    """
+    found = check(request, on_site=True)
+    show(found.findings)
+    code = found.exit_code or (EXIT_CONFIG if any(item.severity == "unset" for item in found.findings) else 0)
+    if code:
+        print(f"nothing was submitted: {_counted(found.findings)}", file=sys.stderr)
+        return None, code
+    directory = RunDirectory(request.run_dir)
+    if (done := _in_the_way(request, directory)) is not None:
+        print(done)
+        return None, 0
+    notes = _prepare(request, found, new_code=new_code)
+    jobs = _hand_over(request, directory)
+    return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
+
+
+def _in_the_way(request: Request, directory: RunDirectory) -> str | None:
+    """A word where there is nothing to submit.
+
+    Raises:
+        ConfigError: a job of the run waits or runs already, or another configuration owns the directory.
+    """
+    if problems := directory.foreign_problems(request.config):
+        raise ConfigError(problems)
+    queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
+    if jobs := run_jobs.active(directory, queue):
+        fix = f"is under way already as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
+        raise ConfigError(Problem("run", request.name, fix))
+    if directory.state() is RunState.DONE and directory.run_yaml.is_file():
+        there = resolve(str(directory.run_yaml), [], RECIPES)
+        if there.training.train_iters >= request.config.training.train_iters:
+            return f"{request.run_dir} is done already; more training.train_iters would have it go on."
+    return None
+
+
+def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]:
+    """The run directory; taken back where that fails half way and nothing was there before."""
+    existed = request.run_dir.exists()
+    try:
+        return freeze.freeze(request, data_digest=found.data_digest, new_code=new_code)
+    except BaseException:
+        freeze.remove_unused(request.run_dir, existed=existed)
+        raise
+
+
+def _hand_over(request: Request, directory: RunDirectory) -> list[str]:
+    """Submits the run's job or chain; the run's state is as before where Slurm refuses."""
+    before = directory.status.read_text() if directory.status.is_file() else None
+    if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
+        AttemptLog(directory.attempts).forgive()
+    directory.write_status(RunState.QUEUED)
+    jobs: list[str] = []
+    try:
+        for _ in range(request.chain or 1):
+            jobs.append(submission.submit(request, after=jobs[-1] if jobs else None))
+    except UserError:
+        if jobs:
+            slurm.ask("scancel", *jobs)
+        if before is None:
+            directory.status.unlink()
+        else:
+            directory.status.write_text(before)
+        raise
+    freeze.note_jobs(request, jobs)
+    return jobs
+
+
+def submit_array(base: Request, runs: dict[str, list[str]], overrides: list[str], *, at_once: int) -> list[Submitted]:
+    """Submits runs beside one another as one array.
+
+    Args:
+        base: what they share; its run directory's parent takes theirs.
+        runs: overrides by name.
+        overrides: of all of them.
+        at_once: runs that may run together.
+
+    Raises:
+        ConfigError: with everything that is wrong with any of them; nothing is submitted then.
+    """
+    if base.cluster.scheduler != "slurm":
+        raise ConfigError(Problem("--cluster", base.cluster_name, "an array needs Slurm; submit the runs one by one."))
+    requests, problems = [], []
+    for name, own in runs.items():
+        try:
+            config = absolute_paths(resolve(base.config.recipe, [*overrides, *own], RECIPES))
+            requests.append(with_name(base, name, config))
+        except ConfigError as error:
+            problems += [Problem(f"run {name}: {item.where}", item.value, item.fix) for item in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    checked = [check(request, on_site=index == 0) for index, request in enumerate(requests)]
+    for request, found in zip(requests, checked, strict=True):
+        wrong = [item.problem for item in found.findings if item.severity != "warning"]
+        wrong += RunDirectory(request.run_dir).foreign_problems(request.config)
+        problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
+        if run_jobs.active(RunDirectory(request.run_dir), slurm.queue() if request.run_dir.exists() else {}):
+            problems.append(Problem("run", request.name, "is under way already."))
+    if problems:
+        raise ConfigError(problems)
+    for request, found in zip(requests, checked, strict=True):
+        _prepare(request, found, new_code=False)
+        RunDirectory(request.run_dir).write_status(RunState.QUEUED)
+    jobs = submission.submit_array(requests, base.run_dir.parent / f".{base.name}.submission", at_once=at_once)
+    for request, job in zip(requests, jobs, strict=True):
+        freeze.note_jobs(request, [job])
+    return [Submitted(request.name, request.run_dir, (job,), ()) for request, job in zip(requests, jobs, strict=True)]
+
+
+@dataclass(frozen=True)
+class ArrayFile:
+    """Runs of an array.
+
+    Args:
+        recipe: of all.
+        overrides: of all.
+        runs: overrides by name.
+    """
+
+    recipe: str
+    overrides: list[str]
+    runs: dict[str, list[str]]
+
+
+def read_array(path: Path) -> ArrayFile:
+    """Reads ``recipe``, ``overrides`` and ``runs`` of a YAML file.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    content = read_mapping(path)
+    runs, shared = content.get("runs"), content.get("overrides") or []
+    problems = [
+        Problem(f"{path}: {name}", None, "no such field; recipe, overrides and runs are.")
+        for name in sorted(set(map(str, content)) - {"recipe", "overrides", "runs"})
+    ]
+    if not isinstance(content.get("recipe"), str):
+        problems.append(Problem(f"{path}: recipe", content.get("recipe"), "must name a recipe or run.yaml."))
+    if not _words(shared):
+        problems.append(Problem(f"{path}: overrides", shared, "must be a list of section.field=value."))
+    if not isinstance(runs, dict) or not runs or not all(_words(words or []) for words in runs.values()):
+        problems.append(Problem(f"{path}: runs", None, "must map names to lists of section.field=value."))
+    if problems:
+        raise ConfigError(problems)
+    assert isinstance(runs, dict)
+    return ArrayFile(content["recipe"], list(shared), {str(name): list(words or []) for name, words in runs.items()})
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(word, str) for word in value)
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Prints findings to stderr."""
+    for finding in findings:
+        print(finding, file=sys.stderr)
+
+
+def _counted(findings: Sequence[Finding]) -> str:
+    wrong = sum(finding.severity != "warning" for finding in findings)
+    return f"{wrong} thing{'s' if wrong > 1 else ''} to mend"
+
+
+def as_json(submitted: Sequence[Submitted]) -> str:
+    """For programs."""
+    rows = [
+        {"name": item.name, "run_dir": str(item.run_dir), "jobs": list(item.jobs), "notes": list(item.notes)}
+        for item in submitted
+    ]
+    return json.dumps(rows, indent=2)

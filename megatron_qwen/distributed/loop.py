@@ -1,0 +1,34 @@
+"""A sum over all nodes of a job, one process a node: python -m megatron_qwen.distributed.loop
+
+The health check runs it where it was asked to. It ends with 0 if every node's share arrived.
+"""
+
+import sys
+
+import torch
+import torch.distributed as dist
+
+from megatron_qwen import device
+from megatron_qwen.distributed.rank import RankInfo, join, leave
+
+_TIMEOUT_MINUTES = 3
+_ELEMENTS = 1 << 20
+
+
+def main() -> int:
+    """Joins, adds up, compares."""
+    device.prepare()
+    info = RankInfo.from_environment()
+    join(info, timeout_minutes=_TIMEOUT_MINUTES)
+    share = torch.full((_ELEMENTS,), float(info.rank + 1), device=device.current())
+    dist.all_reduce(share)
+    expected = info.world_size * (info.world_size + 1) / 2
+    right = bool((share == expected).all())
+    if not right:
+        print(f"the sum over {info.world_size} nodes is wrong: {float(share[0])} and not {expected}", file=sys.stderr)
+    leave()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,175 @@
+"""Memory of a rank, by part and pipeline stage, before anything is built.
+
+Weights, gradients and optimizer state are counted exactly from the layout. Activations follow the accounting of
+Korthikanti et al. 2022 (arXiv 2205.05198, section 4), redone for SwiGLU, grouped-query attention and a fused attention
+that stores no scores. What a device needs beside (CUDA context, NCCL buffers, fragmentation) is a stated allowance, not
+a count.
+"""
+
+from dataclasses import dataclass
+
+from megatron_qwen.config.pipeline import layers_per_stage
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import ModelConfig
+
+ALLOWANCE_GIB = 4.0
+# Rows of logits that exist at once in the chunked loss on a GPU (models/loss.py), in fp32, with their gradient.
+_LOSS_CHUNK_TOKENS, _LOSS_BYTES = 1024, 8
+_VOCABULARY_MULTIPLE = 128
+_GIB = 2.0**30
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes on a rank of one pipeline stage.
+
+    Args:
+        stage: number of the stage.
+        parameters: scalars a rank holds.
+        weights: in the compute format.
+        gradients: of all of them.
+        optimizer: the rank's share of main weights and moments.
+        activations: of every micro-batch in flight.
+        loss: logits of a chunk; 0 but on the last stage.
+    """
+
+    stage: int
+    parameters: int
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    loss: float
+
+    @property
+    def state_gib(self) -> float:
+        """What is there all the time, exactly."""
+        return (self.weights + self.gradients + self.optimizer) / _GIB
+
+    @property
+    def total_gib(self) -> float:
+        """Everything, the allowance included."""
+        return self.state_gib + (self.activations + self.loss) / _GIB + ALLOWANCE_GIB
+
+
+def memory_per_stage(config: RunConfig, *, world_size: int) -> list[StageMemory]:
+    """Memory of a rank of every pipeline stage.
+
+    Args:
+        config: a legal configuration.
+        world_size: ranks of the run; the optimizer is shared by the data-parallel ones.
+    """
+    stages = layers_per_stage(config.model.num_layers, config.parallel)
+    return [_stage(config, index, layers, world_size) for index, layers in enumerate(stages)]
+
+
+def parameters_per_rank(config: RunConfig, *, stage: int) -> tuple[int, int]:
+    """Scalars on a rank of a pipeline stage: those of the dense part, and those of routed experts."""
+    model, parallel = config.model, config.parallel
+    stages = layers_per_stage(model.num_layers, parallel)
+    tp = parallel.tensor_model_parallel_size
+    rows = _padded_rows(model.vocab_size, tp) // tp
+    first, last = stage == 0, stage == len(stages) - 1
+    embeddings = rows * model.hidden_size * (first + last)
+    if first and last and model.share_embeddings_and_output_weights:
+        embeddings = rows * model.hidden_size
+    dense = stages[stage] * _dense_layer(model, tp) + embeddings + (model.hidden_size if last else 0)
+    experts = 0
+    if model.num_moe_experts is not None:
+        shards = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+        width = 3 * model.hidden_size * (model.moe_ffn_hidden_size or 0)
+        experts = stages[stage] * model.num_moe_experts * width // shards
+    return dense, experts
+
+
+def checkpoint_bytes(config: RunConfig, *, parameters: int) -> float:
+    """Bytes of a checkpoint: weights, and fp32 main weights and two moments a parameter.
+
+    Args:
+        config: the run.
+        parameters: of the whole model.
+    """
+    weights = 2 if config.precision.dtype == "bf16" else 4
+    return parameters * (weights + 12.0)
+
+
+def _padded_rows(vocab_size: int, tp: int) -> int:
+    multiple = _VOCABULARY_MULTIPLE * tp
+    return -(-vocab_size // multiple) * multiple
+
+
+def _dense_layer(model: ModelConfig, tp: int) -> int:
+    """Scalars of a layer without its routed experts, on one of ``tp`` ranks."""
+    h = model.hidden_size
+    q, kv = model.num_attention_heads * model.head_dim, model.num_query_groups * model.head_dim
+    projected = q + 2 * kv
+    attention = (h * projected + (projected if model.add_qkv_bias else 0) + q * h) // tp
+    norms = 2 * h + (2 * model.head_dim if model.qk_layernorm else 0)
+    if not model.is_moe:
+        return attention + norms + 3 * h * model.ffn_hidden_size // tp
+    router = (model.num_moe_experts or 0) * h
+    shared = 3 * h * (model.moe_shared_expert_intermediate_size or 0) // tp
+    return attention + norms + router + shared + (h if model.moe_shared_expert_gate else 0)
+
+
+def _stage(config: RunConfig, index: int, layers: int, world_size: int) -> StageMemory:
+    parallel, precision = config.parallel, config.precision
+    dense, experts = parameters_per_rank(config, stage=index)
+    # ZeRO-1: the optimizer's share is over data and context ranks, for experts over theirs.
+    dense_share = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
+    expert_grid = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    expert_share = max(1, world_size // (expert_grid * parallel.pipeline_model_parallel_size))
+    bf16 = precision.dtype == "bf16"
+    state = 12 if bf16 else 8  # fp32 weights are their own main weights
+    per_gradient = 4 if precision.grad_reduce_in_fp32 or not bf16 else 2
+    stages = parallel.pipeline_model_parallel_size
+    tp = parallel.tensor_model_parallel_size
+    rows = _padded_rows(config.model.vocab_size, tp) // tp
+    return StageMemory(
+        stage=index,
+        parameters=dense + experts,
+        weights=(dense + experts) * (2.0 if bf16 else 4.0),
+        gradients=(dense + experts) * float(per_gradient),
+        optimizer=state * (dense / dense_share + experts / expert_share),
+        activations=_activations(config, index, layers, world_size),
+        loss=float(_LOSS_CHUNK_TOKENS * rows * _LOSS_BYTES) if index == stages - 1 else 0.0,
+    )
+
+
+def _activations(config: RunConfig, stage: int, layers: int, world_size: int) -> float:
+    """Bytes that the backward pass of all micro-batches in flight needs."""
+    parallel, training = config.parallel, config.training
+    tokens = training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
+    kept, whole = _layer_activations(config)
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
+    step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
+    micro_batches = max(1, training.global_batch_size // step)
+    in_flight = float(min(stages - stage, micro_batches))
+    if virtual > 1:
+        in_flight *= 1 + (stages - 1) / (stages * virtual)
+    recomputed = whole if training.recompute_granularity == "full" else 0.0
+    return tokens * (layers * kept * in_flight + recomputed)
+
+
+def _layer_activations(config: RunConfig) -> tuple[float, float]:
+    """Bytes a token and layer on a rank: those kept until the backward pass, and those of a layer without recompute."""
+    model, parallel, training = config.model, config.parallel, config.training
+    size = 2.0 if config.precision.dtype == "bf16" else 4.0
+    tp = parallel.tensor_model_parallel_size
+    residual_tp = tp if parallel.sequence_parallel else 1
+    h, q = model.hidden_size, model.num_attention_heads * model.head_dim
+    kv = model.num_query_groups * model.head_dim
+    # Inputs of both norms and what they put out; then Q, K, V and the attention's output.
+    residual, attention = 4 * h / residual_tp, (2 * q + 2 * kv) / tp
+    if model.is_moe:
+        # A routed token is copied to its experts, and comes back.
+        experts = model.moe_router_topk * (2 * h / residual_tp + 3 * (model.moe_ffn_hidden_size or 0) / tp)
+        feed_forward = experts + 3 * (model.moe_shared_expert_intermediate_size or 0) / tp
+    else:
+        feed_forward = 3 * model.ffn_hidden_size / tp
+    whole = size * (residual + attention + feed_forward)
+    if training.recompute_granularity == "full":
+        return size * h / residual_tp, whole
+    if training.recompute_granularity == "selective" and {"mlp", "moe"} & set(training.recompute_modules):
+        return size * (residual + attention), whole
+    return whole, whole
