@@ -48,6 +48,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 def _job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="of a job (1)")
     parser.add_argument("--cluster", help="a file of launch/clusters by its name, or a path")
+    parser.add_argument("--ranks-per-node", type=int, help="default: the cluster's, one a GPU")
     parser.add_argument("--time-limit", help="of a job, D-HH:MM:SS; default: the cluster's")
 
 

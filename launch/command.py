@@ -48,6 +48,7 @@ def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = F
         name=options.name,
         run_dir=options.run_dir,
         time_limit=options.time_limit,
+        ranks_per_node=options.ranks_per_node,
         chain=options.chain,
         dry=dry,
     )
@@ -90,6 +91,7 @@ def _array(options: argparse.Namespace, overrides: list[str]) -> int:
         name=options.file.stem,
         run_dir=run_dir,
         time_limit=options.time_limit,
+        ranks_per_node=options.ranks_per_node,
     )
     shared = [*content.overrides, *overrides]
     submitted = submit.submit_array(base, content.runs, shared, at_once=options.at_once)

@@ -63,6 +63,7 @@ def make(
     name: str | None = None,
     run_dir: Path | None = None,
     time_limit: str | None = None,
+    ranks_per_node: int | None = None,
     chain: int | None = None,
     dry: bool = False,
 ) -> Request:
@@ -76,6 +77,7 @@ def make(
         name: of the run; None is the recipe's.
         run_dir: None is the cluster's run root and the name.
         time_limit: instead of the cluster's.
+        ranks_per_node: instead of the cluster's.
         chain: number of jobs in a row.
         dry: nothing will be submitted: without Slurm, and without a cluster, the example cluster serves.
 
@@ -96,8 +98,9 @@ def make(
     config: RunConfig | None = None
     try:
         described = clusters.load(chosen)
-        if time_limit is not None:
-            described = clusters.changed(described, time_limit=time_limit)
+        instead = {"time_limit": time_limit, "ranks_per_node": ranks_per_node}
+        if given := {field: value for field, value in instead.items() if value is not None}:
+            described = clusters.changed(described, **given)
     except ConfigError as error:
         problems += error.problems
     try:

@@ -3,15 +3,18 @@
 Accounts of jobs come from ``squeue`` and ``scontrol show``, because ``sacct`` fails where no accounting database runs.
 """
 
+import os
 import re
 import shutil
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from megatron_qwen.errors import Problem, UserError
 
 _TIMEOUT_S = 60.0
+_CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 _PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
 _QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%L", "%N", "%S", "%j", "%Q")
 _LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
@@ -31,8 +34,19 @@ class SlurmError(UserError):
 
 
 def is_there() -> bool:
-    """Whether Slurm's programs are on this machine."""
-    return shutil.which("sbatch") is not None and shutil.which("scontrol") is not None
+    """Whether this machine belongs to a cluster: Slurm's programs are here, and know of a controller.
+
+    A controller that does not answer at the moment is one all the same; programs without any configuration are none.
+    """
+    if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
+        return False
+    named = [os.environ.get("SLURM_CONF", ""), *_CONFIGURATIONS]
+    if "SLURM_CONF_SERVER" in os.environ or any(name and Path(name).is_file() for name in named):
+        return True
+    try:  # a cluster that is found through DNS
+        return "is UP" in ask("scontrol", "ping", timeout_s=10)
+    except SlurmError:
+        return False
 
 
 def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:

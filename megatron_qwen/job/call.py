@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import UserError
+from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, UserError
 from megatron_qwen.job.allocation import find
 from megatron_qwen.job.controller import Controller
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.signals import StopSignals
-from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.rundir import RunDirectory, RunState
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,17 @@ def control(run_dir: Path, *, world_size: int | None = None) -> int:
     # submitit's handlers would requeue in the middle of a step; ours only take note.
     signals = StopSignals()
     signals.install()
+    directory = RunDirectory(run_dir)
     try:
-        directory, settings = RunDirectory(run_dir), JobSettings.read(run_dir)
+        settings = JobSettings.read(run_dir)
         if world_size is None:
             world_size = resolve(str(directory.run_yaml), [], RECIPES).parallel.model_parallel_size
         return Controller(directory, settings, find(settings, world_size=world_size), signals).run()
     except UserError as error:
+        # Nothing was tried: the files of the run, or Slurm's word about the job, cannot be used.
         print(error.render(), file=sys.stderr)
-        return error.exit_code
+        directory.write_status(RunState.STOPPED, exit_code=EXIT_DO_NOT_REQUEUE, reason=f"{error.kind}: {error}".strip())
+        return EXIT_DO_NOT_REQUEUE
 
 
 if __name__ == "__main__":

@@ -1,0 +1,229 @@
+"""``mq doctor``: what this machine and its cluster have and lack, with the way out for each."""
+
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from megatron_qwen import slurm
+from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.errors import EXIT_FAILURE, UserError
+
+_GIB = 2**30
+_SHARED_MEMORY_GIB = 8
+State = Literal["ok", "lacks", "note"]
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One thing that was looked at.
+
+    Args:
+        what: its name.
+        state: ok; lacks, for what runs need here; note, for what some runs want.
+        found: what is there.
+        fix: what to do about it; empty where there is nothing to do.
+    """
+
+    what: str
+    state: State
+    found: str
+    fix: str = ""
+
+
+def examine() -> list[Examined]:
+    """Looks at everything, the machine first."""
+    parts: tuple[Callable[[], Iterator[Examined]], ...] = (
+        _python,
+        _packages,
+        _machine,
+        _gpus,
+        _network,
+        _slurm,
+        _containers,
+    )
+    return [item for look in looks for item in look()]
+
+
+def _python() -> Iterator[Examined]:
+    number = platform.python_version_tuple()[:2]
+    right = number in (("3", "12"), ("3", "13"))
+    yield Examined(
+        "python", "ok" if right else "lacks", platform.python_version(), "" if right else "use 3.12 or 3.13."
+    )
+
+
+def _packages() -> Iterator[Examined]:
+    for name in ("torch", "megatron-core", "submitit", "safetensors"):
+        found = _version(name)
+        fix = "" if found else "./mq sets up its environment on first use; remove .venv and call it again."
+        yield Examined(name, "ok" if found else "lacks", found or "not installed", fix)
+    engine = _version("transformer-engine")
+    fix = (
+        ""
+        if engine
+        else "pip install 'megatron_qwen[gpu]' on GPU nodes; without it the torch backend runs, without FP8."
+    )
+    yield Examined("transformer-engine", "ok" if engine else "note", engine or "not installed", fix)
+    apex = importlib.util.find_spec("apex") is not None
+    yield Examined("apex", "ok", "there" if apex else "not there; its kernels are optional")
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _machine() -> Iterator[Examined]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / _GIB
+    yield Examined("cpu, memory", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB")
+    shared = shutil.disk_usage("/dev/shm").total / _GIB if Path("/dev/shm").is_dir() else 0.0
+    small = shared < _SHARED_MEMORY_GIB
+    fix = f"NCCL and data loaders want {_SHARED_MEMORY_GIB} GiB (container: --shm-size)." if small else ""
+    yield Examined("/dev/shm", "note" if small else "ok", f"{shared:.1f} GiB", fix)
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = files < 4096
+    fix = "ulimit -n 65536 in the job's setup, or limits.conf: many ranks open many sockets." if few else ""
+    yield Examined("open files", "note" if few else "ok", str(files), fix)
+    free = shutil.disk_usage(Path.cwd()).free / _GIB
+    yield Examined(
+        "disk here", "ok" if free > 20 else "note", f"{free:.0f} GiB free", "" if free > 20 else "make room."
+    )
+
+
+def _gpus() -> Iterator[Examined]:
+    if shutil.which("nvidia-smi") is None:
+        yield Examined(
+            "GPUs", "note", "no nvidia-smi", "runs use the CPU and gloo here; on a GPU node install the driver."
+        )
+        return
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    done = _run(query)
+    names = [line.strip() for line in (done or "").splitlines() if line.strip()]
+    if not names:
+        yield Examined("GPUs", "lacks", "nvidia-smi fails", "load the driver (nvidia-smi -L must list the GPUs).")
+        return
+    yield Examined("GPUs", "ok", f"{len(names)} x {names[0]}")
+
+
+def _network() -> Iterator[Examined]:
+    root = Path("/sys/class/infiniband")
+    devices = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if not devices:
+        yield Examined("RDMA", "note", "no device", "nodes talk over TCP: right for one node or for CPUs.")
+        return
+    yield Examined("RDMA", "ok", ", ".join(devices[:8]))
+    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    short = locked != resource.RLIM_INFINITY
+    fix = "RDMA wants it unlimited: limits.conf, and LimitMEMLOCK=infinity of slurmd." if short else ""
+    yield Examined("locked memory", "lacks" if short else "ok", f"{locked} bytes" if short else "unlimited", fix)
+
+
+def _slurm() -> Iterator[Examined]:
+    if not slurm.is_there():
+        fix = "on a login node load the site's Slurm module; without it `mq launch submit` uses this machine."
+        yield Examined("Slurm", "note", "this machine belongs to no cluster", fix)
+        return
+    try:
+        ping = slurm.ask("scontrol", "ping", timeout_s=30)
+        settings = slurm.ask("scontrol", "show", "config", timeout_s=30)
+        partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
+    except UserError as error:
+        yield Examined("Slurm", "lacks", str(error).strip(), "ask the site: slurmctld must answer (SLURM_CONF, munge).")
+        return
+    up = "is UP" in ping
+    yield Examined("slurmctld", "ok" if up else "lacks", ping.strip().splitlines()[0], "" if up else "start slurmctld.")
+    config = dict(line.split("=", 1) for line in settings.splitlines() if "=" in line)
+    values = {name.strip(): value.strip() for name, value in config.items()}
+    yield Examined("Slurm version", "ok", values.get("SLURM_VERSION", "unknown"))
+    yield from _settings(values)
+    for name, partition in partitions.items():
+        members = [node for node in nodes.values() if name in node.get("Partitions", "").split(",")]
+        usable = sum(slurm.is_usable(node) for node in members)
+        state = partition.get("State", "unknown")
+        right = state == "UP" and usable > 0
+        found = f"{state}, {usable} of {len(members)} nodes usable, time limit {partition.get('MaxTime')}"
+        yield Examined(f"partition {name}", "ok" if right else "note", found)
+    for name, node in nodes.items():
+        if not slurm.is_usable(node):
+            reason = node.get("Reason", "no reason given")
+            fix = f"once it is mended: scontrol update NodeName={name} State=RESUME"
+            yield Examined(f"node {name}", "note", f"{node.get('State')}: {reason}", fix)
+
+
+def _settings(values: dict[str, str]) -> Iterator[Examined]:
+    """Settings of Slurm that decide whether a run survives."""
+    requeue = values.get("JobRequeue") == "1"
+    fix = "" if requeue else "requeueing is off by default here; our jobs ask for it (--requeue), or use --chain."
+    yield Examined("JobRequeue", "ok" if requeue else "note", values.get("JobRequeue", "unknown"), fix)
+    wait = slurm_seconds(values.get("KillWait", ""))
+    short = wait is not None and wait < 30
+    fix = "seconds between SIGTERM and SIGKILL: a save at `scontrol requeue` must fit in." if short else ""
+    yield Examined("KillWait", "note" if short else "ok", values.get("KillWait", "unknown"), fix)
+    early = "preempt_send_user_signal" in values.get("SlurmctldParameters", "")
+    preempts = values.get("PreemptType", "") not in ("", "preempt/none", "(null)")
+    if preempts:
+        fix = "" if early else "SlurmctldParameters=preempt_send_user_signal warns runs before a preemption."
+        yield Examined("preemption", "ok" if early else "note", values.get("PreemptType", ""), fix)
+    kept = values.get("AccountingStorageType", "")
+    there = "slurmdbd" in kept
+    fix = "" if there else "no sacct: status comes from squeue and the runs' own files."
+    yield Examined("accounting", "ok" if there else "note", kept or "none", fix)
+
+
+def slurm_seconds(text: str) -> float | None:
+    """``30 sec`` as 30."""
+    words = text.split()
+    return float(words[0]) if words and words[0].replace(".", "").isdecimal() else None
+
+
+def _containers() -> Iterator[Examined]:
+    if shutil.which("srun") is not None:
+        pyxis = "--container-image" in (_run(["srun", "--help"]) or "")
+        yield Examined("pyxis", "ok", "there" if pyxis else "not there; needed for container: pyxis only")
+    apptainer = shutil.which("apptainer") is not None
+    yield Examined("apptainer", "ok", "there" if apptainer else "not there; needed for container: apptainer only")
+
+
+def _run(command: Sequence[str]) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints what was found; 1 where something lacks."""
+    parser = Parser(
+        "mq doctor",
+        description="Says what this machine, and the Slurm cluster it belongs to, have and lack for runs, with the way "
+        "out for each. Ends with 1 where something that every run here needs is missing.",
+        examples=["mq doctor", "mq doctor --json", "srun -N1 mq doctor     on a compute node"],
+    )
+    parser.add_argument("--json", action="store_true", help="JSON instead of a table")
+    options = parser.parse_args(arguments)
+    found = examine()
+    if options.json:
+        print(json.dumps([asdict(item) for item in found], indent=2))
+    else:
+        width = max(len(item.what) for item in found)
+        for item in found:
+            print(f"{item.state:<6} {item.what:<{width}}  {item.found}")
+            if item.fix:
+                print(f"{'':<6} {'':<{width}}  -> {item.fix}")
+    return EXIT_FAILURE if any(item.state == "lacks" for item in found) else 0
+
+
+if __name__ == "__main__":
+    run_program(main)
