@@ -50,7 +50,7 @@ def examine() -> list[Examined]:
         _slurm,
         _containers,
     )
-    return [item for look in looks for item in look()]
+    return [item for look in parts for item in look()]
 
 
 def _python() -> Iterator[Examined]:
