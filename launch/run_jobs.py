@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen import slurm
-from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.rundir import RunDirectory, RunState
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def active(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[s
         return []
     if newest[0].scheduler == "local":
         return [job for job in newest[0].jobs if is_local_job(job, directory)]
-    return [job for job in newest[0].jobs if job in queue and queue[job].state not in slurm.ENDED]
+    # A job that is being cleaned up after the run's end is over; one that is requeued looks the same to Slurm.
+    over = directory.state() in (RunState.DONE, RunState.STOPPED, RunState.CANCELLED)
+    gone = slurm.ENDED | {"COMPLETING"} if over else slurm.ENDED
+    return [job for job in newest[0].jobs if job in queue and queue[job].state not in gone]
 
 
 def tell_local(process: str, number: signal.Signals) -> None:

@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
@@ -227,10 +228,15 @@ class SlurmAllocation:
         Raises:
             SlurmError: Slurm refused.
         """
-        if self.ending() is not Ending.REQUEUED:
-            slurm.ask("scontrol", "requeue", self._raw_id)
-        if exclude:
-            slurm.ask("scontrol", "update", f"JobId={self._raw_id}", f"ExcNodeList={','.join(exclude)}")
+        # From the requeue on Slurm tells every process of this job to end, these programs too.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            if self.ending() is not Ending.REQUEUED:
+                slurm.ask("scontrol", "requeue", self._raw_id)
+            if exclude:
+                slurm.ask("scontrol", "update", f"JobId={self._raw_id}", f"ExcNodeList={','.join(exclude)}")
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _seconds_until(moment: str) -> float | None:

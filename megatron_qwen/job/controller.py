@@ -174,7 +174,7 @@ class Controller:
             tasks=ranks.ends(),
             ends=ends,
             nodes=ranks.nodes_of_ranks(),
-            down_nodes=self.allocation.lost_among(self.allocation.nodes) if code else (),
+            down_nodes=self._down_nodes(ranks) if code else (),
             ending=self.allocation.ending() if code else Ending.NOTHING,
             seconds_left=self.allocation.seconds_left() if code else None,
             signal_delay_s=self.settings.signal_delay_s,
@@ -183,6 +183,10 @@ class Controller:
         return self._outcome(
             number, verdict.reason, verdict.detail, failed_nodes=verdict.failed_nodes, error=verdict.error
         )
+
+    def _down_nodes(self, ranks: Ranks) -> tuple[str, ...]:
+        """Nodes that Slurm has lost, by its present word and by what it said before: a node may be back already."""
+        return tuple(sorted({*ranks.failed_nodes(), *self.allocation.lost_among(self.allocation.nodes)}))
 
     def _outcome(
         self, number: int, reason: Reason, detail: str, *, failed_nodes: tuple[str, ...] = (), error: str | None = None

@@ -24,6 +24,7 @@ _TASK_LINE = re.compile(
     r"(?:Exited with exit code (?P<code>\d+)|(?P<signal>[A-Z][\w ]*?)(?: \(core dumped\))?$)",
     re.MULTILINE,
 )
+_NODE_LINE = re.compile(r"srun: error: Node failure on (\S+)")
 _KILL_TIMEOUT_S = 60.0
 
 
@@ -56,6 +57,9 @@ class Ranks(Protocol):
 
     def ends(self) -> list[TaskEnd]:
         """Ranks that did not end with 0, the first to end first."""
+
+    def failed_nodes(self) -> list[str]:
+        """Nodes whose failure was announced while the ranks ran."""
 
     def nodes_of_ranks(self) -> dict[int, str]:
         """Node of every rank."""
@@ -138,7 +142,14 @@ class SrunRanks:
 
     def ends(self) -> list[TaskEnd]:
         """What srun said of tasks that failed, in the order in which it said it."""
-        return parse_task_ends(self._said.read_text(errors="replace") if self._said.is_file() else "")
+        return parse_task_ends(self._text())
+
+    def failed_nodes(self) -> list[str]:
+        """What srun said of nodes that failed."""
+        return _NODE_LINE.findall(self._text())
+
+    def _text(self) -> str:
+        return self._said.read_text(errors="replace") if self._said.is_file() else ""
 
     def nodes_of_ranks(self) -> dict[int, str]:
         """Node of every rank."""

@@ -17,6 +17,7 @@ from pathlib import Path
 PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "sbatch", "srun")
 NODES = ("n1", "n2", "n3", "n4")
 _START_TIMEOUT_S = 60.0
+_CREDENTIAL_S = 5
 
 _SLURM_CONF = """
 ClusterName=mq
@@ -79,6 +80,7 @@ class SlurmCluster:
         self.root, self._accounting_port = root, accounting_port
         self.conf = root / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
+        self._requeued: dict[str, float] = {}
         ports = free_ports(1 + len(NODES))
         self._controller_port, self._node_ports = ports[0], dict(zip(NODES, ports[1:], strict=True))
 
@@ -130,6 +132,34 @@ class SlurmCluster:
             return len(states) == len(NODES) and set(states) == {"idle"}
 
         self._wait(idle, "the nodes do not become idle")
+
+    def hasten(self) -> None:
+        """Starts requeued jobs as soon as their old credential has expired; Slurm itself waits twice as long.
+
+        Sooner, a start would fail with "Job credential revoked".
+        """
+        waiting = set()
+        for line in self.ask("squeue", "-h", "-t", "PD", "-o", "%i %r", check=False).splitlines():
+            job, _, reason = line.partition(" ")
+            if reason == "BeginTime":
+                waiting.add(job)
+                seen = self._requeued.setdefault(job, time.monotonic())
+                if time.monotonic() - seen > _CREDENTIAL_S + 1:
+                    self.ask("scontrol", "update", f"JobId={job}", "StartTime=now", check=False)
+        self._requeued = {job: seen for job, seen in self._requeued.items() if job in waiting}
+
+    def clear(self) -> None:
+        """Cancels every job and brings every daemon and node back."""
+        if "slurmctld" not in self._daemons:
+            self.start_controller()
+        for node in NODES:
+            if node not in self._daemons:
+                self.start_node(node)
+        jobs = self.ask("squeue", "-h", "-o", "%A", check=False).split()
+        if jobs:
+            self.ask("scancel", *sorted(set(jobs)), check=False)
+        self.ask("scontrol", "update", f"NodeName={','.join(NODES)}", "State=RESUME", check=False)
+        self.wait_until_idle()
 
     def ask(self, *command: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
         """Output of a Slurm program."""

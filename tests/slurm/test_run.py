@@ -1,0 +1,100 @@
+"""A run on the cluster is the run that ``mq train`` makes on one machine."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+
+from megatron_qwen.checkpoint.paths import committed
+from tests.conftest import ROOT
+from tests.distributed import jobs
+from tests.slurm.runs import STEPS, TP2
+
+
+def test_two_nodes_with_two_ranks_each(runs):
+    run = runs.submit("two_by_two", *TP2, gpus_per_node=2)
+    run.wait_for_end()
+    (attempt,) = run.attempts()
+    assert (attempt.reason, attempt.nodes, attempt.gained) == ("finished", ("n1", "n2"), STEPS)
+    assert run.hashes() == runs.undisturbed(4, *TP2)
+    log = (run.path / "logs/attempt_001/rank_0.log").read_text()
+    assert "4 ranks meet at 127.0.0.1:" in log
+    assert "n1 (" in log
+    assert "ranks 2 (local 0," in log, "the first rank of the second node"
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+
+
+def test_the_job_runs_the_code_of_its_submission(runs):
+    words = [*runs.words("training.train_iters=4"), "--cluster", runs.cluster_file(), "--nodes", 1, "--name", "frozen"]
+    runs.mq("freeze", *words)
+    code = runs.root / "frozen" / "code"
+    trainer = code / "megatron_qwen/training/trainer.py"
+    trainer.write_text(trainer.read_text() + "\nprint('the snapshot speaks')\n")
+    run = runs.submit("frozen", "training.train_iters=4", nodes=1)
+    run.wait_for_end()
+    assert "the snapshot speaks" in (run.path / "logs/attempt_001/rank_0.log").read_text()
+    note = json.loads((code / "snapshot.json").read_text())
+    head = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    assert note["commit"] == (head.stdout.strip() if (ROOT / ".git").exists() else None)
+
+
+def test_plain_sbatch_gives_the_same(runs, tmp_path):
+    run_dir = runs.root / "plain"
+    environment = {**os.environ, **runs.cluster.environment, "MQ_SECRET_TOKEN": "do-not-carry-me"}
+    # The environment of the tests, and not one that mq would make.
+    venv = {"MQ_VENV": str(sys.prefix)}
+    options = ["--nodes=2", "--ntasks-per-node=1", "--export=PATH,HOME,SLURM_CONF,MQ_VENV,OMP_NUM_THREADS"]
+    done = subprocess.run(
+        [
+            "sbatch",
+            "--parsable",
+            *options,
+            f"--output={tmp_path}/plain.out",
+            f"--chdir={ROOT}",
+            "slurm/train.sbatch",
+            run_dir,
+            *runs.words(*TP2),
+            "--cluster",
+            runs.cluster_file(),
+        ],
+        cwd=ROOT,
+        env={**environment, **venv},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    from tests.slurm.runs import ClusterRun
+
+    run = ClusterRun(runs.cluster, run_dir, [done.stdout.strip()])
+    run.wait(lambda: (run_dir / "status.json").is_file(), "status", timeout_s=60)
+    run.wait_for_end()
+    assert jobs.tensor_hashes(committed(run_dir / "checkpoints")[0][1]) == runs.undisturbed(2, *TP2)
+    assert run.attempts()[0].nodes == ("n1", "n2")
+
+
+def test_cancelled_runs_save_and_stay_so(runs):
+    run = runs.submit("cancelled", *TP2)
+    run.wait_for_step(3)
+    assert "cancelled job" in runs.mq("cancel", run.path)
+    run.wait(lambda: run.attempts()[-1].ended is not None, "an end", timeout_s=60)
+    run.wait_for_end("cancelled")
+    assert run.attempts()[-1].reason == "cancelled"
+    assert committed(run.path / "checkpoints")[0][0] == run.iteration(), "it saved before it left"
+    assert "submitted again" in runs.mq("requeue", run.path)
+    run.wait_for_end()
+    assert run.hashes() == runs.undisturbed(2, *TP2)
+
+
+def test_signals_reach_every_rank(runs):
+    """SIGSTOP is no fault of a run: what was stopped goes on."""
+    run = runs.submit("paused", *TP2)
+    run.wait_for_step(2)
+    for process in run.rank_processes().values():
+        os.kill(process, signal.SIGSTOP)
+    for process in run.rank_processes().values():
+        os.kill(process, signal.SIGCONT)
+    run.wait_for_end()
+    assert len(run.attempts()) == 1
