@@ -78,6 +78,8 @@ def _sift(root: Path, new: list[str], environ: dict[str, str]) -> tuple[list[str
         path = root / name
         if any(path.name == kind or path.name.endswith(kind) for kind in _PRIVATE):
             left_out.append(f"{name}: its name says that it is private")
+        elif path.is_symlink():
+            left_out.append(f"{name}: a link")
         elif not path.is_file() or path.stat().st_size > _LARGEST_NEW_FILE:
             left_out.append(f"{name}: larger than 1 MiB, or no file")
         elif (what := secret_in(_text(path), environ)) is not None:

@@ -11,7 +11,12 @@ from tests.conftest import ROOT
 PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
 # What is imported in one file only, so that one file knows whether it is there.
-ONE_FILE = {"transformer_engine": "te_backend.py", "wandb": "wandb_writer.py", "apex": None, "submitit": None}
+ONE_FILE = {
+    "transformer_engine": "te_backend.py",
+    "wandb": "wandb_writer.py",
+    "apex": None,
+    "submitit": "submission.py",
+}
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ _NAMES = {
     "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
     "startup": "mq --help, mq train --help, mq config show against 0.5 s",
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
+    "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
     "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
 }
 
@@ -33,12 +34,12 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
-    from tools.benchmarks import convert, sample_order, startup, train_step
+    from tools.benchmarks import convert, launch, sample_order, startup, train_step
 
     if options.name == "train_step":
         rows = train_step.run(rounds=options.rounds, steps=options.steps)
     else:
-        named = {"startup": startup, "sample_order": sample_order, "convert": convert}
+        named = {"startup": startup, "sample_order": sample_order, "convert": convert, "launch": launch}
         rows = named[options.name].run(rounds=options.rounds)
     text = json.dumps([asdict(row) for row in rows], indent=2)
     print(text if options.json else "\n".join(map(str, rows)))

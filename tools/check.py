@@ -1,6 +1,7 @@
 """``mq test``: every check that this machine can run, the quick ones first; pytest's closing line is the last."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -50,12 +51,38 @@ CHECKS = (
 )
 
 
+# Debian's package by a program of it: what tests run against that pip does not have.
+DEBIAN_PACKAGES = {
+    "slurmctld": "slurm-wlm",
+    "munged": "munge",
+    "slurmdbd": "slurmdbd",
+    "mariadbd": "mariadb-server",
+    "shellcheck": "shellcheck",
+}
+
+
+def install_debian_packages() -> None:
+    """Installs what is missing, where this process may; elsewhere the tests say what they did without."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
+    missing = [package for program, package in DEBIAN_PACKAGES.items() if shutil.which(program, path=path) is None]
+    if not missing or os.geteuid() != 0 or shutil.which("apt-get") is None:
+        return
+    print(f"installing {', '.join(missing)} (apt-get)", flush=True)
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *missing]):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            print(f"{' '.join(command)} failed:\n{done.stderr}", flush=True)
+            return
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs the checks, then pytest; 1 if any failed."""
     parser = Parser(
         "mq test",
         description="Runs every check that this machine can run: formatting, lint, types, import layers, then "
-        "the tests. What it cannot run (no GPU, no privileges) pytest names with its reason.",
+        "the tests. What it cannot run (no GPU, no privileges) pytest names with its reason. As root on Debian it "
+        "installs what the tests run against: Slurm, munge, MariaDB, shellcheck.",
         examples=["mq test", "mq test tests/data", "mq test -k resume -x", "mq test --only-static"],
     )
     parser.add_argument("--only-static", action="store_true", help="everything but the tests")
@@ -65,6 +92,7 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if failed else 0
     if failed:
         print(f"FAILED before the tests: {', '.join(failed)}", flush=True)
+    install_debian_packages()
     command = [sys.executable, "-m", "pytest", *pytest_arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
     tests = subprocess.run(command, cwd=_ROOT, env=environment, check=False)

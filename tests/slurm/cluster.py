@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.slurm.accounting import Accounting
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "sbatch", "srun")
 NODES = ("n1", "n2", "n3", "n4")
 _START_TIMEOUT_S = 60.0
@@ -73,16 +75,17 @@ class SlurmCluster:
 
     Args:
         root: directory for keys, state, spool and logs.
-        accounting: whether a slurmdbd on ``accounting_port`` keeps the records.
+        accounting: whether a slurmdbd with a database of its own keeps the records.
     """
 
-    def __init__(self, root: Path, *, accounting_port: int | None = None) -> None:
-        self.root, self._accounting_port = root, accounting_port
+    def __init__(self, root: Path, *, accounting: bool = False) -> None:
+        self.root = root
         self.conf = root / "slurm.conf"
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._requeued: dict[str, float] = {}
-        ports = free_ports(1 + len(NODES))
-        self._controller_port, self._node_ports = ports[0], dict(zip(NODES, ports[1:], strict=True))
+        ports = free_ports(3 + len(NODES))
+        self._controller_port, self._node_ports = ports[0], dict(zip(NODES, ports[3:], strict=True))
+        self._accounting = Accounting(root, port=ports[1], database_port=ports[2]) if accounting else None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -95,6 +98,8 @@ class SlurmCluster:
             (self.root / name).mkdir(parents=True, exist_ok=True)
         self._write_configuration()
         self._start_munge()
+        if self._accounting is not None:
+            self._accounting.start()
         self.start_controller()
         for node in NODES:
             self.start_node(node)
@@ -105,6 +110,8 @@ class SlurmCluster:
         for node in NODES:
             self._end(node, signal.SIGTERM)
         self._end("slurmctld", signal.SIGTERM)
+        if self._accounting is not None:
+            self._accounting.stop()
         self._end("munged", signal.SIGTERM)
 
     def start_controller(self) -> None:
@@ -175,10 +182,10 @@ class SlurmCluster:
             for node, port in self._node_ports.items()
         ]
         accounting = "AccountingStorageType=accounting_storage/none\nJobAcctGatherType=jobacct_gather/none"
-        if self._accounting_port is not None:
+        if self._accounting is not None:
             accounting = (
                 "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\n"
-                f"AccountingStoragePort={self._accounting_port}\nJobAcctGatherType=jobacct_gather/linux"
+                f"AccountingStoragePort={self._accounting.port}\nJobAcctGatherType=jobacct_gather/linux"
             )
         self.conf.write_text(
             _SLURM_CONF.format(
@@ -242,9 +249,9 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextmanager
-def running(root: Path, *, accounting_port: int | None = None) -> Iterator[SlurmCluster]:
+def running(root: Path, *, accounting: bool = False) -> Iterator[SlurmCluster]:
     """A cluster that is up inside the block."""
-    cluster = SlurmCluster(root, accounting_port=accounting_port)
+    cluster = SlurmCluster(root, accounting=accounting)
     try:
         cluster.start()
         yield cluster

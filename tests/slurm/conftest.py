@@ -29,7 +29,8 @@ def runs(cluster: SlurmCluster, tokens: Path, tokenizer: Path, tmp_path_factory:
 
 
 @pytest.fixture(autouse=True)
-def whole_cluster(cluster: SlurmCluster) -> Iterator[None]:
-    """Every test begins with four idle nodes and leaves no job behind."""
+def whole_cluster(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test on the cluster begins with four idle nodes and leaves no job behind."""
     yield
-    cluster.clear()
+    if "cluster" in request.fixturenames:
+        request.getfixturevalue("cluster").clear()

@@ -80,6 +80,29 @@ class Runs:
         answer = json.loads(self.mq("submit", *self.words(*overrides), *where, *options, "--json"))
         return ClusterRun(self.cluster, Path(answer[0]["run_dir"]), answer[0]["jobs"])
 
+    def submit_patched(self, name: str, *overrides: str, patch: str, nodes: int = 2, **cluster: Any) -> "ClusterRun":
+        """Submits a run whose trainer does something more in each step, by a change of the snapshot it runs.
+
+        Args:
+            name: of the run.
+            overrides: of its configuration.
+            patch: lines at the beginning of ``Trainer.step``; ``iteration`` is the step's number, ``attempt`` a text.
+            nodes: of the job.
+            cluster: changes of the cluster file.
+        """
+        where = ("--cluster", self.cluster_file(**cluster), "--nodes", nodes, "--name", name)
+        self.mq("freeze", *self.words(*overrides), *where)
+        path = self.root / name / "code/megatron_qwen/training/trainer.py"
+        text, mark = (
+            path.read_text(),
+            "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n",
+        )
+        assert text.count(mark) == 1
+        before = ["import os", 'attempt = os.environ.get("MQ_ATTEMPT")', "iteration = progress.iteration + 1"]
+        lines = "".join(f"        {line}\n" for line in [*before, *patch.strip().splitlines()])
+        path.write_text(text.replace(mark, mark + lines))
+        return self.submit(name, *overrides, nodes=nodes, **cluster)
+
     def _undisturbed(self, ranks: int, *overrides: str) -> dict[str, str]:
         """Hashes of the weights that ``mq train`` reaches on this machine under the same layout."""
         run_dir = self.root / f"undisturbed_{ranks}_{abs(hash(overrides))}"

@@ -4,7 +4,6 @@ Real Slurm, real faults. Every case loses at most one save interval of work.
 """
 
 import signal
-import subprocess
 import time
 
 import pytest
@@ -14,8 +13,8 @@ from tests.slurm.runs import SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_it
 FAULT_AT = 25
 
 
-def start(runs: Runs, name: str, **options: object) -> ClusterRun:
-    run = runs.submit(name, *TP2, **options)  # type: ignore[arg-type]
+def start(runs: Runs, name: str, *, resilience: tuple[str, ...] = ()) -> ClusterRun:
+    run = runs.submit(name, *TP2, *resilience)
     run.wait_for_step(FAULT_AT)
     return run
 
@@ -81,7 +80,9 @@ def test_a_node_that_fails_twice_is_avoided(runs):
 @pytest.mark.parametrize("node", ["n2", "n1"])
 def test_a_killed_slurmd(runs, node):
     """n1 holds the controller: nobody is left to write down how the attempt ended."""
-    run = start(runs, f"slurmd_{node}")
+    slow = f'if attempt == "1" and iteration > {FAULT_AT}: time.sleep(1.5)'
+    run = runs.submit_patched(f"slurmd_{node}", *TP2, patch=slow)
+    run.wait_for_step(FAULT_AT)
     runs.cluster.kill_node(node)
     check(run, runs, "lost node")
     assert run.attempts()[0].failed_nodes == (node,)
@@ -104,9 +105,8 @@ def test_slurmctld_ends_and_comes_back(runs, number):
 
 
 def test_a_hang(runs):
-    run = start(runs, "hang", options=())
+    run = start(runs, "hang", resilience=("resilience.hang_timeout_s=8",))
     kill(run.rank_processes()[1], signal.SIGSTOP)
-    run.wait(lambda: len(run.attempts()) == 2, "second attempt", timeout_s=120)
     check(run, runs, "hang")
     hang = run.attempts()[0]
     assert hang.failed_nodes == ("n2",)
@@ -114,7 +114,7 @@ def test_a_hang(runs):
     stacks = (run.path / "logs/attempt_001/stacks.txt").read_text()
     assert "no stack from rank 1 on n2" in stacks
     assert "==== rank 0 on n1" in stacks
-    assert "train_step" in stacks
+    assert "in train_step" in stacks
 
 
 def test_a_held_job_is_shown_with_the_command_that_releases_it(runs):
@@ -142,7 +142,6 @@ def test_the_controller_node_of_a_batch_launch_failure(runs):
     while run.status()["state"] == "queued" and time.monotonic() < deadline:
         shown = runs.mq("status", run.path)
         if "scontrol release" in shown:
-            subprocess.run(["true"], check=True)
             runs.mq("requeue", run.path)
             runs.cluster.ask("scontrol", "update", "NodeName=n[1-4]", "State=RESUME", check=False)
         runs.cluster.hasten()

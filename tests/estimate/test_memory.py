@@ -1,0 +1,88 @@
+"""The estimate's exact parts against real ranks and a real checkpoint."""
+
+import pytest
+
+from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.estimate.memory import checkpoint_bytes, memory_per_stage, parameters_per_rank
+from megatron_qwen.estimate.parameters import count_parameters
+from megatron_qwen.estimate.speed import expected_speed
+from megatron_qwen.recipes.registry import RECIPES
+from tests.rank_pool import rank_info
+
+TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
+PP2 = ["parallel.pipeline_model_parallel_size=2"]
+
+
+def parameters_here(config: RunConfig) -> tuple[int, int]:
+    """Pipeline stage and scalars of this rank's part of the model."""
+    from megatron_qwen.training.setup import build_parts
+
+    parts = build_parts(config, rank_info())
+    count = sum(parameter.numel() for module in parts.model.modules for parameter in module.parameters())
+    return parts.groups.pp.rank(), count
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("tiny_dense", []),
+        ("tiny_dense", TP2),
+        ("tiny_dense", PP2),
+        ("tiny_dense", [*PP2, "model.share_embeddings_and_output_weights=true"]),
+        ("tiny_moe", []),
+        ("tiny_moe", ["parallel.expert_model_parallel_size=2"]),
+        ("tiny_moe", TP2),
+        ("tiny_dense", ["model.qk_layernorm=true", "model.add_qkv_bias=false", *PP2]),
+    ],
+)
+def test_parameters_of_a_rank(pool, tokens, recipe, words):
+    config = resolve(recipe, [f"data.path={tokens}", *words], RECIPES)
+    for stage, count in pool[2].run(parameters_here, config):
+        assert sum(parameters_per_rank(config, stage=stage)) == count
+
+
+def test_bytes_of_a_checkpoint(finished_run):
+    config = resolve(str(finished_run / "run.yaml"), [], RECIPES)
+    checkpoint = committed(finished_run / "checkpoints")[0][1]
+    real = sum(path.stat().st_size for path in checkpoint.glob("*.distcp"))
+    predicted = checkpoint_bytes(config, parameters=count_parameters(config.model).total)
+    # Padding of the vocabulary and the archives around the tensors come on top; little models have much of both.
+    assert 0.75 < predicted / real <= 1.02
+
+
+def test_the_7b_by_hand():
+    """28 layers under TP 2 on 16 ranks: weights 2 B and gradients 4 B a parameter, the optimizer's 12 B over DP 8."""
+    config = RECIPES["qwen2_5_7b"]()
+    (stage,) = memory_per_stage(config, world_size=16)
+    half = count_parameters(config.model).total / 2
+    assert stage.parameters == pytest.approx(half, rel=1e-3)
+    assert stage.weights + stage.gradients == 6 * stage.parameters
+    assert stage.optimizer == pytest.approx(12 * stage.parameters / 8)
+
+
+def test_recompute_pipeline_and_context_need_less():
+    config = RECIPES["qwen2_5_72b"]()
+
+    def activations(**changes):
+        section = changes.pop("section", "training")
+        return max(
+            stage.activations for stage in memory_per_stage(config.with_section(section, **changes), world_size=1024)
+        )
+
+    plain = activations()
+    assert activations(recompute_granularity="full") < 0.2 * plain
+    assert activations(micro_batch_size=2) == pytest.approx(2 * plain)
+    assert activations(section="parallel", context_parallel_size=2) == pytest.approx(plain / 2)
+
+
+def test_speed():
+    config = RECIPES["qwen2_5_7b"]()
+    one, two = (expected_speed(config, gpu="H100", world_size=size) for size in (16, 32))
+    assert two.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
+    assert one.bubble == 0
+    assert expected_speed(config, gpu="unknown", world_size=16) is None
+    slower = expected_speed(config.with_section("training", recompute_granularity="full"), gpu="H100", world_size=16)
+    assert slower.tokens_per_second == pytest.approx(0.75 * one.tokens_per_second)
+    assert one.hours(config) == pytest.approx(config.training.train_iters * one.step_s / 3600)

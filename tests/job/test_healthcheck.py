@@ -1,0 +1,69 @@
+"""slurm/healthcheck.sh, with an nvidia-smi that says what a test wants."""
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPT = ROOT / "slurm/healthcheck.sh"
+GOOD = ["0, 80000, 0, 40, 0x0000000000000000", "1, 80000, 0, 41, 0x0000000000000004"]
+
+
+def check(tmp_path: Path, *arguments: object, gpus: list[str] | None = None) -> tuple[int, str]:
+    """Exit code and line of a check on a machine with these GPUs (None: without a driver)."""
+    if gpus is not None:
+        program = tmp_path / "nvidia-smi"
+        (tmp_path / "gpus").write_text("".join(line + "\n" for line in gpus))
+        program.write_text(
+            f'#!/bin/bash\nif [[ "$*" == *memory.free* ]]; then cat {tmp_path}/gpus; '
+            f"else cut -d, -f1 {tmp_path}/gpus; fi\n"
+        )
+        program.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n7"}
+    done = subprocess.run(
+        ["bash", SCRIPT, *map(str, arguments)], capture_output=True, text=True, env=environment, check=False
+    )
+    return done.returncode, done.stdout.strip()
+
+
+def test_a_good_node(tmp_path):
+    arguments = ("--gpus", 2, "--min-gpu-free-gib", 70, "--disk", tmp_path, "--clock", round(time.time()))
+    assert check(tmp_path, *arguments, "--min-memory-gib", 1, "--max-gpu-celsius", 60, gpus=GOOD) == (
+        0,
+        "healthcheck n7: ok",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "expected"),
+    [
+        (["--gpus", 4], GOOD, "2 of 4 GPUs"),
+        (["--gpus", 1], ["0, 80000, 3, 40, 0x0"], "GPU 0 has 3 uncorrected ECC errors"),
+        (["--gpus", 1, "--min-gpu-free-gib", 70], ["0, 1024, 0, 40, 0x0"], "GPU 0 has 1 GiB free"),
+        (["--gpus", 1], ["0, 80000, 0, 40, 0x0000000000000040"], "GPU 0 is slowed down (0x0000000000000040)"),
+        (["--gpus", 1, "--max-gpu-celsius", 60], ["0, 80000, 0, 85, 0x0"], "GPU 0 is at 85 C"),
+        (["--min-memory-gib", 100_000], None, "100000 wanted"),
+        (["--disk", "/nowhere"], None, "/nowhere is not there"),
+        (["--disk", "/tmp", "--min-disk-gib", 10_000_000], None, "free on /tmp"),
+        (["--clock", 5], None, "s off"),
+    ],
+)
+def test_a_bad_node(tmp_path, arguments, gpus, expected):
+    code, line = check(tmp_path, *arguments, gpus=gpus)
+    assert code == 1
+    assert line.startswith("healthcheck n7: FAIL ")
+    assert expected in line
+
+
+def test_all_that_is_wrong_is_said_at_once(tmp_path):
+    code, line = check(tmp_path, "--gpus", 3, "--disk", "/nowhere", "--clock", 5, gpus=GOOD)
+    assert code == 1
+    assert line.count(";") == 2
+
+
+def test_an_option_that_does_not_exist(tmp_path):
+    assert check(tmp_path, "--gpu", 3)[0] == 2

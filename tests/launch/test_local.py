@@ -1,0 +1,106 @@
+"""The cluster ``local``: the same commands on a machine without Slurm."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+from megatron_qwen.attempts import AttemptLog
+from megatron_qwen.checkpoint.paths import committed
+from tests.conftest import run
+
+WORDS = [
+    "training.train_iters=12",
+    "checkpoint.save_interval=4",
+    "metrics.tensorboard=false",
+    "training.eval_interval=0",
+]
+
+
+def wait_for_state(run_dir: Path, *states: str, timeout_s: float = 120) -> str:
+    """Waits until status.json says one of these."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            state = str(json.loads((run_dir / "status.json").read_text())["state"])
+        except (OSError, ValueError):
+            state = ""
+        if state in states:
+            return state
+        time.sleep(0.2)
+    logs = "\n".join(path.read_text()[-2000:] for path in run_dir.glob("*/*.out"))
+    raise AssertionError(f"the state is {state} and not {states} after {timeout_s} s\n{logs}")
+
+
+def launch(*arguments: object, check: bool = True):
+    return run("launch.command", *arguments, check=check)
+
+
+def test_submit_status_logs(tokens, tokenizer, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
+    where = ["--cluster", "local", "--run-dir", run_dir]
+    first = launch("submit", *words, *where, "--json")
+    assert json.loads(first.stdout)[0]["run_dir"] == str(run_dir)
+    refused = launch("submit", *words, *where, check=False)
+    assert refused.returncode == 2
+    assert "is under way already" in refused.stderr
+    wait_for_state(run_dir, "done")
+    (row,) = json.loads(launch("status", tmp_path, "--json").stdout)
+    assert (row["state"], row["iteration"], row["train_iters"], row["attempts"]) == ("done", 12, 12, 1)
+    assert row["loss"] > 0
+    table = launch("status", run_dir).stdout
+    assert "12/12" in table
+    shown = launch("logs", run_dir, "--rank", 0).stdout
+    assert "==> attempt 1" in shown
+    assert "step 12/12" in shown
+    assert "attempt 1 on this machine" in launch("logs", run_dir, "--controller").stdout
+    again = launch("submit", *words, *where)
+    assert "is done already" in again.stdout
+    other = launch("submit", *words, "optim.learning_rate=0.5", *where, check=False)
+    assert other.returncode == 2
+    assert "optim.learning_rate = 0.5" in other.stderr
+    assert "Traceback" not in other.stderr
+    more = launch("submit", *words, "training.train_iters=16", *where)
+    assert "submitted" in more.stdout
+    wait_for_state(run_dir, "queued", "running")
+    wait_for_state(run_dir, "done")
+    assert committed(run_dir / "checkpoints")[0][0] == 16
+
+
+def test_a_killed_rank_and_a_cancelled_run(tokens, tokenizer, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS, "training.train_iters=100000"]
+    launch("submit", *words, "checkpoint.save_interval=1000", "--cluster", "local", "--run-dir", run_dir)
+    attempts = AttemptLog(run_dir / "attempts.jsonl")
+    os.kill(rank_of(run_dir), signal.SIGKILL)
+    deadline = time.monotonic() + 60
+    while attempts.newest() < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert attempts.read()[0].reason == "lost peer"
+    rank_of(run_dir)
+    assert "cancelled job" in launch("cancel", run_dir).stdout
+    wait_for_state(run_dir, "cancelled")
+    assert committed(run_dir / "checkpoints"), "it saved before it left"
+    assert "no job waits or runs" in launch("cancel", run_dir).stdout
+
+
+def rank_of(run_dir: Path, timeout_s: float = 60) -> int:
+    """Process of the run's only rank, once it has made a step."""
+    deadline = time.monotonic() + timeout_s
+    newest = AttemptLog(run_dir / "attempts.jsonl").newest
+    while time.monotonic() < deadline:
+        beat = run_dir / "heartbeat.json"
+        content = json.loads(beat.read_text()) if beat.is_file() else {}
+        if content.get("phase") == "training" and content["attempt"] == newest():
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                try:
+                    line = path.read_bytes().decode().split("\0")
+                except OSError:
+                    continue
+                if "megatron_qwen.train" in line and str(run_dir) in line:
+                    return int(path.parent.name)
+        time.sleep(0.1)
+    raise AssertionError("no rank")
