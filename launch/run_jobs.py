@@ -1,14 +1,16 @@
 """The jobs of a run: which ids it has had, and what the scheduler says of them."""
 
 import json
-import os
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
+
+_CONTROLLER = "submitit.core._submit"
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,13 @@ def submissions(directory: RunDirectory) -> list[Submission]:
 
 
 def is_local_job(process: str, directory: RunDirectory) -> bool:
-    """Whether a process is the controller of this run on this machine, and not another with the same number."""
+    """Whether a process is this run's job on this machine, and not another that got its number."""
     try:
-        command = Path(f"/proc/{int(process)}/cmdline").read_bytes().decode(errors="replace")
-        state = Path(f"/proc/{int(process)}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, ValueError):
+        found = psutil.Process(int(process))
+        running = found.status() != psutil.STATUS_ZOMBIE
+        return running and str(directory.submission) in " ".join(found.cmdline())
+    except (psutil.Error, ValueError):
         return False
-    return str(directory.submission) in command and state != "Z"
 
 
 def active(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[str]:
@@ -70,5 +72,11 @@ def active(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[s
 
 
 def tell_local(process: str, number: signal.Signals) -> None:
-    """Sends a local controller a signal, through submitit's process around it."""
-    os.kill(int(process), number)
+    """Sends the controller of a job on this machine a signal; submitit's processes around it would not hand it on."""
+    try:
+        members = psutil.Process(int(process)).children(recursive=True)
+        controllers = [member for member in members if _CONTROLLER in member.cmdline()]
+    except (psutil.Error, ValueError):
+        return  # it has just ended
+    for controller in controllers:
+        controller.send_signal(number)

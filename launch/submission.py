@@ -139,8 +139,7 @@ def _submit(
                 signal_delay_s=request.cluster.signal_delay_s,
                 gpus_per_node=request.cluster.gpus_per_node,
                 stderr_to_stdout=True,
-                # Ctrl-C and the end of the terminal are the shell's, not the job's.
-                setup=["trap '' INT HUP", *setup_lines(request)[1:]],
+                setup=[*_detached(folder), *setup_lines(request)[1:]],
             )
         else:
             executor = SlurmExecutor(folder, python=_python())
@@ -154,6 +153,11 @@ def _submit(
         except (FailedJobError, FailedSubmissionError) as error:
             lines = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
             raise SlurmError(Problem("sbatch", None, "; ".join(line.strip() for line in lines[:3]))) from None
+
+
+def _detached(folder: Path) -> list[str]:
+    """Lines by which a job on this machine leaves the terminal: its Ctrl-C, its end, and the pipes of who reads us."""
+    return ["trap '' INT HUP", f"exec </dev/null >>{shlex.quote(str(folder / 'local.out'))} 2>&1"]
 
 
 def _python() -> str:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,7 @@ def control(run_dir: Path, *, world_size: int | None = None) -> int:
     # submitit's handlers would requeue in the middle of a step; ours only take note.
     signals = StopSignals()
     signals.install()
+    signal.signal(signal.SIGCONT, signal.SIG_DFL)
     directory = RunDirectory(run_dir)
     try:
         settings = JobSettings.read(run_dir)

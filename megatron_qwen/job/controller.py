@@ -93,19 +93,25 @@ class Controller:
         logs = self.directory.logs(number)
         logs.mkdir(parents=True, exist_ok=True)
         log.info("attempt %d on %s, %d ranks", number, ", ".join(self.allocation.nodes), self.allocation.world_size)
-        sick = self._sick_nodes(logs) if not avoided else {}
-        if avoided:
-            detail = f"the job was given {', '.join(avoided)} again, which failed before"
-            outcome = self._outcome(number, Reason.UNHEALTHY_NODE, detail)
-        elif sick:
-            detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
-            outcome = self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
-        else:
-            outcome = self._with_ranks(number, logs)
+        outcome = self._unfit(number, logs, avoided) or self._with_ranks(number, logs)
         limit = self.config.resilience.max_restarts_without_progress
         decision = decide(earlier, outcome, max_restarts_without_progress=limit)
         self._note(number, outcome, decision)
         return decision
+
+    def _unfit(self, number: int, logs: Path, avoided: list[str]) -> Outcome | None:
+        """The outcome where no rank is to be started on these nodes."""
+        if avoided:
+            detail = f"the job was given {', '.join(avoided)} again, which failed before"
+            return self._outcome(number, Reason.UNHEALTHY_NODE, detail)
+        try:
+            sick = self._sick_nodes(logs)
+        except health.HealthCheckError as error:
+            return self._outcome(number, Reason.ERROR, str(error), error=type(error).__name__)
+        if not sick:
+            return None
+        detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
+        return self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
 
     def _sick_nodes(self, logs: Path) -> dict[str, str]:
         if self.settings.health_check is None or self.settings.scheduler == "local":

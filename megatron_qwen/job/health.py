@@ -13,6 +13,10 @@ _DONE = re.compile(r"^(?:\d+: )?healthcheck (\S+): (?:ok|FAIL)", re.MULTILINE)
 SCRIPT = "slurm/healthcheck.sh"
 
 
+class HealthCheckError(Exception):
+    """The check did not run on any node."""
+
+
 def failures(
     nodes: Sequence[str], *, script: Path, arguments: Sequence[str], logs: Path, environment: Mapping[str, str]
 ) -> dict[str, str]:
@@ -27,6 +31,9 @@ def failures(
 
     Returns:
         What is wrong, by node. A node that does not answer in time has failed.
+
+    Raises:
+        HealthCheckError: the check could not be started at all, which is no node's fault.
     """
     command = [
         "srun",
@@ -49,8 +56,11 @@ def failures(
         text, code = _text(error.stdout) + _text(error.stderr), 1
     (logs / "health.log").write_text(text)
     found = dict(_FAILED.findall(text))
+    heard = set(_DONE.findall(text))
+    if code and not heard:
+        said = next((line for line in text.splitlines() if line.strip()), f"srun ended with {code}")
+        raise HealthCheckError(f"the health check could not be started: {said}")
     if code:
-        heard = set(_DONE.findall(text))
         found |= {node: "the health check did not finish" for node in nodes if node not in heard}
     return {node: why for node, why in found.items() if node in nodes}
 

@@ -87,6 +87,29 @@ def test_a_killed_rank_and_a_cancelled_run(tokens, tokenizer, tmp_path):
     assert "no job waits or runs" in launch("cancel", run_dir).stdout
 
 
+def test_three_restarts_without_progress(tokens, tokenizer, tmp_path):
+    """An error at another iteration each time, and never a checkpoint; then a person has it go on."""
+    run_dir = tmp_path / "run"
+    words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
+    where = ["--cluster", "local", "--run-dir", run_dir]
+    launch("freeze", *words, *where)
+    trainer = run_dir / "code/megatron_qwen/training/trainer.py"
+    text = trainer.read_text()
+    mark = "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n"
+    broken = "if progress.iteration > int(__import__('os').environ['MQ_ATTEMPT']) % 3: raise OSError(5, 'bad')"
+    trainer.write_text(text.replace(mark, f"{mark}        {broken}\n"))
+    launch("submit", *words, *where)
+    wait_for_state(run_dir, "stopped")
+    attempts = AttemptLog(run_dir / "attempts.jsonl").read()
+    assert [attempt.action for attempt in attempts] == ["requeue", "requeue", "requeue", "stop"]
+    said = launch("logs", run_dir, "--controller").stdout
+    assert "3 restarts without a newer checkpoint" in said
+    assert "No checkpoint was written" in said
+    trainer.write_text(text)
+    assert "submitted again" in launch("requeue", run_dir).stdout
+    wait_for_state(run_dir, "done")
+
+
 def rank_of(run_dir: Path, timeout_s: float = 60) -> int:
     """Process of the run's only rank, once it has made a step."""
     deadline = time.monotonic() + timeout_s

@@ -4,6 +4,7 @@ import getpass
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -50,32 +51,37 @@ class Accounting:
 
     def start(self) -> None:
         """Makes a database and starts both."""
-        data, socket = self.root / "mariadb", self.root / "mariadb.socket"
+        data, path = self.root / "mariadb", self.root / "mariadb.socket"
         user = getpass.getuser()
         self._run("mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={user}", "--skip-test-db")
         self._start(
             "mariadbd",
             "--no-defaults",
             f"--datadir={data}",
-            f"--socket={socket}",
+            f"--socket={path}",
             f"--port={self._database_port}",
             "--bind-address=127.0.0.1",
             f"--pid-file={self.root}/mariadb.pid",
             f"--user={user}",
         )
-        self._wait(socket.exists, "mariadbd")
+        self._wait(path.exists, "mariadbd")
         statements = (
             "CREATE DATABASE slurm_acct_db; CREATE USER 'slurm'@'127.0.0.1' IDENTIFIED BY 'slurm'; "
             "CREATE USER 'slurm'@'localhost' IDENTIFIED BY 'slurm'; "
             "GRANT ALL ON slurm_acct_db.* TO 'slurm'@'127.0.0.1'; GRANT ALL ON slurm_acct_db.* TO 'slurm'@'localhost';"
         )
-        self._run("mariadb", "--no-defaults", f"--socket={socket}", f"--user={user}", "-e", statements)
+        self._run("mariadb", "--no-defaults", f"--socket={path}", f"--user={user}", "-e", statements)
         conf = self.root / "slurmdbd.conf"
         conf.write_text(
             _SLURMDBD_CONF.format(root=self.root, port=self.port, database_port=self._database_port, user=user)
         )
         conf.chmod(0o600)
         self._start("slurmdbd", "-D")
+        self._wait(self._answers, "slurmdbd")
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
 
     def stop(self) -> None:
         """Ends both, slurmdbd first."""

@@ -146,6 +146,10 @@ class ClusterRun:
         """Waits until the run has come so far."""
         self.wait(lambda: self.iteration() >= iteration, f"iteration {iteration}", timeout_s=timeout_s)
 
+    def wait_for_attempt(self, number: int) -> None:
+        """Waits until this attempt has begun."""
+        self.wait(lambda: len(self.attempts()) >= number, f"attempt {number}", timeout_s=90)
+
     def wait_for_end(self, state: str = "done", *, timeout_s: float = 100) -> None:
         """Waits until the run is over, as it should be."""
         over = ("done", "stopped", "cancelled")

@@ -68,18 +68,6 @@ def test_the_same_exception_twice(runs):
     assert "iter_0000020" in text
 
 
-def test_three_restarts_without_progress(runs):
-    """An error at another iteration each time, and never a checkpoint."""
-    patch = "if iteration == 2 + int(attempt): raise OSError(5, 'the disk of attempt ' + attempt)"
-    run = runs.submit_patched("no_progress", patch=patch, nodes=1)
-    run.wait_for_end("stopped", timeout_s=180)
-    assert [attempt.action for attempt in run.attempts()] == ["requeue", "requeue", "requeue", "stop"]
-    assert "3 restarts without a newer checkpoint" in run.end_of_story()
-    assert "No checkpoint was written" in run.end_of_story()
-    again = runs.mq("submit", *runs.words(), "--cluster", runs.cluster_file(), "--nodes", 1, "--name", "no_progress")
-    assert "submitted no_progress" in again, "a person may have it go on"
-
-
 def test_an_unhealthy_node_is_avoided(runs):
     """The health check fails on one node; the job starts again on others."""
     runs.mq("freeze", *runs.words(*TP2), "--cluster", runs.cluster_file(), "--nodes", 2, "--name", "sick")

@@ -25,11 +25,17 @@ class Checkpointing(Callback):
 
     def __init__(self, writer: CheckpointWriter, *, resumed_at: int, tokenizer: Path | None) -> None:
         self.writer, self._saved, self._tokenizer = writer, resumed_at, tokenizer
+        self._due = False
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
-        """Saves if it is time, and commits a background save that has finished."""
+        """Saves if it is time, and commits a background save that has finished.
+
+        A step whose numbers were not finite is not saved; the next that computes is.
+        """
         settings = trainer.parts.config.checkpoint
-        if settings.save_interval and record.iteration % settings.save_interval == 0:
+        self._due |= settings.save_interval > 0 and record.iteration % settings.save_interval == 0
+        if self._due and not record.result.skipped:
+            self._due = False
             self.save(trainer.parts, background=settings.async_save)
         elif settings.async_save:
             self.writer.finish(wait=False)
