@@ -152,7 +152,9 @@ def _with_scheduler(
     if waiting and len(waiting) == len(jobs):
         return (state if state == RunState.REQUEUED else RunState.QUEUED), f"waits: {waiting[0].reason}", ""
     if not jobs:
-        ends = {kept[job] for job in newest.jobs if job in kept}
+        ends = {kept[job] for job in newest.jobs if job in kept} | {
+            queue[job].state for job in newest.jobs if job in queue
+        }
         how = f"Slurm says {', '.join(sorted(ends))}" if ends else "its job is gone"
         return "lost", f"{how}, and nobody noted an end", f"mq launch requeue {run.path}"
     return RunState.RUNNING, "" if state != RunState.RUNNING else reason, ""

@@ -185,7 +185,8 @@ class SlurmCluster:
         if self._accounting is not None:
             accounting = (
                 "AccountingStorageType=accounting_storage/slurmdbd\nAccountingStorageHost=localhost\n"
-                f"AccountingStoragePort={self._accounting.port}\nJobAcctGatherType=jobacct_gather/linux"
+                f"AccountingStoragePort={self._accounting.port}\nAccountingStoragePass={self.root}/munge.socket\n"
+                "JobAcctGatherType=jobacct_gather/linux"
             )
         self.conf.write_text(
             _SLURM_CONF.format(

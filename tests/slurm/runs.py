@@ -182,6 +182,17 @@ class ClusterRun:
                 continue
         return found
 
+    def controller_process(self) -> int:
+        """Process of the job's controller."""
+        for path in Path("/proc").glob("[0-9]*"):
+            try:
+                line = (path / "cmdline").read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if "submitit.core._submit" in line and str(self.path / "submission") in line:
+                return int(path.name)
+        raise AssertionError("no controller")
+
     def end_of_story(self) -> str:
         """What the controllers said."""
         return "\n".join(path.read_text() for path in sorted((self.path / "submission").glob("*.out")))

@@ -2,12 +2,14 @@
 
 import json
 import os
+import signal
 
 import pytest
 
+from megatron_qwen.slurm import accounting as accounting_of
 from tests.slurm import accounting
 from tests.slurm.cluster import missing_programs, running
-from tests.slurm.runs import Runs
+from tests.slurm.runs import Runs, kill
 
 
 @pytest.fixture(scope="module")
@@ -22,21 +24,26 @@ def accounted(tokens, tokenizer, tmp_path_factory):
         yield Runs(cluster, tokens, tokenizer, tmp_path_factory.mktemp("accounted_runs"))
 
 
-def test_a_run_that_slurm_killed_without_a_word(accounted):
-    """Its job is no longer in the queue; sacct says how it ended."""
+def test_a_run_whose_controller_is_killed(accounted, monkeypatch):
+    """Its controller is killed, and the job with it; sacct says how that ended."""
     short = ("training.train_iters=10", "checkpoint.save_interval=0")
     run = accounted.submit("done", *short, nodes=1)
     run.wait_for_end()
     ran = accounted.submit("gone", "training.train_iters=100000", nodes=1)
     ran.wait_for_step(2)
-    accounted.cluster.ask("scancel", "--signal=KILL", "--full", ran.job)
-    account = ["sacct", "-X", "-n", "-o", "State", "-j", ran.job]
-    over = lambda: accounted.cluster.ask(*account).strip() not in ("", "RUNNING")  # noqa: E731
-    ran.wait(over, "account of the end", timeout_s=60)
-    (row,) = json.loads(accounted.mq("status", ran.path, "--json"))
-    assert row["state"] == "lost"
+    kill(ran.controller_process(), signal.SIGKILL)
+    ran.wait(lambda: shown(accounted, ran)["state"] == "lost", "word that it is lost", timeout_s=60)
+    row = shown(accounted, ran)
+    assert "Slurm says FAILED" in row["reason"]
     assert row["advice"] == f"mq launch requeue {ran.path}"
-    (row,) = json.loads(accounted.mq("status", run.path, "--json"))
-    assert row["state"] == "done"
-    said = accounted.cluster.ask("sacct", "-X", "-n", "-P", "-o", "State", "-j", run.job).strip()
-    assert said == "COMPLETED"
+    assert shown(accounted, run)["state"] == "done"
+    # What squeue has forgotten sacct still knows.
+    for name, value in accounted.cluster.environment.items():
+        monkeypatch.setenv(name, value)
+    assert accounting_of([ran.job, run.job]) == {ran.job: "FAILED", run.job: "COMPLETED"}
+
+
+def shown(runs, run):
+    """The run's row of the table."""
+    (row,) = json.loads(runs.mq("status", run.path, "--json"))
+    return row
