@@ -11,10 +11,11 @@ from launch.freeze import freeze
 from launch.preflight import check
 from launch.request import Request, make
 from megatron_qwen import slurm
+from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.cli import run_program
 from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem
 from megatron_qwen.resilience import policy
-from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.rundir import RunDirectory, RunState
 
 DEFAULT_RUNS = Path("runs")
 
@@ -113,6 +114,10 @@ def _freeze(options: argparse.Namespace, overrides: list[str]) -> int:
         return found.exit_code or EXIT_CONFIG
     for line in freeze(request, data_digest=found.data_digest, new_code=False):
         print(line)
+    directory = RunDirectory(request.run_dir)
+    if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
+        AttemptLog(directory.attempts).forgive()  # who starts it once more wants it to go on
+        directory.write_status(RunState.QUEUED)
     return 0
 
 

@@ -4,11 +4,10 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch import run_jobs, submission
-from launch.freeze import note_jobs
+from launch import run_jobs
 from launch.request import Request, make
+from launch.submit import hand_over
 from megatron_qwen import slurm
-from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -74,18 +73,23 @@ def _requeue(run: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> str:
         return f"{run.path.name}: requeued job {', '.join(running)}; it saves first"
     if jobs:
         return f"{run.path.name}: runs on this machine as process {', '.join(jobs)}"
-    request = _request_of(run, newest)
-    AttemptLog(run.attempts).forgive()
-    run.write_status(RunState.QUEUED)
-    job = submission.submit(request)
-    note_jobs(request, [job])
-    return f"{run.path.name}: submitted again as job {job}"
+    jobs = hand_over(_request_of(run, newest), run, forgive=True)
+    return f"{run.path.name}: submitted again as job {', '.join(jobs)}"
 
 
 def _request_of(run: RunDirectory, newest: run_jobs.Submission) -> Request:
     """The request that the run's newest submission was made from."""
-    name = run.path.name
-    return make(str(run.run_yaml), [], nodes=newest.nodes, cluster=newest.cluster, name=name, run_dir=Path(run.path))
+    return make(
+        str(run.run_yaml),
+        [],
+        nodes=newest.nodes,
+        cluster=newest.cluster,
+        name=run.path.name,
+        run_dir=Path(run.path),
+        time_limit=newest.time_limit,
+        ranks_per_node=newest.ranks_per_node,
+        chain=newest.chain,
+    )
 
 
 def _queue(runs: Sequence[RunDirectory]) -> dict[str, slurm.QueuedJob]:

@@ -95,13 +95,18 @@ def _mounted(request: Request) -> list[Path]:
 
 def note_jobs(request: Request, jobs: list[str]) -> None:
     """Adds a submission to jobs.jsonl."""
-    directory = RunDirectory(request.run_dir)
+    directory, cluster = RunDirectory(request.run_dir), request.cluster_name
+    if cluster.endswith((".yaml", ".yml")):
+        cluster = str(Path(cluster).absolute())
     entry = {
         "time": now(),
         "jobs": jobs,
         "scheduler": request.cluster.scheduler,
-        "cluster": request.cluster_name,
+        "cluster": cluster,
         "nodes": request.nodes,
+        "ranks_per_node": request.cluster.ranks_per_node,
+        "time_limit": request.cluster.time_limit,
+        "chain": request.chain,
         "host": os.uname().nodename,
     }
     with directory.jobs.open("a") as file:

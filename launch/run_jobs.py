@@ -22,12 +22,18 @@ class Submission:
         scheduler: slurm or local.
         cluster: name or path of the cluster file.
         nodes: of a job.
+        ranks_per_node: as given, or None.
+        time_limit: of a job.
+        chain: jobs in a row, or None.
     """
 
     jobs: tuple[str, ...]
     scheduler: str
     cluster: str
     nodes: int
+    ranks_per_node: int | None = None
+    time_limit: str | None = None
+    chain: int | None = None
 
 
 def submissions(directory: RunDirectory) -> list[Submission]:
@@ -36,8 +42,17 @@ def submissions(directory: RunDirectory) -> list[Submission]:
     for line in directory.jobs.read_text().splitlines() if directory.jobs.is_file() else []:
         try:
             entry: dict[str, Any] = json.loads(line)
-            jobs = tuple(map(str, entry["jobs"]))
-            found.append(Submission(jobs, str(entry["scheduler"]), str(entry["cluster"]), int(entry["nodes"])))
+            found.append(
+                Submission(
+                    tuple(map(str, entry["jobs"])),
+                    str(entry["scheduler"]),
+                    str(entry["cluster"]),
+                    int(entry["nodes"]),
+                    entry.get("ranks_per_node"),
+                    entry.get("time_limit"),
+                    entry.get("chain"),
+                )
+            )
         except (ValueError, KeyError, TypeError):
             continue  # cut off in writing
     return found

@@ -66,7 +66,8 @@ def freeze(target: Path, *, environ: dict[str, str], root: Path = ROOT) -> Snaps
     snapshot = Snapshot(commit, bool(diff or taken), tuple(left_out))
     note = {"commit": commit, "modified": snapshot.modified, "time": now(), "left_out": list(left_out), "new": taken}
     (temporary / NOTE).write_text(json.dumps(note, indent=2) + "\n")
-    (temporary / DIFF).write_text(diff or "")
+    removed = secret_in(diff or "", environ)  # a line that is taken out may have held one
+    (temporary / DIFF).write_text(f"left out: it holds {removed}\n" if removed else diff or "")
     temporary.rename(target)
     return snapshot
 

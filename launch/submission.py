@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launch.cluster import Cluster
 from launch.request import Request
 from megatron_qwen.errors import Problem
 from megatron_qwen.job.call import Job
@@ -58,15 +59,12 @@ def slurm_parameters(request: Request, *, after: str | None = None, at_once: int
     further: dict[str, Any] = {
         ("requeue" if request.chain is None else "no-requeue"): True,
         **({"reservation": cluster.reservation} if cluster.reservation else {}),
+        **_memory(cluster, ranks),
         **cluster.sbatch,
     }
     if cluster.gpus_per_node:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
         chosen["gres"] = f"gpu:{kind}{cluster.gpus_per_node}"
-    if cluster.memory_per_rank_gib is not None:
-        chosen["mem"] = f"{round(cluster.memory_per_rank_gib * ranks * 1024)}M"
-    elif cluster.exclusive:
-        chosen["mem"] = "0"
     if cluster.exclusive:
         chosen["exclusive"] = True
     if cluster.cpus_per_rank is not None:
@@ -88,6 +86,13 @@ def slurm_parameters(request: Request, *, after: str | None = None, at_once: int
         "stderr_to_stdout": True,
         "wckey": None,
     }
+
+
+def _memory(cluster: Cluster, ranks: int) -> dict[str, str]:
+    """Memory of a node, as sbatch takes it; submitit's own parameter is a number of GB and cannot say "all"."""
+    if cluster.memory_per_rank_gib is not None:
+        return {"mem": f"{round(cluster.memory_per_rank_gib * ranks * 1024)}M"}
+    return {"mem": "0"} if cluster.exclusive else {}
 
 
 def script(request: Request) -> str:

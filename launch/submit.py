@@ -1,8 +1,10 @@
 """``mq launch submit``: preflight, freeze, hand over; and the same for many runs as one array."""
 
+import fcntl
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +52,13 @@ def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
         print(f"nothing was submitted: {_counted(found.findings)}", file=sys.stderr)
         return None, code
     directory = RunDirectory(request.run_dir)
-    if (done := _in_the_way(request, directory)) is not None:
-        print(done)
-        return None, 0
-    notes = _prepare(request, found, new_code=new_code)
-    jobs = _hand_over(request, directory)
+    with _alone(request.run_dir):
+        if (done := _in_the_way(request, directory)) is not None:
+            print(done)
+            return None, 0
+        notes = _prepare(request, found, new_code=new_code)
+        forgive = directory.state() in (RunState.STOPPED, RunState.CANCELLED)
+        jobs = hand_over(request, directory, forgive=forgive)
     return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
 
 
@@ -87,10 +91,16 @@ def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]
         raise
 
 
-def _hand_over(request: Request, directory: RunDirectory) -> list[str]:
-    """Submits the run's job or chain; the run's state is as before where Slurm refuses."""
+def hand_over(request: Request, directory: RunDirectory, *, forgive: bool) -> list[str]:
+    """Submits the run's job or chain and notes it; the run's state is as before where Slurm refuses.
+
+    Args:
+        request: what is submitted.
+        directory: of the run, frozen.
+        forgive: whether what has gone wrong so far is forgotten: a person wants the run to go on.
+    """
     before = directory.status.read_text() if directory.status.is_file() else None
-    if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
+    if forgive:
         AttemptLog(directory.attempts).forgive()
     directory.write_status(RunState.QUEUED)
     jobs: list[str] = []
@@ -107,6 +117,30 @@ def _hand_over(request: Request, directory: RunDirectory) -> list[str]:
         raise
     freeze.note_jobs(request, jobs)
     return jobs
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Keeps two submissions of one run apart, from the first look to the note of its jobs.
+
+    Raises:
+        ConfigError: another one is under way.
+    """
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    path = run_dir.parent / f".{run_dir.name}.submitting"
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                Problem("run", run_dir, "is being submitted by another command; see its status.")
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def submit_array(base: Request, runs: dict[str, list[str]], overrides: list[str], *, at_once: int) -> list[Submitted]:

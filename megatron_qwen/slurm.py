@@ -115,8 +115,25 @@ def is_lost(node: dict[str, str]) -> bool:
 
 
 def hostnames(node_list: str) -> list[str]:
-    """``n[1-3,7]`` as names."""
-    return ask("scontrol", "show", "hostnames", node_list).split() if node_list else []
+    """``n[1-3,07],m`` as names; without asking Slurm, whose programs are not on the nodes of every site."""
+    names: list[str] = []
+    for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", node_list):
+        pieces = re.split(r"\[([^\]]*)\]", part)
+        found = [pieces[0]]
+        for ranges, text in zip(pieces[1::2], pieces[2::2], strict=True):
+            found = [f"{name}{number}{text}" for name in found for number in _numbers(ranges)]
+        names += found
+    return names
+
+
+def _numbers(ranges: str) -> list[str]:
+    """``1-3,07`` as 1, 2, 3, 07; leading zeros stay."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        width = len(first)
+        numbers += [str(number).zfill(width) for number in range(int(first), int(last or first) + 1)]
+    return numbers
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -3,7 +3,7 @@
 import signal
 
 from megatron_qwen.job.ranks import TaskEnd, environment_of_ranks, parse_task_ends, placement
-from megatron_qwen.slurm import fields, gpus_of, is_lost, is_usable, minutes, tasks_per_node
+from megatron_qwen.slurm import fields, gpus_of, hostnames, is_lost, is_usable, minutes, tasks_per_node
 
 # As Slurm 22.05 printed it.
 SAID = """srun: error: n2: task 1: Killed
@@ -54,6 +54,13 @@ def test_reading_scontrol():
     draining = {"State": "MIXED+DRAIN"}
     assert not is_lost(draining)
     assert not is_usable(draining)
+
+
+def test_node_lists():
+    assert hostnames("n[1-3,07],m,gpu[08-10]x") == ["n1", "n2", "n3", "n07", "m", "gpu08x", "gpu09x", "gpu10x"]
+    assert hostnames("r[1-2]c[1-2]") == ["r1c1", "r1c2", "r2c1", "r2c2"]
+    assert hostnames("n1") == ["n1"]
+    assert hostnames("") == []
 
 
 def test_times():

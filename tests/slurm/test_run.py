@@ -14,7 +14,8 @@ from tests.slurm.runs import STEPS, TP2
 
 
 def test_two_nodes_with_two_ranks_each(runs):
-    run = runs.submit("two_by_two", *TP2, gpus_per_node=2)
+    cluster = {"gpus_per_node": 2, "cpus_per_rank": 1, "memory_per_rank_gib": 1.5, "exclusive": True}
+    run = runs.submit("two_by_two", *TP2, **cluster)
     run.wait_for_end()
     (attempt,) = run.attempts()
     assert (attempt.reason, attempt.nodes, attempt.gained) == ("finished", ("n1", "n2"), STEPS)
@@ -24,6 +25,11 @@ def test_two_nodes_with_two_ranks_each(runs):
     assert "n1 (" in log
     assert "ranks 2 (local 0," in log, "the first rank of the second node"
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
+    (submitted,) = (run.path / "submission").glob("*.sh")
+    where = ("--cluster", runs.cluster_file(**cluster), "--nodes", 2, "--name", "two_by_two", "--json")
+    shown = json.loads(runs.mq("dry-run", *runs.words(*TP2), *where))
+    assert shown["sbatch"] == submitted.read_text(), "a dry run shows what is submitted"
+    assert "--mem=3072M" in shown["sbatch"]
 
 
 def test_the_job_runs_the_code_of_its_submission(runs):
