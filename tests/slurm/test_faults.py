@@ -93,8 +93,8 @@ def test_a_node_that_fails_twice_is_avoided(runs):
 def test_two_killed_slurmd(runs):
     """One under the controller, so that nobody is left to write down how the attempt ended, and one under a rank."""
     slow = f'if attempt == "1" and iteration > {FAULT_AT}: time.sleep(1.5)'
-    first = runs.submit_patched("slurmd_of_controller", *TP2, patch=slow)
-    second = runs.submit_patched("slurmd_of_rank", *TP2, patch=slow)
+    first = runs.submit_patched("slurmd_of_controller", *TP2, patch=slow, exclusive=True)
+    second = runs.submit_patched("slurmd_of_rank", *TP2, patch=slow, exclusive=True)
     for run in (first, second):
         run.wait_for_step(FAULT_AT)
     dead = {first: first.attempts()[0].nodes[0], second: second.attempts()[0].nodes[1]}
@@ -102,7 +102,8 @@ def test_two_killed_slurmd(runs):
         runs.cluster.kill_node(node)
     for run, node in dead.items():
         run.wait_for_end(timeout_s=150)
-        attempts = run.attempts()
+        # Slurm 22.05 may refuse a step right after such a requeue ("Invalid generic resource"); that is tried again.
+        attempts = [attempt for attempt in run.attempts() if "Unable to create step" not in attempt.detail]
         assert [attempt.reason for attempt in attempts] == ["lost node", "finished"], run.story()
         assert attempts[0].failed_nodes == (node,)
         assert not set(dead.values()) & set(attempts[1].nodes)
