@@ -24,6 +24,7 @@ class Attempt:
         started: ISO time.
         nodes: names of its nodes; empty for a run outside a cluster.
         job_id: Slurm's, or None.
+        restarts: how often Slurm had started the job before.
         world_size: ranks.
         ended: ISO time, or None where no end was noted: it runs, or was killed.
         exit_code: None without an end.
@@ -41,6 +42,7 @@ class Attempt:
     started: str
     nodes: tuple[str, ...] = ()
     job_id: str | None = None
+    restarts: int | None = None
     world_size: int | None = None
     ended: str | None = None
     exit_code: int | None = None
@@ -171,6 +173,7 @@ def _attempt(number: int, begin: dict[str, Any], end: dict[str, Any]) -> Attempt
         started=str(begin["started"]),
         nodes=tuple(map(str, begin.get("nodes") or ())),
         job_id=text(begin.get("job_id")),
+        restarts=whole(begin.get("restarts")),
         world_size=whole(begin.get("world_size")),
         ended=text(end.get("ended")),
         exit_code=whole(end.get("exit_code")),

@@ -56,6 +56,7 @@ class RunDirectory:
         self.code = self.path / "code"
         self.submission = self.path / "submission"
         self.jobs = self.path / "jobs.jsonl"
+        self.controller_log = self.path / "logs" / "controller.log"
 
     def logs(self, attempt: int) -> Path:
         """Where the ranks of an attempt write what they print."""

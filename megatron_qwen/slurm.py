@@ -56,7 +56,9 @@ def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
         SlurmError: it is not there, failed, or did not answer in time.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout_s, env=_plain_environment(), check=False
+        )
     except FileNotFoundError:
         fix = "is not on PATH; load the site's Slurm module, or ask on a login node."
         raise SlurmError(Problem(command[0], None, fix)) from None
@@ -65,6 +67,15 @@ def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
     if done.returncode:
         raise SlurmError(Problem(" ".join(command), None, (done.stderr or done.stdout).strip().replace("\n", "; ")))
     return done.stdout
+
+
+def _plain_environment() -> dict[str, str]:
+    """The environment without what would filter or reshape answers."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("SQUEUE_", "SINFO_", "SACCT_")) and name not in ("SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
+    }
 
 
 def fields(line: str) -> dict[str, str]:

@@ -10,12 +10,18 @@ from functools import partial
 from pathlib import Path
 
 from megatron_qwen import device
+from megatron_qwen.resilience import stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
+from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 
 
 def main(run_dir: str) -> int:
     """Runs one rank of the run whose run.yaml lies in ``run_dir`` and returns its exit code."""
+    # Before the imports, which take seconds: a job may be told to end while they run.
+    signals = StopSignals()
+    signals.install()
+    stack_dump.install()
     # Overlap of tensor-parallel communication on Hopper needs the order that one connection gives.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device.prepare()
@@ -23,15 +29,10 @@ def main(run_dir: str) -> int:
     from megatron_qwen.config.source import resolve
     from megatron_qwen.distributed.rank import RankInfo, join, leave
     from megatron_qwen.recipes.registry import RECIPES
-    from megatron_qwen.resilience import stack_dump
     from megatron_qwen.resilience.parent import die_with_launcher
-    from megatron_qwen.resilience.signals import StopSignals
     from megatron_qwen.training.run import run_attempt
 
     die_with_launcher()
-    stack_dump.install()
-    signals = StopSignals()
-    signals.install()
     info = RankInfo.from_environment()
     config = resolve(str(Path(run_dir) / "run.yaml"), [], RECIPES)
     require_legal(config, world_size=info.world_size)

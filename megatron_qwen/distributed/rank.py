@@ -2,13 +2,12 @@
 
 import datetime
 import os
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from megatron_qwen import device
+from megatron_qwen import device, slurm
 from megatron_qwen.errors import ConfigError, Problem
 
 
@@ -60,11 +59,8 @@ def under_srun(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def _tasks_here(environ: Mapping[str, str]) -> int:
-    """Tasks on this node, from Slurm's ``4(x2),3`` notation."""
-    counts: list[int] = []
-    for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        count, _, times = part.partition("(x")
-        counts += [int(count)] * int(times.rstrip(")") or 1)
+    """Tasks on this node."""
+    counts = slurm.tasks_per_node(environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
     return counts[int(environ.get("SLURM_NODEID", "0"))]
 
 
@@ -75,10 +71,11 @@ def _port_of_job(environ: Mapping[str, str]) -> int:
 
 def _first_node_address(node_list: str) -> str:
     """NodeAddr of a job's first node; node names need not resolve."""
-    names = subprocess.run(["scontrol", "show", "hostnames", node_list], capture_output=True, text=True, check=True)
-    first = names.stdout.split()[0]
-    shown = subprocess.run(["scontrol", "show", "node", first], capture_output=True, text=True, check=True).stdout
-    return next((word.removeprefix("NodeAddr=") for word in shown.split() if word.startswith("NodeAddr=")), first)
+    first = slurm.hostnames(node_list)[0]
+    try:
+        return slurm.show_nodes([first])[first].get("NodeAddr", first)
+    except (slurm.SlurmError, KeyError):
+        return first
 
 
 def join(info: RankInfo, *, timeout_minutes: int) -> None:

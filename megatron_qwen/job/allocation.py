@@ -5,7 +5,8 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +20,8 @@ from megatron_qwen.job.settings import JobSettings
 
 _RANK = ("-P", "-m", "megatron_qwen.train")
 _FIRST_PORT, _PORTS = 15_000, 17_000
+_SHOW_WAITS_S = (2.0, 5.0, 10.0)
+_REQUEUE_WAITS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)
 
 
 class Ending(Enum):
@@ -37,6 +40,10 @@ class Allocation(Protocol):
     @property
     def job_id(self) -> str | None:
         """Slurm's number of the job, None without Slurm."""
+
+    @property
+    def restarts(self) -> int:
+        """How often the scheduler has started the job before."""
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -81,6 +88,7 @@ class LocalAllocation:
     settings: JobSettings
     world_size: int
     job_id: str | None = None
+    restarts: int = 0
     nodes: tuple[str, ...] = (LOCAL_NODE,)
     requeues_in_place: bool = True
 
@@ -129,10 +137,10 @@ class SlurmAllocation:
 
     def __init__(self, settings: JobSettings, environ: Mapping[str, str] = os.environ) -> None:
         self.settings, self._environ = settings, environ
-        self._raw_id = environ["SLURM_JOB_ID"]
+        # One task of every array has the array's own number: by that alone Slurm would take all of them for meant.
         array = environ.get("SLURM_ARRAY_JOB_ID")
-        self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else self._raw_id
-        self._restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
+        self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
+        self.restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
         self.nodes = tuple(slurm.hostnames(environ["SLURM_JOB_NODELIST"]))
         self.tasks = slurm.tasks_per_node(environ["SLURM_TASKS_PER_NODE"])
         self.world_size = sum(self.tasks)
@@ -156,7 +164,7 @@ class SlurmAllocation:
             ],
             logs=logs,
             environment=self.environment(attempt),
-            job_id=self._raw_id,
+            job_id=self.job_id,
             placement=placement(self.nodes, self.tasks),
         )
 
@@ -171,7 +179,7 @@ class SlurmAllocation:
 
     def master_port(self) -> int:
         """A port that differs between the jobs of a node and the restarts of a job, and that nothing listens on."""
-        wanted = int(self._raw_id) * 7 + self._restarts
+        wanted = int(self._environ["SLURM_JOB_ID"]) * 7 + self.restarts
         for offset in range(_PORTS):
             port = _FIRST_PORT + (wanted + offset) % _PORTS
             with socket.socket() as probe:
@@ -183,9 +191,9 @@ class SlurmAllocation:
         return _FIRST_PORT + wanted % _PORTS
 
     def _shown(self) -> dict[str, str]:
-        """The job as Slurm shows it; nothing where it does not answer."""
+        """The job as Slurm shows it; nothing where it does not answer for a while."""
         try:
-            return slurm.show_job(self._raw_id)
+            return _patiently(lambda: slurm.show_job(self.job_id), _SHOW_WAITS_S)
         except UserError as error:
             print(error.render(), file=sys.stderr)
             return {}
@@ -197,10 +205,12 @@ class SlurmAllocation:
         """
         shown = self._shown()
         state = shown.get("JobState", "RUNNING")
-        if int(shown.get("Restarts", "0")) > self._restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
+        if int(shown.get("Restarts", "0")) > self.restarts or state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
             return Ending.REQUEUED
+        if shown.get("PreemptTime", "None") != "None":
+            return Ending.PREEMPTING
         if state in ("RUNNING", "CONFIGURING", "SUSPENDED", "SIGNALING"):
-            return Ending.PREEMPTING if shown.get("PreemptTime", "None") != "None" else Ending.NOTHING
+            return Ending.NOTHING
         if state == "CANCELLED":
             return Ending.CANCELLED
         left = _seconds_until(shown.get("EndTime", ""))
@@ -232,11 +242,42 @@ class SlurmAllocation:
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             if self.ending() is not Ending.REQUEUED:
-                slurm.ask("scontrol", "requeue", self._raw_id)
-            if exclude:
-                slurm.ask("scontrol", "update", f"JobId={self._raw_id}", f"ExcNodeList={','.join(exclude)}")
+                _patiently(lambda: slurm.ask("scontrol", "requeue", self.job_id), _REQUEUE_WAITS_S)
+            if avoided := self._avoidable(exclude):
+                command = ("scontrol", "update", f"JobId={self.job_id}", f"ExcNodeList={','.join(avoided)}")
+                _patiently(lambda: slurm.ask(*command), _SHOW_WAITS_S)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _avoidable(self, exclude: Sequence[str]) -> list[str]:
+        """Nodes to avoid, those the job avoids already among them; none where too few would be left to run on."""
+        if not exclude:
+            return []
+        shown = self._shown()
+        already = slurm.hostnames(shown.get("ExcNodeList", "").replace("(null)", ""))
+        avoided = sorted({*exclude, *already})
+        partitions = set(shown.get("Partition", "").split(","))
+        members = [
+            name for name, node in slurm.show_nodes().items() if partitions & set(node.get("Partitions", "").split(","))
+        ]
+        left = len(set(members) - set(avoided))
+        if left < len(self.nodes):
+            print(f"{', '.join(exclude)} cannot be avoided: {left} other nodes are too few", file=sys.stderr)
+            return []
+        return avoided
+
+
+def _patiently[Answer](action: Callable[[], Answer], waits_s: Sequence[float]) -> Answer:
+    """What Slurm answers, asked again after each wait: a controller that restarts must not cost a run."""
+    for wait_s in waits_s:
+        try:
+            return action()
+        except UserError as error:
+            if "Invalid job id" in str(error):
+                raise  # Slurm answers; it knows no such job any more
+            print(f"{error.render()} (asked again in {wait_s:.0f} s)", file=sys.stderr)
+            time.sleep(wait_s)
+    return action()
 
 
 def _seconds_until(moment: str) -> float | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, UserError
+from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, EXIT_FAILURE, UserError
 from megatron_qwen.job.allocation import find
 from megatron_qwen.job.controller import Controller
 from megatron_qwen.job.settings import JobSettings
@@ -34,6 +34,11 @@ class Job:
 
         submitit would turn a return value into a pickle and every end into exit code 0, so it does not get one.
         """
+        code_dir = str(RunDirectory(self.run_dir).code)
+        if os.environ.get("PYTHONPATH") != code_dir:
+            # A task of an array begins with the code of another run.
+            command = [sys.executable, "-P", "-u", "-m", "megatron_qwen.job.call", self.run_dir, str(self.world_size)]
+            os.execve(sys.executable, command, {**os.environ, "PYTHONPATH": code_dir})
         code = control(Path(self.run_dir), world_size=self.world_size)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -50,7 +55,7 @@ def control(run_dir: Path, *, world_size: int | None = None) -> int:
     Returns:
         The exit code by the policy's table.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", force=True)
+    _log_to(RunDirectory(run_dir))
     # submitit's handlers would requeue in the middle of a step; ours only take note.
     signals = StopSignals()
     signals.install()
@@ -63,10 +68,27 @@ def control(run_dir: Path, *, world_size: int | None = None) -> int:
         return Controller(directory, settings, find(settings, world_size=world_size), signals).run()
     except UserError as error:
         # Nothing was tried: the files of the run, or Slurm's word about the job, cannot be used.
-        print(error.render(), file=sys.stderr)
+        logging.getLogger(__name__).error("%s", error.render())
         directory.write_status(RunState.STOPPED, exit_code=EXIT_DO_NOT_REQUEUE, reason=f"{error.kind}: {error}".strip())
         return EXIT_DO_NOT_REQUEUE
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        logging.getLogger(__name__).error("the controller cannot go on: %s%s", where, error.strerror or error)
+        return EXIT_FAILURE
+
+
+def _log_to(directory: RunDirectory) -> None:
+    """The controller speaks in the job's output and in logs/controller.log, which every job of the run adds to."""
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    try:
+        directory.controller_log.parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(directory.controller_log))
+    except OSError as error:
+        print(f"no controller.log: {error}", file=sys.stderr)
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(control(Path(sys.argv[1])))
+    sys.exit(control(Path(sys.argv[1]), world_size=int(sys.argv[2]) if len(sys.argv) > 2 else None))

@@ -20,7 +20,7 @@ from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.job.verdict import Evidence, judge
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.heartbeat import Watchdog, read_beat
-from megatron_qwen.resilience.policy import Action, Decision, Outcome, Reason, decide, excluded_nodes
+from megatron_qwen.resilience.policy import RULES, Action, Decision, Outcome, Reason, decide
 from megatron_qwen.resilience.rank_end import read_rank_ends
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
@@ -30,6 +30,7 @@ _POLL_S = 0.5
 _CURRENT_EVERY_S = 5.0
 # Slurm notices a dead node later than its peers do.
 _NODE_STATE_WAIT_S = 3.0
+_LEAVE_S = 12.0
 
 
 class Superseded(Exception):
@@ -85,32 +86,42 @@ class Controller:
     def _attempt(self) -> Decision:
         self._close_unfinished()
         earlier = self.attempts.since_forgiven()
-        avoided = sorted(set(excluded_nodes(earlier)) & set(self.allocation.nodes))
         number = self.attempts.begin(
-            nodes=list(self.allocation.nodes), job_id=self.allocation.job_id, world_size=self.allocation.world_size
+            nodes=list(self.allocation.nodes),
+            job_id=self.allocation.job_id,
+            restarts=self.allocation.restarts,
+            world_size=self.allocation.world_size,
         )
         self.directory.write_status(RunState.RUNNING, attempt=number, job_id=self.allocation.job_id)
         logs = self.directory.logs(number)
         logs.mkdir(parents=True, exist_ok=True)
         log.info("attempt %d on %s, %d ranks", number, ", ".join(self.allocation.nodes), self.allocation.world_size)
-        outcome = self._unfit(number, logs, avoided) or self._with_ranks(number, logs)
+        outcome = self._unfit(number, logs) or self._with_ranks(number, logs)
+        if RULES[outcome.reason].action is Action.REQUEUE and self._cancelled():
+            outcome = self._outcome(number, Reason.CANCELLED, "the job was cancelled")
         limit = self.config.resilience.max_restarts_without_progress
         decision = decide(earlier, outcome, max_restarts_without_progress=limit)
         self._note(number, outcome, decision)
         return decision
 
-    def _unfit(self, number: int, logs: Path, avoided: list[str]) -> Outcome | None:
+    def _cancelled(self) -> bool:
+        """Whether a person has ended the run: a requeue would bring a cancelled job back to life."""
+        return self.directory.state() is RunState.CANCELLED or self.allocation.ending() is Ending.CANCELLED
+
+    def _unfit(self, number: int, logs: Path) -> Outcome | None:
         """The outcome where no rank is to be started on these nodes."""
-        if avoided:
-            detail = f"the job was given {', '.join(avoided)} again, which failed before"
-            return self._outcome(number, Reason.UNHEALTHY_NODE, detail)
         try:
             sick = self._sick_nodes(logs)
         except health.HealthCheckError as error:
             return self._outcome(number, Reason.ERROR, str(error), error=type(error).__name__)
+        if self.signals.received is not None:
+            return self._outcome(number, Reason.REQUEUED, "told to end before any rank had started")
         if not sick:
             return None
         detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
+        if len(sick) == len(self.allocation.nodes) > 1:
+            # What fails everywhere, such as a full shared disk, is no node's fault.
+            return self._outcome(number, Reason.ERROR, f"every node fails the health check: {detail}", error="health")
         return self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
 
     def _sick_nodes(self, logs: Path) -> dict[str, str]:
@@ -145,12 +156,19 @@ class Controller:
             step_s=resilience.hang_timeout_s,
         )
         next_look, passed_on = time.monotonic() + _CURRENT_EVERY_S, False
+        too_late = float("inf")
         while ranks.poll() is None:
             time.sleep(_POLL_S)
             if self.signals.received is not None and not passed_on:
                 # Slurm tells the ranks by itself, but not every way of telling this process; twice does no harm.
                 ranks.send(self.signals.received)
-                passed_on = True
+                passed_on, too_late = True, time.monotonic() + _LEAVE_S
+            if time.monotonic() > too_late:
+                too_late = float("inf")
+                if self.allocation.ending() is Ending.TIMED_OUT:
+                    # Slurm kills the ranks and this process soon, and would not start the job again.
+                    log.warning("the ranks do not leave at the time limit: ended")
+                    ranks.kill()
             if time.monotonic() > next_look:
                 next_look = time.monotonic() + _CURRENT_EVERY_S
                 if self.attempts.newest() != number:
@@ -277,8 +295,13 @@ class Controller:
             return
         last = attempts[-1]
         down = self.allocation.lost_among(last.nodes) if last.nodes else ()
-        reason = Reason.LOST_NODE if down else Reason.LOST_PEER
-        detail = f"Slurm reports {', '.join(down)} down" if down else "its controller was killed"
+        again = last.job_id is not None and last.job_id == self.allocation.job_id
+        if down:
+            reason, detail = Reason.LOST_NODE, f"Slurm reports {', '.join(down)} down"
+        elif again and last.restarts is not None and self.allocation.restarts > last.restarts:
+            reason, detail = Reason.REQUEUED, "Slurm ended and requeued the job before it had saved"
+        else:
+            reason, detail = Reason.LOST_PEER, "its controller was killed"
         outcome = self._outcome(last.number, reason, detail, failed_nodes=down)
         log.warning("attempt %d ended without a word: %s", last.number, detail)
         self.attempts.end(

@@ -3,6 +3,7 @@
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ _SIGNALS_BY_TEXT = {
     "Quit": signal.SIGQUIT,
     "Interrupt": signal.SIGINT,
 }
+_FATAL = (signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV)
+_SIGNALS_BY_CODE = {128 + number: -number for number in map(int, _FATAL)}
 _TASK_LINE = re.compile(
     r"srun: error: (?P<node>\S+): tasks? (?P<tasks>[\d,-]+): "
     r"(?:Exited with exit code (?P<code>\d+)|(?P<signal>[A-Z][\w ]*?)(?: \(core dumped\))?$)",
@@ -115,7 +118,10 @@ class SrunRanks:
         """Sends a signal to every rank, through Slurm: they are on many nodes."""
         step = f"{self._job_id}.{self._step_id()}"
         name = number.name.removeprefix("SIG")
-        subprocess.run(["scancel", f"--signal={name}", step], capture_output=True, timeout=60, check=False)
+        try:
+            subprocess.run(["scancel", f"--signal={name}", step], capture_output=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            print(f"ranks could not be signalled: {error}", file=sys.stderr)
 
     def kill(self) -> None:
         """Ends the step, whatever its ranks do."""
@@ -135,7 +141,7 @@ class SrunRanks:
         command = ["squeue", "-h", "-s", "-j", self._job_id, "-o", "%i"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        except subprocess.TimeoutExpired:
+        except (OSError, subprocess.TimeoutExpired):
             return "0"
         numbers = [int(step) for line in done.stdout.split() if (step := line.rpartition(".")[2]).isdecimal()]
         return str(max(numbers, default=0))
@@ -160,7 +166,11 @@ def parse_task_ends(text: str) -> list[TaskEnd]:
     """``srun: error: n2: tasks 2-3: Exited with exit code 76`` and its kind, rank by rank."""
     found: dict[int, TaskEnd] = {}
     for match in _TASK_LINE.finditer(text):
-        code = int(match["code"]) if match["code"] else -int(_SIGNALS_BY_TEXT.get(match["signal"], signal.SIGKILL))
+        if match["code"]:
+            # A wrapper such as apptainer reports a signal of the rank as 128 and its number.
+            code = _SIGNALS_BY_CODE.get(int(match["code"]), int(match["code"]))
+        else:
+            code = -int(_SIGNALS_BY_TEXT.get(match["signal"], signal.SIGKILL))
         for rank in _numbers(match["tasks"]):
             found.setdefault(rank, TaskEnd(rank, match["node"], code))
     return list(found.values())

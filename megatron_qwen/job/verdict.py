@@ -19,8 +19,9 @@ _STOPPING_CODES = {
 }
 # Slurm resolves the moment of the early signal to about a minute.
 _SIGNAL_SLACK_S = 75.0
-# Signals by which a process is ended because another one was.
-_CONSEQUENCES = (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGHUP, -signal.SIGINT)
+# Signals by which a process is told to end, and by which NCCL's watchdog ends one whose peer is gone.
+_TOLD = (-signal.SIGTERM, -signal.SIGUSR2, -signal.SIGHUP, -signal.SIGINT)
+_CONSEQUENCES = (*_TOLD, -signal.SIGABRT)
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def _asked_to_stop(evidence: Evidence) -> Verdict | None:
     saved = EXIT_REQUEUE in codes and not any(end.error for end in evidence.ends)
     if EXIT_INTERRUPTED in codes and evidence.ending is Ending.NOTHING:
         return Verdict(Reason.CANCELLED, "interrupted by hand")
-    if not saved and evidence.ending in (Ending.NOTHING, Ending.PREEMPTING):
+    told = bool(evidence.tasks) and all(task.code in _TOLD for task in evidence.tasks)
+    if not saved and not told and evidence.ending is Ending.NOTHING:
         return None
     how = "saved and left" if saved else "ended before it had saved"
     left, near = evidence.seconds_left, evidence.signal_delay_s + _SIGNAL_SLACK_S
@@ -106,6 +108,10 @@ def _failed(evidence: Evidence) -> Verdict:
     killed = [task for task in evidence.tasks if task.code < 0 and task.code not in _CONSEQUENCES]
     # A rank that could say nothing any more went first; those that lost it could.
     unheard = [task for task in killed if task.rank not in reported]
+    broken = next((end for end in evidence.ends if end.hardware), None)
+    if broken is not None:
+        node = evidence.nodes.get(broken.rank, "?")
+        return Verdict(Reason.LOST_PEER, f"rank {broken.rank} on {node}: {broken.message}", (node,))
     error = next((end for end in evidence.ends if end.error and end.exit_code != EXIT_LOST_PEER), None)
     if error is not None:
         where = f"rank {error.rank} on {evidence.nodes.get(error.rank, '?')}"
@@ -119,6 +125,8 @@ def _failed(evidence: Evidence) -> Verdict:
         silent = sorted({node for rank, node in evidence.nodes.items() if rank not in reported})
         blame = tuple(silent) if len(silent) == 1 else ()
         return Verdict(Reason.LOST_PEER, f"rank {lost.rank} lost a peer: {lost.message}", blame)
+    if evidence.tasks and all(task.code in _CONSEQUENCES for task in evidence.tasks):
+        return Verdict(Reason.LOST_PEER, "ranks were ended by the loss of a peer, and none says of which")
     first_task = next(iter(evidence.tasks), None)
     if first_task is None:
         return Verdict(Reason.ERROR, f"srun ended with {evidence.exit_code}", error=f"srun {evidence.exit_code}")

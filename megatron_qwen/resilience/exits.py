@@ -52,5 +52,12 @@ def _is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone."""
     text = str(error)
     return any(
-        sign in text for sign in ("Connection closed by peer", "Connection reset by peer", "NCCL error", "Broken pipe")
+        sign in text
+        for sign in (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "NCCL error",
+            "Broken pipe",
+            "client socket has timed out",
+        )
     )

@@ -1,13 +1,16 @@
 """heartbeat.json: rank 0 says that the run moves, and the watchdog outside it sees when it no longer does."""
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 _INTERVAL_S = 1.0
+_SUSPENDED_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -16,7 +19,7 @@ class Beat:
 
     Args:
         attempt: which attempt it is of.
-        phase: what the run is doing: starting, training, saving, validating, finishing.
+        phase: what the run is doing: starting, training, finishing.
         iteration: last finished iteration.
         resumed_at: iteration the attempt went on from.
         count: grows with every beat that is written.
@@ -49,8 +52,11 @@ class Heartbeat:
         self._count += 1
         self._phase, self._written = phase, time.monotonic()
         temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(vars(Beat(self.attempt, phase, iteration, self.resumed_at, self._count))))
-        temporary.replace(self.path)
+        try:
+            temporary.write_text(json.dumps(vars(Beat(self.attempt, phase, iteration, self.resumed_at, self._count))))
+            temporary.replace(self.path)
+        except OSError as error:  # a full disk must not hide why a run ends
+            log.warning("no sign of life could be written: %s", error)
         return True
 
 
@@ -85,11 +91,14 @@ class Watchdog:
         self._read, self._attempt, self._clock = read, attempt, clock
         self._start_s, self._step_s = start_s, step_s
         self._last: Beat | None = None
-        self._seen = clock()
+        self._seen = self._asked = clock()
 
     def silence(self) -> str | None:
         """One line about the hang, or None while all is well."""
         beat, now = self._read(), self._clock()
+        if now - self._asked > _SUSPENDED_S:  # this process stood still itself: the job was suspended
+            self._seen += now - self._asked
+        self._asked = now
         if beat is not None and beat.attempt == self._attempt and beat != self._last:
             self._last, self._seen = beat, now
             return None

@@ -85,9 +85,9 @@ POLICY: tuple[Rule, ...] = (
     Rule(Reason.CANCELLED, "`mq launch cancel`, `scancel`", Action.NONE, False, None, EXIT_TERMINATED),
     Rule(
         Reason.UNHEALTHY_NODE,
-        "slurm/healthcheck.sh failed on a node, before any rank started",
+        "slurm/healthcheck.sh failed on some nodes of the job, before any rank started",
         Action.REQUEUE,
-        False,
+        True,
         1,
         EXIT_LOST_PEER,
     ),

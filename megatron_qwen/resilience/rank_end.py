@@ -10,6 +10,14 @@ from pathlib import Path
 
 # Set by the controller for its ranks.
 ATTEMPT_VARIABLE = "MQ_ATTEMPT"
+# As CUDA words them.
+_HARDWARE_SIGNS = (
+    "uncorrectable ECC",
+    "uncorrectable NVLink",
+    "GPU is lost",
+    "hardware stack error",
+    "GPU has fallen off",
+)
 _PATTERN = "rank_*.end.json"
 
 
@@ -23,6 +31,7 @@ class RankEnd:
         message: one line for people.
         error: signature of an exception: its type and where it was raised. Empty where none was.
         time: Unix time, to tell the first of several.
+        hardware: whether the message is one of broken hardware: the node is to blame, not the program.
     """
 
     rank: int
@@ -30,6 +39,7 @@ class RankEnd:
     message: str
     error: str
     time: float
+    hardware: bool = False
 
     def write(self, directory: Path) -> None:
         """Leaves the record in the logs of the attempt."""
@@ -48,7 +58,13 @@ def rank_end(rank: int, *, exit_code: int, error: BaseException | None, message:
     where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     kind = type(error).__name__
     first_line = next(iter(str(error).strip().splitlines()), "")
-    return RankEnd(rank, exit_code, message or f"{kind}: {first_line}", f"{kind}{where}", time.time())
+    said = message or f"{kind}: {first_line}"
+    return RankEnd(rank, exit_code, said, f"{kind}{where}", time.time(), is_hardware_failure(str(error)))
+
+
+def is_hardware_failure(text: str) -> bool:
+    """Whether an error message speaks of a device that broke."""
+    return any(sign in text for sign in _HARDWARE_SIGNS)
 
 
 def read_rank_ends(directory: Path) -> list[RankEnd]:

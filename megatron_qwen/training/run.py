@@ -14,7 +14,7 @@ from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.run import RunConfig, as_dict
 from megatron_qwen.distributed.placement import placement_report
 from megatron_qwen.distributed.rank import RankInfo
-from megatron_qwen.errors import CheckpointError, UserError
+from megatron_qwen.errors import CheckpointError, Problem, UserError
 from megatron_qwen.metrics.console import ProgressLine
 from megatron_qwen.metrics.wandb_writer import WandbWriter
 from megatron_qwen.metrics.writers import JsonlWriter, MetricsWriter, TensorBoardWriter
@@ -28,7 +28,7 @@ from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.profiler import Profiler
-from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife
+from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife, Superseded
 from megatron_qwen.training.callbacks.stopping import Stopping
 from megatron_qwen.training.callbacks.validation import Validation
 from megatron_qwen.training.setup import Parts, build_parts
@@ -75,6 +75,8 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
             heartbeat.beat("finishing", done)
             if not controlled:
                 directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
+    # All leave together: where one of them is gone srun gives the others little time.
+    dist.barrier()
     return code
 
 
@@ -185,6 +187,8 @@ def _begin(directory: RunDirectory) -> int:
     number = [attempt_of_controller() or 0]
     if dist.get_rank() == 0:
         number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
+        if directory.newest_attempt() != number[0]:
+            raise Superseded(Problem("attempt", number[0], "has been followed by another before it could begin."))
         clear_abandoned(directory.checkpoints)
         directory.checkpoints.mkdir(exist_ok=True)
     dist.broadcast_object_list(number)
