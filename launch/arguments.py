@@ -141,8 +141,8 @@ def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
         ("cancel", "End the jobs of runs. They save first."),
         (
             "requeue",
-            "Have runs go on: releases held jobs, requeues running ones, and submits again what has stopped. Restarts "
-            "are counted from zero again.",
+            "Have runs go on: releases held jobs, requeues running ones, and submits again what has stopped; its "
+            "restarts are counted from zero again then.",
         ),
     ):
         parser = actions.add_parser(

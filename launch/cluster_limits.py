@@ -20,10 +20,15 @@ def cluster_limits(request: Request) -> list[Finding]:
     if name is None:
         fix = f"must be given: this cluster has no default partition. It has {', '.join(partitions)}."
         return [error(Problem("partition", None, fix))]
-    if name not in partitions:
-        fix = f"no such partition.{did_you_mean(name, partitions)} This cluster has {', '.join(partitions)}."
-        return [error(Problem("partition", name, fix))]
-    return list(_limits(request, name, partitions[name], nodes))
+    # Of several the job takes the first that can run it; each is looked at.
+    found: list[Finding] = []
+    for one in name.split(","):
+        if one in partitions:
+            found += _limits(request, one, partitions[one], nodes)
+        else:
+            fix = f"no such partition.{did_you_mean(one, partitions)} This cluster has {', '.join(partitions)}."
+            found.append(error(Problem("partition", one, fix)))
+    return found
 
 
 def _limits(

@@ -1,13 +1,14 @@
 """``mq launch``: runs on a cluster."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import cluster, cluster_init, control, dry_run, logs, status, submit
 from launch.arguments import TAKES_OVERRIDES, parser
-from launch.freeze import freeze
+from launch.freeze import freeze, note_jobs
 from launch.preflight import check
 from launch.request import Request, make
 from megatron_qwen import slurm
@@ -117,13 +118,17 @@ def _freeze(options: argparse.Namespace, overrides: list[str]) -> int:
     directory = RunDirectory(request.run_dir)
     if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
         AttemptLog(directory.attempts).forgive()  # who starts it once more wants it to go on
-        directory.write_status(RunState.QUEUED)
+    directory.write_status(RunState.QUEUED)
+    if (job := os.environ.get("SLURM_JOB_ID")) is not None:
+        note_jobs(request, [job])  # slurm/train.sbatch
     return 0
 
 
 def _status(options: argparse.Namespace, _: list[str]) -> int:
     places = options.runs or [DEFAULT_RUNS]
     if options.watch is not None:
+        if not options.watch > 0:
+            raise ConfigError(Problem("--watch", options.watch, "must be a number of seconds above 0."))
         status.watch(places, every_s=options.watch)
         return 0
     rows = status.collect(status.find_runs(places))
@@ -134,9 +139,9 @@ def _status(options: argparse.Namespace, _: list[str]) -> int:
 def _logs(options: argparse.Namespace, _: list[str]) -> int:
     run = status.find_runs([options.run])[0]
     if options.controller:
-        for path in sorted(run.submission.glob("*.out"), key=lambda path: path.stat().st_mtime):
-            print(f"==> {path.name}")
-            print(path.read_text(errors="replace"), end="")
+        if not run.controller_log.is_file():
+            raise ConfigError(Problem("--controller", run.controller_log, "does not exist: no job has begun yet."))
+        print(run.controller_log.read_text(errors="replace"), end="")
         return 0
     if options.follow:
         logs.follow(run, ranks=options.rank, out=sys.stdout)

@@ -68,6 +68,8 @@ def _requeue(run: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> str:
         running = [job for job in jobs if queue[job].state == "RUNNING"]
         if not running:
             return f"{run.path.name}: job {', '.join(jobs)} waits already ({queue[jobs[0]].reason})"
+        if newest.chain is not None:
+            return f"{run.path.name}: is a chain of jobs that do not requeue; cancel it, then requeue it"
         for job in running:
             slurm.ask("scontrol", "requeue", job)
         return f"{run.path.name}: requeued job {', '.join(running)}; it saves first"

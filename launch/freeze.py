@@ -10,9 +10,14 @@ from typing import Any
 from launch.request import Request
 from launch.snapshot import NOTE
 from launch.snapshot import freeze as freeze_code
+from launch.submission import setup_lines
 from megatron_qwen.attempts import now
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.rundir import RunDirectory
+
+_OURS = ("PYTHONPATH", "MQ_ATTEMPT", "MASTER_ADDR", "MASTER_PORT")
+# What slurm/train.sbatch sources: the lines that submitit's script has.
+SETUP = "job.setup.sh"
 
 
 def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list[str]:
@@ -34,19 +39,29 @@ def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list
     directory.path.chmod(0o700)
     said = _freeze_code(request, directory, new_code=new_code)
     job_settings(request).write(directory.path)
+    (directory.path / SETUP).write_text("\n".join(setup_lines(request)) + "\n")
     return said
 
 
 def _freeze_code(request: Request, directory: RunDirectory, *, new_code: bool) -> list[str]:
     if directory.code.exists() and not new_code:
-        note = json.loads((directory.code / NOTE).read_text())
-        return [f"code: the snapshot of {note['time']} stays ({_named(note)}); --new-code takes the present one"]
-    replaced = directory.path / f"code.until_{now().replace(':', '')}"
+        return [f"code: the snapshot {_when(directory.code)} stays; --new-code takes the present one"]
+    fresh = directory.path / "code.new"
+    shutil.rmtree(fresh, ignore_errors=True)
+    snapshot = freeze_code(fresh, environ=request.environ)
     if directory.code.exists():
-        directory.code.rename(replaced)
-    snapshot = freeze_code(directory.code, environ=request.environ)
+        directory.code.rename(directory.path / f"code.until_{now().replace(':', '')}")
+    fresh.rename(directory.code)
     said = [f"code: {_named({'commit': snapshot.commit, 'modified': snapshot.modified})}"]
     return said + [f"left out of the snapshot: {name}" for name in snapshot.left_out]
+
+
+def _when(code: Path) -> str:
+    try:
+        note = json.loads((code / NOTE).read_text())
+        return f"of {note['time']} ({_named(note)})"
+    except (OSError, ValueError, KeyError):
+        return "without a readable note"
 
 
 def _named(note: dict[str, Any]) -> str:
@@ -65,6 +80,8 @@ def job_settings(request: Request) -> JobSettings:
             f"--container-image={cluster.container_image}",
             f"--container-mounts={','.join(mounts)}",
             f"--container-workdir={directory.path}",
+            # An image's own variables would win over these otherwise.
+            f"--container-env={','.join([*_OURS, *sorted(cluster.environment)])}",
         )
     elif cluster.container == "apptainer":
         gpu = ("--nv",) if cluster.gpus_per_node else ()
@@ -74,7 +91,6 @@ def job_settings(request: Request) -> JobSettings:
         health = ("--gpus", str(cluster.gpus_per_node), "--disk", str(directory.path), *cluster.health_check_arguments)
     return JobSettings(
         scheduler=cluster.scheduler,
-        ranks_per_node=request.ranks_per_node,
         signal_delay_s=cluster.signal_delay_s,
         requeue=request.chain is None,
         python=sys.executable if cluster.container is None else cluster.container_python,

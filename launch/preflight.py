@@ -12,6 +12,7 @@ from launch.estimates import Prediction, predict
 from launch.finding import Finding, error, warning
 from launch.request import Request
 from launch.text import control_character, is_secret_name, secret_in
+from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config import checks
 from megatron_qwen.config.run import SECTION_TYPES, as_dict
 from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
@@ -86,7 +87,7 @@ def _texts(request: Request) -> Iterator[Finding]:
     """Nothing that could end a line of a script; nothing that Slurm would read as a pattern."""
     for where, text in (*_config_texts(request), ("--run-dir", str(request.run_dir))):
         if (character := control_character(text)) is not None:
-            yield error(Problem(where, text, f"holds the control character {character}; take it out."))
+            yield error(Problem(where, None, f"holds the control character {character}; take it out."))
     if "%" in str(request.run_dir):
         yield error(Problem("--run-dir", request.run_dir, "must not hold %, which Slurm replaces in file names."))
 
@@ -115,7 +116,10 @@ def _run_directory(request: Request) -> Iterator[Finding]:
             yield error(Problem("--run-dir", path, fix))
     for parent in path.parents:
         if parent.is_dir():
-            mode = parent.stat().st_mode
+            mode, owner = parent.stat().st_mode, parent.stat().st_uid
+            if (mode & stat.S_IWGRP and not mode & stat.S_ISVTX) or owner not in (0, os.getuid()):
+                fix = "lets others put something else in the run's place; best is a directory of your own (chmod g-w)."
+                yield warning(Problem("directory", parent, fix))
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
                 fix = "can be written by everyone, who could replace the run in it; chmod o-w, or set its sticky bit."
                 yield error(Problem("directory", parent, fix))
@@ -174,7 +178,8 @@ def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
     kept = config.checkpoint.keep_last + 1  # the one that is being written
     if config.checkpoint.keep_every:
         kept += config.training.train_iters // config.checkpoint.keep_every
-    needed, free = kept * prediction.checkpoint, shutil.disk_usage(existing).free
+    there = len(committed(RunDirectory(request.run_dir).checkpoints))
+    needed, free = max(1, kept - there) * prediction.checkpoint, shutil.disk_usage(existing).free
     if needed > free:
         fix = (
             f"{free / 1e9:,.1f} GB are free there and {kept} checkpoints of {prediction.checkpoint / 1e9:,.1f} GB "
@@ -212,8 +217,3 @@ def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
         if not best / 3 <= interval <= best * 3:
             fix = f"with a fault every {faults_s / 3600:.1f} h about {best} loses least time (Young and Daly)."
             yield warning(Problem("checkpoint.save_interval", interval, fix))
-
-
-def run_directory_problems(request: Request, digest: str | None) -> list[Problem]:
-    """Where the run exists already with another configuration: every field that differs."""
-    return RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=digest)

@@ -13,6 +13,7 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
 
+NAME_RULE = "must be letters, digits, '.', '_' and '-', at most 100, the first a letter or digit."
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -89,10 +90,9 @@ def make(
         problems.append(Problem("--nodes", nodes, "must be at least 1."))
     if chain is not None and chain < 1:
         problems.append(Problem("--chain", chain, "must be at least 1."))
-    if name is not None and not _NAME.fullmatch(name):
-        problems.append(
-            Problem("--name", name, "must be letters, digits, '.', '_' and '-', and begin with one of them.")
-        )
+    named = name or (source if source in RECIPES else Path(source).resolve().parent.name)
+    if not _NAME.fullmatch(named):
+        problems.append(Problem("--name", repr(named), NAME_RULE))
     chosen = cluster or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
     described: Cluster | None = None
     config: RunConfig | None = None
@@ -111,17 +111,24 @@ def make(
         problems.append(
             Problem("--nodes", nodes, f"the cluster {chosen} is one machine; use 1, or name another cluster.")
         )
+    if described is not None and described.scheduler == "local" and chain is not None:
+        problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue in which jobs could wait."))
     if problems:
         raise ConfigError(problems)
     assert described is not None
     assert config is not None
-    name = name or (config.recipe if source in RECIPES else Path(source).resolve().parent.name)
-    where = run_dir if run_dir is not None else Path(described.run_root) / name
-    return Request(name, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+    where = run_dir if run_dir is not None else Path(described.run_root) / named
+    return Request(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
 
 
 def with_name(request: Request, name: str, config: RunConfig) -> Request:
-    """The same request for another run beside it."""
+    """The same request for another run beside it.
+
+    Raises:
+        ConfigError: the name could lead elsewhere.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(Problem("name", repr(name), NAME_RULE))
     return replace(request, name=name, config=config, run_dir=request.run_dir.parent / name)
 
 

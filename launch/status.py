@@ -1,6 +1,7 @@
 """``mq launch status``: many runs in one table, from their own files and one question to Slurm."""
 
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,16 +61,21 @@ def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
     found: list[RunDirectory] = []
     problems: list[Problem] = []
     for place in places:
-        if (place / "run.yaml").is_file():
+        if _is_run(place):
             found.append(RunDirectory(place))
             continue
-        inside = sorted(path for path in place.iterdir() if (path / "run.yaml").is_file()) if place.is_dir() else []
+        inside = sorted(path for path in place.iterdir() if _is_run(path)) if place.is_dir() else []
         if not inside:
             problems.append(Problem("RUN", place, "is no run directory, and holds none."))
         found += [RunDirectory(path) for path in inside]
     if problems:
         raise ConfigError(problems)
     return found
+
+
+def _is_run(path: Path) -> bool:
+    """Whether a run lies here that may be read; a shared run root holds others' too."""
+    return os.access(path / "run.yaml", os.R_OK)
 
 
 def collect(runs: Sequence[RunDirectory]) -> list[RunStatus]:

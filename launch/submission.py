@@ -19,7 +19,7 @@ from megatron_qwen.slurm import SlurmError
 # and a secret would be kept in Slurm's spool.
 PASSED_ON = (
     "PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "SLURM_CONF", "MODULEPATH", "MODULESHOME",
-    "LMOD_CMD", "LMOD_DIR", "LMOD_PKG", "LOADEDMODULES", "TMPDIR",
+    "LMOD_CMD", "LMOD_DIR", "LMOD_PKG", "LD_LIBRARY_PATH", "SLURM_CONF_SERVER", "TMPDIR",
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def slurm_parameters(request: Request, *, after: str | None = None, at_once: int
         ("requeue" if request.chain is None else "no-requeue"): True,
         **({"reservation": cluster.reservation} if cluster.reservation else {}),
         **_memory(cluster, ranks),
-        **cluster.sbatch,
+        **{name: True if value == "true" else value for name, value in cluster.sbatch.items()},
     }
     if cluster.gpus_per_node:
         kind = f"{cluster.gpu_type}:" if cluster.gpu_type else ""
@@ -144,7 +144,7 @@ def _submit(
                 signal_delay_s=request.cluster.signal_delay_s,
                 gpus_per_node=request.cluster.gpus_per_node,
                 stderr_to_stdout=True,
-                setup=[*_detached(folder), *setup_lines(request)[1:]],
+                setup=[*_detached(folder), *_all_gpus(request), *setup_lines(request)[1:]],
             )
         else:
             executor = SlurmExecutor(folder, python=_python())
@@ -163,6 +163,11 @@ def _submit(
 def _detached(folder: Path) -> list[str]:
     """Lines by which a job on this machine leaves the terminal: its Ctrl-C, its end, and the pipes of who reads us."""
     return ["trap '' INT HUP", f"exec </dev/null >>{shlex.quote(str(folder / 'local.out'))} 2>&1"]
+
+
+def _all_gpus(request: Request) -> list[str]:
+    """submitit hides the GPUs of a job that names no number of them; here that means all there are."""
+    return [] if request.cluster.gpus_per_node else ["unset CUDA_VISIBLE_DEVICES"]
 
 
 def _python() -> str:

@@ -53,7 +53,7 @@ def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
         return None, code
     directory = RunDirectory(request.run_dir)
     with _alone(request.run_dir):
-        if (done := _in_the_way(request, directory)) is not None:
+        if (done := _in_the_way(request, directory, found.data_digest)) is not None:
             print(done)
             return None, 0
         notes = _prepare(request, found, new_code=new_code)
@@ -62,13 +62,13 @@ def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
     return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
 
 
-def _in_the_way(request: Request, directory: RunDirectory) -> str | None:
+def _in_the_way(request: Request, directory: RunDirectory, digest: str | None) -> str | None:
     """A word where there is nothing to submit.
 
     Raises:
         ConfigError: a job of the run waits or runs already, or another configuration owns the directory.
     """
-    if problems := directory.foreign_problems(request.config):
+    if problems := directory.foreign_problems(request.config, data_digest=digest):
         raise ConfigError(problems)
     queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
     if jobs := run_jobs.active(directory, queue):
@@ -99,24 +99,37 @@ def hand_over(request: Request, directory: RunDirectory, *, forgive: bool) -> li
         directory: of the run, frozen.
         forgive: whether what has gone wrong so far is forgotten: a person wants the run to go on.
     """
-    before = directory.status.read_text() if directory.status.is_file() else None
-    if forgive:
-        AttemptLog(directory.attempts).forgive()
-    directory.write_status(RunState.QUEUED)
     jobs: list[str] = []
-    try:
-        for _ in range(request.chain or 1):
-            jobs.append(submission.submit(request, after=jobs[-1] if jobs else None))
-    except UserError:
-        if jobs:
-            slurm.ask("scancel", *jobs)
-        if before is None:
-            directory.status.unlink()
-        else:
-            directory.status.write_text(before)
-        raise
+    with _queued([directory], forgive=forgive):
+        try:
+            for _ in range(request.chain or 1):
+                jobs.append(submission.submit(request, after=jobs[-1] if jobs else None))
+        except UserError:
+            if jobs:
+                slurm.ask("scancel", *jobs)
+            raise
     freeze.note_jobs(request, jobs)
     return jobs
+
+
+@contextmanager
+def _queued(directories: Sequence[RunDirectory], *, forgive: bool) -> Iterator[None]:
+    """Runs are queued from here on; as before where Slurm refuses them."""
+    before = [directory.status.read_text() if directory.status.is_file() else None for directory in directories]
+    for directory in directories:
+        directory.write_status(RunState.QUEUED)
+    try:
+        yield
+    except UserError:
+        for directory, text in zip(directories, before, strict=True):
+            if text is None:
+                directory.status.unlink()
+            else:
+                directory.status.write_text(text)
+        raise
+    if forgive:
+        for directory in directories:
+            AttemptLog(directory.attempts).forgive()
 
 
 @contextmanager
@@ -169,16 +182,18 @@ def submit_array(base: Request, runs: dict[str, list[str]], overrides: list[str]
     checked = [check(request, on_site=index == 0) for index, request in enumerate(requests)]
     for request, found in zip(requests, checked, strict=True):
         wrong = [item.problem for item in found.findings if item.severity != "warning"]
-        wrong += RunDirectory(request.run_dir).foreign_problems(request.config)
+        wrong += RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=found.data_digest)
         problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
         if run_jobs.active(RunDirectory(request.run_dir), slurm.queue() if request.run_dir.exists() else {}):
             problems.append(Problem("run", request.name, "is under way already."))
     if problems:
         raise ConfigError(problems)
+    directories = [RunDirectory(request.run_dir) for request in requests]
     for request, found in zip(requests, checked, strict=True):
         _prepare(request, found, new_code=False)
-        RunDirectory(request.run_dir).write_status(RunState.QUEUED)
-    jobs = submission.submit_array(requests, base.run_dir.parent / f".{base.name}.submission", at_once=at_once)
+    with _queued(directories, forgive=True):
+        # In the first run's directory, which nobody else can write: pickles are read from there.
+        jobs = submission.submit_array(requests, directories[0].submission, at_once=at_once)
     for request, job in zip(requests, jobs, strict=True):
         freeze.note_jobs(request, [job])
     return [Submitted(request.name, request.run_dir, (job,), ()) for request, job in zip(requests, jobs, strict=True)]

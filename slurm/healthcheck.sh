@@ -53,10 +53,12 @@ check_gpus() {
     seen=$(grep -c . <<<"$seen")
     if [ "$seen" -lt "$gpus" ]; then wrong+=("$seen of $gpus GPUs"); fi
     while IFS=', ' read -r index free ecc temperature slowed; do
-        free=$((${free%%.*} / 1024))
-        if [ "$free" -lt "$min_gpu_free_gib" ]; then wrong+=("GPU $index has $free GiB free"); fi
+        # Some devices answer [N/A] to some questions.
+        if [[ $free =~ ^[0-9]+ ]] && [ $((${free%%.*} / 1024)) -lt "$min_gpu_free_gib" ]; then
+            wrong+=("GPU $index has $((${free%%.*} / 1024)) GiB free")
+        fi
         if [[ $ecc =~ ^[0-9]+$ ]] && [ "$ecc" -gt 0 ]; then wrong+=("GPU $index has $ecc uncorrected ECC errors"); fi
-        if [ "$max_gpu_temperature" -gt 0 ] && [ "$temperature" -gt "$max_gpu_temperature" ]; then
+        if [[ $temperature =~ ^[0-9]+$ ]] && [ "$max_gpu_temperature" -gt 0 ] && [ "$temperature" -gt "$max_gpu_temperature" ]; then
             wrong+=("GPU $index is at $temperature C")
         fi
         # Hardware slowdown (0x8), heat (0x20, 0x40) and the power brake (0x80) of the throttle reasons.

@@ -16,7 +16,6 @@ class JobSettings:
 
     Args:
         scheduler: slurm, or local for one machine without it.
-        ranks_per_node: tasks of a node.
         signal_delay_s: seconds before the time limit at which Slurm sends SIGUSR2.
         requeue: whether a job that may go on requeues itself; the jobs of a chain leave that to the next of them.
         python: interpreter of the ranks, inside the container where there is one.
@@ -26,7 +25,6 @@ class JobSettings:
     """
 
     scheduler: Literal["slurm", "local"]
-    ranks_per_node: int
     signal_delay_s: int
     requeue: bool = True
     python: str = "python3"

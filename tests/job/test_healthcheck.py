@@ -45,6 +45,7 @@ def test_a_good_node(tmp_path):
         (["--gpus", 1], ["0, 80000, 3, 40, 0x0"], "GPU 0 has 3 uncorrected ECC errors"),
         (["--gpus", 1, "--min-gpu-free-gib", 70], ["0, 1024, 0, 40, 0x0"], "GPU 0 has 1 GiB free"),
         (["--gpus", 1], ["0, 80000, 0, 40, 0x0000000000000040"], "GPU 0 is slowed down (0x0000000000000040)"),
+        (["--gpus", 2], ["0, [N/A], [N/A], [N/A], [N/A]", "1, 80000, 3, 40, 0x0"], "GPU 1 has 3 uncorrected ECC"),
         (["--gpus", 1, "--max-gpu-celsius", 60], ["0, 80000, 0, 85, 0x0"], "GPU 0 is at 85 C"),
         (["--min-memory-gib", 100_000], None, "100000 wanted"),
         (["--disk", "/nowhere"], None, "/nowhere is not there"),

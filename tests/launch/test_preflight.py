@@ -78,7 +78,9 @@ def test_the_tokenizer_is_compared_with_the_data(tokens, tmp_path, corpus):
     [
         (["submit", "tiny_dens"], "Did you mean tiny_dense?"),
         (["submit", "tiny_dense", "--nodes", "0"], "--nodes = 0"),
-        (["submit", "tiny_dense", "--name", "a b"], "--name = a b"),
+        (["submit", "tiny_dense", "--name", "a b"], "--name = 'a b'"),
+        (["submit", "tiny_dense", "--cluster", "local", "--chain", "2"], "has no queue"),
+        (["status", "--watch", "-1"], "--watch = -1.0"),
         (["submit", "tiny_dense", "--cluster", "nowhere"], "no such cluster file"),
         (["submit", "tiny_dense", "--cluster", "local", "--nodes", "2"], "is one machine"),
         (["submit", "tiny_dense", "--chain", "0"], "--chain = 0"),

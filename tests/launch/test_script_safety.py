@@ -71,6 +71,26 @@ def test_a_run_directory_adds_no_line(text):
     assert len(script(request).splitlines()) == len(script(make(load("h100_infiniband"))).splitlines())
 
 
+@settings(max_examples=100, deadline=None)
+@given(text=NASTY)
+def test_a_name_is_a_word_or_refused(text):
+    base = make(load("h100_infiniband"))
+    try:
+        named = requests.with_name(base, text, base.config)
+    except ConfigError:
+        return
+    assert named.run_dir.parent == base.run_dir.parent
+    assert len(script(named).splitlines()) == len(script(base).splitlines())
+
+
+def test_a_name_from_a_directory_is_checked_too(tmp_path):
+    source = tmp_path / "x\ntouch PWNED\n#" / "run.yaml"
+    source.parent.mkdir()
+    source.write_text("recipe: tiny_dense\n")
+    with pytest.raises(ConfigError, match="--name"):
+        requests.make(str(source), [], nodes=1, cluster="cpu", run_dir=tmp_path / "run")
+
+
 @settings(max_examples=60, deadline=None)
 @given(text=NASTY)
 def test_a_text_of_the_configuration_with_a_control_character_is_refused(text):
@@ -125,7 +145,7 @@ def test_planted_secrets_are_nowhere_after_a_submission(tokens, tokenizer, tmp_p
     words = [
         f"data.path={tokens}",
         f"data.tokenizer={tokenizer}",
-        "training.train_iters=2",
+        "training.train_iters=4",
         "metrics.tensorboard=false",
     ]
     done = subprocess.run(

@@ -195,7 +195,8 @@ class ClusterRun:
 
     def end_of_story(self) -> str:
         """What the controllers said."""
-        return "\n".join(path.read_text() for path in sorted((self.path / "submission").glob("*.out")))
+        path = self.path / "logs/controller.log"
+        return path.read_text() if path.is_file() else ""
 
     def story(self) -> str:
         """Everything that helps to understand a failure."""

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import stat
 import subprocess
 import sys
@@ -92,15 +91,3 @@ def test_cancelled_runs_save_and_stay_so(runs):
     assert "submitted again" in runs.mq("requeue", run.path)
     run.wait_for_end()
     assert run.hashes() == runs.undisturbed(2, *TP2)
-
-
-def test_signals_reach_every_rank(runs):
-    """SIGSTOP is no fault of a run: what was stopped goes on."""
-    run = runs.submit("paused", *TP2)
-    run.wait_for_step(2)
-    for process in run.rank_processes().values():
-        os.kill(process, signal.SIGSTOP)
-    for process in run.rank_processes().values():
-        os.kill(process, signal.SIGCONT)
-    run.wait_for_end()
-    assert len(run.attempts()) == 1
