@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from launch.snapshot import NOTE
 from launch.snapshot import freeze as freeze_code
 from launch.submission import setup_lines
 from megatron_qwen.attempts import now
+from megatron_qwen.config.render import to_yaml
+from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.rundir import RunDirectory
 
@@ -35,12 +38,30 @@ def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list
         ConfigError: the directory belongs to another configuration.
     """
     directory = RunDirectory(request.run_dir)
+    if directory.code.exists() and not new_code:
+        _require_readable(request, directory)
     directory.claim(request.config, data_digest=data_digest)
     directory.path.chmod(0o700)
     said = _freeze_code(request, directory, new_code=new_code)
     job_settings(request).write(directory.path)
     (directory.path / SETUP).write_text("\n".join(setup_lines(request)) + "\n")
     return said
+
+
+def _require_readable(request: Request, directory: RunDirectory) -> None:
+    """Raises ConfigError where the code that the run keeps does not know what the present code writes."""
+    probe = directory.path / ".run.probe.yaml"
+    probe.write_text(to_yaml(request.config))
+    command = [sys.executable, "-P", "-m", "tools.config", "show", str(probe)]
+    environment = {**os.environ, "PYTHONPATH": str(directory.code)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    finally:
+        probe.unlink()
+    if done.returncode:
+        said = next(iter(done.stderr.strip().splitlines()[-1:]), f"it ends with {done.returncode}")
+        fix = f"is the run's frozen code and cannot read this configuration ({said.strip()}); --new-code replaces it."
+        raise ConfigError(Problem("code", directory.code, fix))
 
 
 def _freeze_code(request: Request, directory: RunDirectory, *, new_code: bool) -> list[str]:

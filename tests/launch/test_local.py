@@ -87,6 +87,25 @@ def test_a_killed_rank_and_a_cancelled_run(tokens, tokenizer, tmp_path):
     assert "no job waits or runs" in launch("cancel", run_dir).stdout
 
 
+def test_frozen_code_that_is_too_old_for_the_configuration(tokens, tokenizer, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
+    where = ["--cluster", "local", "--run-dir", run_dir]
+    launch("freeze", *words, *where)
+    sections = run_dir / "code/megatron_qwen/config/sections.py"
+    text = sections.read_text()
+    assert "hang_timeout_s: float" in text
+    sections.write_text(text.replace("hang_timeout_s: float", "older_name_s: float"))
+    before = (run_dir / "run.yaml").read_text()
+    refused = launch("submit", *words, "training.eval_iters=3", *where, check=False)
+    assert refused.returncode == 2
+    assert "resilience.hang_timeout_s" in refused.stderr
+    assert "--new-code" in refused.stderr
+    assert (run_dir / "run.yaml").read_text() == before
+    launch("freeze", *words, *where, check=False)
+    assert "older_name_s" in sections.read_text(), "nothing was replaced unasked"
+
+
 def test_three_restarts_without_progress(tokens, tokenizer, tmp_path):
     """An error at another iteration each time, and never a checkpoint; then a person has it go on."""
     run_dir = tmp_path / "run"

@@ -1,13 +1,16 @@
 """Many runs as one job array."""
 
 import json
+import signal
 
 import yaml
 
-from tests.slurm.runs import ClusterRun
+from tests.slurm.runs import ClusterRun, kill
 
 RUNS = 12
 BROKEN = "run_05"
+# Long enough steps for a fault to fall between them.
+TINY_BATCH = "training.global_batch_size=32"
 
 
 def test_twelve_runs_four_at_a_time_one_of_them_broken(runs, tmp_path):
@@ -40,3 +43,21 @@ def test_twelve_runs_four_at_a_time_one_of_them_broken(runs, tmp_path):
     assert table.count(" done ") == RUNS - 1
     assert f"{BROKEN} is stopped: mq launch requeue" in table
     assert len({json.dumps(run.hashes()) for run in found if run.path.name != BROKEN}) == RUNS - 1
+
+
+def test_a_fault_in_the_last_task_is_its_own(runs, tmp_path):
+    """Slurm gives the last task the number of the whole array."""
+    file = tmp_path / "three.yaml"
+    words = [word for word in runs.words() if not word.startswith("training.global_batch_size")]
+    own = {f"three_{index}": [f"training.seed={index}"] for index in range(3)}
+    file.write_text(yaml.safe_dump({"recipe": words[0], "overrides": [*words[1:], TINY_BATCH], "runs": own}))
+    where = ("--cluster", runs.cluster_file(), "--nodes", 1, "--run-root", runs.root)
+    submitted = json.loads(runs.mq("array", file, *where, "--json"))
+    found = [ClusterRun(runs.cluster, runs.root / item["name"], item["jobs"]) for item in submitted]
+    last = found[-1]
+    last.wait_for_step(12)
+    kill(last.rank_processes()[0], signal.SIGKILL)
+    for run in found:
+        run.wait_for_end()
+    assert [len(run.attempts()) for run in found] == [1, 1, 2]
+    assert last.attempts()[0].reason == "lost peer"

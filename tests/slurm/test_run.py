@@ -24,7 +24,7 @@ def test_two_nodes_with_two_ranks_each(runs):
     assert "n1 (" in log
     assert "ranks 2 (local 0," in log, "the first rank of the second node"
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o700
-    (submitted,) = (run.path / "submission").glob("*.sh")
+    (submitted,) = (run.path / "submission").glob("*_submission.sh")
     where = ("--cluster", runs.cluster_file(**cluster), "--nodes", 2, "--name", "two_by_two", "--json")
     shown = json.loads(runs.mq("dry-run", *runs.words(*TP2), *where))
     assert shown["sbatch"] == submitted.read_text(), "a dry run shows what is submitted"
