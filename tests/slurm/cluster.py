@@ -197,7 +197,10 @@ class SlurmCluster:
                 accounting=accounting,
             )
         )
-        (self.root / "gres.conf").write_text("Name=gpu File=/dev/tty[0-3]\n")
+        # Slurm asks of a device that its file is there, and no more.
+        for number in range(4):
+            (self.root / f"gpu{number}").touch()
+        (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-3]\n")
 
     def _start_munge(self) -> None:
         key = self.root / "munge.key"
