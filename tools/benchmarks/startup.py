@@ -8,7 +8,13 @@ from tools.benchmarks.rows import Row, against_limit
 
 _MQ = Path(__file__).resolve().parent.parent.parent / "mq"
 _LIMIT_S = 0.5
-_COMMANDS = (("--help",), ("train", "--help"), ("config", "show", "qwen2_5_72b"), ("recipes",))
+_COMMANDS = (
+    ("--help",),
+    ("train", "--help"),
+    ("launch", "submit", "--help"),
+    ("config", "show", "qwen2_5_72b"),
+    ("recipes",),
+)
 
 
 def run(*, rounds: int) -> list[Row]:
