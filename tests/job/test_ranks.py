@@ -22,6 +22,11 @@ def test_tasks_that_ended_in_the_order_in_which_they_did():
     assert parse_task_ends("") == []
 
 
+def test_a_wrapper_reports_signals_as_codes():
+    said = "srun: error: n1: task 0: Exited with exit code 137\nsrun: error: n1: task 1: Exited with exit code 93\n"
+    assert parse_task_ends(said) == [TaskEnd(0, "n1", -signal.SIGKILL), TaskEnd(1, "n1", 93)]
+
+
 def test_placement_of_unequal_nodes():
     assert tasks_per_node("2(x2),1") == [2, 2, 1]
     assert placement(["a", "b", "c"], [2, 2, 1]) == {0: "a", 1: "a", 2: "b", 3: "b", 4: "c"}

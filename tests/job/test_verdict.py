@@ -8,7 +8,7 @@ from megatron_qwen.job.allocation import Ending
 from megatron_qwen.job.ranks import TaskEnd
 from megatron_qwen.job.verdict import Evidence, judge
 from megatron_qwen.resilience.policy import Reason
-from megatron_qwen.resilience.rank_end import RankEnd
+from megatron_qwen.resilience.rank_end import RankEnd, rank_end
 
 NODES = {0: "n1", 1: "n1", 2: "n2", 3: "n2"}
 
@@ -74,6 +74,29 @@ def test_ended_by_the_scheduler_before_it_had_saved():
     assert reason(137, tasks=killed, ending=Ending.TIMED_OUT) is Reason.OUT_OF_TIME
     assert reason(137, tasks=killed, ending=Ending.REQUEUED) is Reason.REQUEUED
     assert reason(137, tasks=killed, ending=Ending.NOTHING) is Reason.LOST_PEER
+
+
+def test_ranks_told_to_end_before_they_could_save_are_no_error():
+    """Twice the same would stop the run otherwise."""
+    told = [TaskEnd(rank, node, -signal.SIGUSR2) for rank, node in NODES.items()]
+    assert reason(140, tasks=told, seconds_left=5000.0) is Reason.PREEMPTED
+    assert reason(140, tasks=told, seconds_left=30.0) is Reason.OUT_OF_TIME
+    assert reason(140, tasks=told, ending=Ending.PREEMPTING) is Reason.PREEMPTED
+
+
+def test_ranks_that_were_aborted_are_not_to_blame():
+    tasks = [TaskEnd(0, "n1", -signal.SIGABRT), TaskEnd(2, "n2", -signal.SIGKILL)]
+    verdict = judge(Evidence(137, tasks, [], NODES))
+    assert (verdict.reason, verdict.failed_nodes) == (Reason.LOST_PEER, ("n2",))
+    alone = judge(Evidence(134, tasks[:1], [], NODES))
+    assert (alone.reason, alone.failed_nodes) == (Reason.LOST_PEER, ())
+
+
+def test_broken_hardware_is_the_nodes_fault_whatever_was_raised():
+    error = RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    ends = [end(0, 76, error="RuntimeError"), rank_end(3, exit_code=1, error=error)]
+    verdict = judge(Evidence(1, [TaskEnd(3, "n2", 1)], ends, NODES))
+    assert (verdict.reason, verdict.failed_nodes) == (Reason.LOST_PEER, ("n2",))
 
 
 def test_srun_that_fails_without_a_word():

@@ -46,6 +46,17 @@ def test_beats_of_another_attempt_are_no_signs_of_life(tmp_path):
     assert dog.silence() is not None
 
 
+def test_a_job_that_was_suspended_is_not_hung(tmp_path):
+    clock, path = Clock(), tmp_path / "heartbeat.json"
+    dog = watch(path, clock)
+    Heartbeat(path, attempt=1, resumed_at=0).beat("training", 1)
+    assert dog.silence() is None
+    clock.now = 5000  # the watchdog stood still as well
+    assert dog.silence() is None
+    clock.now = 5011
+    assert dog.silence() is not None
+
+
 def test_at_most_one_beat_a_second_but_every_phase(tmp_path):
     path = tmp_path / "heartbeat.json"
     beat = Heartbeat(path, attempt=1, resumed_at=0)
