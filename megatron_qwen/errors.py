@@ -28,7 +28,8 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        text = str(self.value)
+        # What a value holds beside text must not act on a terminal.
+        text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(self.value))
         shown = "" if self.value is None else f" = {text if len(text) <= 120 else text[:117] + '...'}"
         return f"{self.where}{shown}: {self.fix}"
 

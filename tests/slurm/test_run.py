@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -90,4 +91,25 @@ def test_cancelled_runs_save_and_stay_so(runs):
     assert committed(run.path / "checkpoints")[0][0] == run.iteration(), "it saved before it left"
     assert "submitted again" in runs.mq("requeue", run.path)
     run.wait_for_end()
+    assert run.hashes() == runs.undisturbed(2, *TP2)
+
+
+def test_a_chain_goes_on_in_its_next_job(runs):
+    """Three jobs that may not requeue: a fault in the first, the rest in the second, nothing left for the third."""
+    run = runs.submit("chain", *TP2, options=("--chain", 3))
+    assert len(run.jobs) == 3
+    run.wait_for_step(12)
+    os.kill(run.rank_processes()[1], signal.SIGKILL)
+    run.wait_for_end()
+    first, second = run.attempts()
+    assert (first.reason, first.job_id, second.reason, second.job_id) == (
+        "lost peer",
+        run.jobs[0],
+        "finished",
+        run.jobs[1],
+    )
+    run.wait(lambda: not runs.cluster.ask("squeue", "-h"), "end of the chain", timeout_s=60)
+    last = runs.cluster.ask("scontrol", "show", "job", "-o", run.jobs[2])
+    assert "JobState=COMPLETED" in last
+    assert "the run is done already" in run.end_of_story()
     assert run.hashes() == runs.undisturbed(2, *TP2)
