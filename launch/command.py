@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch import cluster, cluster_init, control, dry_run, logs, status, submit
+from launch import cluster, cluster_init, control, dry_run, logs, run_jobs, status, submit
 from launch.arguments import TAKES_OVERRIDES, parser
 from launch.freeze import freeze, note_jobs
 from launch.preflight import check
@@ -113,9 +113,12 @@ def _freeze(options: argparse.Namespace, overrides: list[str]) -> int:
     submit.show(found.findings)
     if found.errors or any(item.severity == "unset" for item in found.findings):
         return found.exit_code or EXIT_CONFIG
+    directory = RunDirectory(request.run_dir)
+    queue = slurm.queue() if request.cluster.scheduler == "slurm" and slurm.is_there() else {}
+    if jobs := run_jobs.active(directory, queue):
+        raise ConfigError(Problem("run", request.name, f"is under way already as job {', '.join(jobs)}."))
     for line in freeze(request, data_digest=found.data_digest, new_code=False):
         print(line)
-    directory = RunDirectory(request.run_dir)
     if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
         AttemptLog(directory.attempts).forgive()  # who starts it once more wants it to go on
     directory.write_status(RunState.QUEUED)
