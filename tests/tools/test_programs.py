@@ -13,7 +13,9 @@ from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import ROOT, environment, run
 
 PROGRAMS = [
-    "launch.demo", "launch.train", "tools.recipes", "tools.config", "tools.data", "tools.generate", "tools.report",
+    "launch.command",
+    "launch.demo",
+    "launch.doctor", "launch.train", "tools.recipes", "tools.config", "tools.data", "tools.generate", "tools.report",
     "tools.bench", "tools.check", "checkpoints_convert.convert",
 ]  # fmt: skip
 HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib"}
