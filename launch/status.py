@@ -12,6 +12,7 @@ from launch import run_jobs
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.errors import ConfigError, Problem, UserError
+from megatron_qwen.json_lines import objects
 from megatron_qwen.metrics.console import duration
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -174,14 +175,7 @@ def _newest_step(metrics: Path) -> tuple[dict[str, Any], float | None]:
         size = file.seek(0, 2)
         file.seek(max(0, size - _TAIL_BYTES))
         lines = file.read().splitlines()[0 if size <= _TAIL_BYTES else 1 :]
-    records = []
-    for line in lines[-_RECENT_STEPS:]:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    records = list(objects(lines[-_RECENT_STEPS:]))
     times = [time_s for record in records if (time_s := _number(record.get("step_time_s"))) is not None]
     return (records[-1] if records else {}), (sum(times) / len(times) if times else None)
 

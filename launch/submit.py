@@ -148,8 +148,8 @@ def _alone(run_dir: Path) -> Iterator[None]:
             raise ConfigError(
                 Problem("run", run_dir, "is being submitted by another command; see its status.")
             ) from None
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:
+            print(f"warning: {path.parent} has no locks ({error.strerror}): submit a run once only", file=sys.stderr)
         try:
             yield
         finally:

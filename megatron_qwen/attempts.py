@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.json_lines import objects
+
 # A rank that hangs while it holds the lock must not hold up the attempt that follows.
 _LOCK_TIMEOUT_S = 20.0
 
@@ -152,13 +154,7 @@ def now() -> str:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    for line in path.read_bytes().splitlines() if path.is_file() else ():
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(entry, dict):
-            yield entry
+    return objects(path.read_bytes().splitlines() if path.is_file() else ())
 
 
 def _attempt(number: int, begin: dict[str, Any], end: dict[str, Any]) -> Attempt:

@@ -1,12 +1,12 @@
 """What a run wrote of itself, read leniently: a run that was killed may have left half a line."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from megatron_qwen.attempts import Attempt
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.json_lines import objects
 
 # Always numbers, but null where a step was not finite.
 _NUMBERS = ("lm_loss", "grad_norm", "tokens_per_second", "learning_rate", "consumed_tokens", "step_time_s")
@@ -14,15 +14,7 @@ _NUMBERS = ("lm_loss", "grad_norm", "tokens_per_second", "learning_rate", "consu
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a .jsonl file; lines that are no object are left out."""
-    found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            found.append(record)
-    return found
+    return list(objects(path.read_bytes().splitlines() if path.is_file() else ()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

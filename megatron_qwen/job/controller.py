@@ -113,7 +113,7 @@ class Controller:
         try:
             sick = self._sick_nodes(logs)
         except health.HealthCheckError as error:
-            return self._outcome(number, Reason.ERROR, str(error), error=type(error).__name__)
+            return self._outcome(number, Reason.ERROR, str(error))
         if self.signals.received is not None:
             return self._outcome(number, Reason.REQUEUED, "told to end before any rank had started")
         if not sick:
@@ -121,7 +121,7 @@ class Controller:
         detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
         if len(sick) == len(self.allocation.nodes) > 1:
             # What fails everywhere, such as a full shared disk, is no node's fault.
-            return self._outcome(number, Reason.ERROR, f"every node fails the health check: {detail}", error="health")
+            return self._outcome(number, Reason.ERROR, f"every node fails the health check: {detail}")
         return self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
 
     def _sick_nodes(self, logs: Path) -> dict[str, str]:
