@@ -21,8 +21,9 @@ from megatron_qwen.cli import run_program  # noqa: E402
 from megatron_qwen.config.run import RunConfig  # noqa: E402
 from megatron_qwen.config.sections import ParallelConfig  # noqa: E402
 from megatron_qwen.config.source import resolve  # noqa: E402
-from megatron_qwen.data.samples import WindowSource, open_split  # noqa: E402
+from megatron_qwen.data.samples import Source  # noqa: E402
 from megatron_qwen.data.statistics import unigram_entropy  # noqa: E402
+from megatron_qwen.data.training_data import TrainingData  # noqa: E402
 from megatron_qwen.distributed import groups as process_groups  # noqa: E402
 from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
 from megatron_qwen.models.backend import choose  # noqa: E402
@@ -72,7 +73,7 @@ def checkpoint_logits(model: Model, tokens: torch.Tensor, *, vocab_size: int) ->
 
 
 @torch.no_grad()
-def compare(config: RunConfig, model: Model, hf_dir: Path, source: WindowSource, *, samples: int) -> Agreement:
+def compare(config: RunConfig, model: Model, hf_dir: Path, source: Source, *, samples: int) -> Agreement:
     """Runs both models on the first samples of a source."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -98,8 +99,8 @@ def main(arguments: Sequence[str]) -> int:
     run_dir, hf_dir = map(Path, arguments)
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     config, model, _ = load_checkpoint(run_dir)
-    split = open_split(config.data, seed=config.training.seed, validate=True)
-    source = split.validation or split.train
+    data = TrainingData(config)
+    source = data.validation(data.at(0))
     samples = min(config.training.eval_iters * config.training.global_batch_size, source.windows)
     print(json.dumps(asdict(compare(config, model, hf_dir, source, samples=samples))))
     return 0

@@ -13,6 +13,7 @@ from launch.snapshot import NOTE
 from launch.snapshot import freeze as freeze_code
 from launch.submission import setup_lines
 from megatron_qwen.attempts import now
+from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.job.settings import JobSettings
@@ -126,6 +127,8 @@ def _mounted(request: Request) -> list[Path]:
     data, load = request.config.data, request.config.checkpoint.load
     wanted = [request.run_dir]
     wanted += [Path(data.path).parent] if data.path else []
+    if data.blend:
+        wanted += sorted({Path(source.path).parent for source in read_blend(Path(data.blend)).sources.values()})
     wanted += [Path(path) for path in (data.tokenizer, load) if path]
     return list(dict.fromkeys(wanted))
 

@@ -14,6 +14,7 @@ from launch.request import Request
 from launch.text import control_character, is_secret_name, secret_in
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config import checks
+from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.run import SECTION_TYPES, as_dict
 from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
 from megatron_qwen.rundir import RunDirectory
@@ -131,29 +132,20 @@ def _run_directory(request: Request) -> Iterator[Finding]:
 def _data(request: Request) -> tuple[list[Finding], str | None]:
     """Data, tokenizer and epochs."""
     config = request.config
-    if config.data.path is None:
+    if config.data.path is None and config.data.blend is None:
         fix = "must be given before this is submitted: the prefix of a .bin / .idx pair (mq data prepare)."
         return [Finding("unset", Problem("data.path", None, fix), "data")], None
     from megatron_qwen.data.preflight import require_usable
-    from megatron_qwen.data.samples import open_split
+    from megatron_qwen.data.reading_plan import plan, warnings
 
     try:
-        digest = require_usable(config)
-        split = open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+        data = require_usable(config)
     except DataError as failure:
         return [Finding("error", problem, "data") for problem in failure.problems], None
     except UserError as failure:
         return [error(problem) for problem in failure.problems], None
-    windows = split.train.windows
-    epochs = config.training.train_iters * config.training.global_batch_size / max(1, windows)
-    found = []
-    if epochs > _WORTHWHILE_EPOCHS:
-        fix = (
-            f"would be read {epochs:.1f} times: {windows:,} samples of {config.data.seq_length} tokens for "
-            f"{config.training.train_iters:,} iterations. Beyond 4 epochs repeated text is worth little; add data."
-        )
-        found.append(warning(Problem("data.path", config.data.path, fix)))
-    return found, digest
+    digest = data.sources[SINGLE].tokens.digest if config.data.blend is None else None
+    return [warning(problem) for problem in warnings(data, plan(data))], digest
 
 
 def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:

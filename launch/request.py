@@ -139,7 +139,8 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return None if path is None else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
 
     data, load = config.data, config.checkpoint.load
-    config = config.with_section("data", path=absolute(data.path), tokenizer=absolute(data.tokenizer))
+    paths = {name: absolute(getattr(data, name)) for name in ("path", "blend", "tokenizer")}
+    config = config.with_section("data", **paths)
     return config.with_section("checkpoint", load=absolute(load))
 
 

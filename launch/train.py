@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launch.request import absolute_paths, smallest_world
 from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
@@ -81,7 +82,7 @@ def _as_rank(config: RunConfig, run_dir: Path, rank: int) -> int:
     if rank == 0:
         directory.claim(config, data_digest=_require_data(config))
     else:
-        _await(directory.run_yaml, to_yaml(config))
+        _await(directory.run_yaml, to_yaml(directory.owned(config)))
     arguments = [sys.executable, "-P", "-m", "megatron_qwen.train", str(directory.path)]
     os.execv(sys.executable, arguments)
 
@@ -100,7 +101,8 @@ def _await(run_yaml: Path, text: str) -> None:
 def _require_data(config: RunConfig) -> str | None:
     from megatron_qwen.data.preflight import require_usable
 
-    return require_usable(config)
+    data = require_usable(config)
+    return data.sources[SINGLE].tokens.digest if config.data.blend is None else None
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.attempts import AttemptLog, now
-from megatron_qwen.config.render import difference, to_yaml
+from megatron_qwen.config.blend import read_blend
+from megatron_qwen.config.render import difference, dump, to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizer import copy_tokenizer
@@ -18,9 +19,10 @@ from megatron_qwen.recipes.registry import RECIPES
 
 log = logging.getLogger(__name__)
 
-# A resumed run may change anything but what decides which model it is and which tokens it has seen.
-_OWNING_SECTIONS = ("model", "data", "optim")
-_OWNING_TRAINING = ("seed", "global_batch_size", "rampup_batch_size")
+# A resumed run may change anything but what decides which model it is and which tokens it reads. Lengths, batches
+# and the blend may change: the ledger in its checkpoints says where each source stands.
+_OWNING_SECTIONS = ("model", "optim")
+_OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
 
 
 class RunState(StrEnum):
@@ -48,6 +50,7 @@ class RunDirectory:
         self.attempts = self.path / "attempts.jsonl"
         self.status = self.path / "status.json"
         self.data = self.path / "data.json"
+        self.blend = self.path / "blend.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
         self.tensorboard = self.path / "tensorboard"
@@ -62,8 +65,15 @@ class RunDirectory:
         """Where the ranks of an attempt write what they print."""
         return self.path / "logs" / f"attempt_{attempt:03d}"
 
+    def owned(self, config: RunConfig) -> RunConfig:
+        """The configuration as run.yaml holds it: the blend is the run's own copy."""
+        return config if config.data.blend is None else config.with_section("data", blend=str(self.blend))
+
     def claim(self, config: RunConfig, *, data_digest: str | None = None) -> None:
         """Writes run.yaml, or checks that the one there is of the same run and replaces it.
+
+        The blend is copied beside it, paths in full: editing the file that was named does not change a run under way
+        until it is named again.
 
         Args:
             config: the run.
@@ -82,7 +92,9 @@ class RunDirectory:
         try:
             # What a job reads and runs lies here: nobody else may write it.
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _replace(self.run_yaml, to_yaml(config))
+            if config.data.blend is not None:
+                _replace(self.blend, dump(read_blend(Path(config.data.blend)).as_dict()))
+            _replace(self.run_yaml, to_yaml(self.owned(config)))
             self._keep_tokenizer(config.data.tokenizer)
             if data_digest is not None:
                 _replace(self.data, json.dumps({"path": config.data.path, "bin_xxh3_128": data_digest}) + "\n")
@@ -122,8 +134,9 @@ class RunDirectory:
             (section, name, value)
             for section, body in changed.items()
             for name, value in body.items()
-            if (section in _OWNING_SECTIONS or (section == "training" and name in _OWNING_TRAINING))
+            if (section in _OWNING_SECTIONS or name in _OWNING_FIELDS.get(section, ()))
             and not (data_moved and section == "data" and name in ("path", "tokenizer"))
+            and not (here.data.blend is not None and (section, name) == ("data", "path"))
         ]
         return [
             Problem(

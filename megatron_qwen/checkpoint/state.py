@@ -93,6 +93,7 @@ def write_small_files(
     directory: Path,
     *,
     progress: dict[str, int],
+    data: dict[str, Any],
     optimizer_step: int,
     parallel: ParallelConfig,
     run_yaml: str,
@@ -103,6 +104,7 @@ def write_small_files(
     Args:
         directory: the temporary directory of the checkpoint.
         progress: counters.
+        data: the ledger of what has been read.
         optimizer_step: steps the optimizer has taken.
         parallel: the layout; generator states are restored under the same layout only.
         run_yaml: the resolved configuration.
@@ -115,6 +117,7 @@ def write_small_files(
         save_file(states, directory / GENERATORS)
         content = {
             "progress": progress,
+            "data": data,
             "optimizer_step": optimizer_step,
             "world_size": dist.get_world_size(),
             "layout": asdict(parallel),

@@ -21,7 +21,7 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
     found = [problem for section in SECTION_TYPES for problem in bound_problems(section, getattr(config, section))]
     if found:
         return found  # the rules divide by sizes that must be positive
-    for rule in (_shape, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute):
+    for rule in (_shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute):
         found += rule(config)
     if world_size is not None:
         found += _world(config, world_size)
@@ -64,6 +64,26 @@ def _shape(config: RunConfig) -> Iterator[Problem]:
             data.seq_length,
             f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower it or raise that.",
         )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.path is not None and data.blend is not None:
+        yield Problem("data.blend", data.blend, "goes instead of data.path; set one of them to null.")
+    if data.reset_attention_mask:
+        yield from separate_sequences(config, Problem("data.reset_attention_mask", "true", ""))
+
+
+def separate_sequences(config: RunConfig, asked: Problem) -> Iterator[Problem]:
+    """What independent sequences in one sample ask of the rest of a configuration.
+
+    Args:
+        config: of the run, or of a stage.
+        asked: what brings them about, without a word on what is wrong.
+    """
+    if config.parallel.context_parallel_size > 1 and config.training.micro_batch_size > 1:
+        fix = "needs training.micro_batch_size=1 with context parallelism: the sequences of a micro-batch are one row."
+        yield Problem(asked.where, asked.value, fix)
 
 
 def _moe(config: RunConfig) -> Iterator[Problem]:

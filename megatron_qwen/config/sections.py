@@ -131,13 +131,26 @@ class PrecisionConfig:
 class DataConfig:
     """Which tokens are read and how samples are cut from them."""
 
-    path: str | None = setting(None, doc="Prefix of a .bin / .idx pair (without the ending).")
+    path: str | None = setting(None, doc="Prefix of a .bin / .idx pair (without the ending), or of a set of shards.")
+    blend: str | None = setting(
+        None, doc="Blend file: sources, their weights and the stages of the run (docs/data.md); instead of data.path."
+    )
     tokenizer: str | None = setting(None, doc="Hugging Face tokenizer directory the tokens were made with.")
     seq_length: int = setting(4096, doc="Tokens of one sample.", minimum=2)
     validation_fraction: float = setting(
         0.01, doc="Share of the documents held out for validation.", minimum=0, maximum=0.5
     )
     eod_mask_loss: bool = setting(False, doc="Take no loss on the token that follows an end of document.")
+    reset_attention_mask: bool = setting(
+        False, doc="Documents do not attend to one another, and positions begin anew in each."
+    )
+    loader: Literal["mmap", "dali"] = setting(
+        "mmap",
+        doc="What reads ahead: a thread over memory maps, or NVIDIA DALI (the extra dali). Both give equal batches.",
+    )
+    prefetch_steps: int = setting(
+        1, doc="Steps whose batches are read while an earlier one computes; 0 reads none ahead.", minimum=0, maximum=16
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,59 +1,64 @@
 """Whether data, tokenizer and model belong together; asked before any rank starts."""
 
+from megatron_qwen.config.checks import problems as config_problems
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.prepare import read_manifest
-from megatron_qwen.data.samples import open_split
+from megatron_qwen.data.manifest import read_manifest
+from megatron_qwen.data.sources import OpenSource
 from megatron_qwen.data.tokenizer import fingerprint, load_tokenizer
-from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.errors import ConfigError, DataError, Problem
 
 # Of a file that another program made, so many tokens are searched for ids that the embedding does not have.
 _LOOKED_AT = 1 << 24
 
 
-def require_usable(config: RunConfig) -> str | None:
+def require_usable(config: RunConfig) -> TrainingData:
     """Opens the data as a rank will, and compares it with the tokenizer and the embedding.
 
-    Returns:
-        The hash of the token file as its manifest notes it, or None where there is no manifest.
-
     Raises:
+        ConfigError: a stage cannot be run as it is configured.
         DataError: with every mismatch.
     """
-    split = open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
-    assert config.data.path is not None
-    problems = []
-    noted = read_manifest(config.data.path)
-    if noted is not None and noted["vocab_size"] > config.model.vocab_size:
-        problems.append(
-            Problem(
-                "model.vocab_size",
-                config.model.vocab_size,
-                f"{config.data.path} was made with {noted['vocab_size']} ids; raise it.",
-            )
-        )
-    if noted is None:
-        largest = int(split.train.file.tokens(0, _LOOKED_AT).max())
-        if largest >= config.model.vocab_size:
-            fix = f"{config.data.path} holds the id {largest}; raise it."
-            problems.append(Problem("model.vocab_size", config.model.vocab_size, fix))
+    data = TrainingData(config)
+    illegal = [
+        Problem(f"stage {stage.name}: {problem.where}", problem.value, problem.fix)
+        for stage in data.blend.stages
+        for problem in (config_problems(stage.configure(config)) if stage.configure(config) != config else ())
+    ]
+    if illegal:
+        raise ConfigError(illegal)
+    if config.training.eval_iters and config.data.validation_fraction:
+        data.validation(data.at(0))
+    problems = [problem for source in data.sources.values() for problem in _mismatches(source, config)]
     if config.data.tokenizer is not None:
         size = load_tokenizer(config.data.tokenizer).vocab_size
         if size > config.model.vocab_size:
-            problems.append(
-                Problem(
-                    "model.vocab_size",
-                    config.model.vocab_size,
-                    f"the tokenizer {config.data.tokenizer} has {size} ids; raise it.",
-                )
-            )
-        if noted is not None and noted["tokenizer_sha256"] != fingerprint(config.data.tokenizer):
-            problems.append(
-                Problem(
-                    "data.tokenizer",
-                    config.data.tokenizer,
-                    f"is not the tokenizer {config.data.path} was made with; name that one or prepare the data again.",
-                )
-            )
+            fix = f"the tokenizer {config.data.tokenizer} has {size} ids; raise it."
+            problems.append(Problem("model.vocab_size", config.model.vocab_size, fix))
     if problems:
         raise DataError(problems)
-    return None if noted is None else str(noted["bin_xxh3_128"])
+    return data
+
+
+def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:
+    """What is wrong between one source and the rest."""
+    size, path = config.model.vocab_size, source.spec.path
+    noted = read_manifest(path)
+    problems = []
+    if noted is not None and noted.vocab_size > size:
+        fix = f"{path} was made with {noted.vocab_size} ids; raise it."
+        problems.append(Problem("model.vocab_size", size, fix))
+    if noted is None:
+        largest = int(source.tokens.tokens(0, min(_LOOKED_AT, source.tokens.num_tokens)).max())
+        if largest >= size:
+            problems.append(Problem("model.vocab_size", size, f"{path} holds the id {largest}; raise it."))
+    tokenizer = config.data.tokenizer
+    if noted is not None and tokenizer is not None and noted.tokenizer_sha256 != fingerprint(tokenizer):
+        fix = f"is not the tokenizer {path} was made with; name that one or prepare the data again."
+        problems.append(Problem("data.tokenizer", tokenizer, fix))
+    if source.spec.fim_rate and noted is None:
+        fix = f"needs the ids of control tokens, and {path} has no manifest; set it to 0."
+        problems.append(Problem(f"sources.{source.name}.fim_rate", source.spec.fim_rate, fix))
+    elif source.spec.fim_rate:
+        assert source.fim is not None
+    return problems

@@ -1,13 +1,10 @@
 """Token files in Megatron's .bin / .idx format: read through a memory map, written document by document.
 
-The .bin holds the tokens of all documents one after the other. The .idx holds a header, then per document its
-length (int32) and byte offset (int64), then document boundaries (int64), as Megatron-LM's IndexedDataset reads
-and writes it (megatron/core/datasets/indexed_dataset.py, version 1).
+The .bin holds the tokens of all documents one after the other; ``token_index.py`` says what the .idx holds.
 """
 
 import bisect
 import os
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -16,11 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_qwen.data.manifest import with_ending
+from megatron_qwen.data.token_index import DTYPES, HEADER, read_header, token_dtype, write_index
 from megatron_qwen.errors import DataError, Problem
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 4: np.int32, 5: np.int64, 8: np.uint16}
+_DOCUMENTS = 1 << 20
 
 
 class TokenFile:
@@ -37,19 +34,14 @@ class TokenFile:
         self.prefix = Path(prefix)
         if not self.prefix.name:
             raise DataError(Problem("token file", prefix, "is no prefix of a .bin / .idx pair."))
-        idx, bin_ = (self.prefix.with_name(self.prefix.name + ending) for ending in (".idx", ".bin"))
+        idx, bin_ = (with_ending(self.prefix, ending) for ending in (".idx", ".bin"))
         for path in (idx, bin_):
             if not path.is_file():
                 raise DataError(Problem(str(path), None, "no such token file; `mq data prepare` makes it."))
-        code, self.num_documents, boundaries = _read_header(idx)
-        self.dtype = np.dtype(_DTYPES[code])
-        expected = _HEADER.size + self.num_documents * 12 + boundaries * 8
-        if idx.stat().st_size < expected:
-            raise DataError(Problem(str(idx), None, f"is cut off: {idx.stat().st_size} bytes, needs {expected}."))
-        if self.num_documents == 0:
-            raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
+        code, self.num_documents, _ = read_header(idx)
+        self.dtype = np.dtype(DTYPES[code])
         index = np.memmap(idx, dtype=np.uint8, mode="r")
-        body = _HEADER.size
+        body = HEADER.size
         self._lengths: npt.NDArray[np.int32] = index[body : body + 4 * self.num_documents].view(np.int32)
         body += 4 * self.num_documents
         self._offsets: npt.NDArray[np.int64] = index[body : body + 8 * self.num_documents].view(np.int64)
@@ -65,16 +57,35 @@ class TokenFile:
         if size < needed:
             raise DataError(Problem(str(bin_), None, f"is cut off: {size} bytes, the index names {needed}."))
         self._tokens = np.memmap(bin_, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+        mask = with_ending(self.prefix, ".mask")
+        self.has_mask = mask.is_file()
+        if self.has_mask:
+            if mask.stat().st_size != self.num_tokens:
+                fix = f"has {mask.stat().st_size} bytes for {self.num_tokens} tokens; prepare the data again."
+                raise DataError(Problem(str(mask), None, fix))
+            self._mask = np.memmap(mask, dtype=np.uint8, mode="r")
 
     def index_damage(self) -> str | None:
-        """What is wrong with the index as a whole; reads all of it."""
-        lengths = self._lengths.astype(np.int64)
-        expected = np.concatenate(([0], np.cumsum(lengths[:-1]))) * self.dtype.itemsize
-        if (lengths < 0).any():
-            return f"document {int(np.argmax(lengths < 0))} has a negative length"
-        if (wrong := expected != self._offsets).any():
-            return f"document {int(np.argmax(wrong))} does not begin where the one before it ends"
+        """What is wrong with the index as a whole; reads all of it, some at a time."""
+        end = 0
+        for first in range(0, self.num_documents, _DOCUMENTS):
+            lengths = self._lengths[first : first + _DOCUMENTS].astype(np.int64)
+            if (lengths < 0).any():
+                return f"document {first + int(np.argmax(lengths < 0))} has a negative length"
+            ends = end + np.cumsum(lengths) * self.dtype.itemsize
+            expected = np.concatenate(([end], ends[:-1]))
+            if (wrong := expected != self._offsets[first : first + _DOCUMENTS]).any():
+                return f"document {first + int(np.argmax(wrong))} does not begin where the one before it ends"
+            end = int(ends[-1])
         return None
+
+    def lengths(self, first: int, stop: int) -> npt.NDArray[np.int32]:
+        """Lengths of documents first .. stop - 1, copied."""
+        return np.array(self._lengths[first:stop])
+
+    def document_at(self, position: int) -> int:
+        """The document that holds a token of the stream."""
+        return bisect.bisect_right(self._offsets, position * self.dtype.itemsize) - 1
 
     def document_start(self, document: int) -> int:
         """Position of a document's first token in the stream; of the end for ``num_documents``."""
@@ -85,6 +96,10 @@ class TokenFile:
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens of the stream from ``start`` up to ``stop``, copied."""
         return self._tokens[start:stop].astype(np.int64)
+
+    def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Whether tokens start .. stop - 1 carry loss as labels, copied."""
+        return np.array(self._mask[start:stop]) if self.has_mask else np.ones(stop - start, dtype=np.uint8)
 
     def document(self, index: int) -> npt.NDArray[np.int64]:
         """All tokens of one document."""
@@ -102,20 +117,6 @@ class TokenFile:
         return ends
 
 
-def _read_header(path: Path) -> tuple[int, int, int]:
-    """Code of the dtype, number of documents (Megatron: sequences), number of entries in the list of boundaries."""
-    with path.open("rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise DataError(Problem(str(path), None, "is not a Megatron index file; `mq data prepare` makes them."))
-    _, version, code, count, boundaries = _HEADER.unpack(head)
-    if version != 1 or code not in _DTYPES:
-        raise DataError(
-            Problem(str(path), None, f"has version {version} and dtype code {code}; only version 1 is read.")
-        )
-    return code, count, boundaries
-
-
 class TokenFileWriter:
     """Writes a token file; nothing appears under its name until ``close`` has written all of it.
 
@@ -127,7 +128,7 @@ class TokenFileWriter:
     def __init__(self, prefix: str | Path, *, vocab_size: int) -> None:
         self.prefix = Path(prefix)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
-        self.dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+        self.dtype = token_dtype(vocab_size)
         self._temporary = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.bin")
         self._bin = self._temporary.open("wb")
         self._lengths: list[int] = []
@@ -151,17 +152,8 @@ class TokenFileWriter:
         os.fsync(self._bin.fileno())
         self._bin.close()
         lengths = np.asarray(self._lengths, dtype=np.int32)
-        offsets = np.zeros(len(lengths), dtype=np.int64)
-        np.cumsum(lengths[:-1].astype(np.int64) * self.dtype.itemsize, out=offsets[1:])
-        code = next(code for code, kind in _DTYPES.items() if np.dtype(kind) == self.dtype)
         index = self._temporary.with_suffix(".idx")
-        with index.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, code, len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write(offsets.tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
-            file.flush()
-            os.fsync(file.fileno())
+        write_index(index, lambda: iter([lengths]), documents=len(lengths), dtype=self.dtype)
         self._temporary.replace(self.prefix.with_name(self.prefix.name + ".bin"))
         index.replace(self.prefix.with_name(self.prefix.name + ".idx"))
 

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +23,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",  # which tokens end a text belongs with the tokens
 )
-# Qwen2's pre-tokenizer: words with their leading space, digits one by one, runs of punctuation, line ends.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 class Tokenizer(Protocol):
@@ -39,6 +35,10 @@ class Tokenizer(Protocol):
     @property
     def end_of_text(self) -> int:
         """Id that ends a document."""
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Ids of the tokens that are no text, by name."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, without any added token."""
@@ -62,6 +62,8 @@ class BpeTokenizer:
             raise DataError(Problem(str(path), None, f"has no {END_OF_TEXT} token to end documents with."))
         self.vocab_size = max(vocabulary.values()) + 1
         self.end_of_text = vocabulary[END_OF_TEXT]
+        added = self._library.get_added_tokens_decoder()
+        self.control_tokens = {token.content: index for index, token in sorted(added.items())}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, on all cores."""
@@ -85,6 +87,7 @@ class SentencePieceTokenizer:
             raise DataError(Problem(str(path), None, f"is no SentencePiece model ({error}).")) from None
         self.vocab_size = int(self._library.vocab_size())
         self.end_of_text = int(self._library.eos_id())
+        self.control_tokens = {END_OF_TEXT: self.end_of_text}
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts."""
@@ -103,26 +106,21 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     Raises:
         DataError: there is none, or it cannot be used.
     """
-    directory = Path(directory)
-    if (directory / "tokenizer.json").is_file():
-        return BpeTokenizer(directory / "tokenizer.json")
-    if (directory / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(directory / "tokenizer.model")
-    raise DataError(
-        Problem(
-            str(directory),
-            None,
-            "holds neither tokenizer.json nor tokenizer.model; `mq data tokenizer train` makes one.",
-        )
-    )
+    path = _deciding_file(Path(directory))
+    return BpeTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+def _deciding_file(directory: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer.model"):
+        if (directory / name).is_file():
+            return directory / name
+    fix = "holds neither tokenizer.json nor tokenizer.model; `mq data tokenizer train` makes one."
+    raise DataError(Problem(str(directory), None, fix))
 
 
 def fingerprint(directory: str | Path) -> str:
     """SHA-256 of the file that decides the ids."""
-    directory = Path(directory)
-    load_tokenizer(directory)
-    name = "tokenizer.json" if (directory / "tokenizer.json").is_file() else "tokenizer.model"
-    return hashlib.sha256((directory / name).read_bytes()).hexdigest()
+    return hashlib.sha256(_deciding_file(Path(directory)).read_bytes()).hexdigest()
 
 
 def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
@@ -154,94 +152,3 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     for name in names:
         shutil.copyfile(source / name, target / name)
     return names
-
-
-def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None:
-    """Trains a byte-level BPE with Qwen2's pre-tokenizer and control tokens.
-
-    Args:
-        texts: training text.
-        directory: where tokenizer.json and tokenizer_config.json go.
-        vocab_size: ids in all, control tokens included.
-    """
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
-
-    library = Library(models.BPE())
-    library.normalizer = normalizers.NFC()
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    library.decoder = decoders.ByteLevel()
-    # Ordinary tokens first and control tokens last, as in Qwen's vocabulary.
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(CONTROL_TOKENS),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    library.train_from_iterator(_not_empty(texts), trainer)
-    library.add_special_tokens(list(CONTROL_TOKENS))
-    directory.mkdir(parents=True, exist_ok=True)
-    library.save(str(directory / "tokenizer.json"))
-    _write_config(directory, "PreTrainedTokenizerFast")
-
-
-def train_sentencepiece(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None:
-    """Trains a SentencePiece BPE model with byte fall-back.
-
-    Args:
-        texts: training text.
-        directory: where tokenizer.model and tokenizer_config.json go.
-        vocab_size: pieces in all.
-    """
-    from sentencepiece import SentencePieceTrainer
-
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        SentencePieceTrainer.train(
-            sentence_iterator=iter(_not_empty(line for text in texts for line in text.splitlines() if line)),
-            model_prefix=str(directory / "tokenizer"),
-            vocab_size=vocab_size,
-            model_type="bpe",
-            byte_fallback=True,
-            bos_id=-1,
-            pad_id=-1,
-            eos_id=1,
-            unk_id=0,
-            eos_piece=END_OF_TEXT,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            minloglevel=2,
-        )
-    except RuntimeError as error:
-        raise DataError(
-            Problem("--vocab-size", vocab_size, f"SentencePiece refused: {str(error).splitlines()[-1]}")
-        ) from None
-    (directory / "tokenizer.vocab").unlink(missing_ok=True)
-    _write_config(directory, "LlamaTokenizer")
-
-
-def _not_empty(texts: Iterable[str]) -> Iterator[str]:
-    empty = True
-    for text in texts:
-        empty = empty and not text.strip()
-        yield text
-    if empty:
-        raise DataError(Problem("text", None, "there is no text to train a tokenizer on."))
-
-
-def _write_config(directory: Path, tokenizer_class: str) -> None:
-    content: dict[str, Any] = {
-        "tokenizer_class": tokenizer_class,
-        "bos_token": None,
-        "eos_token": END_OF_TEXT,
-        "pad_token": END_OF_TEXT,
-        "unk_token": None if tokenizer_class != "LlamaTokenizer" else "<unk>",
-        "additional_special_tokens": list(CONTROL_TOKENS[1:]) if tokenizer_class != "LlamaTokenizer" else [],
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 131072,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(content, indent=2) + "\n")

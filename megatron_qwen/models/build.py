@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
@@ -53,6 +54,15 @@ class Model:
         finally:
             for chunk in late:
                 chunk.enable_forward_pre_hook()
+
+    def set_rotary_base(self, base: float) -> None:
+        """Gives RoPE another base, as a stage of a run may."""
+        for module in self.modules:
+            if hasattr(module, "rotary_pos_emb") and module.rotary_base != base:
+                module.rotary_pos_emb = RotaryEmbedding(
+                    self.core.kv_channels, rotary_percent=1.0, rotary_base=base, cp_group=module.pg_collection.cp
+                )
+                module.rotary_base = base
 
     def train(self, mode: bool = True) -> None:
         """Sets training or evaluation mode."""

@@ -1,6 +1,7 @@
 """Causal self-attention in plain torch (SDPA), with context parallelism by gathering keys and values."""
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
+from megatron_qwen.models.sequences import SeparateSequences
 from megatron_qwen.models.torch_functions import RotateQKV
 
 
@@ -36,27 +38,34 @@ class TorchSelfAttention(SelfAttention):
         Args:
             hidden_states: normalised input, [s / CP, b, h], and split over TP under sequence parallelism.
             attention_mask: not used; the mask is causal.
-            rotary_pos_emb: angles, [s / CP, 1, 1, d].
+            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position with independent sequences.
+            packed_seq_params: where independent sequences begin; None where the row is one.
         """
-        assert packed_seq_params is None
+        assert packed_seq_params is None or isinstance(packed_seq_params, SeparateSequences)
         mixed, _bias = self.linear_qkv(hidden_states)
         if self.checkpoint_core_attention:
-            context = tensor_parallel.checkpoint(self._context, False, mixed, rotary_pos_emb)
+            context = tensor_parallel.checkpoint(
+                partial(self._context, sequences=packed_seq_params), False, mixed, rotary_pos_emb
+            )
         else:
-            context = self._context(mixed, rotary_pos_emb)
+            context = self._context(mixed, rotary_pos_emb, sequences=packed_seq_params)
         return self.linear_proj(context)
 
-    def _context(self, mixed: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    def _context(
+        self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: SeparateSequences | None
+    ) -> torch.Tensor:
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         slots = self.num_attention_heads_per_partition // groups + 2
         half = angles[:, 0, 0, : d // 2]
+        if sequences is not None:
+            half = half[sequences.positions]
         cos, sin = half.cos().to(mixed.dtype), half.sin().to(mixed.dtype)
         mixed = mixed.view(*mixed.shape[:2], groups, slots, d)
         if self.config.qk_layernorm:
             query, key, value = mixed.split((slots - 2, 1, 1), dim=3)
             mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
         query, key, value = RotateQKV.apply(mixed, cos, sin)
-        return self.core_attention(query, key, value)
+        return self.core_attention(query, key, value, sequences=sequences)
 
 
 class TorchAttention(torch.nn.Module):
@@ -91,25 +100,39 @@ class TorchAttention(torch.nn.Module):
         self.scale = softmax_scale
         self.cp_group = pg_collection.cp
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: SeparateSequences | None = None
+    ) -> torch.Tensor:
         """Attends.
 
         Args:
             query: [b, heads / TP, s / CP, d].
             key: [b, kv_heads / TP, s / CP, d].
             value: as ``key``.
+            sequences: what may attend to one another; None is everything before.
 
         Returns:
             [s / CP, b, heads / TP x d].
         """
-        if self.cp_group.size() == 1:
-            context = self._attend(query, key, value)
+        if self.cp_group.size() > 1:
+            context = self._attend_gathered(query, key, value, sequences)
+        elif sequences is not None:
+            context = self._attend_each(query, key, value, sequences.lengths)
         else:
-            context = self._attend_gathered(query, key, value)
+            context = self._attend(query, key, value)
         context = context.permute(2, 0, 1, 3)
         return context.reshape(*context.shape[:2], -1)
 
-    def _attend_gathered(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_each(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Each sequence by itself: the work is the sum of their squares."""
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*part) for part in parts], dim=2)
+
+    def _attend_gathered(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: SeparateSequences | None
+    ) -> torch.Tensor:
         cp, rank = self.cp_group.size(), self.cp_group.rank()
 
         def whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -123,15 +146,20 @@ class TorchAttention(torch.nn.Module):
         parts = []
         for index, part in zip((rank, 2 * cp - 1 - rank), query.split(chunk, dim=2), strict=True):
             end = (index + 1) * chunk
-            parts.append(self._attend(part, key[:, :, :end], value[:, :, :end]))
+            mask = None if sequences is None else _same_sequence(sequences, end - chunk, end)
+            parts.append(self._attend(part, key[:, :, :end], value[:, :, :end], mask))
         return torch.cat(parts, dim=2)
 
-    def _attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
         mask = None
-        if query.shape[2] != key.shape[2]:
+        if query.shape[2] != key.shape[2] or allowed is not None:
             mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
             mask = mask.tril(key.shape[2] - query.shape[2])
+        if mask is not None and allowed is not None:
+            mask &= allowed
         dropout = self.dropout if self.training else 0.0
         # Ranks that hold other heads draw other dropout.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
@@ -149,3 +177,10 @@ class TorchAttention(torch.nn.Module):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Attention holds no parameters."""
         return {}
+
+
+def _same_sequence(sequences: SeparateSequences, first: int, stop: int) -> torch.Tensor:
+    """Which of keys 0 .. stop - 1 are of the same sequence as queries first .. stop - 1, [stop - first, stop]."""
+    bounds = sequences.cu_seqlens_q
+    number = torch.bucketize(torch.arange(stop, device=bounds.device), bounds, right=True)
+    return number[first:, None] == number[None, :]

@@ -1,8 +1,8 @@
-"""Learning rate and batch size as functions of progress."""
+"""Learning rate as a function of progress."""
 
 import math
 
-from megatron_qwen.config.sections import OptimConfig, TrainingConfig
+from megatron_qwen.config.sections import OptimConfig
 
 
 def learning_rate(iteration: int, *, optim: OptimConfig, train_iters: int) -> float:
@@ -36,13 +36,3 @@ def _remaining(shape: str, progress: float) -> float:
     if shape == "minus_sqrt":
         return 1 - math.sqrt(progress)
     return 1 - progress
-
-
-def global_batch_size(consumed_samples: int, training: TrainingConfig) -> int:
-    """Sequences of the next step, by the ramp of the configuration."""
-    if training.rampup_batch_size is None:
-        return training.global_batch_size
-    start, increment, samples = training.rampup_batch_size
-    steps = (training.global_batch_size - start) // increment
-    done = consumed_samples * (steps + 1) // samples if samples else steps
-    return start + min(steps, done) * increment

@@ -11,6 +11,7 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Batch
 from megatron_qwen.models.loss import output_loss
+from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFunction]]
@@ -19,7 +20,8 @@ ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFu
 def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> ForwardStep:
     """The function megatron-core's schedules call for every micro-batch and model chunk.
 
-    A chunk in the middle of the pipeline needs no tokens and is handed None for its batch.
+    A chunk in the middle of the pipeline needs no tokens and is handed None for its batch, unless it must know where
+    independent sequences begin.
     """
 
     chunk_tokens = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
@@ -46,6 +48,7 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
             batch.tokens,
             batch.position_ids,
             None,
+            packed_seq_params=_sequences(batch),
             labels=batch.labels,
             output_processor=output_layer_loss,
             output_processor_context=batch,
@@ -53,6 +56,12 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
         return output, partial(_sum_loss, batch.loss_mask)
 
     return forward_step
+
+
+def _sequences(batch: Batch) -> SeparateSequences | None:
+    if batch.bounds is None:
+        return None
+    return separate_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
 
 
 def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

@@ -12,6 +12,7 @@ from megatron_qwen.checkpoint.retain import clear_abandoned
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.run import RunConfig, as_dict
+from megatron_qwen.data.reading_plan import plan, warnings
 from megatron_qwen.distributed.placement import placement_report
 from megatron_qwen.distributed.rank import RankInfo
 from megatron_qwen.errors import CheckpointError, Problem, UserError
@@ -35,6 +36,7 @@ from megatron_qwen.training.setup import Parts, build_parts
 from megatron_qwen.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+_LISTED_SOURCES = 12
 
 
 def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path) -> int:
@@ -46,7 +48,7 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
     directory = RunDirectory(run_dir)
     if report := placement_report(info):
         log.info("%s", report)
-    parts = build_parts(config, info)
+    parts = build_parts(config)
     resumed_at = resume(parts, directory)
     controlled = attempt_of_controller() is not None
     attempt = _begin(directory)
@@ -89,15 +91,23 @@ def _log_to(path: Path) -> None:
 
 
 def _log_data(parts: Parts) -> None:
-    training, data = parts.config.training, parts.data
-    epochs = training.train_iters * training.global_batch_size / data.train.windows
+    consumed = parts.progress.consumed_samples
+    reader = parts.data.at(consumed)
+    tokens = sum(parts.data.sources[name].stop for name in reader.stage.weights)
     log.info(
-        "data: %s training samples of %d tokens, %s for validation; the whole run reads %.2f epochs",
-        f"{data.train.windows:,}",
-        data.train.seq_length,
-        f"{data.validation.windows:,}" if data.validation else "none",
-        epochs,
+        "data: stage %s from sample %s on, %s training tokens in %d sources, %d tokens a sample",
+        reader.stage.name,
+        f"{consumed:,}",
+        f"{tokens:,}",
+        len(reader.stage.weights),
+        reader.seq_length,
     )
+    stages = plan(parts.data)
+    epochs = {share.name: share.epochs_so_far for stage in stages for share in stage.sources}
+    listed = ", ".join(f"{name} {often:.2f}" for name, often in sorted(epochs.items())[:_LISTED_SOURCES])
+    log.info("data: epochs that the whole run reads: %s%s", listed, ", ..." if len(epochs) > _LISTED_SOURCES else "")
+    for problem in warnings(parts.data, stages):
+        log.warning("data: %s", problem)
 
 
 def resume(parts: Parts, directory: RunDirectory) -> int:
@@ -126,6 +136,13 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
     if not own:
         return 0
     parts.progress.restore(saved["progress"])
+    if "data" not in saved:
+        fix = "holds no ledger of what was read: an older version wrote it. Begin a run from it (checkpoint.load)."
+        raise CheckpointError(Problem(str(chosen.path), None, fix))
+    parts.data.resume(saved["data"])
+    if parts.data.consumed != parts.progress.consumed_samples:
+        fix = f"but its ledger ends at {parts.data.consumed}; the checkpoint is damaged, use an older one."
+        raise CheckpointError(Problem(f"{chosen.path}: consumed_samples", parts.progress.consumed_samples, fix))
     restored = state.restore_generators(chosen.path, parallel=parts.config.parallel, state=saved)
     if dist.get_rank() == 0:
         note = "" if restored else "; another layout, so dropout is seeded anew"
@@ -157,7 +174,7 @@ def build_callbacks(
         callbacks.append(SignsOfLife(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
     if config.model.is_moe:
         callbacks.append(ExpertLoad())
-    if parts.data.validation is not None:
+    if config.training.eval_iters and config.data.validation_fraction:
         callbacks.append(Validation())
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
     callbacks.append(NumericsGuard())

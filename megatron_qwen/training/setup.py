@@ -12,9 +12,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Shard
-from megatron_qwen.data.samples import Split, open_split
+from megatron_qwen.data.loader import Loader, MemoryMapLoader
+from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
-from megatron_qwen.distributed.rank import RankInfo
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend, choose
 from megatron_qwen.models.build import Model, build_model
@@ -37,6 +37,7 @@ class Parts:
         model: chunks of this rank.
         optimizer: sharded over data-parallel ranks.
         data: training and validation samples.
+        loader: reads batches ahead.
         shard: this rank's part of a batch.
         forward_step: what the schedule calls.
         progress: counters, changed by the trainer.
@@ -47,20 +48,20 @@ class Parts:
     backend: Backend
     model: Model
     optimizer: ChainedOptimizer
-    data: Split
+    data: TrainingData
+    loader: Loader
     shard: Shard
     forward_step: ForwardStep
     progress: Progress
 
 
-def build_parts(config: RunConfig, info: RankInfo) -> Parts:
+def build_parts(config: RunConfig) -> Parts:
     """Builds a run on this rank; torch.distributed must have been joined.
 
     Args:
         config: a legal configuration.
-        info: where this rank stands.
     """
-    data = build_data(config)
+    data = TrainingData(config)
     backend = choose(config.precision)
     adam = install_where_needed()
     groups = process_groups.create(config.parallel, seed=config.training.seed)
@@ -73,12 +74,27 @@ def build_parts(config: RunConfig, info: RankInfo) -> Parts:
             log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
-    return Parts(config, groups, backend, model, optimizer, data, shard, make_forward_step(config, groups), Progress())
+    return Parts(
+        config=config,
+        groups=groups,
+        backend=backend,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        loader=build_loader(config, shard),
+        shard=shard,
+        forward_step=make_forward_step(config, groups),
+        progress=Progress(),
+    )
 
 
-def build_data(config: RunConfig) -> Split:
-    """Opens the training and validation samples."""
-    return open_split(config.data, seed=config.training.seed, validate=config.training.eval_iters > 0)
+def build_loader(config: RunConfig, shard: Shard) -> Loader:
+    """What reads batches ahead."""
+    if config.data.loader == "dali":
+        from megatron_qwen.data.dali_loader import DaliLoader
+
+        return DaliLoader(shard, ahead=config.data.prefetch_steps)
+    return MemoryMapLoader(shard, ahead=config.data.prefetch_steps)
 
 
 def connect(model: Model, optimizer: ChainedOptimizer, groups: ProcessGroupCollection) -> None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Batch, Shard, micro_batches
-from megatron_qwen.data.samples import WindowSource
+from megatron_qwen.data.batches import Batch
 from megatron_qwen.models.build import Model
 from megatron_qwen.training.forward import ForwardStep
 
@@ -42,11 +41,7 @@ def train_step(
     optimizer: ChainedOptimizer,
     groups: ProcessGroupCollection,
     forward_step: ForwardStep,
-    source: WindowSource,
-    shard: Shard,
-    *,
-    first_sample: int,
-    global_batch_size: int,
+    batches: Sequence[Batch],
 ) -> StepResult:
     """Forward and backward over a global batch, then the update, on all ranks together.
 
@@ -56,17 +51,7 @@ def train_step(
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, tokens = run_batch(
-        config,
-        model,
-        groups,
-        forward_step,
-        source,
-        shard,
-        first_sample=first_sample,
-        global_batch_size=global_batch_size,
-        forward_only=False,
-    )
+    loss, tokens = run_batch(config, model, groups, forward_step, batches, forward_only=False)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     if not (math.isfinite(grad_norm) and math.isfinite(loss)):
@@ -84,40 +69,44 @@ def run_batch(
     model: Model,
     groups: ProcessGroupCollection,
     forward_step: ForwardStep,
-    source: WindowSource,
-    shard: Shard,
+    batches: Sequence[Batch],
     *,
-    first_sample: int,
-    global_batch_size: int,
     forward_only: bool,
 ) -> tuple[float, int]:
     """Runs megatron-core's schedule over one global batch.
+
+    Args:
+        config: what holds for this batch: its length and the size of its micro-batches.
+        model: chunks of this rank.
+        groups: groups of this rank.
+        forward_step: what the schedule calls.
+        batches: the micro-batches of this rank.
+        forward_only: without the backward pass.
 
     Returns:
         Mean loss in nats per token and the number of tokens, the same on every rank.
     """
     micro = config.training.micro_batch_size
+    separate = batches[0].bounds is not None
 
-    def batches(chunk: int) -> Iterator[Batch | None]:
+    def chunk_batches(chunk: int) -> Iterator[Batch | None]:
         module = model.modules[chunk]
-        if not (module.pre_process or module.post_process):
-            return itertools.repeat(None)
-        return micro_batches(
-            source, shard, first_sample=first_sample, global_batch_size=global_batch_size, micro_batch_size=micro
-        )
+        needed = module.pre_process or module.post_process or separate
+        return iter(batches) if needed else itertools.repeat(None)
 
-    iterators = [batches(chunk) for chunk in range(len(model.chunks))]
+    iterators = [chunk_batches(chunk) for chunk in range(len(model.chunks))]
     with torch.set_grad_enabled(not forward_only):
         reports = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
-            num_microbatches=global_batch_size // (micro * shard.dp_size),
-            seq_length=config.data.seq_length,
-            micro_batch_size=micro,
+            num_microbatches=len(batches),
+            # Independent sequences are laid end to end in one row.
+            seq_length=config.data.seq_length * (micro if separate else 1),
+            micro_batch_size=1 if separate else micro,
             forward_only=forward_only,
         )
-    return _mean_loss(reports, groups, shard.device)
+    return _mean_loss(reports, groups, batches[0].tokens.device)
 
 
 def _mean_loss(

@@ -1,14 +1,18 @@
 """The loop: counts, steps, calls."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_qwen import device
+from megatron_qwen.config.batch_size import global_batch_size
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.batches import Request
+from megatron_qwen.data.training_data import StageReader
 from megatron_qwen.errors import NumericsError
 from megatron_qwen.optim.build import set_learning_rate
-from megatron_qwen.optim.schedule import global_batch_size, learning_rate
+from megatron_qwen.optim.schedule import learning_rate
 from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.setup import Parts
 from megatron_qwen.training.step import StepResult, train_step
@@ -24,6 +28,9 @@ class StepRecord:
         learning_rate: of this step.
         global_batch_size: sequences of this step.
         step_time_s: wall time, device work included.
+        data_wait_s: of that, the time in which the step waited for its batches.
+        stage: of the blend.
+        config: what held for the step.
         extra: what callbacks add for the metrics.
     """
 
@@ -32,6 +39,9 @@ class StepRecord:
     learning_rate: float
     global_batch_size: int
     step_time_s: float
+    data_wait_s: float
+    stage: str
+    config: RunConfig
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -72,6 +82,7 @@ class Trainer:
                 callback.on_numerics_error()
             raise
         finally:
+            self.parts.loader.close()
             for callback in self.callbacks:
                 callback.close()
         return self.exit_code or 0
@@ -79,32 +90,51 @@ class Trainer:
     def step(self) -> StepRecord:
         """Takes one step and moves the progress on, without the callbacks."""
         parts, config, progress = self.parts, self.parts.config, self.parts.progress
-        batch = global_batch_size(progress.consumed_samples, config.training)
+        reader = parts.data.at(progress.consumed_samples)
+        parts.model.set_rotary_base(reader.config.model.rotary_base)
+        batch = global_batch_size(progress.consumed_samples, reader.config.training)
         rate = learning_rate(
             progress.schedule_iteration + 1, optim=config.optim, train_iters=config.training.train_iters
         )
         set_learning_rate(parts.optimizer, rate, weight_decay=config.optim.weight_decay)
         started = time.perf_counter()
-        result = train_step(
-            config,
-            parts.model,
-            parts.optimizer,
-            parts.groups,
-            parts.forward_step,
-            parts.data.train,
-            parts.shard,
-            first_sample=progress.consumed_samples,
-            global_batch_size=batch,
-        )
+        batches = parts.loader.load(reader, self._request(progress.consumed_samples, reader), self._upcoming)
+        waited = time.perf_counter() - started
+        result = train_step(reader.config, parts.model, parts.optimizer, parts.groups, parts.forward_step, batches)
         device.synchronize()
         elapsed = time.perf_counter() - started
         progress.iteration += 1
         progress.consumed_samples += batch
-        progress.consumed_tokens += batch * config.data.seq_length
+        progress.consumed_tokens += batch * reader.seq_length
+        parts.data.forget(progress.consumed_samples)
         if result.skipped:
             progress.skipped_iterations += 1
             progress.consecutive_skips += 1
         else:
             progress.schedule_iteration += 1
             progress.consecutive_skips = 0
-        return StepRecord(progress.iteration, result, rate, batch, elapsed)
+        return StepRecord(
+            progress.iteration,
+            result,
+            rate,
+            batch,
+            elapsed,
+            data_wait_s=waited,
+            stage=reader.stage.name,
+            config=reader.config,
+        )
+
+    def _request(self, consumed: int, reader: StageReader) -> Request:
+        training = reader.config.training
+        return Request(consumed, global_batch_size(consumed, training), training.micro_batch_size)
+
+    def _upcoming(self) -> Iterator[tuple[StageReader, Request]]:
+        """The steps after the one that begins, as far as anybody asks."""
+        progress, config = self.parts.progress, self.parts.config
+        consumed = progress.consumed_samples
+        request = self._request(consumed, self.parts.data.at(consumed))
+        for _ in range(progress.iteration + 1, config.training.train_iters):
+            consumed += request.global_batch_size
+            reader = self.parts.data.at(consumed)
+            request = self._request(consumed, reader)
+            yield reader, request

@@ -10,7 +10,6 @@ from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
-from tests.rank_pool import rank_info
 
 TRIALS = 20
 
@@ -21,7 +20,7 @@ def write_until_followed(config: RunConfig, root: Path) -> int:
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     attempts = AttemptLog(root.with_name("attempts.jsonl"))
     writer = CheckpointWriter(root, attempt=attempts.newest(), attempts=attempts, keep_last=3, keep_every=None)
     for number in range(1, 400):

@@ -13,7 +13,6 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import small_disk
 from tests.distributed import jobs
-from tests.rank_pool import rank_info
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def save_as(config: RunConfig, root: Path) -> str:
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     parts.progress.iteration = 7
     writer = CheckpointWriter(root, attempt=3, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     try:
@@ -67,7 +66,7 @@ def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     writer = CheckpointWriter(root, attempt=0, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     for _ in range(2):
         jobs.step(parts)
@@ -105,7 +104,7 @@ def save_twice(config: RunConfig, root: Path, bytes_left: int | None) -> str:
     from megatron_qwen.checkpoint.write import SaveError
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     jobs.step(parts)
     jobs.save(parts, root)
     if dist.get_rank() == 0:

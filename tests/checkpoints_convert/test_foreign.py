@@ -17,7 +17,6 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError, ConfigError, UserError
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
-from tests.rank_pool import rank_info
 
 
 def arguments(config: RunConfig, **changes: Any) -> argparse.Namespace:
@@ -68,7 +67,7 @@ def save_as_megatron_lm(config: RunConfig, out: Path, metadata: dict[str, Any], 
 
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     (module,) = parts.model.modules
     if dist.get_rank() == 0:
         out.mkdir(parents=True)

@@ -16,8 +16,8 @@ from checkpoints_convert.checkpoint_source import open_checkpoint
 from checkpoints_convert.to_hf import ExportOptions, export
 from megatron_qwen.checkpoint.paths import iteration_dir
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.samples import open_split
 from megatron_qwen.data.tokenizer import load_tokenizer
+from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
@@ -64,7 +64,8 @@ def test_transformers_computes_the_same(variant, pool, tokens, tokenizer, tmp_pa
     assert type(model).__name__ == f"{family}{'Moe' if config.model.is_moe else ''}ForCausalLM"
     assert sum(value.numel() for value in model.parameters()) == count_parameters(config.model).total
 
-    source = open_split(config.data, seed=1, validate=True).validation
+    data = TrainingData(config)
+    source = data.validation(data.at(0))
     samples = [source[index] for index in range(8)]
     inputs = torch.stack([torch.from_numpy(sample.tokens) for sample in samples])
     labels = torch.stack([torch.from_numpy(sample.labels) for sample in samples])

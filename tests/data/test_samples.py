@@ -1,4 +1,4 @@
-"""Sample i is a pure function of (seed, i), and batches are the same under every data-parallel size."""
+"""How samples are made of tokens: labels, masks, independent sequences, batches under every layout."""
 
 import subprocess
 import sys
@@ -8,84 +8,127 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_qwen.config.sections import DataConfig
-from megatron_qwen.data.batches import Shard, micro_batches
-from megatron_qwen.data.samples import WindowSource, open_split
+from megatron_qwen.data.batches import Request, Shard, micro_batches
+from megatron_qwen.data.samples import Reading, cut, packed, window
+from megatron_qwen.data.sources import HeldOut, open_source
 from megatron_qwen.data.statistics import unigram_entropy
 from megatron_qwen.data.token_file import TokenFile, TokenFileWriter
+from megatron_qwen.data.token_set import TokenSet
+from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.distributed.sequence import in_global_order, slice_for_rank
+from megatron_qwen.errors import DataError
+from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import environment
+from tests.data.blends import open_run
 from tools.benchmarks.sparse_tokens import write_sparse
+
+PLAIN = Reading(eod_mask_loss=False, reset_attention_mask=False)
+
+
+def open_single(tokens: Path, *, seed: int = 5, seq_length: int = 64, fraction: float = 0.1) -> TrainingData:
+    config = RECIPES["tiny_dense"]().with_section(
+        "data", path=str(tokens), seq_length=seq_length, validation_fraction=fraction
+    )
+    return TrainingData(config.with_section("training", seed=seed))
+
+
+def test_pure_function_of_seed_and_index(tokens):
+    one, again, other = open_single(tokens).at(0), open_single(tokens).at(0), open_single(tokens, seed=6).at(0)
+    indices = [0, 17, 900, 12_345]
+    forward = [one[index].tokens for index in indices]
+    backward = [again[index].tokens for index in reversed(indices)]
+    assert all(np.array_equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
+    assert not np.array_equal(other[0].tokens, one[0].tokens)
 
 
 @pytest.fixture
-def source(tokens) -> WindowSource:
-    return open_split(DataConfig(path=str(tokens), seq_length=64, validation_fraction=0.1), seed=5, validate=True).train
-
-
-def test_pure_function_of_seed_and_index(source, tokens):
-    again = open_split(
-        DataConfig(path=str(tokens), seq_length=64, validation_fraction=0.1), seed=5, validate=True
-    ).train
-    indices = [0, 17, source.windows - 1, source.windows, 3 * source.windows + 2]
-    forward = [source[index].tokens for index in indices]
-    backward = [again[index].tokens for index in reversed(indices)]
-    assert all(np.array_equal(a, b) for a, b in zip(forward, reversed(backward), strict=True))
-    other = open_split(
-        DataConfig(path=str(tokens), seq_length=64, validation_fraction=0.1), seed=6, validate=True
-    ).train
-    assert not np.array_equal(other[0].tokens, source[0].tokens)
-
-
-def test_an_epoch_holds_every_window_once_and_the_next_is_shuffled_anew(source, tokens):
-    file = TokenFile(tokens)
-
-    def order(epoch: int) -> list[bytes]:
-        return [source[epoch * source.windows + index].tokens.tobytes() for index in range(source.windows)]
-
-    windows = [file.tokens(start, start + 64).tobytes() for start in range(0, source.windows * 64, 64)]
-    assert sorted(order(0)) == sorted(order(1)) == sorted(windows)
-    assert order(0) != order(1) != windows
-
-
-def test_labels_are_the_next_tokens(source):
-    sample = source[3]
-    assert np.array_equal(sample.tokens[1:], sample.labels[:-1])
-    assert sample.loss_mask.tolist() == [1.0] * 64
-
-
-def test_mask_after_the_end_of_a_document(tmp_path):
+def four_documents(tmp_path):
     with TokenFileWriter(tmp_path / "a", vocab_size=100) as writer:
         for first in (10, 20, 30, 40):
             writer.add([first, first + 1, first + 2, 0])
-    file = TokenFile(tmp_path / "a")
-    source = WindowSource(file, first=0, stop=16, seq_length=5, seed=1, eod_mask_loss=True)
-    for index in range(source.windows):
-        sample = source[index]
-        assert sample.loss_mask.tolist() == [0.0 if token == 0 else 1.0 for token in sample.tokens]
+    return TokenSet(tmp_path / "a")
+
+
+def test_labels_are_the_tokens_that_follow_in_the_text(four_documents):
+    sample = window(four_documents, [(2, 6), (13, 16)], stop=16, reading=PLAIN)
+    assert sample.tokens.tolist() == [12, 0, 20, 21, 41, 42, 0]
+    assert sample.labels.tolist()[:6] == [0, 20, 21, 22, 42, 0]
+    assert sample.loss_mask.tolist() == [1, 1, 1, 1, 1, 1, 0]  # nothing follows the last token of all
+    assert sample.starts.tolist() == [0]
+
+
+def test_masks_and_sequences_at_the_ends_of_documents(four_documents):
+    masked = window(four_documents, [(2, 10)], stop=16, reading=Reading(True, False))
+    assert masked.loss_mask.tolist() == [0.0 if token == 0 else 1.0 for token in masked.tokens]
+    apart = window(four_documents, [(2, 10), (12, 14)], stop=16, reading=Reading(False, True))
+    assert apart.starts.tolist() == [0, 2, 6, 8]
+
+
+def test_packed_documents(four_documents):
+    sample = packed(four_documents, [(8, 12), (0, 4)], seq_length=10, reading=PLAIN)
+    assert sample.tokens.tolist() == [30, 31, 32, 0, 10, 11, 12, 0, 0, 0]
+    assert sample.labels.tolist()[:3] == [31, 32, 0]
+    assert sample.loss_mask.tolist() == [1, 1, 1, 0, 1, 1, 1, 0, 0, 0]
+    assert sample.starts.tolist() == [0, 4, 8]
+    part = packed(four_documents, [(0, 2)], seq_length=2, reading=PLAIN)
+    assert part.labels.tolist() == [11, 12]  # a part of a document goes on
+    assert part.loss_mask.tolist() == [1, 1]
+
+
+def test_a_sample_cut_into_shorter_sequences(four_documents):
+    sample = cut(window(four_documents, [(0, 12)], stop=16, reading=Reading(False, True)), 6)
+    assert sample.starts.tolist() == [0, 4, 6, 8]
+
+
+def test_an_id_the_model_does_not_have_is_named_by_file_and_document(four_documents):
+    reading = Reading(False, False, vocab_size=42)
+    window(four_documents, [(0, 14)], stop=16, reading=reading)
+    with pytest.raises(DataError, match=r"token = 42: is no id of the model's vocabulary of 42 \(.*/a.bin, document 3"):
+        window(four_documents, [(0, 4), (12, 16)], stop=16, reading=reading)
 
 
 def test_split_by_document(tokens):
     file = TokenFile(tokens)
-    split = open_split(DataConfig(path=str(tokens), seq_length=64, validation_fraction=0.1), seed=1, validate=True)
+    data = open_single(tokens)
     held_out = max(1, round(file.num_documents * 0.1))
     boundary = file.document_start(file.num_documents - held_out)
-    assert split.train.first == 0
-    assert split.train.windows == (boundary - 1) // 64
-    assert split.validation.first == boundary
+    (source,) = data.sources.values()
+    assert source.stop == boundary
     assert boundary - 1 in file.document_ends(boundary - 1, boundary)
-    assert open_split(DataConfig(path=str(tokens), seq_length=64), seed=1, validate=False).validation is None
+    validation = data.validation(data.at(0))
+    assert validation.windows == (file.num_tokens - boundary - 1) // 64
+    seen = {validation[index].tokens.tobytes() for index in range(validation.windows)}
+    assert seen == {
+        file.tokens(start, start + 64).tobytes() for start in range(boundary, boundary + 64 * validation.windows, 64)
+    }
+    assert validation[validation.windows + 3].tokens.tobytes() in seen
 
 
 @pytest.mark.parametrize(("dp", "micro"), [(1, 1), (1, 4), (2, 2), (4, 1), (2, 4), (8, 1)])
-def test_a_global_batch_is_the_same_set_under_any_layout(dp, micro, source):
-    rows = []
+def test_a_global_batch_is_the_same_set_under_any_layout(dp, micro, tokens):
+    reader, rows = open_single(tokens).at(0), []
     for rank in range(dp):
         shard = Shard(rank, dp, 0, 1, torch.device("cpu"))
-        batches = list(micro_batches(source, shard, first_sample=40, global_batch_size=8, micro_batch_size=micro))
+        batches = list(micro_batches(reader, shard, Request(40, 8, micro)))
         assert len(batches) == 8 // (dp * micro)
         rows += [row.numpy().tobytes() for batch in batches for row in batch.tokens]
-    assert sorted(rows) == sorted(source[index].tokens.tobytes() for index in range(40, 48))
+    assert sorted(rows) == sorted(reader[index].tokens.tobytes() for index in range(40, 48))
+
+
+def test_independent_sequences_are_laid_end_to_end(tokens, tmp_path):
+    blend = {"sources": {"a": {"path": str(tokens)}}, "stages": [{"name": "s", "weights": {"a": 1}}]}
+    data = open_run(tmp_path, blend, seq_length=2048, reset_attention_mask=True, micro_batch_size=2)
+    reader = data.at(0)
+    (batch,) = micro_batches(reader, Shard(0, 1, 0, 1, torch.device("cpu")), Request(0, 2, 2))
+    assert batch.tokens.shape == (1, 4096)
+    assert sum(batch.lengths) == 4096
+    assert batch.bounds.tolist() == np.cumsum([0, *batch.lengths]).tolist()
+    assert 2048 in batch.bounds
+    assert len(batch.lengths) > 2
+    starts = batch.bounds[:-1].tolist()
+    assert all(batch.position_ids[0, start] == 0 for start in starts)
+    assert (batch.position_ids[0].diff() == 1).sum() == 4096 - len(starts)
+    assert batch.tokens[0, :2048].tolist() == reader[0].tokens.tolist()
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
@@ -100,22 +143,30 @@ def test_context_slices_cover_the_sequence(size):
 
 def test_unigram_entropy(tmp_path):
     with TokenFileWriter(tmp_path / "a", vocab_size=10) as writer:
+        writer.add([5])
         writer.add([1, 2] * 50)
-    source = WindowSource(TokenFile(tmp_path / "a"), first=0, stop=100, seq_length=10, seed=0, eod_mask_loss=False)
-    assert unigram_entropy(source, 4) == pytest.approx(np.log(2))
+    source = open_source("a", open_single_spec(tmp_path / "a"), fraction=0.5)
+    assert unigram_entropy(HeldOut(source, 10, 0, PLAIN), 4) == pytest.approx(np.log(2))
+
+
+def open_single_spec(path: Path):
+    from megatron_qwen.config.blend import SourceSpec
+
+    return SourceSpec(path=str(path))
 
 
 MEMORY = """
 import sys
-from megatron_qwen.config.sections import DataConfig
-from megatron_qwen.data.samples import open_split
+from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.recipes.registry import RECIPES
 from tools.benchmarks.sample_order import private_mib
+config = RECIPES["qwen2_5_0_5b"]().with_section("data", path=sys.argv[1], seq_length=4096, validation_fraction=0.0)
+TrainingData  # the imports are done
 before = private_mib()
-data = DataConfig(path=sys.argv[1], seq_length=4096, validation_fraction=0.0)
-source = open_split(data, seed=1, validate=False).train
+reader = TrainingData(config).at(0)
 for index in range(200):
-    source[index * 1_000_003]
-print(source.windows, private_mib() - before)
+    reader[index]
+print(reader.data.sources["data"].stop, private_mib() - before)
 """
 
 
@@ -126,8 +177,8 @@ def test_memory_does_not_grow_with_the_source(tmp_path):
         prefix = write_sparse(tmp_path / name, documents=documents, length=length)
         arguments = [sys.executable, "-c", MEMORY, str(prefix)]
         done = subprocess.run(arguments, capture_output=True, text=True, env=environment(), check=True)
-        windows, mib = done.stdout.split()
-        assert int(windows) == (documents * length - 1) // 4096
+        tokens, mib = done.stdout.split()
+        assert int(tokens) == documents * length
         grown[name] = float(mib)
     print(f"private memory grew by {grown['small']:.2f} and {grown['huge']:.2f} MiB")
     assert grown["huge"] < grown["small"] + 1

@@ -5,9 +5,10 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from megatron_qwen.data.prepare import read_manifest, verify
+from megatron_qwen.data.manifest import read_manifest
 from megatron_qwen.data.token_file import TokenFile
 from megatron_qwen.data.tokenizer import CONTROL_TOKENS, END_OF_TEXT, load_tokenizer
+from megatron_qwen.data.verify import verify
 from megatron_qwen.errors import DataError
 from tests.conftest import run
 
@@ -49,7 +50,8 @@ def test_sentencepiece_end_to_end(corpus, tmp_path):
     assert ours.vocab_size == 600
     assert ours.decode(ours.encode_batch(["def f(x):"])[0]).strip() == "def f(x):"
     run("tools.data", "prepare", "--tokenizer", tmp_path / "sp", "--output", tmp_path / "tokens", corpus, check=True)
-    file = verify(tmp_path / "tokens")
+    verify(tmp_path / "tokens")
+    file = TokenFile(tmp_path / "tokens")
     assert file.document(0)[-1] == ours.end_of_text
 
 
@@ -62,15 +64,15 @@ def test_prepared_text_is_the_text(corpus, tokenizer, tokens):
         assert ids[-1] == ours.end_of_text
         assert ours.decode(ids[:-1]) == text
     noted = read_manifest(tokens)
-    assert noted["tokens"] == file.num_tokens
-    assert noted["documents"] == len(documents)
+    assert noted.tokens == file.num_tokens
+    assert noted.documents == len(documents)
 
 
 def test_inspect_and_verify(tokens, tokenizer):
     shown = json.loads(run("tools.data", "inspect", tokens, "--tokenizer", tokenizer, "--json", check=True).stdout)
     assert shown["tokens"] == TokenFile(tokens).num_tokens
     assert shown["first_text"]
-    assert "every byte, every count and the index" in run("tools.data", "verify", tokens, check=True).stdout
+    assert "every byte, every count, every id and the index" in run("tools.data", "verify", tokens, check=True).stdout
 
 
 @pytest.fixture

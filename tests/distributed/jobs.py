@@ -18,7 +18,7 @@ def train(config: RunConfig, steps: int, save_to: Path | None = None) -> dict[st
     """
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     results = [step(parts) for _ in range(steps)]
     if save_to is not None:
         save(parts, save_to)
@@ -49,7 +49,7 @@ def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
     from megatron_qwen.training.run import resume
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     directory = RunDirectory(source.parent)
     assert directory.checkpoints == source
     resume(parts, directory)
@@ -63,7 +63,7 @@ def start_from(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     from megatron_qwen.training.run import resume
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     directory = RunDirectory(run_dir)
     resume(parts, directory)
     save(parts, directory.checkpoints)

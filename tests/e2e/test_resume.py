@@ -103,6 +103,10 @@ def forget(part: str, checkpoint: Path, fresh: Path) -> None:
     elif part != "nothing":
         state = json.loads((checkpoint / STATE).read_text())
         (state if part == "optimizer_step" else state["progress"])[part] = 0
+        if part == "consumed_samples":  # the counter and the ledger say the same
+            (phase,) = state["data"]["phases"]
+            phase |= {"samples": 0, "counts": {"data": 0}}
+            state["data"]["positions"]["data"]["taken"] = 0
         (checkpoint / STATE).write_text(json.dumps(state))
     names = manifest.files_in(checkpoint)
     entries = {name: manifest.hash_file(checkpoint / name) for name in names}

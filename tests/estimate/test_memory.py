@@ -9,7 +9,6 @@ from megatron_qwen.estimate.memory import checkpoint_bytes, memory_per_stage, pa
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.estimate.speed import expected_speed
 from megatron_qwen.recipes.registry import RECIPES
-from tests.rank_pool import rank_info
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
@@ -19,7 +18,7 @@ def parameters_here(config: RunConfig) -> tuple[int, int]:
     """Pipeline stage and scalars of this rank's part of the model."""
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     count = sum(parameter.numel() for module in parts.model.modules for parameter in module.parameters())
     return parts.groups.pp.rank(), count
 

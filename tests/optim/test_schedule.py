@@ -5,8 +5,9 @@ import math
 
 import pytest
 
+from megatron_qwen.config.batch_size import global_batch_size
 from megatron_qwen.config.sections import OptimConfig, TrainingConfig
-from megatron_qwen.optim.schedule import global_batch_size, learning_rate
+from megatron_qwen.optim.schedule import learning_rate
 
 
 def rates(style: str, steps: int = 100, **options: object) -> list[float]:

@@ -12,7 +12,6 @@ from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import run
 from tests.distributed import jobs
 from tests.distributed.layouts import PP2, SP, TP2
-from tests.rank_pool import rank_info
 
 
 def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[str, Any]:
@@ -21,7 +20,7 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
 
     from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config, rank_info())
+    parts = build_parts(config)
     results = [jobs.step(parts)]
     before = digest(parts)
     parameter = next(parts.model.modules[0].parameters())

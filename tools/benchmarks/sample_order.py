@@ -39,16 +39,16 @@ def private_mib() -> float:
 
 def _measure(prefix: str) -> None:
     """Prints the milliseconds to the first sample and by how many MiB the process grew over 1000."""
-    from megatron_qwen.config.sections import DataConfig
-    from megatron_qwen.data.samples import open_split
+    from megatron_qwen.data.training_data import TrainingData
+    from megatron_qwen.recipes.registry import RECIPES
 
     before, started = private_mib(), time.perf_counter()
-    data = DataConfig(path=prefix, seq_length=4096, validation_fraction=0.0)
-    source = open_split(data, seed=1, validate=False).train
+    config = RECIPES["qwen2_5_0_5b"]().with_section("data", path=prefix, seq_length=4096, validation_fraction=0.0)
+    source = TrainingData(config).at(0)
     source[0]
     elapsed = time.perf_counter() - started
     for index in range(1000):
-        source[index * 1_000_003]
+        source[index]
     print(1000 * elapsed, private_mib() - before)
 
 

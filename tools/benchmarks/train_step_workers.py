@@ -45,7 +45,7 @@ def ours(dtype: str, data_path: str) -> Callable[[], float]:
 
     config, info = bench_config(dtype, data_path), RankInfo(0, 1, 0, 1, "127.0.0.1", 0)
     join(info, timeout_minutes=5)
-    trainer = Trainer(build_parts(config, info), [])
+    trainer = Trainer(build_parts(config), [])
     return lambda: trainer.step().result.loss
 
 
@@ -54,7 +54,7 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_qwen.data.samples import open_split
+    from megatron_qwen.data.training_data import TrainingData
 
     config = bench_config(dtype, data_path)
     shape = config.model
@@ -76,7 +76,7 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=config.optim.weight_decay, fused=True
     )
-    source = open_split(config.data, seed=config.training.seed, validate=False).train
+    source = TrainingData(config).at(0)
     taken = 0
 
     def step() -> float:

@@ -7,6 +7,7 @@ from megatron_qwen.checkpoint import state
 from megatron_qwen.checkpoint.optimizer_state import step_count
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.render import to_yaml
+from megatron_qwen.config.run import RunConfig
 from megatron_qwen.training.callbacks.base import Callback
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ class Checkpointing(Callback):
             state.write_small_files(
                 directory,
                 progress=parts.progress.as_dict(),
+                data=parts.data.state(parts.progress.consumed_samples),
                 optimizer_step=step_count(parts.optimizer),
                 parallel=parts.config.parallel,
-                run_yaml=to_yaml(parts.config),
+                run_yaml=to_yaml(_as_of_now(parts)),
                 tokenizer=self._tokenizer,
             )
 
@@ -68,3 +70,9 @@ class Checkpointing(Callback):
             tensors = state.sharded_state(parts.model.modules, parts.optimizer, parts.groups, loading=False)
             self.writer.save(iteration, tensors, write_small_files, background=background)
         self._saved = iteration
+
+
+def _as_of_now(parts: "Parts") -> RunConfig:
+    """The configuration with the RoPE base that the weights have been trained with last: an export goes by it."""
+    reader = parts.data.at(max(parts.progress.consumed_samples - 1, 0))
+    return parts.config.with_section("model", rotary_base=reader.config.model.rotary_base)

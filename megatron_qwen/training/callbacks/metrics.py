@@ -27,13 +27,11 @@ class Metrics(Callback):
 
     def __init__(self, writers: Sequence[MetricsWriter], *, attempt: int, console: ProgressLine | None) -> None:
         self.writers, self.attempt, self.console = writers, attempt, console
-        self._flops = 0.0
         self._peak: float | None = None
 
     def before_training(self, trainer: "Trainer") -> None:
         """Reads what does not change from step to step."""
         config = trainer.parts.config
-        self._flops = training_flops_per_token(config.model, config.data.seq_length)
         self._peak = peak_tflops(device.device_name(), config.precision.dtype)
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
@@ -52,8 +50,9 @@ class Metrics(Callback):
 
     def _content(self, trainer: "Trainer", record: "StepRecord") -> dict[str, Any]:
         progress, result, world = trainer.parts.progress, record.result, dist.get_world_size()
-        speed = record.global_batch_size * trainer.parts.config.data.seq_length / record.step_time_s
-        tflops = speed / world * self._flops / 1e12
+        config = record.config
+        speed = record.global_batch_size * config.data.seq_length / record.step_time_s
+        tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length) / 1e12
         return {
             "iteration": record.iteration,
             "consumed_samples": progress.consumed_samples,
@@ -63,6 +62,9 @@ class Metrics(Callback):
             "learning_rate": record.learning_rate,
             "global_batch_size": record.global_batch_size,
             "step_time_s": record.step_time_s,
+            "data_wait_s": record.data_wait_s,
+            "stage": record.stage,
+            "seq_length": config.data.seq_length,
             "tokens_per_second": speed,
             "tokens_per_second_per_device": speed / world,
             "model_tflops_per_device": tflops,

@@ -2,6 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.batches import Request, micro_batches
+from megatron_qwen.data.training_data import StageReader
+from megatron_qwen.data.training_data import Validation as ValidationSamples
 from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.step import run_batch
 
@@ -12,34 +16,43 @@ if TYPE_CHECKING:
 class Validation(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step."""
 
+    def __init__(self) -> None:
+        self._samples: tuple[StageReader, ValidationSamples] | None = None
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """Finds out before the first step whether there is enough held out."""
+        self._of(trainer)
+
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         """Validates if it is time."""
-        config, source = trainer.parts.config, trainer.parts.data.validation
+        config = trainer.parts.config
         interval = config.training.eval_interval
         due = (interval and record.iteration % interval == 0) or record.iteration == config.training.train_iters
-        if source is not None and due:
+        if due:
             record.extra["validation_loss"] = self.measure(trainer)
 
     def measure(self, trainer: "Trainer") -> float:
         """Mean loss over eval_iters batches, in nats per token."""
         parts = trainer.parts
-        source, size = parts.data.validation, parts.config.training.global_batch_size
-        assert source is not None
+        samples, config = self._of(trainer)
+        training = config.training
         parts.model.train(False)
         total = weight = 0.0
         with parts.model.whole_parameters():
-            for index in range(parts.config.training.eval_iters):
+            for index in range(training.eval_iters):
+                size = training.global_batch_size
+                request = Request(index * size, size, training.micro_batch_size)
+                batches = [batch.to(parts.shard.device) for batch in micro_batches(samples, parts.shard, request)]
                 loss, tokens = run_batch(
-                    parts.config,
-                    parts.model,
-                    parts.groups,
-                    parts.forward_step,
-                    source,
-                    parts.shard,
-                    first_sample=index * size,
-                    global_batch_size=size,
-                    forward_only=True,
+                    config, parts.model, parts.groups, parts.forward_step, batches, forward_only=True
                 )
                 total, weight = total + loss * tokens, weight + tokens
         parts.model.train(True)
         return total / max(weight, 1.0)
+
+    def _of(self, trainer: "Trainer") -> tuple[ValidationSamples, RunConfig]:
+        """The held-out samples of the stage that the last step was of, and what holds in it."""
+        reader = trainer.parts.data.at(max(trainer.parts.progress.consumed_samples - 1, 0))
+        if self._samples is None or self._samples[0] is not reader:
+            self._samples = reader, trainer.parts.data.validation(reader)
+        return self._samples[1], reader.config

@@ -1,11 +1,12 @@
 """A permutation of 0 .. n-1 that is computed, not stored: position i is found in constant time and memory.
 
 A balanced Feistel network over the smallest even number of bits that holds n, with cycle walking (Black and
-Rogaway 2002) back into the range. Four rounds of a 64-bit mixer make it a shuffle good enough for sample order;
-it is no cipher.
+Rogaway 2002) back into the range. Four rounds of a 64-bit mixer make it a shuffle good enough for sample order, more
+of them where a half has few bits; it is no cipher.
 """
 
 _MASK = (1 << 64) - 1
+_ROUNDS, _ROUNDS_OF_SMALL, _SMALL_BITS = 4, 16, 6
 
 
 def _mix(value: int) -> int:
@@ -31,7 +32,8 @@ class KeyedPermutation:
         state = 0x9E3779B97F4A7C15
         for part in key:
             state = _mix((state + part * 0x9E3779B97F4A7C15) & _MASK)
-        self._keys = [_mix((state + index * 0x9E3779B97F4A7C15) & _MASK) for index in range(1, 5)]
+        rounds = _ROUNDS if self._half >= _SMALL_BITS else _ROUNDS_OF_SMALL
+        self._keys = [_mix((state + index * 0x9E3779B97F4A7C15) & _MASK) for index in range(1, rounds + 1)]
 
     def __getitem__(self, index: int) -> int:
         """The item at position ``index``."""
@@ -41,8 +43,22 @@ class KeyedPermutation:
             if index < self.size:
                 return index
 
+    def index(self, item: int) -> int:
+        """The position at which an item stands."""
+        assert 0 <= item < self.size
+        while True:
+            item = self._decrypt(item)
+            if item < self.size:
+                return item
+
     def _encrypt(self, value: int) -> int:
         left, right = value >> self._half, value & self._mask
         for key in self._keys:
             left, right = right, left ^ (_mix((right + key) & _MASK) & self._mask)
+        return left << self._half | right
+
+    def _decrypt(self, value: int) -> int:
+        left, right = value >> self._half, value & self._mask
+        for key in reversed(self._keys):
+            left, right = right ^ (_mix((left + key) & _MASK) & self._mask), left
         return left << self._half | right

@@ -1,0 +1,13 @@
+"""Batch size as a function of progress."""
+
+from megatron_qwen.config.sections import TrainingConfig
+
+
+def global_batch_size(consumed_samples: int, training: TrainingConfig) -> int:
+    """Sequences of the next step, by the ramp of the configuration."""
+    if training.rampup_batch_size is None:
+        return training.global_batch_size
+    start, increment, samples = training.rampup_batch_size
+    steps = (training.global_batch_size - start) // increment
+    done = consumed_samples * (steps + 1) // samples if samples else steps
+    return start + min(steps, done) * increment

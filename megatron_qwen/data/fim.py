@@ -1,0 +1,86 @@
+"""Fill-in-the-middle: documents rearranged so that the model learns to write what is missing between two parts.
+
+M. Bavarian et al., arXiv 2207.14255: a document is cut at two places chosen at random; the order of the parts is
+prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM, in the variant that begins with both sentinels).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_qwen.data.samples import Sample
+from megatron_qwen.errors import DataError, Problem
+
+SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+# A shorter document stays as it is.
+_LEAST = 16
+
+
+@dataclass(frozen=True)
+class FillInTheMiddle:
+    """How documents are rearranged.
+
+    Args:
+        rate: share of the documents.
+        spm_rate: of those, the share in the order suffix, prefix, middle.
+        prefix: id of the sentinel before the prefix.
+        middle: before the middle.
+        suffix: before the suffix.
+    """
+
+    rate: float
+    spm_rate: float
+    prefix: int
+    middle: int
+    suffix: int
+
+    @classmethod
+    def of(cls, control_tokens: Mapping[str, int], *, rate: float, spm_rate: float, where: str) -> "FillInTheMiddle":
+        """With the sentinels of a tokenizer.
+
+        Raises:
+            DataError: it has none.
+        """
+        if missing := [name for name in SENTINELS if name not in control_tokens]:
+            fix = f"needs the control tokens {', '.join(missing)}, which the data's tokenizer lacks; set it to 0."
+            raise DataError(Problem(where, rate, fix))
+        prefix, middle, suffix = (control_tokens[name] for name in SENTINELS)
+        return cls(rate, spm_rate, prefix, middle, suffix)
+
+    def __call__(self, sample: Sample, documents: npt.NDArray[np.int64], *, key: tuple[int, ...]) -> Sample:
+        """Rearranges some documents of a sample; its length stays, so each loses its last three tokens to sentinels.
+
+        Args:
+            sample: as it was read.
+            documents: where documents begin inside it, and its length at the end.
+            key: decides which documents, and where they are cut.
+        """
+        random = np.random.default_rng([abs(part) for part in key])
+        tokens, labels, mask = sample.tokens.copy(), sample.labels.copy(), sample.loss_mask.copy()
+        for begin, end in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
+            chosen, spm = random.random(2)
+            whole = end < len(tokens)
+            content = tokens[begin : end - 1] if whole else tokens[begin:end]  # an end of document stays the end
+            if chosen >= self.rate or len(content) < _LEAST:
+                continue
+            low, high = sorted(random.integers(0, len(content) - len(SENTINELS) + 1, size=2).tolist())
+            made = self._arranged(content, low, high, spm < self.spm_rate)
+            tokens[begin : begin + len(content)] = made
+            labels[begin : begin + len(content) - 1] = made[1:]
+            if begin:
+                labels[begin - 1] = made[0]
+            if whole:
+                labels[end - 2] = tokens[end - 1]
+            else:
+                mask[-1] = 0.0  # the text does not go on where the middle ends
+        return replace(sample, tokens=tokens, labels=labels, loss_mask=mask)
+
+    def _arranged(self, content: npt.NDArray[np.int64], low: int, high: int, spm: bool) -> npt.NDArray[np.int64]:
+        prefix, middle, suffix = content[:low], content[low:high], content[high : len(content) - len(SENTINELS)]
+        if spm:
+            parts = [[self.prefix, self.suffix], suffix, [self.middle], prefix, middle]
+        else:
+            parts = [[self.prefix], prefix, [self.suffix], suffix, [self.middle], middle]
+        return np.concatenate([np.asarray(part, dtype=np.int64) for part in parts])

@@ -1,0 +1,205 @@
+"""Whole documents packed into rows, as full as they go; for long contexts and fine-tuning.
+
+Every epoch the documents, in blocks of neighbours, follow one another in a keyed order. Pools of them are packed by
+best fit, the longest first (the algorithm of arXiv 2404.10830, section 3), and the rows of a pool are shuffled.
+Nothing is built ahead: a pool is packed when its first row is asked for.
+"""
+
+import itertools
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_qwen.data.order.permutation import KeyedPermutation
+
+_BLOCK_DOCUMENTS, _BLOCKS_OF_POOL = 256, 64
+
+Bounds = Callable[[int, int], npt.NDArray[np.int64]]
+Run = tuple[int, int]
+Row = list[Run]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """What is packed.
+
+    Args:
+        count: documents of the source.
+        bounds: gives the positions of the first tokens of documents first .. stop, one more than documents.
+        key: seed and source.
+    """
+
+    count: int
+    bounds: Bounds
+    key: tuple[int, int]
+
+    @classmethod
+    def of(
+        cls, count: int, bounds: Callable[[int, int], npt.NDArray[np.int64]], *, seed: int, name: str
+    ) -> "Documents":
+        """The documents of a source of that name."""
+        return cls(count, bounds, (seed, zlib.crc32(name.encode())))
+
+
+@dataclass(frozen=True)
+class Untaken:
+    """Rows of a pool that were not taken when the length of rows changed.
+
+    Args:
+        of: the pool: its number in the endless stream of pools, or rows left by an earlier change.
+        seq_length: of its rows.
+        key: what the order of its rows was keyed with, beside the source.
+        taken: rows that were taken.
+    """
+
+    of: "int | Untaken"
+    seq_length: int
+    key: tuple[int, int]
+    taken: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a source stands: first what earlier changes left, then pool after pool."""
+
+    left: tuple[Untaken, ...] = ()
+    pool: int = 0
+
+
+BEGINNING = Cursor()
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Packs items into rows: the longest first, each into the fullest row that it fits.
+
+    Args:
+        lengths: of the items, each at most ``capacity``.
+        capacity: of a row.
+
+    Returns:
+        The items of each row.
+    """
+    rows: list[list[int]] = []
+    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]  # by what is left in them
+    some_left = 0  # bit r: there is a row with r left
+    for item in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        length = lengths[item]
+        fitting = some_left >> length
+        if fitting:
+            left = length + (fitting & -fitting).bit_length() - 1
+            row = open_rows[left].pop()
+            if not open_rows[left]:
+                some_left &= ~(1 << left)
+            rows[row].append(item)
+        else:
+            left, row = capacity, len(rows)
+            rows.append([item])
+        left -= length
+        if left:
+            open_rows[left].append(row)
+            some_left |= 1 << left
+    return rows
+
+
+class Packed:
+    """Rows of a source: row ``i`` is a pure function of seed, source, cursor and ``i``.
+
+    Finding it takes packing the pools up to it; pools already seen are remembered by their number of rows.
+
+    Args:
+        documents: what is packed.
+        cursor: where the source stood when this length began.
+        seq_length: of the rows.
+        ordinal: how many times the length had changed.
+    """
+
+    def __init__(self, documents: Documents, cursor: Cursor, *, seq_length: int, ordinal: int) -> None:
+        self.documents, self.cursor, self.seq_length, self.ordinal = documents, cursor, seq_length, ordinal
+        self._ends: list[int] = []  # number of rows up to the end of each pool
+        self._held: tuple[int, list[Row]] | None = None
+
+    def __getitem__(self, index: int) -> Row:
+        """The runs [a, b) of the source that make up row ``index``."""
+        pool, within = self._place(index)
+        return self._rows(pool)[within]
+
+    def after(self, taken: int) -> Cursor:
+        """Where the source stands once so many rows have been taken."""
+        left = self.cursor.left
+        if taken == 0:
+            return self.cursor
+        pool, within = self._place(taken - 1)
+        within += 1
+        if within == len(self._rows(pool)):
+            pool, within = pool + 1, 0
+        here = self._source(pool)
+        rest = left[pool + 1 :] if within else left[pool:]
+        base = self.cursor.pool + max(pool - len(left), 0) + (1 if within and pool >= len(left) else 0)
+        if within:
+            rest = (Untaken(here, self.seq_length, (self.ordinal, pool), within), *rest)
+        return Cursor(rest, base)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        while not self._ends or index >= self._ends[-1]:
+            rows = len(self._rows(len(self._ends)))
+            self._ends.append(rows + (self._ends[-1] if self._ends else 0))
+        pool = int(np.searchsorted(self._ends, index, side="right"))
+        return pool, index - (self._ends[pool - 1] if pool else 0)
+
+    def _source(self, pool: int) -> "int | Untaken":
+        left = self.cursor.left
+        return left[pool] if pool < len(left) else self.cursor.pool + pool - len(left)
+
+    def _rows(self, pool: int) -> list[Row]:
+        if self._held is None or self._held[0] != pool:
+            self._held = pool, self._packed(self._source(pool), self.seq_length, (self.ordinal, pool))
+        return self._held[1]
+
+    def _packed(self, source: "int | Untaken", seq_length: int, key: tuple[int, int]) -> list[Row]:
+        """The rows of a pool in the order in which they are taken."""
+        runs = self._runs(source)
+        pieces = [
+            (start, min(start + seq_length, end)) for begin, end in runs for start in range(begin, end, seq_length)
+        ]
+        rows = best_fit([end - start for start, end in pieces], seq_length)
+        order = KeyedPermutation(len(rows), *self.documents.key, *key)
+        return [[pieces[item] for item in rows[order[index]]] for index in range(len(rows))]
+
+    def _runs(self, source: "int | Untaken") -> list[Run]:
+        if isinstance(source, Untaken):
+            rows = self._packed(source.of, source.seq_length, source.key)
+            return [run for row in rows[source.taken :] for run in row]
+        blocks = -(-self.documents.count // _BLOCK_DOCUMENTS)
+        pools = -(-blocks // _BLOCKS_OF_POOL)
+        epoch, number = divmod(source, pools)
+        order = KeyedPermutation(blocks, *self.documents.key, -1, epoch)
+        runs: list[Run] = []
+        for visit in range(number * _BLOCKS_OF_POOL, min((number + 1) * _BLOCKS_OF_POOL, blocks)):
+            first = order[visit] * _BLOCK_DOCUMENTS
+            bounds = self.documents.bounds(first, min(first + _BLOCK_DOCUMENTS, self.documents.count)).tolist()
+            runs += [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
+        return runs
+
+
+def to_json(cursor: Cursor) -> dict[str, Any]:
+    """A cursor for a checkpoint's state."""
+    return {"left": [_untaken_json(one) for one in cursor.left], "pool": cursor.pool}
+
+
+def from_json(saved: dict[str, Any]) -> Cursor:
+    """The cursor that ``to_json`` wrote."""
+    return Cursor(tuple(_untaken(one) for one in saved["left"]), saved["pool"])
+
+
+def _untaken_json(one: Untaken) -> dict[str, Any]:
+    inner = one.of if isinstance(one.of, int) else _untaken_json(one.of)
+    return {"of": inner, "seq_length": one.seq_length, "key": list(one.key), "taken": one.taken}
+
+
+def _untaken(saved: dict[str, Any]) -> Untaken:
+    inner = saved["of"] if isinstance(saved["of"], int) else _untaken(saved["of"])
+    return Untaken(inner, saved["seq_length"], (saved["key"][0], saved["key"][1]), saved["taken"])

@@ -1,0 +1,1 @@
+"""Text to token files: cut into units, encoded by many processes, joined in order; resumable at any moment."""

@@ -1,0 +1,142 @@
+"""Parts in order to a token file; the last thing that appears is its manifest."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_qwen.data.manifest import Manifest, file_digest, with_ending, write_manifest
+from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
+from megatron_qwen.data.prepare.plan import Plan, Shard
+from megatron_qwen.data.token_index import write_index
+from megatron_qwen.data.tokenizer import Tokenizer
+from megatron_qwen.errors import DataError, Problem
+
+_COPY_BYTES = 1 << 24
+PART_ENDINGS = ("bin", "len", "bad", "mask", "json")
+
+
+class ShardWriter:
+    """Appends parts to a shard's temporary .bin as they become whole, so that little is left to do at the end.
+
+    Args:
+        plan: what is prepared.
+        shard: the shard.
+    """
+
+    def __init__(self, plan: Plan, shard: Shard) -> None:
+        self.plan, self.shard = plan, shard
+        self.parts: list[Part] = []
+        masked = plan.options.prompt_field is not None
+        self._endings = ("bin", "mask") if masked else ("bin",)
+        self._files: dict[str, BinaryIO] = {}
+        self._digests = {ending: xxhash.xxh3_128() for ending in self._endings}
+
+    def append(self, part: Part) -> None:
+        """Takes the next part.
+
+        Raises:
+            DataError: it has other bytes than when it was made.
+        """
+        for ending in self._endings:
+            if ending not in self._files:
+                self._files[ending] = self._temporary(ending).open("wb")
+            own = xxhash.xxh3_128()
+            with part_path(self.plan.work, part.key, ending).open("rb") as source:
+                while piece := source.read(_COPY_BYTES):
+                    own.update(piece)
+                    self._digests[ending].update(piece)
+                    self._files[ending].write(piece)
+            if ending == "bin" and own.hexdigest() != part.bin_xxh3_128:
+                path = part_path(self.plan.work, part.key, "json")
+                path.unlink()
+                fix = "had other bytes than when it was made, and is gone; run the same command again."
+                raise DataError(Problem(str(path.with_suffix(".bin")), None, fix))
+        self.parts.append(part)
+
+    def commit(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype[Any]) -> Manifest:
+        """Writes index, set-aside records and manifest and gives all files their names."""
+        prefix = self.shard.prefix
+        counts = {name: sum(getattr(part, name) for part in self.parts) for name in COUNTS}
+        write_index(self._temporary("idx"), self._lengths, documents=counts["documents"], dtype=dtype)
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        names: list[tuple[Path, Path]] = [
+            (self._temporary(ending), with_ending(prefix, f".{ending}")) for ending in (*self._endings, "idx")
+        ]
+        if counts["skipped"]:
+            _concatenate([part_path(self.plan.work, part.key, "bad") for part in self.parts], self._temporary("bad"))
+            names.append((self._temporary("bad"), with_ending(prefix, ".skipped.jsonl")))
+        manifest = Manifest(
+            **counts,
+            vocab_size=tokenizer.vocab_size,
+            end_of_text=tokenizer.end_of_text,
+            control_tokens=tokenizer.control_tokens,
+            tokenizer_sha256=self.plan.identity["tokenizer_sha256"],
+            encoder=encoder,
+            made_by=self.plan.fingerprint,
+            bin_xxh3_128=self._digests["bin"].hexdigest(),
+            idx_xxh3_128=file_digest(self._temporary("idx")),
+            mask_xxh3_128=self._digests["mask"].hexdigest() if "mask" in self._endings else None,
+            options=self.plan.identity["options"],
+            inputs=_inputs(self.shard),
+        )
+        for temporary, path in names:
+            temporary.replace(path)
+        write_manifest(prefix, manifest)
+        for unit in self.shard.units:
+            for ending in PART_ENDINGS:
+                part_path(self.plan.work, unit.key, ending).unlink(missing_ok=True)
+        return manifest
+
+    def discard(self) -> None:
+        """Closes what is open; parts stay for the next attempt."""
+        for file in self._files.values():
+            file.close()
+        for ending in (*self._endings, "idx", "bad"):
+            self._temporary(ending).unlink(missing_ok=True)
+
+    def _temporary(self, ending: str) -> Path:
+        return self.plan.work / f"{self.shard.prefix.name}.{ending}.joining"
+
+    def _lengths(self) -> Iterator[npt.NDArray[np.int32]]:
+        for part in self.parts:
+            yield np.fromfile(part_path(self.plan.work, part.key, "len"), dtype=np.int32)
+
+
+def set_manifest(plan: Plan, shards: Sequence[Manifest]) -> Manifest:
+    """The manifest of all shards together."""
+    first = shards[0]
+    together = xxhash.xxh3_128("".join(shard.bin_xxh3_128 for shard in shards).encode())
+    masks = [shard.mask_xxh3_128 for shard in shards if shard.mask_xxh3_128 is not None]
+    return Manifest(
+        **{name: sum(getattr(shard, name) for shard in shards) for name in COUNTS},
+        vocab_size=first.vocab_size,
+        end_of_text=first.end_of_text,
+        control_tokens=first.control_tokens,
+        tokenizer_sha256=first.tokenizer_sha256,
+        encoder=", ".join(sorted({shard.encoder for shard in shards})),
+        made_by=plan.fingerprint,
+        bin_xxh3_128=together.hexdigest(),
+        mask_xxh3_128=xxhash.xxh3_128("".join(masks).encode()).hexdigest() if masks else None,
+        shards=[shard.prefix.name for shard, made in zip(plan.shards, shards, strict=True) if made.documents],
+        options=plan.identity["options"],
+        inputs=[{"path": str(file.path.absolute()), "size": file.size} for file in plan.files],
+    )
+
+
+def _inputs(shard: Shard) -> list[dict[str, Any]]:
+    files = {span.file.path: span.file.size for unit in shard.units for span in unit.spans}
+    return [{"path": str(path.absolute()), "size": size} for path, size in files.items()]
+
+
+def _concatenate(paths: Sequence[Path], target: Path) -> None:
+    with target.open("wb") as out:
+        for path in paths:
+            out.write(path.read_bytes())

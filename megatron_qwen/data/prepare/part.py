@@ -1,0 +1,200 @@
+"""A unit encoded: its tokens, the lengths of its documents, and what was counted on the way."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from megatron_qwen.data.encoder import Encoder
+from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.text.records import BadRecord, Block, read_span
+from megatron_qwen.data.token_index import token_dtype
+from megatron_qwen.errors import DataError
+
+_FLUSH_TOKENS = 1 << 21
+# Of every unit so much text is encoded a second time by the tokenizer's own library, and compared.
+_SAMPLE_CHARACTERS = 4096
+_REPORTED = 10
+
+
+@dataclass
+class Part:
+    """What a unit became.
+
+    Args:
+        key: of the unit.
+        documents: and the other counts, as in the manifest.
+        bin_xxh3_128: of its tokens.
+        mask: whether any document had a prompt, so that there is a mask.
+    """
+
+    key: str
+    documents: int = 0
+    tokens: int = 0
+    read: int = 0
+    empty: int = 0
+    filtered: int = 0
+    skipped: int = 0
+    text_bytes: int = 0
+    bin_xxh3_128: str = ""
+    mask: bool = False
+    samples: list[tuple[str, list[int]]] = field(default_factory=list)
+
+
+COUNTS = ("documents", "tokens", "read", "empty", "filtered", "skipped", "text_bytes")
+
+
+def part_path(work: Path, key: str, ending: str) -> Path:
+    """A file of a part."""
+    return work / f"{key}.{ending}"
+
+
+def read_part(work: Path, key: str) -> Part | None:
+    """A part that an earlier attempt finished; None where there is none."""
+    try:
+        content = json.loads(part_path(work, key, "json").read_text())
+        part = Part(**content)
+        sizes = [part_path(work, key, ending).stat().st_size for ending in ("bin", "len")]
+    except (OSError, ValueError, TypeError):
+        return None
+    if set(content) != {item.name for item in fields(Part)} or sizes[1] != 4 * part.documents:
+        return None
+    return part
+
+
+def encode_unit(unit: Unit, plan: Plan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
+    """Reads, encodes and writes a unit; nothing lies under the part's name before all of it is written.
+
+    Args:
+        unit: what is read.
+        plan: how.
+        encoder: text to ids.
+        on_progress: called with bytes read from disk, text bytes, documents and tokens since the last call.
+
+    Raises:
+        DataError: a record is bad and bad ones are not to be set aside, or a file is damaged.
+    """
+    with _PartWriter(plan.work, unit.key, encoder, masked=plan.options.prompt_field is not None) as out:
+        read = [0]
+
+        def on_read(size: int) -> None:
+            read[0] += size
+
+        for span in unit.spans:
+            for block in read_span(span, plan.options, on_read):
+                if block.bad and not plan.skip_bad:
+                    raise DataError([bad.problem() for bad in block.bad[:_REPORTED]])
+                documents, tokens = out.part.documents, out.part.tokens
+                out.add(block)
+                on_progress(read[0], block.bytes, out.part.documents - documents, out.part.tokens - tokens)
+                read[0] = 0
+        on_progress(read[0], 0, 0, 0)
+        return out.finish()
+
+
+class _PartWriter:
+    def __init__(self, work: Path, key: str, encoder: Encoder, *, masked: bool) -> None:
+        self.part = Part(key, mask=masked)
+        self._encoder, self._dtype = encoder, token_dtype(encoder.vocab_size)
+        self._end = np.asarray([encoder.end_of_text], dtype=np.uint32)
+        endings = ["bin", "len", "bad", *(["mask"] if masked else [])]
+        self._paths = {ending: part_path(work, key, ending) for ending in endings}
+        self._temporary = {
+            ending: path.with_name(f".{path.name}.{os.getpid()}") for ending, path in self._paths.items()
+        }
+        self._files = {ending: path.open("wb") for ending, path in self._temporary.items()}
+        self._done = part_path(work, key, "json")
+        self._digest = xxhash.xxh3_128()
+        self._pieces: list[npt.NDArray[Any]] = []
+        self._masks: list[npt.NDArray[np.uint8]] = []
+        self._held = self._sampled = 0
+
+    def __enter__(self) -> "_PartWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+        for path in self._temporary.values():
+            path.unlink(missing_ok=True)
+
+    def add(self, block: Block) -> None:
+        """Encodes and writes a block's documents and sets its bad records aside."""
+        part, lengths = self.part, []
+        for text in _drained(block):
+            lengths.append(self._document(text))
+        part.documents += len(lengths)
+        part.tokens += sum(lengths)
+        part.read += block.read
+        part.empty += block.empty
+        part.filtered += block.filtered
+        part.skipped += len(block.bad)
+        part.text_bytes += block.bytes
+        self._files["len"].write(np.asarray(lengths, dtype=np.int32).data)
+        for bad in block.bad:
+            self._files["bad"].write(_quarantined(bad))
+        self._flush()
+
+    def _document(self, text: str | tuple[str, str]) -> int:
+        length = 0
+        parts = ((0, text[0]), (1, text[1])) if isinstance(text, tuple) else ((1, text),)
+        for carries_loss, one in parts:
+            kept: list[int] | None = [] if len(one) <= _SAMPLE_CHARACTERS - self._sampled else None
+            for ids in self._encoder.encode(one):
+                self._take(ids, carries_loss)
+                length += len(ids)
+                if kept is not None:
+                    kept += ids.tolist()
+            if kept is not None:
+                self._sampled += len(one)
+                self.part.samples.append((one, kept))
+        self._take(self._end, 1)
+        return length + 1
+
+    def _take(self, ids: npt.NDArray[Any], carries_loss: int) -> None:
+        self._pieces.append(ids)
+        self._held += len(ids)
+        if self.part.mask:
+            self._masks.append(np.full(len(ids), carries_loss, dtype=np.uint8))
+        if self._held >= _FLUSH_TOKENS:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self._pieces:
+            data = np.concatenate(self._pieces).astype(self._dtype, copy=False)
+            self._digest.update(data.data)
+            self._files["bin"].write(data.data)
+            if self.part.mask:
+                self._files["mask"].write(np.concatenate(self._masks).data)
+        self._pieces, self._masks, self._held = [], [], 0
+
+    def finish(self) -> Part:
+        """Gives the part its name."""
+        self._flush()
+        self.part.bin_xxh3_128 = self._digest.hexdigest()
+        for file in self._files.values():
+            file.close()
+        for ending, path in self._temporary.items():
+            path.replace(self._paths[ending])
+        temporary = self._done.with_name(f".{self._done.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(self.part)))
+        temporary.replace(self._done)
+        return self.part
+
+
+def _drained(block: Block) -> Iterator[str | tuple[str, str]]:
+    """The documents of a block, each let go of before the next: one may be as large as a block is allowed to be."""
+    block.texts.reverse()
+    while block.texts:
+        yield block.texts.pop()
+
+
+def _quarantined(bad: BadRecord) -> bytes:
+    record = {"where": bad.where, "why": bad.fix, "raw": bad.raw.decode(errors="replace")}
+    return json.dumps(record, ensure_ascii=False).encode() + b"\n"

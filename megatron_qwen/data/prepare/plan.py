@@ -1,0 +1,185 @@
+"""How input files are cut into units and units into shards: a function of the input alone, whoever does the work."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.data.text.inputs import Form, InputFile, Packing
+from megatron_qwen.data.text.records import ReadOptions, Span
+from megatron_qwen.data.tokenizer import fingerprint
+
+UNIT_BYTES = 16 << 20
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Spans that one process encodes into one part.
+
+    Args:
+        key: hash of what decides its tokens: another attempt, or another plan, finds the part by it.
+        spans: what is read, in order.
+    """
+
+    key: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Units that become one token file.
+
+    Args:
+        prefix: of the token file.
+        units: in the order of their tokens.
+    """
+
+    prefix: Path
+    units: tuple[Unit, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides the bytes of the output.
+
+    Args:
+        prefix: of the output.
+        tokenizer: its directory.
+        files: the input, in order.
+        options: how records are read.
+        skip_bad: whether bad records are set aside, or stop the work.
+        shards: the output; a single one has the output's own prefix.
+        identity: what another attempt must have in common with this one.
+    """
+
+    prefix: Path
+    tokenizer: Path
+    files: tuple[InputFile, ...]
+    options: ReadOptions
+    skip_bad: bool
+    shards: tuple[Shard, ...]
+    identity: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def work(self) -> Path:
+        """Where parts lie until their shard is whole."""
+        return self.prefix.with_name(self.prefix.name + ".work")
+
+
+def make_plan(
+    files: Sequence[InputFile],
+    *,
+    tokenizer: Path,
+    prefix: Path,
+    options: ReadOptions,
+    skip_bad: bool = False,
+    shard_bytes: int | None = None,
+    unit_bytes: int = UNIT_BYTES,
+) -> Plan:
+    """Cuts the input.
+
+    Args:
+        files: the input, in order.
+        tokenizer: its directory.
+        prefix: of the output.
+        options: how records are read.
+        skip_bad: whether bad records are set aside.
+        shard_bytes: input of a shard, as it lies on disk; None makes one token file.
+        unit_bytes: input of a unit.
+
+    Raises:
+        DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
+    """
+    stated = {**asdict(options), "where": [f"{one.field}{one.sign}{one.value}" for one in options.where]}
+    deciding = {"format": _FORMAT, "tokenizer_sha256": fingerprint(tokenizer), "options": stated}
+    units = tuple(Unit(_key(spans, deciding), spans) for spans in _units(files, options, unit_bytes))
+    shards = _shards(units, prefix, shard_bytes)
+    listed = hashlib.sha256("".join(unit.key for unit in units).encode())
+    identity = {
+        **deciding,
+        "files": len(files),
+        "units_sha256": listed.hexdigest(),
+        "on_error": "skip" if skip_bad else "stop",
+        "shard_bytes": shard_bytes,
+    }
+    return Plan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
+
+
+def _key(spans: tuple[Span, ...], deciding: dict[str, Any]) -> str:
+    read = [
+        (str(span.file.path.absolute()), span.file.size, span.file.path.stat().st_mtime_ns, span.start, span.stop)
+        for span in spans
+    ]
+    return hashlib.sha256(json.dumps([read, deciding], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[Span, ...]]:
+    """Large files in several units, small ones together in one."""
+    gathered: list[Span] = []
+    size = 0
+    for file in files:
+        spans = list(_spans(file, options, unit_bytes))
+        if len(spans) == 1 and size + file.size <= unit_bytes:
+            gathered += spans
+            size += file.size
+            continue
+        if gathered:
+            yield tuple(gathered)
+            gathered, size = [], 0
+        if len(spans) == 1:
+            gathered, size = spans, file.size
+        else:
+            yield from ((span,) for span in spans)
+    if gathered:
+        yield tuple(gathered)
+
+
+def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[Span]:
+    if file.form is Form.PARQUET:
+        from megatron_qwen.data.text.parquet import row_groups
+
+        first, size = 0, 0
+        groups = row_groups(file, options)
+        for index, group in enumerate(groups):
+            if size and size + group > unit_bytes:
+                yield Span(file, first, index)
+                first, size = index, 0
+            size += group
+        yield Span(file, first, len(groups))
+    elif file.form is Form.JSONL and file.packing is Packing.PLAIN:
+        for start in range(0, file.size, unit_bytes):
+            yield Span(file, start, min(start + unit_bytes, file.size))
+    else:
+        yield Span(file)
+
+
+def _span_bytes(span: Span) -> int:
+    if span.file.form is Form.JSONL and span.stop is not None:
+        return span.stop - span.start
+    return span.file.size
+
+
+def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[Shard, ...]:
+    if shard_bytes is None:
+        return (Shard(prefix, units),)
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        more = sum(map(_span_bytes, unit.spans))
+        if groups[-1] and size + more > shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += more
+    width = max(5, len(str(len(groups) - 1)))
+    return tuple(
+        Shard(prefix.with_name(f"{prefix.name}_{index:0{width}d}"), tuple(group)) for index, group in enumerate(groups)
+    )

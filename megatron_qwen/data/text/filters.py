@@ -1,0 +1,86 @@
+"""Which records of a file are taken, by what stands beside their text: ``lang=en``, ``score>=0.5``."""
+
+import operator
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_qwen.errors import ConfigError, Problem
+
+_FORM = re.compile(r"(?P<field>[\w.\-]+)\s*(?P<sign>!=|>=|<=|=|>|<)\s*(?P<value>.*)", re.DOTALL)
+_ORDER: dict[str, Callable[[Any, Any], bool]] = {
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A comparison of one field; a record without the field is not taken.
+
+    Args:
+        field: its name; dots go into objects.
+        sign: ``=``, ``!=``, ``>=``, ``<=``, ``>`` or ``<``.
+        value: what it is compared with, as typed.
+    """
+
+    field: str
+    sign: str
+    value: str
+
+    def holds(self, record: dict[str, Any]) -> bool:
+        """Whether a record meets it: numbers as numbers, anything else as text."""
+        found = lookup(record, self.field)
+        if found is None:
+            return False
+        if self.sign in _ORDER:
+            if isinstance(found, bool) or not isinstance(found, int | float):
+                return False
+            return _ORDER[self.sign](found, float(self.value))
+        if isinstance(found, bool):
+            same = str(found).lower() == self.value.lower()
+        elif isinstance(found, int | float):
+            same = _number(self.value) == found
+        else:
+            same = str(found) == self.value
+        return same is (self.sign == "=")
+
+
+def lookup(record: Any, field: str) -> Any:
+    """The value of a field; ``a.b`` is ``b`` inside ``a`` unless there is a field of that very name."""
+    if isinstance(record, dict) and field in record:
+        return record[field]
+    for part in field.split("."):
+        record = record.get(part) if isinstance(record, dict) else None
+    return record
+
+
+def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
+    """Conditions as typed after ``--where``.
+
+    Raises:
+        ConfigError: with every one that is no comparison.
+    """
+    problems, found = [], []
+    for text in texts:
+        match = _FORM.fullmatch(text)
+        if match is None:
+            problems.append(Problem("--where", text, "is no comparison, such as lang=en or score>=0.5."))
+            continue
+        condition = Condition(**match.groupdict())
+        if condition.sign in _ORDER and _number(condition.value) is None:
+            problems.append(Problem("--where", text, f"{condition.value!r} is no number to compare with."))
+        found.append(condition)
+    if problems:
+        raise ConfigError(problems)
+    return tuple(found)
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -1,0 +1,326 @@
+"""Documents out of files, a block at a time, with every record accounted for."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+import orjson
+
+from megatron_qwen.data.text.filters import Condition, lookup
+from megatron_qwen.data.text.inputs import Form, InputFile, Packing
+from megatron_qwen.data.text.unpack import unpacked
+from megatron_qwen.errors import DataError, Problem
+
+_BLOCK_BYTES = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_SNIPPET = 60
+_KEPT_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How documents are taken from records.
+
+    Args:
+        field: JSON field or parquet column of the text.
+        prompt_field: field of text that goes before it and carries no loss; None is none.
+        where: conditions a record must meet.
+        separator: what divides a .txt file into documents; None takes it whole.
+        max_document_bytes: a longer document is a bad one.
+    """
+
+    field: str = "text"
+    prompt_field: str | None = None
+    where: tuple[Condition, ...] = ()
+    separator: str | None = None
+    max_document_bytes: int = 512 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file that can be read on its own.
+
+    Args:
+        file: the file.
+        start: first byte of a plain .jsonl, first row group of a .parquet; lines that begin from here on.
+        stop: end of the range; None is the end of the file.
+    """
+
+    file: InputFile
+    start: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """A record that is no document: where, how it begins, what is wrong with it, and its first bytes."""
+
+    where: str
+    snippet: str | None
+    fix: str
+    raw: bytes = b""
+
+    def problem(self) -> Problem:
+        """As the problem of an error."""
+        return Problem(self.where, self.snippet, self.fix)
+
+
+@dataclass
+class Block:
+    """Some records of a span; read = documents + empty + filtered + bad.
+
+    Args:
+        texts: documents, a prompt and its text as a pair.
+        read: records.
+        empty: records without text.
+        filtered: records that a condition leaves out.
+        bad: records that are no documents.
+        bytes: UTF-8 bytes of the records.
+    """
+
+    texts: list[str | tuple[str, str]] = field(default_factory=list)
+    read: int = 0
+    empty: int = 0
+    filtered: int = 0
+    bad: list[BadRecord] = field(default_factory=list)
+    bytes: int = 0
+
+
+def read_span(span: Span, options: ReadOptions, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
+    """The documents of a span in the order of the file.
+
+    Args:
+        span: what is read.
+        options: how.
+        on_read: called with bytes read from disk, for progress.
+
+    Raises:
+        DataError: the file cannot be read, or is damaged as a whole.
+    """
+    try:
+        if span.file.form is Form.TXT:
+            yield from _whole_text(span.file, options, on_read)
+        elif span.file.form is Form.PARQUET:
+            from megatron_qwen.data.text.parquet import parquet_blocks
+
+            yield from parquet_blocks(span.file, span.start, span.stop, options, on_read)
+        else:
+            yield from _json_blocks(span, options, on_read)
+    except OSError as error:
+        raise DataError(Problem(str(span.file.path), None, f"cannot be read ({error.strerror}).")) from None
+
+
+def documents(files: Sequence[InputFile], options: ReadOptions) -> Iterator[str]:
+    """All documents of files; the first bad record is an error.
+
+    Raises:
+        DataError: a record is bad, or a file is damaged.
+    """
+    for file in files:
+        for block in read_span(Span(file), options):
+            if block.bad:
+                raise DataError([bad.problem() for bad in block.bad[:10]])
+            for text in block.texts:
+                yield text if isinstance(text, str) else "".join(text)
+
+
+def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:
+    """Puts a record's document into a block, or says what is wrong with it."""
+    if type(text) is not str:
+        return f"has no text in the field {options.field!r}; see --field."
+    prompt = None
+    if options.prompt_field is not None:
+        prompt = lookup(record, options.prompt_field)
+        if type(prompt) is not str:
+            return f"has no text in the field {options.prompt_field!r}; see --prompt-field."
+    if not all(condition.holds(record) for condition in options.where):
+        block.filtered += 1
+    elif not text:
+        block.empty += 1
+    else:
+        block.texts.append(text if prompt is None else (prompt, text))
+    return None
+
+
+def _whole_text(file: InputFile, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
+    content = bytearray()
+    for piece in unpacked(file, on_read):
+        content += piece
+        if len(content) > options.max_document_bytes:
+            yield Block(read=1, bad=[BadRecord(str(file.path), None, _too_long(options))], bytes=len(content))
+            return
+    size = len(content)
+    try:
+        text = (content[3:] if content.startswith(_BOM) else content).decode()
+    except UnicodeDecodeError as error:
+        bad = BadRecord(str(file.path), f"byte {error.start}", "is not UTF-8 text; convert the file.")
+        yield Block(read=1, bad=[bad], bytes=size)
+        return
+    del content
+    texts = [text] if options.separator is None else text.split(options.separator)
+    full: list[str | tuple[str, str]] = [one for one in texts if one.strip()]
+    yield Block(texts=full, read=len(texts), empty=len(texts) - len(full), bytes=size)
+
+
+def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
+    number = _LineNumbers(span)
+    for lines in _lines(span, options, on_read):
+        passed = len(lines)
+        block = _parse(lines, options, number)
+        lines.clear()  # a line may be large, and its document is a copy
+        yield block
+        number.passed += passed
+
+
+class _LineNumbers:
+    """Turns lines of a range into line numbers of the file; what lies before is counted only when asked for."""
+
+    def __init__(self, span: Span) -> None:
+        self.span, self.passed = span, 0
+        self._before: int | None = None if span.start else 0
+
+    def __getitem__(self, index: int) -> str:
+        if self._before is None:
+            self._before = 0
+            left = self.span.start
+            with self.span.file.path.open("rb") as file:
+                while left and (piece := file.read(min(left, 1 << 24))):
+                    self._before += piece.count(b"\n")
+                    left -= len(piece)
+            with self.span.file.path.open("rb") as file:
+                file.seek(self.span.start - 1)
+                self._before += file.read(1) != b"\n"  # the line under way at the start is another range's
+        return f"{self.span.file.path}:{self._before + self.passed + index + 1}"
+
+
+def _lines(
+    span: Span, options: ReadOptions, on_read: Callable[[int], None]
+) -> Iterator[list[bytes | bytearray | None]]:
+    """Whole lines, some at a time; None stands for one that is too long."""
+    pieces = unpacked(span.file, on_read) if span.file.packing is not Packing.PLAIN else _range(span, on_read)
+    held = bytearray()
+    too_long, first = False, span.start == 0
+    for piece in pieces:
+        if first and piece.startswith(_BOM):
+            piece = piece[3:]
+        first = False
+        end = piece.rfind(b"\n")
+        if end < 0:
+            if not too_long:
+                held += piece
+            if len(held) > options.max_document_bytes:
+                held, too_long = bytearray(), True
+            continue
+        if too_long:
+            begin = piece.find(b"\n") + 1
+            yield [None, *piece[begin:end].split(b"\n")] if begin <= end else [None]
+            too_long = False
+        elif len(held) > _BLOCK_BYTES:  # a long line stays where it is; what follows is split
+            begin = piece.find(b"\n")
+            held += piece[:begin]
+            lines: list[bytes | bytearray | None] = [held]
+            held = bytearray()
+            yield lines
+            if begin < end:
+                yield list(piece[begin + 1 : end].split(b"\n"))
+        else:
+            held += piece[:end]
+            yield list(bytes(held).split(b"\n"))
+        held = bytearray(piece[end + 1 :])
+    if too_long:
+        yield [None]
+    elif held:
+        lines = [held]
+        held = bytearray()
+        yield lines
+
+
+def _range(span: Span, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """The bytes of the lines that begin in a range of a plain file."""
+    stop = span.file.size if span.stop is None else span.stop
+    with span.file.path.open("rb") as file:
+        left = stop - span.start
+        if span.start:
+            file.seek(span.start - 1)
+            skipped = _skip_line(file, left + 1) - 1
+            on_read(min(max(skipped, 0), left))
+            left -= skipped
+        if left <= 0:
+            return
+        last = b"\n"
+        while left > 0 and (last := file.read(min(left, _BLOCK_BYTES))):
+            left -= len(last)
+            on_read(len(last))
+            yield last
+        while last and not last.endswith(b"\n"):  # the last line goes on past the range
+            last = file.readline(_BLOCK_BYTES)
+            if last:
+                yield last
+
+
+def _skip_line(file: BinaryIO, limit: int) -> int:
+    """Reads to the end of the line, or until ``limit`` bytes; returns how many."""
+    read = 0
+    while read < limit and (piece := file.readline(min(_BLOCK_BYTES, limit - read))):
+        read += len(piece)
+        if piece.endswith(b"\n"):
+            return read
+    return max(read, limit)
+
+
+def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: _LineNumbers) -> Block:
+    block = Block()
+    name, plain = options.field, options.prompt_field is None and not options.where
+    texts, loads = block.texts, orjson.loads
+    for index, line in enumerate(lines):
+        if line is None:
+            block.read += 1
+            block.bad.append(BadRecord(number[index], None, _too_long(options)))
+            continue
+        block.bytes += len(line) + 1
+        try:
+            record = loads(line)
+        except orjson.JSONDecodeError:
+            if line.strip():
+                block.read += 1
+                block.bad.append(BadRecord(number[index], _snippet(line), _why_no_json(line), _raw(line)))
+            continue
+        block.read += 1
+        text = record.get(name) if isinstance(record, dict) else None
+        if plain and type(text) is str and text:
+            texts.append(text)
+            continue
+        if text is None and isinstance(record, dict):
+            text = lookup(record, name)
+        if (fix := take(block, record, text, options)) is not None:
+            block.bad.append(BadRecord(number[index], _snippet(line), fix, _raw(line)))
+    return block
+
+
+def _snippet(line: bytes | bytearray) -> str:
+    return bytes(line[: 4 * _SNIPPET]).decode(errors="replace")[:_SNIPPET].strip()
+
+
+def _raw(line: bytes | bytearray) -> bytes:
+    return bytes(line[:_KEPT_BYTES])
+
+
+def _why_no_json(line: bytes | bytearray) -> str:
+    try:
+        bytes(line).decode()
+    except UnicodeDecodeError as error:
+        return f"is not UTF-8 text (byte {error.start} of the line); convert the file."
+    if b"\0" in line:
+        return "holds a NUL byte; the file is damaged, or no text."
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"is no JSON ({str(error)[:100]})."
+    if b"\\u" in line:
+        return "holds half a surrogate pair, which is no character; mend or drop the line."
+    return "holds a number that JSON does not have (NaN or Infinity); mend or drop the line."
+
+
+def _too_long(options: ReadOptions) -> str:
+    return f"is longer than {options.max_document_bytes >> 20} MiB; cut it, or raise --max-document-mib."

@@ -1,0 +1,163 @@
+"""The command line of ``mq data``."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.cli import Parser
+
+_FILES = "files, folders, patterns, or @list (a file with one a line); .jsonl, .txt, .parquet, also .gz and .zst"
+
+
+def parser() -> argparse.ArgumentParser:
+    """All actions; each names the module that does it."""
+    parser = Parser(
+        "mq data",
+        description="Trains tokenizers, turns text into token files, and says what is in them.",
+        examples=[
+            "mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl",
+            "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
+            "mq data inspect data/corpus",
+            "mq data verify data/corpus",
+            "mq data merge --output data/all data/corpus data/more",
+        ],
+    )
+    actions = parser.add_subparsers(dest="action", required=True)
+    _tokenizer(actions)
+    _prepare(actions)
+    _look(actions)
+    _merge(actions)
+    _reading(actions)
+    return parser
+
+
+def _tokenizer(actions: Any) -> None:
+    tokenizer = actions.add_parser(
+        "tokenizer",
+        help="train a tokenizer, or import one",
+        description="Trains a tokenizer on text, or makes one of a rank file of tiktoken.",
+        examples=[
+            "mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl",
+            "mq data tokenizer import-tiktoken qwen.tiktoken --output qwen",
+        ],
+    )
+    tokenizer.set_defaults(module="tools.data.tokenizer")
+    ways = tokenizer.add_subparsers(dest="way", required=True)
+    train = ways.add_parser(
+        "train",
+        help="on text",
+        description="Trains a tokenizer on text.",
+        examples=["mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl"],
+    )
+    train.add_argument("--vocab-size", type=int, required=True, help="ids in all, control tokens included")
+    train.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
+    train.add_argument("--field", default="text", help="field of a JSON line that holds the text")
+    train.add_argument("files", nargs="+", help=_FILES)
+    ranks = ways.add_parser(
+        "import-tiktoken",
+        help="from a rank file",
+        description="Makes a Hugging Face tokenizer of a rank file, with Qwen2.5's pre-tokenizer and control tokens.",
+        examples=["mq data tokenizer import-tiktoken qwen.tiktoken --output qwen"],
+    )
+    ranks.add_argument("ranks", type=Path, help="lines of a token in base64 and its rank")
+    for one in (train, ranks):
+        one.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
+
+
+def _prepare(actions: Any) -> None:
+    prepare = actions.add_parser(
+        "prepare",
+        help="text to .bin / .idx",
+        description="Turns text into token files: a line's field in .jsonl, a row's in .parquet, and a whole .txt are "
+        "documents. The same command goes on where it was stopped.",
+        examples=[
+            "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
+            "mq data prepare --tokenizer tok --output data/web --where lang=en --on-error skip 'crawl/**/*.jsonl.zst'",
+            "mq data prepare --tokenizer tok --output data/web --shard-gib 8 --task 3/16 @files.txt",
+        ],
+    )
+    prepare.set_defaults(module="tools.data.prepare")
+    prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
+    prepare.add_argument("--output", type=Path, required=True, help="prefix of the token file")
+    prepare.add_argument("--field", default="text", help="field or column that holds the text")
+    prepare.add_argument("--prompt-field", help="field of text that goes before it and carries no loss")
+    prepare.add_argument(
+        "--where", action="append", default=[], metavar="FIELD=VALUE", help="take only such records (also != > >= < <=)"
+    )
+    prepare.add_argument("--separator", help="what divides a .txt into documents; default: nothing does")
+    prepare.add_argument("--max-document-mib", type=int, default=512, help="a longer document is a bad one")
+    prepare.add_argument(
+        "--on-error",
+        choices=["stop", "skip"],
+        default="stop",
+        help="at a bad record: stop, or set it aside in PREFIX.skipped.jsonl",
+    )
+    prepare.add_argument("--workers", type=int, help="processes; default: one a core")
+    prepare.add_argument("--shard-gib", type=float, help="GiB of input in one token file; default: one token file")
+    prepare.add_argument("--task", metavar="K/N", help="make every N-th shard from the K-th (K from 0): one of N tasks")
+    prepare.add_argument("--json", action="store_true", help="the manifest, as JSON")
+    prepare.add_argument("files", nargs="+", help=_FILES)
+
+
+def _look(actions: Any) -> None:
+    inspect = actions.add_parser(
+        "inspect",
+        help="what is in token files",
+        description="Counts, lengths, bytes per token, the longest documents, and text where a tokenizer is given.",
+        examples=[
+            "mq data inspect data/corpus --tokenizer tok",
+            "mq data inspect data/web data/code --histogram lengths.png",
+        ],
+    )
+    inspect.set_defaults(module="tools.data.inspect")
+    inspect.add_argument("prefix", nargs="+", type=Path)
+    inspect.add_argument("--samples", type=int, default=3, help="documents shown, spread over the file")
+    inspect.add_argument("--histogram", type=Path, help="picture of the lengths to draw, .png or .svg")
+    verify = actions.add_parser(
+        "verify",
+        help="compare every byte with the manifest",
+        description="Reads everything: checksums, counts, ids and the index.",
+        examples=["mq data verify data/corpus"],
+    )
+    verify.set_defaults(module="tools.data.verify")
+    verify.add_argument("prefix", type=Path)
+    for one in (inspect, verify):
+        one.add_argument("--tokenizer", type=Path, help="tokenizer directory, to show text")
+        one.add_argument("--json", action="store_true")
+
+
+def _merge(actions: Any) -> None:
+    merge = actions.add_parser(
+        "merge",
+        help="several token files as one",
+        description="Joins token files made with one tokenizer: linked as shards of a set, or written as one file.",
+        examples=["mq data merge --output data/all data/corpus data/more"],
+    )
+    merge.set_defaults(module="tools.data.merge")
+    merge.add_argument("--output", type=Path, required=True, help="prefix of the result")
+    merge.add_argument("--single", action="store_true", help="one .bin and .idx; copies all tokens")
+    merge.add_argument("--json", action="store_true")
+    merge.add_argument("prefixes", nargs="+", type=Path)
+
+
+def _reading(actions: Any) -> None:
+    plan = actions.add_parser(
+        "plan",
+        help="what a run will read",
+        description="Steps, samples, tokens and epochs of every stage and source, before anything runs.",
+        examples=["mq data plan qwen2_5_7b data.blend=blend.yaml training.train_iters=100000"],
+    )
+    plan.set_defaults(module="tools.data.plan", takes_overrides=True)
+    plan.add_argument("source", help="a recipe or a run.yaml; then section.field=value overrides")
+    plan.add_argument("--json", action="store_true")
+    ledger = actions.add_parser(
+        "ledger",
+        help="what a run has read",
+        description="What every stage of a run has read of every source, or the samples that one step saw.",
+        examples=["mq data ledger runs/7b", "mq data ledger runs/7b --step 1234 --tokenizer tok"],
+    )
+    ledger.set_defaults(module="tools.data.ledger")
+    ledger.add_argument("run", type=Path, help="run directory")
+    ledger.add_argument("--step", type=int, help="show the samples of this step")
+    ledger.add_argument("--tokenizer", type=Path, help="tokenizer directory, to show their text")
+    ledger.add_argument("--json", action="store_true")
