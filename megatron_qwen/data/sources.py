@@ -166,7 +166,11 @@ def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     tokens = TokenSet(Path(spec.path))
     held_out = max(1, round(tokens.num_documents * fraction)) if fraction else 0
     documents = tokens.num_documents - held_out
-    return OpenSource(name, spec, tokens, documents, tokens.document_start(documents))
+    stop = tokens.document_start(documents)
+    if documents and not stop:
+        fix = f"is damaged: its first {documents} documents hold no token; prepare the data again."
+        raise DataError(Problem(str(tokens.prefix), None, fix))
+    return OpenSource(name, spec, tokens, documents, stop)
 
 
 def require_room(source: OpenSource, seq_length: int, *, where: str = "data.seq_length") -> None:

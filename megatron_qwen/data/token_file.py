@@ -91,7 +91,10 @@ class TokenFile:
         """Position of a document's first token in the stream; of the end for ``num_documents``."""
         if document == self.num_documents:
             return self.num_tokens
-        return int(self._offsets[document]) // self.dtype.itemsize
+        start = int(self._offsets[document]) // self.dtype.itemsize
+        if not 0 <= start <= self.num_tokens:
+            raise self._damaged(f"document {document} begins at token {start} of {self.num_tokens}")
+        return start
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens of the stream from ``start`` up to ``stop``, copied."""
@@ -114,7 +117,13 @@ class TokenFile:
         ends = self._offsets[first:last].astype(np.int64) // width - 1
         if stop == self.num_tokens:
             ends = np.append(ends, stop - 1)
+        if len(ends) and (ends.min() < start or ends.max() >= stop or (np.diff(ends) < 0).any()):
+            raise self._damaged(f"its documents are not in order around token {start}")
         return ends
+
+    def _damaged(self, what: str) -> DataError:
+        path = with_ending(self.prefix, ".idx")
+        return DataError(Problem(str(path), None, f"is damaged: {what}; prepare the data again."))
 
 
 class TokenFileWriter:

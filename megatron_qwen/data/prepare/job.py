@@ -208,7 +208,7 @@ def _nothing_left_of_nothing(plan: Plan) -> Iterator[None]:
 def _alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by forked processes
         except OSError:
             fix = "another process is at work on this; wait for it, or end it."
             raise ConfigError(Problem("--output", lock.parent, fix)) from None

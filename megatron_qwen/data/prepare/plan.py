@@ -100,6 +100,7 @@ def make_plan(
     """
     stated = {**asdict(options), "where": [f"{one.field}{one.sign}{one.value}" for one in options.where]}
     deciding = {"format": _FORMAT, "tokenizer_sha256": fingerprint(tokenizer), "options": stated}
+    unit_bytes = min(unit_bytes, shard_bytes or unit_bytes)
     units = tuple(Unit(_key(spans, deciding), spans) for spans in _units(files, options, unit_bytes))
     shards = _shards(units, prefix, shard_bytes)
     listed = hashlib.sha256("".join(unit.key for unit in units).encode())

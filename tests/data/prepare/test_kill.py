@@ -1,0 +1,132 @@
+"""Killed at any moment, a preparation goes on where it was and gives the same bytes."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.demo import standard_library
+from megatron_qwen.data.manifest import read_manifest
+from tests.conftest import command, environment, run
+
+MOMENTS = 20
+ENDINGS = (".bin", ".idx", ".json")
+
+
+@pytest.fixture(scope="module")
+def large_corpus(tmp_path_factory) -> Path:
+    """40 MB, in many units."""
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    lines = "".join(json.dumps(document) + "\n" for document in standard_library(8_000_000))
+    path.write_text(lines * 5)
+    return path
+
+
+def start(tokenizer: Path, prefix: Path, corpus: Path) -> subprocess.Popen:
+    arguments = command("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, "--workers", 2, corpus)
+    return subprocess.Popen(
+        arguments, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def test_at_twenty_moments(large_corpus, tokenizer, tmp_path):
+    started = time.monotonic()
+    assert start(tokenizer, tmp_path / "whole", large_corpus).wait(timeout=120) == 0
+    duration = time.monotonic() - started
+    expected = [(tmp_path / f"whole{ending}").read_bytes() for ending in ENDINGS]
+    random.seed(20)
+    interrupted = with_parts = 0
+    for moment in range(MOMENTS):
+        prefix = tmp_path / f"out{moment}" / "whole"
+        process = start(tokenizer, prefix, large_corpus)
+        time.sleep(duration * random.uniform(0.25, 0.98))
+        os.killpg(process.pid, signal.SIGKILL)  # the parent and its processes, as when a node goes
+        interrupted += process.wait() == -signal.SIGKILL
+        with_parts += len(list(prefix.parent.glob("whole.work/*.json"))) > 1
+        run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, large_corpus, check=True)
+        assert [prefix.with_name(f"whole{ending}").read_bytes() for ending in ENDINGS] == expected, moment
+        assert not prefix.with_name("whole.work").exists()
+        for ending in ENDINGS:
+            prefix.with_name(f"whole{ending}").unlink()
+    print(f"{interrupted} of {MOMENTS} were interrupted, {with_parts} of them with finished parts")
+    assert interrupted >= MOMENTS // 2
+    assert with_parts >= 3
+
+
+def test_only_the_parent_is_killed(large_corpus, tokenizer, tmp_path):
+    """Its processes end by themselves, and the next attempt is not in their way."""
+    process = start(tokenizer, tmp_path / "out", large_corpus)
+    children: list[str] = []
+    deadline = time.monotonic() + 60
+    while not children and time.monotonic() < deadline:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    process.kill()
+    process.wait()
+    run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus, check=True)
+    assert all(not Path(f"/proc/{child}").exists() or _is_gone(child) for child in children)
+    assert read_manifest(tmp_path / "out") is not None
+
+
+def _is_gone(child: str) -> bool:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_a_worker_that_is_killed_is_named(large_corpus, tokenizer, tmp_path):
+    process = subprocess.Popen(
+        command("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    child = ""
+    deadline = time.monotonic() + 60
+    while not child and time.monotonic() < deadline:
+        child = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split("\n")[0]
+    os.kill(int(child), signal.SIGKILL)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "the process that encoded it was killed by signal 9" in error
+    assert "Traceback" not in error
+    run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus, check=True)
+
+
+def test_two_at_once(large_corpus, tokenizer, tmp_path):
+    """One works, the other says so."""
+    first = start(tokenizer, tmp_path / "out", large_corpus)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "out.work" / "task_0_of_1.lock").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus)
+    assert first.wait(timeout=120) == 0
+    assert second.returncode == 2
+    assert "another process is at work on this" in second.stderr
+
+
+def test_a_changed_input_takes_what_still_fits(large_corpus, tokenizer, tmp_path):
+    for name in ("a", "b"):
+        lines = large_corpus.read_text().splitlines(keepends=True)[:300]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    with (tmp_path / "b.jsonl").open("a") as file:
+        file.write("broken\n")
+    arguments = ["prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", "--workers", 1]
+    done = run("tools.data", *arguments, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    assert done.returncode == 3
+    assert "b.jsonl:301 = broken" in done.stderr
+    lines = (tmp_path / "b.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "b.jsonl").write_text("".join(lines[:-1]))
+    run("tools.data", *arguments, tmp_path / "a.jsonl", tmp_path / "b.jsonl", check=True)
+    noted = read_manifest(tmp_path / "out")
+    assert noted.documents == 600
