@@ -74,8 +74,9 @@ def _build(device: torch.device) -> Any:
         fix = f"needs NVIDIA DALI ({error}): pip install 'megatron_qwen[dali]', or set data.loader=mmap."
         raise ConfigError(Problem("data.loader", "dali", fix)) from None
     gpu = device.type == "cuda"
+    # A deeper queue would run, at its first call, ahead of what it was fed.
     pipeline = Pipeline(
-        batch_size=1, num_threads=1, device_id=device.index if gpu else None, exec_dynamic=True, prefetch_queue_depth=2
+        batch_size=1, num_threads=1, device_id=device.index if gpu else None, exec_dynamic=True, prefetch_queue_depth=1
     )
     kinds = {"loss_mask": types.FLOAT}
     with pipeline:
