@@ -1,5 +1,6 @@
 """``mq bench``: runs a benchmark and its peer in one go and prints the ratio."""
 
+import importlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,6 +14,9 @@ _NAMES = {
     "startup": "mq --help, mq train --help, mq config show against 0.5 s",
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
+    "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
+    "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and beside megatron-core's GPTDataset",
+    "loader": "tokens read and collated on one core against 20 million a second",
     "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
 }
 
@@ -34,13 +38,9 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
-    from tools.benchmarks import convert, launch, sample_order, startup, train_step
-
-    if options.name == "train_step":
-        rows = train_step.run(rounds=options.rounds, steps=options.steps)
-    else:
-        named = {"startup": startup, "sample_order": sample_order, "convert": convert, "launch": launch}
-        rows = named[options.name].run(rounds=options.rounds)
+    module = importlib.import_module(f"tools.benchmarks.{options.name}")
+    steps = {"steps": options.steps} if options.name == "train_step" else {}
+    rows = module.run(rounds=options.rounds, **steps)
     text = json.dumps([asdict(row) for row in rows], indent=2)
     print(text if options.json else "\n".join(map(str, rows)))
     if options.output is not None:

@@ -1,6 +1,7 @@
 """Text to ids at speed: gigatoken where it is proven to give the tokenizer's own ids, else the tokenizer itself."""
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +36,10 @@ PROBES = (
 # A longer document is encoded in parts, cut where Qwen2's pre-tokenizer always cuts: between a line end and a letter.
 _PART_CHARACTERS = 1 << 20
 _CUT = re.compile(r"\n(?=[A-Za-z])")
+# tokenizers and gigatoken know Unicode's normal form C of different years: they differ on text that is not in it, and on
+# the scripts that compose since Unicode 16, which Python's own tables may lack (here by the first bytes of their UTF-8:
+# U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F). Such text the tokenizer's own library encodes.
+_RECENT = (b"\xf0\x91\x8e", b"\xf0\x91\x8f", b"\xf0\x96\x84", b"\xf0\x96\xb5")
 
 
 class Encoder(Protocol):
@@ -84,32 +89,49 @@ class Gigatoken:
     def __init__(self, directory: Path) -> None:
         import gigatoken
 
-        self.name = "gigatoken"
+        self.name, self._directory = "gigatoken", directory
+        self._slow: Tokenizer | None = None
         path = directory / "tokenizer.json"
         if path.is_file():
             data = path.read_bytes()
             content = orjson.loads(data)
             self._library = gigatoken.Tokenizer.from_json(data)
             self._cuts = _splits_like_qwen2(content)
+            self._normalizes = content.get("normalizer") is not None
             control = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
             self.end_of_text = control[END_OF_TEXT]
         else:
             self._library = gigatoken.Tokenizer.from_sentencepiece(directory / "tokenizer.model")
-            self._cuts = False
+            self._cuts = self._normalizes = False
             self.end_of_text = load_tokenizer(directory).end_of_text
         self.vocab_size = int(self._library.vocab_size)
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
         """The ids of a text; a long one in parts, which bounds the memory."""
-        encode = self._library.encode
-        if not self._cuts or len(text) <= _PART_CHARACTERS:
-            yield encode(text)
-            return
         start = 0
-        while len(text) - start > _PART_CHARACTERS and (cut := _CUT.search(text, start + _PART_CHARACTERS)):
-            yield encode(text[start : cut.end()])
+        while (
+            self._cuts
+            and len(text) - start > _PART_CHARACTERS
+            and (cut := _CUT.search(text, start + _PART_CHARACTERS)) is not None
+        ):
+            yield self._part(text[start : cut.end()])
             start = cut.end()
-        yield encode(text[start:])
+        yield self._part(text[start:] if start else text)
+
+    def _part(self, text: str) -> npt.NDArray[Any]:
+        if self._normalizes and not _in_one_normal_form(text):
+            if self._slow is None:
+                self._slow = load_tokenizer(self._directory)
+            return np.asarray(self._slow.encode_batch([text])[0], dtype=np.uint32)
+        return self._library.encode(text)
+
+
+def _in_one_normal_form(text: str) -> bool:
+    """Whether a text is in normal form C whatever the year of the tables."""
+    if text.isascii():
+        return True
+    raw = text.encode()
+    return not any(first in raw for first in _RECENT) and unicodedata.is_normalized("NFC", text)
 
 
 def open_encoder(directory: Path) -> Encoder:

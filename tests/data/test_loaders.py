@@ -1,4 +1,4 @@
-"""The memory-map loader and DALI give the same batches; what goes wrong while reading ahead is said where it matters."""
+"""The memory-map loader and DALI give the same batches; what goes wrong in reading ahead is said."""
 
 import hashlib
 
@@ -88,15 +88,17 @@ def test_a_bad_token_read_ahead_is_named_at_its_own_step(make, folder, tmp_path)
     write_source(tmp_path / "b", 3500)
     data = open_run(tmp_path, stages(tmp_path))
     data.reading = type(data.reading)(False, False, vocab_size=3000)
-    reader = type(data.at(0))(
-        data, data.at(0).stage, data.at(0).phase, config=data.config, ends=None, idle={}
-    )
+    reader = type(data.at(0))(data, data.at(0).stage, data.at(0).phase, config=data.config, ends=None, idle={})
     good = next(n for n in range(50) if max(reader.sources["a"].tokens.num_tokens, 1) and _max(data, n) < 3000)
     bad = next(n for n in range(50) if _max(data, n) >= 3000)
     loader = make(Shard(0, 1, 0, 1, CPU), ahead=1)
-    with pytest.raises(DataError, match=r"is no id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"):
+
+    def two_steps() -> None:
         loader.load(reader, Request(good, 1, 1), lambda: iter([(reader, Request(bad, 1, 1))]))
         loader.load(reader, Request(bad, 1, 1), lambda: iter(()))
+
+    with pytest.raises(DataError, match=r"is no id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"):
+        two_steps()
     loader.close()
 
 

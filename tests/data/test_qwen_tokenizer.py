@@ -1,7 +1,9 @@
 """The tokenizer made of Qwen's rank file gives the ids of Hugging Face's Qwen2 class, and gigatoken gives the same."""
 
 import functools
+import itertools
 import json
+import unicodedata
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,13 @@ from megatron_qwen.data.tokenizer_making import QWEN2_5_CONTROL_TOKENS
 from tests.conftest import run
 
 # Bytes that are no UTF-8, as a reader of such a file would hand them over.
-INVALID = [bytes(raw).decode(errors="replace") for raw in (b"\xff\xfe", b"ab\xe4\xbd", b"\xf0\x9f\x98", b"\xc0\xaf\x80")]
+INVALID = [
+    bytes(raw).decode(errors="replace") for raw in (b"\xff\xfe", b"ab\xe4\xbd", b"\xf0\x9f\x98", b"\xc0\xaf\x80")
+]
+
+
+encoder_of = functools.cache(open_encoder)
+tokenizer_of = functools.cache(load_tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -41,14 +49,34 @@ def test_equal_ids_with_transformers(qwen, oracle):
     assert open_encoder(qwen).name == "gigatoken"
 
 
+def test_text_on_which_tables_of_unicode_differ(qwen):
+    """Marks out of order, decomposed letters, scripts of Unicode 16; each alone and inside a text."""
+    texts = [
+        "a\u07f3\u07fd",
+        "\u07fd\u07f3",
+        "e\u0301",
+        "q\u0307\u0323",
+        "\U000113c2",
+        "\U0001611e\U0001611e",
+        "\U00016d67",
+    ]
+    assert (
+        difference(encoder_of(qwen), tokenizer_of(qwen), [*texts, *(f"x {text} y\n{text}" for text in texts)]) is None
+    )
+
+
+def test_every_character(qwen):
+    """All that Unicode has assigned, between letters, doubled, before a digit, after a line end."""
+    assigned = (code for code in range(1, 0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Co", "Cn"))
+    for codes in itertools.batched(assigned, 20_000):
+        texts = [f"x{chr(code)}y {chr(code)}{chr(code)} {chr(code)}1\n{chr(code)}" for code in codes]
+        assert difference(encoder_of(qwen), tokenizer_of(qwen), texts) is None
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=200))
 def test_gigatoken_gives_equal_ids_for_any_text(qwen, text):
     assert difference(encoder_of(qwen), tokenizer_of(qwen), [text]) is None
-
-
-encoder_of = functools.cache(open_encoder)
-tokenizer_of = functools.cache(load_tokenizer)
 
 
 def test_a_long_document_in_parts(qwen, monkeypatch):

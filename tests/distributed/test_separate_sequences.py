@@ -66,11 +66,7 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
             worst = max(worst, float((together[start : start + length] - alone).abs().max()))
             start += length
         as_one = logits(batch.tokens, torch.arange(start)[None], None)
-    return {
-        "sequences": len(batch.lengths),
-        "difference": worst,
-        "as_one": float((together - as_one).abs().max()),
-    }
+    return {"sequences": len(batch.lengths), "difference": worst, "as_one": float((together - as_one).abs().max())}
 
 
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])

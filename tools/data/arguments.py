@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     )
     actions = parser.add_subparsers(dest="action", required=True)
     _tokenizer(actions)
+    _clean(actions)
     _prepare(actions)
     _look(actions)
     _merge(actions)
@@ -97,6 +98,41 @@ def _prepare(actions: Any) -> None:
     prepare.add_argument("--task", metavar="K/N", help="make every N-th shard from the K-th (K from 0): one of N tasks")
     prepare.add_argument("--json", action="store_true", help="the manifest, as JSON")
     prepare.add_argument("files", nargs="+", help=_FILES)
+
+
+def _clean(actions: Any) -> None:
+    clean = actions.add_parser(
+        "clean",
+        help="drop documents that are better left out",
+        description="Takes text through the stages that are asked for, and writes what is kept as .jsonl.zst, with a "
+        "report of what each stage dropped.",
+        examples=[
+            "mq data clean --output clean --exact --near 0.8 --min-chars 200 crawl.jsonl",
+            "mq data clean --output clean --tokenizer tok --test-set mmlu.jsonl gsm8k.jsonl -- crawl.jsonl",
+            "mq data clean --output clean --quality model.bin --quality-label good --min-quality 0.6 crawl.jsonl",
+        ],
+    )
+    clean.set_defaults(module="tools.data.clean")
+    clean.add_argument("--output", type=Path, required=True, help="directory to make")
+    clean.add_argument("--exact", action="store_true", help="drop documents that came before, byte for byte")
+    clean.add_argument("--near", type=float, metavar="SIMILARITY", help="drop those as similar as this to one before")
+    clean.add_argument("--test-set", nargs="+", help="drop what is part of these test sets")
+    clean.add_argument("--test-field", default="text", help="field of their text")
+    clean.add_argument("--tokenizer", type=Path, help="tokenizer directory whose tokens the rule counts")
+    clean.add_argument("--whole-documents", action="store_true", help="compare documents, not their paragraphs")
+    clean.add_argument("--min-chars", type=int, default=0, help="least length in characters")
+    clean.add_argument("--max-chars", type=int, help="greatest length in characters")
+    clean.add_argument("--min-letters", type=float, default=0.0, help="least share of letters")
+    clean.add_argument("--max-repetition", type=float, default=1.0, help="greatest share of repeated lines")
+    clean.add_argument("--quality", metavar="MODEL", help="fastText model, or module:function that scores a text")
+    clean.add_argument("--quality-label", help="label of the fastText model")
+    clean.add_argument("--min-quality", type=float, default=0.5, help="least score")
+    clean.add_argument("--field", default="text", help="field or column that holds the text")
+    clean.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="take only such records")
+    clean.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="at a bad record")
+    clean.add_argument("--workers", type=int, help="processes; default: one a core")
+    clean.add_argument("--json", action="store_true", help="the report, as JSON")
+    clean.add_argument("files", nargs="+", help=_FILES)
 
 
 def _look(actions: Any) -> None:

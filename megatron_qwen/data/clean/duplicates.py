@@ -1,0 +1,77 @@
+"""Documents that are there already: the same bytes, or nearly the same words."""
+
+import re
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+_WORDS = re.compile(r"\w+")
+_SHINGLE_WORDS = 5
+_PERMUTATIONS = 128
+
+
+class ExactDuplicates:
+    """Remembers 16 bytes of every document."""
+
+    name = "exact duplicates"
+
+    def __init__(self) -> None:
+        self._seen: set[bytes] = set()
+
+    def is_new(self, digest: bytes) -> bool:
+        """Whether no document had this digest; notes it."""
+        if digest in self._seen:
+            return False
+        self._seen.add(digest)
+        return True
+
+
+class NearDuplicates:
+    """MinHash signatures in a locality-sensitive index (Broder 1997), by datasketch.
+
+    The index lies in memory: about 3 KB a document that is kept.
+
+    Args:
+        threshold: Jaccard similarity of the sets of five-word shingles from which on a document is dropped.
+    """
+
+    name = "near duplicates"
+
+    def __init__(self, threshold: float) -> None:
+        from datasketch import MinHashLSH
+
+        self._index = MinHashLSH(threshold=threshold, num_perm=_PERMUTATIONS)
+        self._signatures: dict[int, Any] = {}
+        self._threshold, self._kept = threshold, 0
+
+    def is_new(self, signature: npt.NDArray[np.uint64]) -> bool:
+        """Whether no document kept before is as similar as the threshold; notes it."""
+        from datasketch import MinHash
+
+        own = MinHash(num_perm=_PERMUTATIONS, hashvalues=signature)
+        if any(own.jaccard(self._signatures[key]) >= self._threshold for key in self._index.query(own)):
+            return False
+        self._index.insert(self._kept, own)
+        self._signatures[self._kept] = own
+        self._kept += 1
+        return True
+
+
+def digest(text: str) -> bytes:
+    """What exact duplicates have in common: the text, but for space around it."""
+    return xxhash.xxh3_128_digest(text.strip().encode())
+
+
+def signature(text: str) -> npt.NDArray[np.uint64]:
+    """MinHash of a text's shingles."""
+    from datasketch import MinHash
+
+    words = _WORDS.findall(text.lower())
+    last = max(len(words) - _SHINGLE_WORDS + 1, 1)
+    shingles = {" ".join(words[start : start + _SHINGLE_WORDS]).encode() for start in range(last)}
+    made = MinHash(num_perm=_PERMUTATIONS)
+    made.update_batch(list(shingles))
+    values: npt.NDArray[np.uint64] = made.hashvalues
+    return values
