@@ -36,9 +36,9 @@ PROBES = (
 # A longer document is encoded in parts, cut where Qwen2's pre-tokenizer always cuts: between a line end and a letter.
 _PART_CHARACTERS = 1 << 20
 _CUT = re.compile(r"\n(?=[A-Za-z])")
-# tokenizers and gigatoken know Unicode's normal form C of different years: they differ on text that is not in it, and on
-# the scripts that compose since Unicode 16, which Python's own tables may lack (here by the first bytes of their UTF-8:
-# U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F). Such text the tokenizer's own library encodes.
+# tokenizers and gigatoken know Unicode's normal form C of different years: they differ on text that is not in it, and
+# on the scripts that compose since Unicode 16, which Python's own tables may lack (here by the first bytes of their
+# UTF-8: U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F). Such text the tokenizer's own library encodes.
 _RECENT = (b"\xf0\x91\x8e", b"\xf0\x91\x8f", b"\xf0\x96\x84", b"\xf0\x96\xb5")
 
 

@@ -26,6 +26,8 @@ def place(tmp_path_factory) -> Path:
     (root / "code").mkdir()
     for index, text in enumerate(documents[40:]):
         (root / "code" / f"{index:03d}.txt").write_text(text)
+    question = "Which of these functions gives the absolute path of a file and follows every symbolic link in it?"
+    (root / "questions.jsonl").write_text(json.dumps({"text": question}) + "\n")
     shutil.move(fetch_ranks(tmp_path_factory.mktemp("wheel")), root / "qwen.tiktoken")
     (root / "blend.yaml").write_text(BLEND)
     # Without code, with another length, and one more source.
