@@ -9,7 +9,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import orjson
+from tokenizers.normalizers import NFC
 
+from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 from megatron_qwen.data.tokenizer_making import QWEN2_SPLIT
 
@@ -58,6 +60,9 @@ class Encoder(Protocol):
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
         """The ids of a text, in one or more pieces."""
 
+    def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
+        """The ids of a text that is too long for one string."""
+
 
 class Plain:
     """The tokenizer's own library, a text at a time.
@@ -75,6 +80,10 @@ class Plain:
         """The ids of a text."""
         yield np.asarray(self.tokenizer.encode_batch([text])[0], dtype=np.int32)
 
+    def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
+        """The ids of a long text; whole, because where this tokenizer may be cut is not known."""
+        yield from self.encode(text.text())
+
 
 class Gigatoken:
     """gigatoken, on the thread that calls.
@@ -91,6 +100,8 @@ class Gigatoken:
 
         self.name, self._directory = "gigatoken", directory
         self._slow: Tokenizer | None = None
+        self._normal = NFC()
+        self._control: tuple[str, ...] = ()
         path = directory / "tokenizer.json"
         if path.is_file():
             data = path.read_bytes()
@@ -100,6 +111,7 @@ class Gigatoken:
             self._normalizes = content.get("normalizer") is not None
             control = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
             self.end_of_text = control[END_OF_TEXT]
+            self._control = tuple(control)
         else:
             self._library = gigatoken.Tokenizer.from_sentencepiece(directory / "tokenizer.model")
             self._cuts = self._normalizes = False
@@ -118,12 +130,51 @@ class Gigatoken:
             start = cut.end()
         yield self._part(text[start:] if start else text)
 
+    def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
+        """The ids of a long text, part by part where this tokenizer may be cut."""
+        if not self._cuts:
+            yield from self.encode(text.text())
+            return
+        for part in text.parts():
+            yield self._part(part)
+
     def _part(self, text: str) -> npt.NDArray[Any]:
-        if self._normalizes and not _in_one_normal_form(text):
-            if self._slow is None:
-                self._slow = load_tokenizer(self._directory)
-            return np.asarray(self._slow.encode_batch([text])[0], dtype=np.uint32)
-        return self._library.encode(text)
+        if not self._normalizes or _in_one_normal_form(text):
+            return self._library.encode(text)
+        if not self._cuts:
+            return self._by_tokenizer(text)
+        # Only the lines at fault take the long way.
+        found: list[npt.NDArray[Any]] = []
+        held = ""
+        for line in _lines(text):
+            if _in_one_normal_form(line):
+                held += line
+                continue
+            found += [self._library.encode(held), self._unusual(line)]
+            held = ""
+        return np.concatenate([*found, self._library.encode(held)])
+
+    def _unusual(self, line: str) -> npt.NDArray[Any]:
+        """A line that is in no normal form, or in a recent one."""
+        if not any(name in line for name in self._control):
+            normal = self._normal.normalize_str(line)
+            if _in_one_normal_form(normal):
+                return self._library.encode(normal)
+        return self._by_tokenizer(line)
+
+    def _by_tokenizer(self, text: str) -> npt.NDArray[Any]:
+        if self._slow is None:
+            self._slow = load_tokenizer(self._directory)
+        return np.asarray(self._slow.encode_batch([text])[0], dtype=np.uint32)
+
+
+def _lines(text: str) -> Iterator[str]:
+    """The text cut wherever it may be."""
+    start = 0
+    for cut in _CUT.finditer(text):
+        yield text[start : cut.end()]
+        start = cut.end()
+    yield text[start:]
 
 
 def _in_one_normal_form(text: str) -> bool:

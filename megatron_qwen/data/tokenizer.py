@@ -57,11 +57,13 @@ class BpeTokenizer:
             self._library = Library.from_file(str(path))
         except Exception as error:
             raise DataError(Problem(str(path), None, f"is no tokenizer ({error}).")) from None
-        vocabulary: dict[str, int] = self._library.get_vocab(with_added_tokens=True)
-        if END_OF_TEXT not in vocabulary:
+        size = int(self._library.get_vocab_size(with_added_tokens=True))
+        dense = self._library.id_to_token(size - 1) is not None and self._library.id_to_token(size) is None
+        end: int | None = self._library.token_to_id(END_OF_TEXT)
+        if end is None:
             raise DataError(Problem(str(path), None, f"has no {END_OF_TEXT} token to end documents with."))
-        self.vocab_size = max(vocabulary.values()) + 1
-        self.end_of_text = vocabulary[END_OF_TEXT]
+        self.vocab_size = size if dense else max(self._library.get_vocab(with_added_tokens=True).values()) + 1
+        self.end_of_text = end
         added = self._library.get_added_tokens_decoder()
         self.control_tokens = {token.content: index for index, token in sorted(added.items())}
 

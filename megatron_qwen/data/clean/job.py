@@ -15,7 +15,7 @@ import zstandard
 from megatron_qwen.data.clean.duplicates import ExactDuplicates, NearDuplicates, digest, signature
 from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCharacters, Quality
 from megatron_qwen.data.text.inputs import InputFile
-from megatron_qwen.data.text.records import ReadOptions, Span, read_span
+from megatron_qwen.data.text.records import ReadOptions, Span, as_text, read_span
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _SAMPLES, _SHOWN_CHARACTERS = 5, 300
@@ -176,7 +176,7 @@ def _blocks(
             report.filtered += block.filtered
             report.skipped += len(block.bad)
             if block.texts:
-                yield str(file.path), [text if isinstance(text, str) else "".join(text) for text in block.texts]
+                yield str(file.path), [as_text(text) for text in block.texts]
 
 
 class _Process:

@@ -83,6 +83,7 @@ def _make(
     open_shards = [shard for shard in shards if not manifest_path(shard.prefix).is_file()]
     done = {unit.key: read_part(plan.work, unit.key) for shard in open_shards for unit in shard.units}
     parts = {key: part for key, part in done.items() if part is not None}
+    old = frozenset(parts)
     missing = [unit for shard in open_shards for unit in shard.units if unit.key not in parts]
     for part in parts.values():
         on_progress(Progress(0, part.text_bytes, part.documents, part.tokens))
@@ -102,11 +103,11 @@ def _make(
                 continue
             _compare(word, tokenizer)
             parts[word.key] = word
-            while current is not None and _append_ready(current, parts):
+            while current is not None and _append_ready(current, parts, old):
                 current.commit(tokenizer, encoder.name, dtype)
                 current = next(writers, None)
         while current is not None:
-            whole = _append_ready(current, parts)
+            whole = _append_ready(current, parts, old)
             assert whole
             current.commit(tokenizer, encoder.name, dtype)
             current = next(writers, None)
@@ -117,11 +118,11 @@ def _make(
             pool.close()
 
 
-def _append_ready(writer: ShardWriter, parts: dict[str, Part]) -> bool:
+def _append_ready(writer: ShardWriter, parts: dict[str, Part], old: frozenset[str]) -> bool:
     """Appends the parts that are there, in order; whether the shard is whole."""
     units = writer.shard.units
     while len(writer.parts) < len(units) and (part := parts.get(units[len(writer.parts)].key)) is not None:
-        writer.append(part)
+        writer.append(part, trusted=part.key not in old)
     return len(writer.parts) == len(units)
 
 

@@ -13,7 +13,8 @@ import xxhash
 
 from megatron_qwen.data.encoder import Encoder
 from megatron_qwen.data.prepare.plan import Plan, Unit
-from megatron_qwen.data.text.records import BadRecord, Block, read_span
+from megatron_qwen.data.text.long import LongText
+from megatron_qwen.data.text.records import BadRecord, Block, Document, read_span
 from megatron_qwen.data.token_index import token_dtype
 from megatron_qwen.errors import DataError
 
@@ -141,8 +142,14 @@ class _PartWriter:
             self._files["bad"].write(_quarantined(bad))
         self._flush()
 
-    def _document(self, text: str | tuple[str, str]) -> int:
+    def _document(self, text: Document) -> int:
         length = 0
+        if isinstance(text, LongText):
+            for ids in self._encoder.encode_long(text):
+                self._take(ids, 1)
+                length += len(ids)
+            self._take(self._end, 1)
+            return length + 1
         parts = ((0, text[0]), (1, text[1])) if isinstance(text, tuple) else ((1, text),)
         for carries_loss, one in parts:
             kept: list[int] | None = [] if len(one) <= _SAMPLE_CHARACTERS - self._sampled else None
@@ -167,7 +174,9 @@ class _PartWriter:
 
     def _flush(self) -> None:
         if self._pieces:
-            data = np.concatenate(self._pieces).astype(self._dtype, copy=False)
+            whole = np.concatenate(self._pieces)
+            same_width = whole.dtype.itemsize == self._dtype.itemsize
+            data = whole.view(self._dtype) if same_width else whole.astype(self._dtype)
             self._digest.update(data.data)
             self._files["bin"].write(data.data)
             if self.part.mask:
@@ -188,7 +197,7 @@ class _PartWriter:
         return self.part
 
 
-def _drained(block: Block) -> Iterator[str | tuple[str, str]]:
+def _drained(block: Block) -> Iterator[Document]:
     """The documents of a block, each let go of before the next: one may be as large as a block is allowed to be."""
     block.texts.reverse()
     while block.texts:

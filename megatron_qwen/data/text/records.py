@@ -9,6 +9,7 @@ import orjson
 
 from megatron_qwen.data.text.filters import Condition, lookup
 from megatron_qwen.data.text.inputs import Form, InputFile, Packing
+from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
 
@@ -66,6 +67,17 @@ class BadRecord:
         return Problem(self.where, self.snippet, self.fix)
 
 
+# A text, a prompt and its text, or a text that is too long for one string.
+Document = str | tuple[str, str] | LongText
+
+
+def as_text(document: Document) -> str:
+    """A document as one string."""
+    if isinstance(document, LongText):
+        return document.text()
+    return document if isinstance(document, str) else "".join(document)
+
+
 @dataclass
 class Block:
     """Some records of a span; read = documents + empty + filtered + bad.
@@ -79,7 +91,7 @@ class Block:
         bytes: UTF-8 bytes of the records.
     """
 
-    texts: list[str | tuple[str, str]] = field(default_factory=list)
+    texts: list[Document] = field(default_factory=list)
     read: int = 0
     empty: int = 0
     filtered: int = 0
@@ -121,13 +133,12 @@ def documents(files: Sequence[InputFile], options: ReadOptions) -> Iterator[str]
         for block in read_span(Span(file), options):
             if block.bad:
                 raise DataError([bad.problem() for bad in block.bad[:10]])
-            for text in block.texts:
-                yield text if isinstance(text, str) else "".join(text)
+            yield from map(as_text, block.texts)
 
 
 def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:
     """Puts a record's document into a block, or says what is wrong with it."""
-    if type(text) is not str:
+    if type(text) is not str and not isinstance(text, LongText):
         return f"has no text in the field {options.field!r}; see --field."
     prompt = None
     if options.prompt_field is not None:
@@ -139,7 +150,7 @@ def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) 
     elif not text:
         block.empty += 1
     else:
-        block.texts.append(text if prompt is None else (prompt, text))
+        block.texts.append(text if prompt is None else (prompt, as_text(text)))
     return None
 
 
@@ -151,6 +162,9 @@ def _whole_text(file: InputFile, options: ReadOptions, on_read: Callable[[int], 
             yield Block(read=1, bad=[BadRecord(str(file.path), None, _too_long(options))], bytes=len(content))
             return
     size = len(content)
+    if size > LONG_BYTES and options.separator is None:
+        yield _long_text(content, file)
+        return
     try:
         text = (content[3:] if content.startswith(_BOM) else content).decode()
     except UnicodeDecodeError as error:
@@ -159,8 +173,18 @@ def _whole_text(file: InputFile, options: ReadOptions, on_read: Callable[[int], 
         return
     del content
     texts = [text] if options.separator is None else text.split(options.separator)
-    full: list[str | tuple[str, str]] = [one for one in texts if one.strip()]
+    full: list[Document] = [one for one in texts if one.strip()]
     yield Block(texts=full, read=len(texts), empty=len(texts) - len(full), bytes=size)
+
+
+def _long_text(content: bytearray, file: InputFile) -> Block:
+    text = LongText(memoryview(content)[3 if content.startswith(_BOM) else 0 :], escaped=False)
+    try:
+        text.check()
+    except ValueError:
+        bad = BadRecord(str(file.path), None, "is not UTF-8 text; convert the file.")
+        return Block(read=1, bad=[bad], bytes=len(content))
+    return Block(texts=[text], read=1, bytes=len(content))
 
 
 def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
@@ -216,7 +240,7 @@ def _lines(
             begin = piece.find(b"\n") + 1
             yield [None, *piece[begin:end].split(b"\n")] if begin <= end else [None]
             too_long = False
-        elif len(held) > _BLOCK_BYTES:  # a long line stays where it is; what follows is split
+        else:
             begin = piece.find(b"\n")
             held += piece[:begin]
             lines: list[bytes | bytearray | None] = [held]
@@ -224,9 +248,6 @@ def _lines(
             yield lines
             if begin < end:
                 yield list(piece[begin + 1 : end].split(b"\n"))
-        else:
-            held += piece[:end]
-            yield list(bytes(held).split(b"\n"))
         held = bytearray(piece[end + 1 :])
     if too_long:
         yield [None]
@@ -279,6 +300,9 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
             block.bad.append(BadRecord(number[index], None, _too_long(options)))
             continue
         block.bytes += len(line) + 1
+        if len(line) > LONG_BYTES:
+            _take_long(block, bytearray(line) if isinstance(line, bytes) else line, options, number[index])
+            continue
         try:
             record = loads(line)
         except orjson.JSONDecodeError:
@@ -296,6 +320,23 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
         if (fix := take(block, record, text, options)) is not None:
             block.bad.append(BadRecord(number[index], _snippet(line), fix, _raw(line)))
     return block
+
+
+def _take_long(block: Block, line: bytearray, options: ReadOptions, where: str) -> None:
+    """Takes the document of a long line without turning the whole of it into one string."""
+    block.read += 1
+    short, long_strings = take_apart(line)
+    try:
+        record = orjson.loads(short)
+        text = lookup(record, options.field)
+        text = long_strings.get(text, text) if isinstance(text, str) else text
+        if isinstance(text, LongText):
+            text.check()
+    except ValueError:
+        block.bad.append(BadRecord(where, _snippet(line), "is no JSON, or not UTF-8 text.", _raw(line)))
+        return
+    if (fix := take(block, record, text, options)) is not None:
+        block.bad.append(BadRecord(where, _snippet(line), fix, _raw(line)))
 
 
 def _snippet(line: bytes | bytearray) -> str:
