@@ -103,7 +103,8 @@ class Blend:
         return {
             "sources": {name: asdict(source) for name, source in self.sources.items()},
             "stages": [
-                {name: value for name, value in asdict(stage).items() if value is not None} for stage in self.stages
+                {name: value for name, value in asdict(stage).items() if value not in (None, {})}
+                for stage in self.stages
             ],
         }
 

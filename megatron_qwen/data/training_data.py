@@ -145,6 +145,10 @@ class TrainingData:
             self._open.append(self._begin(self.blend.stages[index], consumed, last.positions(consumed)))
         return next(reader for reader in reversed(self._open) if reader.phase.first_sample <= consumed)
 
+    def latest(self, consumed: int) -> StageReader:
+        """The reader of the step that ended with sample ``consumed - 1``; before the first step, of the first."""
+        return self._begun(consumed)[-1]
+
     def validation(self, reader: StageReader) -> "Validation":
         """Held-out samples in the mix and at the length of a stage.
 

@@ -172,7 +172,7 @@ def test_all_wrong_files_at_once(tokenizer, tmp_path):
         f"@{tmp_path / 'list'}",
         "@no",
     ]
-    done = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", *names, "@no")
+    done = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", *names)
     assert done.returncode == 3
     assert "6 problems" in done.stderr
 

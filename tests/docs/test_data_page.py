@@ -22,9 +22,9 @@ BLEND = re.search(r"```yaml\n(# blend.yaml\n.*?)```", PAGE, flags=re.DOTALL)[1]
 def place(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("page")
     documents = [document["text"] for document in standard_library(900_000)]
-    (root / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[:40]))
+    (root / "web.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[::2]))
     (root / "code").mkdir()
-    for index, text in enumerate(documents[40:]):
+    for index, text in enumerate(documents[1::2]):
         (root / "code" / f"{index:03d}.txt").write_text(text)
     question = "Which of these functions gives the absolute path of a file and follows every symbolic link in it?"
     (root / "questions.jsonl").write_text(json.dumps({"text": question}) + "\n")

@@ -3,8 +3,6 @@
 import re
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import xxhash
 
 _WORDS = re.compile(r"\w+")
@@ -46,11 +44,8 @@ class NearDuplicates:
         self._signatures: dict[int, Any] = {}
         self._threshold, self._kept = threshold, 0
 
-    def is_new(self, signature: npt.NDArray[np.uint64]) -> bool:
-        """Whether no document kept before is as similar as the threshold; notes it."""
-        from datasketch import MinHash
-
-        own = MinHash(num_perm=_PERMUTATIONS, hashvalues=signature)
+    def is_new(self, own: Any) -> bool:
+        """Whether no document kept before is as similar as the threshold; notes its ``signature``."""
         if any(own.jaccard(self._signatures[key]) >= self._threshold for key in self._index.query(own)):
             return False
         self._index.insert(self._kept, own)
@@ -64,14 +59,13 @@ def digest(text: str) -> bytes:
     return xxhash.xxh3_128_digest(text.strip().encode())
 
 
-def signature(text: str) -> npt.NDArray[np.uint64]:
+def signature(text: str) -> Any:
     """MinHash of a text's shingles."""
-    from datasketch import MinHash
+    from datasketch import LeanMinHash, MinHash
 
     words = _WORDS.findall(text.lower())
     last = max(len(words) - _SHINGLE_WORDS + 1, 1)
     shingles = {" ".join(words[start : start + _SHINGLE_WORDS]).encode() for start in range(last)}
     made = MinHash(num_perm=_PERMUTATIONS)
     made.update_batch(list(shingles))
-    values: npt.NDArray[np.uint64] = made.hashvalues
-    return values
+    return LeanMinHash(made)

@@ -52,7 +52,7 @@ class Validation(Callback):
 
     def _of(self, trainer: "Trainer") -> tuple[ValidationSamples, RunConfig]:
         """The held-out samples of the stage that the last step was of, and what holds in it."""
-        reader = trainer.parts.data.at(max(trainer.parts.progress.consumed_samples - 1, 0))
+        reader = trainer.parts.data.latest(trainer.parts.progress.consumed_samples)
         if self._samples is None or self._samples[0] is not reader:
             self._samples = reader, trainer.parts.data.validation(reader)
         return self._samples[1], reader.config

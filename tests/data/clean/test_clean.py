@@ -1,8 +1,10 @@
 """What is dropped, by which stage, and that nothing goes missing on the way."""
 
+import contextlib
 import io
 import json
 import random
+import re
 import subprocess
 from pathlib import Path
 
@@ -55,17 +57,12 @@ def test_exact_duplicates(tmp_path):
 
 def test_near_duplicates(tmp_path):
     """A word changed in a hundred is found; another text is not."""
-    random.seed(1)
-    changed = []
-    for text in TEXTS[:10]:
-        words = text.split(" ")
-        for _ in range(len(words) // 100):
-            words[random.randrange(len(words))] = "changed"
-        changed.append(" ".join(words))
+    generator = random.Random(1)
+    long = [text for text in TEXTS if len(text) > 3000][:10]
+    changed = [re.sub(r"\w+", lambda word: "changed" if generator.random() < 0.01 else word[0], text) for text in long]
     report = clean(tmp_path / "out", "--near", 0.7, write(tmp_path / "a.jsonl", [*TEXTS, *changed]))
-    assert kept(tmp_path / "out")[: len(TEXTS) - 2] != []
-    assert report["dropped"]["near duplicates"]["documents"] >= 10
-    assert not set(changed) & set(kept(tmp_path / "out"))
+    assert report["dropped"]["near duplicates"]["documents"] == len(long) > 5
+    assert kept(tmp_path / "out") == TEXTS
 
 
 def test_similarity_is_what_it_is_said_to_be():
@@ -157,7 +154,10 @@ def test_quality_by_a_fasttext_model(tmp_path):
     lines = [f"__label__code {' '.join(text.split()[:200])}" for text in TEXTS]
     lines += [f"__label__prose the quick brown fox number {number} jumps over the lazy dog" for number in range(40)]
     (tmp_path / "train.txt").write_text("\n".join(lines * 5))
-    model = fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=20, verbose=0, thread=1)
+    model = None
+    while model is None:  # training in this build of the library meets NaN now and then; using a model does not
+        with contextlib.suppress(RuntimeError):
+            model = fasttext.train_supervised(str(tmp_path / "train.txt"), epoch=20, loss="ova", verbose=0, thread=1)
     model.save_model(str(tmp_path / "model.bin"))
     source = write(tmp_path / "a.jsonl", [*TEXTS[:5], "the lazy dog jumps over the quick brown fox"])
     options = ["--quality", tmp_path / "model.bin", "--quality-label", "code", "--min-quality", 0.6]
