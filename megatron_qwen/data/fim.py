@@ -4,7 +4,7 @@ M. Bavarian et al., arXiv 2207.14255: a document is cut at two places chosen at 
 prefix, suffix, middle (PSM) or suffix, prefix, middle (SPM, in the variant that begins with both sentinels).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,6 +14,8 @@ from megatron_qwen.data.samples import Sample
 from megatron_qwen.errors import DataError, Problem
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
+# Where a document, or a part of one, begins and ends in a sample, and whether its end of document is there.
+Piece = tuple[int, int, bool]
 # A shorter document stays as it is.
 _LEAST = 16
 
@@ -49,32 +51,29 @@ class FillInTheMiddle:
         prefix, middle, suffix = (control_tokens[name] for name in SENTINELS)
         return cls(rate, spm_rate, prefix, middle, suffix)
 
-    def __call__(self, sample: Sample, documents: npt.NDArray[np.int64], *, key: tuple[int, ...]) -> Sample:
+    def __call__(self, sample: Sample, documents: Sequence[Piece], *, key: tuple[int, ...]) -> Sample:
         """Rearranges some documents of a sample; its length stays, so each loses its last three tokens to sentinels.
 
         Args:
             sample: as it was read.
-            documents: where documents begin inside it, and its length at the end.
-            key: decides which documents, and where they are cut.
+            documents: the documents in it, and parts of documents.
+            key: decides which of them, and where they are cut.
         """
         random = np.random.default_rng([abs(part) for part in key])
         tokens, labels, mask = sample.tokens.copy(), sample.labels.copy(), sample.loss_mask.copy()
-        for begin, end in zip(documents[:-1].tolist(), documents[1:].tolist(), strict=True):
+        for begin, end, whole in documents:
             chosen, spm = random.random(2)
-            whole = end < len(tokens)
-            content = tokens[begin : end - 1] if whole else tokens[begin:end]  # an end of document stays the end
-            if chosen >= self.rate or len(content) < _LEAST:
+            stop = end - 1 if whole else end  # an end of document stays the end
+            if chosen >= self.rate or stop - begin < _LEAST:
                 continue
+            content = tokens[begin:stop]
             low, high = sorted(random.integers(0, len(content) - len(SENTINELS) + 1, size=2).tolist())
-            made = self._arranged(content, low, high, spm < self.spm_rate)
-            tokens[begin : begin + len(content)] = made
-            labels[begin : begin + len(content) - 1] = made[1:]
+            tokens[begin:stop] = self._arranged(content, low, high, spm < self.spm_rate)
+            labels[begin : end - 1] = tokens[begin + 1 : end]
             if begin:
-                labels[begin - 1] = made[0]
-            if whole:
-                labels[end - 2] = tokens[end - 1]
-            else:
-                mask[-1] = 0.0  # the text does not go on where the middle ends
+                labels[begin - 1] = tokens[begin]
+            if not whole:
+                mask[end - 1] = 0.0  # the text does not go on where the middle ends
         return replace(sample, tokens=tokens, labels=labels, loss_mask=mask)
 
     def _arranged(self, content: npt.NDArray[np.int64], low: int, high: int, spm: bool) -> npt.NDArray[np.int64]:

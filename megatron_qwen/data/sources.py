@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_qwen.config.blend import SINGLE, Blend, SourceSpec
 from megatron_qwen.config.sections import DataConfig
-from megatron_qwen.data.fim import FillInTheMiddle
+from megatron_qwen.data.fim import FillInTheMiddle, Piece
 from megatron_qwen.data.manifest import read_manifest
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.permutation import KeyedPermutation
@@ -82,18 +82,23 @@ class OpenSource:
         """The sample that some runs of its tokens make up."""
         if self.spec.packing == "best_fit":
             sample = packed(self.tokens, runs, seq_length=seq_length, reading=reading)
-            bounds = np.append(sample.starts, seq_length)
         else:
             sample = window(self.tokens, runs, stop=self.stop, reading=reading)
-            bounds = self._document_bounds(runs, seq_length) if self.fim is not None else sample.starts
-        return sample if self.fim is None else self.fim(sample, bounds, key=key)
+        return sample if self.fim is None else self.fim(sample, self._pieces(runs), key=key)
 
-    def _document_bounds(self, runs: list[Run], seq_length: int) -> Any:
-        found, at = [0, seq_length], 0
+    def _pieces(self, runs: list[Run]) -> list[Piece]:
+        """Documents and parts of documents in a sample made of some runs."""
+        pieces: list[Piece] = []
+        at = 0
         for begin, end in runs:
-            found += [at, *(self.tokens.document_ends(begin, end) - begin + 1 + at).tolist()]
+            start = at
+            for last in (self.tokens.document_ends(begin, end) - begin + at).tolist():
+                pieces.append((start, last + 1, True))
+                start = last + 1
             at += end - begin
-        return np.unique(np.asarray(found, dtype=np.int64))
+            if start < at:
+                pieces.append((start, at, False))
+        return pieces
 
 
 @dataclass(frozen=True)
