@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -118,6 +119,11 @@ def _deciding_file(directory: Path) -> Path:
             return directory / name
     fix = "holds neither tokenizer.json nor tokenizer.model; `mq data tokenizer train` makes one."
     raise DataError(Problem(str(directory), None, fix))
+
+
+def tokenizers_without_threads() -> None:
+    """For a forked process: the threads that its parent may have started are not there, and it would wait for them."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def fingerprint(directory: str | Path) -> str:

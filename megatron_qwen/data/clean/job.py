@@ -16,6 +16,7 @@ from megatron_qwen.data.clean.duplicates import ExactDuplicates, NearDuplicates,
 from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCharacters, Quality
 from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.data.text.records import ReadOptions, Span, as_text, read_span
+from megatron_qwen.data.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _SAMPLES, _SHOWN_CHARACTERS = 5, 300
@@ -187,6 +188,7 @@ class _Process:
 
 
 def _begin(stages: Stages) -> None:
+    tokenizers_without_threads()
     _Process.stages, _Process.filters = stages, stages.filters()
 
 

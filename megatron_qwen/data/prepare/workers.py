@@ -14,6 +14,7 @@ from typing import Any
 from megatron_qwen.data.encoder import Encoder
 from megatron_qwen.data.prepare.part import Part, encode_unit
 from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import Problem, UserError
 
 # So many units lie ready for a process beside the one it works on.
@@ -126,6 +127,7 @@ def _serve(connection: Connection, foreign: Sequence[Connection], plan: Plan, en
     """Encodes the units that come until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     _keep_freed_memory()
+    tokenizers_without_threads()
     for one in foreign:  # else the end of the parent would go unnoticed
         one.close()
 
