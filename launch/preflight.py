@@ -139,7 +139,11 @@ def _data(request: Request) -> tuple[list[Finding], str | None]:
     from megatron_qwen.data.reading_plan import plan, warnings
 
     try:
-        data = require_usable(config)
+        data = require_usable(config, world_size=request.world_size)
+        if config.data.blend is not None:
+            from launch.ledger import require_continues
+
+            require_continues(data, RunDirectory(request.run_dir))
     except DataError as failure:
         return [Finding("error", problem, "data") for problem in failure.problems], None
     except UserError as failure:

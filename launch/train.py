@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.ledger import require_continues
 from launch.request import absolute_paths, smallest_world
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.blend import SINGLE
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str]) -> int:
     require_legal(config)
     world_size = options.nproc or smallest_world(config)
     require_legal(config, world_size=world_size)
-    digest = _require_data(config)
     directory = RunDirectory(options.run_dir)
+    digest = _require_data(config, world_size, directory)
     directory.claim(config, data_digest=digest)
     logs = directory.logs(directory.newest_attempt() + 1)
     return LocalRanks(directory.path, world_size=world_size, log_dir=logs).run()
@@ -80,7 +81,7 @@ def _as_rank(config: RunConfig, run_dir: Path, rank: int) -> int:
     require_legal(config, world_size=world_size)
     directory = RunDirectory(run_dir)
     if rank == 0:
-        directory.claim(config, data_digest=_require_data(config))
+        directory.claim(config, data_digest=_require_data(config, world_size, directory))
     else:
         _await(directory.run_yaml, to_yaml(directory.owned(config)))
     arguments = [sys.executable, "-P", "-m", "megatron_qwen.train", str(directory.path)]
@@ -98,10 +99,12 @@ def _await(run_yaml: Path, text: str) -> None:
         time.sleep(0.2)
 
 
-def _require_data(config: RunConfig) -> str | None:
+def _require_data(config: RunConfig, world_size: int, directory: RunDirectory) -> str | None:
     from megatron_qwen.data.preflight import require_usable
 
-    data = require_usable(config)
+    data = require_usable(config, world_size=world_size)
+    if config.data.blend is not None:
+        require_continues(data, directory)
     return data.sources[SINGLE].tokens.digest if config.data.blend is None else None
 
 

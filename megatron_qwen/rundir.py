@@ -93,6 +93,8 @@ class RunDirectory:
             # What a job reads and runs lies here: nobody else may write it.
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if config.data.blend is not None:
+                if self.blend.is_file():
+                    _replace(self.path / "blend.previous.yaml", self.blend.read_text(encoding="utf-8"))
                 _replace(self.blend, dump(read_blend(Path(config.data.blend)).as_dict()))
             _replace(self.run_yaml, to_yaml(self.owned(config)))
             self._keep_tokenizer(config.data.tokenizer)

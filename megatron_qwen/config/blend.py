@@ -193,7 +193,7 @@ class _Reader:
 def amount(value: object) -> float | None:
     """A number, or text such as ``300B`` (K, M, B, T in thousands); None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < float("inf") else None
     if isinstance(value, str) and (match := _AMOUNT.fullmatch(value.strip())):
         return float(match[1]) * _UNITS[match[2].upper()]
     return None

@@ -85,6 +85,7 @@ class Request:
     def indices(self, shard: Shard) -> Iterator[range]:
         """The samples of each micro-batch of a rank."""
         stride = self.micro_batch_size * shard.dp_size
+        assert self.global_batch_size % stride == 0, "samples would be read twice"
         for begin in range(0, self.global_batch_size, stride):
             start = self.first_sample + begin + shard.dp_rank * self.micro_batch_size
             yield range(start, start + self.micro_batch_size)

@@ -61,6 +61,7 @@ class FillInTheMiddle:
         """
         random = np.random.default_rng([abs(part) for part in key])
         tokens, labels, mask = sample.tokens.copy(), sample.labels.copy(), sample.loss_mask.copy()
+        ends = {end for _, end, whole in documents if whole}
         for begin, end, whole in documents:
             chosen, spm = random.random(2)
             stop = end - 1 if whole else end  # an end of document stays the end
@@ -70,7 +71,7 @@ class FillInTheMiddle:
             low, high = sorted(random.integers(0, len(content) - len(SENTINELS) + 1, size=2).tolist())
             tokens[begin:stop] = self._arranged(content, low, high, spm < self.spm_rate)
             labels[begin : end - 1] = tokens[begin + 1 : end]
-            if begin:
+            if begin in ends:  # else the text before it goes on elsewhere
                 labels[begin - 1] = tokens[begin]
             if not whole:
                 mask[end - 1] = 0.0  # the text does not go on where the middle ends

@@ -1,6 +1,7 @@
 """Whether data, tokenizer and model belong together; asked before any rank starts."""
 
 from megatron_qwen.config.checks import problems as config_problems
+from megatron_qwen.config.checks import separate_sequences
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.manifest import read_manifest
 from megatron_qwen.data.sources import OpenSource
@@ -12,23 +13,22 @@ from megatron_qwen.errors import ConfigError, DataError, Problem
 _LOOKED_AT = 1 << 24
 
 
-def require_usable(config: RunConfig) -> TrainingData:
+def require_usable(config: RunConfig, *, world_size: int | None = None) -> TrainingData:
     """Opens the data as a rank will, and compares it with the tokenizer and the embedding.
+
+    Args:
+        config: of the run.
+        world_size: ranks the run is to have, where that is known: the batches of every stage must fall on them.
 
     Raises:
         ConfigError: a stage cannot be run as it is configured.
         DataError: with every mismatch.
     """
     data = TrainingData(config)
-    illegal = [
-        Problem(f"stage {stage.name}: {problem.where}", problem.value, problem.fix)
-        for stage in data.blend.stages
-        for problem in (config_problems(stage.configure(config)) if stage.configure(config) != config else ())
-    ]
-    if illegal:
-        raise ConfigError(illegal)
+    require_legal_stages(data, world_size=world_size)
     if config.training.eval_iters and config.data.validation_fraction:
-        data.validation(data.at(0))
+        for stage in data.blend.stages:
+            data.validation_of(stage)
     problems = [problem for source in data.sources.values() for problem in _mismatches(source, config)]
     if config.data.tokenizer is not None:
         size = load_tokenizer(config.data.tokenizer).vocab_size
@@ -38,6 +38,24 @@ def require_usable(config: RunConfig) -> TrainingData:
     if problems:
         raise DataError(problems)
     return data
+
+
+def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
+    """Raises ConfigError with everything that is wrong with what holds in each stage.
+
+    Args:
+        data: of the run.
+        world_size: ranks of the run; None leaves out what depends on them.
+    """
+    found = []
+    for stage in data.blend.stages:
+        config = stage.configure(data.config)
+        wrong = config_problems(config, world_size=world_size)
+        if data.separates(stage) and not config.data.reset_attention_mask:
+            wrong += separate_sequences(config, Problem("lengths" if stage.lengths else "packing", None, ""))
+        found += [Problem(f"stage {stage.name}: {one.where}", one.value, one.fix) for one in wrong]
+    if found:
+        raise ConfigError(found)
 
 
 def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:

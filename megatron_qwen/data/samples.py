@@ -92,6 +92,7 @@ def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading
         length += end - begin
     sample = Sample(_joined(inputs), _joined(labels), _joined(masks), _starts(starts, length))
     _require_known(tokens, runs, sample.tokens, reading)
+    _require_known(tokens, [(begin + 1, end + 1) for begin, end in runs], sample.labels, reading)
     return sample
 
 

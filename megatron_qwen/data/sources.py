@@ -175,6 +175,12 @@ def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     if documents and not stop:
         fix = f"is damaged: its first {documents} documents hold no token; prepare the data again."
         raise DataError(Problem(str(tokens.prefix), None, fix))
+    if not documents:
+        fix = "holds nothing but what is held out for validation; set data.validation_fraction=0 or prepare more."
+        raise DataError(Problem(str(tokens.prefix), f"{tokens.num_documents} documents", fix))
+    if spec.fim_rate and any(file.has_mask for file in tokens.files):
+        fix = "rearranges documents, and this source says token by token what carries loss; set it to 0."
+        raise DataError(Problem(f"sources.{name}.fim_rate", spec.fim_rate, fix))
     return OpenSource(name, spec, tokens, documents, stop)
 
 

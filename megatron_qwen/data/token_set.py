@@ -61,6 +61,8 @@ class TokenSet:
         """Which of these tokens carry loss as labels; None where all do."""
         if not any(file.has_mask for file in self.files):
             return None
+        if start >= stop:
+            return np.zeros(0, dtype=np.uint8)
         first = bisect.bisect_right(self.token_starts, start) - 1
         return np.concatenate(
             [

@@ -149,22 +149,23 @@ class TrainingData:
         """The reader of the step that ended with sample ``consumed - 1``; before the first step, of the first."""
         return self._begun(consumed)[-1]
 
-    def validation(self, reader: StageReader) -> "Validation":
-        """Held-out samples in the mix and at the length of a stage.
+    def validation_of(self, stage: Stage) -> "Validation":
+        """Held-out samples in the mix and at the length of a stage, as one sequence each.
 
         Raises:
             DataError: nothing is held out, or too little.
         """
-        used = {name: self.sources[name] for name in reader.stage.weights}
+        used = {name: self.sources[name] for name in stage.weights}
+        seq_length = stage.configure(self.config).data.seq_length
         reading = Reading(self.reading.eod_mask_loss, False, self.reading.vocab_size)
         parts = held_out(
-            used,
-            seq_length=reader.seq_length,
-            seed=self.seed,
-            reading=reading,
-            fraction=self.config.data.validation_fraction,
+            used, seq_length=seq_length, seed=self.seed, reading=reading, fraction=self.config.data.validation_fraction
         )
-        return Validation(parts, reader.stage.weights, reader.seq_length)
+        return Validation(parts, stage.weights, seq_length)
+
+    def validation(self, reader: StageReader) -> "Validation":
+        """Those of a reader's stage."""
+        return self.validation_of(reader.stage)
 
     def records(self, consumed: int) -> list[Record]:
         """The ledger: every phase up to sample ``consumed``."""
@@ -221,6 +222,11 @@ class TrainingData:
             return None
         used = sum(record.samples * record.seq_length for record in self._closed if record.stage == stage.name)
         return first_sample + max(-(-(stage.tokens - used) // seq_length), 0)
+
+    def separates(self, stage: Stage) -> bool:
+        """Whether a stage's samples may hold independent sequences."""
+        packs = any(self.sources[name].spec.packing == "best_fit" for name in stage.weights)
+        return bool(stage.lengths) or packs or self.reading.reset_attention_mask
 
     def reading_of(self, stage: Stage) -> dict[str, Any]:
         """What decides the text of a stage's samples beside their tokens, for the ledger."""

@@ -13,8 +13,10 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Shard
 from megatron_qwen.data.loader import Loader, MemoryMapLoader
+from megatron_qwen.data.preflight import require_legal_stages
 from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend, choose
 from megatron_qwen.models.build import Model, build_model
@@ -73,6 +75,8 @@ def build_parts(config: RunConfig) -> Parts:
         if foreign_apex_is_here():
             log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
+    require_legal_stages(data, world_size=dist.get_world_size())
+    require_separable(data, backend)
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
     return Parts(
         config=config,
@@ -86,6 +90,19 @@ def build_parts(config: RunConfig) -> Parts:
         forward_step=make_forward_step(config, groups),
         progress=Progress(),
     )
+
+
+def require_separable(data: TrainingData, backend: Backend) -> None:
+    """Raises ConfigError where a stage has independent sequences that this backend cannot share over CP ranks.
+
+    Transformer Engine wants each sequence cut into 2 x CP chunks of its own; rows are cut as a whole here.
+    """
+    if backend.name != "te" or data.config.parallel.context_parallel_size == 1:
+        return
+    fix = "keeps sequences apart, which the te backend does not do with context parallelism; set one of them off."
+    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.separates(stage)]
+    if wrong:
+        raise ConfigError(wrong)
 
 
 def build_loader(config: RunConfig, shard: Shard) -> Loader:

@@ -1,6 +1,7 @@
 """A preparation from a plan to token files, alone or as one of many tasks."""
 
 import contextlib
+import errno
 import fcntl
 import json
 import logging
@@ -24,6 +25,8 @@ from megatron_qwen.errors import ConfigError, DataError, Problem
 
 log = logging.getLogger(__name__)
 
+# In the work directory: why the tokenizer's own library is used.
+_SLOW = "slow_encoder"
 ENDINGS = (".bin", ".idx", ".mask", ".skipped.jsonl", ".json")
 
 
@@ -65,7 +68,7 @@ def prepare(
     _claim(plan)
     with _alone(plan.work / f"task_{task.index}_of_{task.count}.lock"), _nothing_left_of_nothing(plan):
         mine = plan.shards[task.index :: task.count]
-        encoder = encoders.open_encoder(plan.tokenizer)
+        encoder = _chosen_encoder(plan)
         try:
             _make(plan, mine, encoder, workers, on_progress)
         except _OtherIds as error:
@@ -73,8 +76,16 @@ def prepare(
             encoder = Plain(load_tokenizer(plan.tokenizer), why)
             log.warning("%s: begins anew with %s", plan.prefix, encoder.name)
             _forget_parts(plan, mine)
+            (plan.work / _SLOW).write_text(why)
             _make(plan, mine, encoder, workers, on_progress)
     return _finish(plan)
+
+
+def _chosen_encoder(plan: Plan) -> Encoder:
+    """What an earlier attempt has found to be right, else the fastest."""
+    with contextlib.suppress(FileNotFoundError):
+        return Plain(load_tokenizer(plan.tokenizer), (plan.work / _SLOW).read_text())
+    return encoders.open_encoder(plan.tokenizer)
 
 
 def _make(
@@ -87,9 +98,9 @@ def _make(
     missing = [unit for shard in open_shards for unit in shard.units if unit.key not in parts]
     for part in parts.values():
         on_progress(Progress(0, part.text_bytes, part.documents, part.tokens))
-    writers = iter([ShardWriter(plan, shard) for shard in open_shards])
-    pool = Workers(min(workers, len(missing)), plan, encoder) if missing else None
-    words = pool.run(missing) if pool is not None else ()
+    writers = (ShardWriter(plan, shard) for shard in open_shards)
+    pool = Workers(min(workers, len(missing)), plan, encoder, missing) if missing else None
+    words = pool.run() if pool is not None else ()
     current = next(writers, None)
     try:
         # Loaded while the processes are at work already; what they made is used only if the proof holds.
@@ -102,6 +113,7 @@ def _make(
                 on_progress(word)
                 continue
             _compare(word, tokenizer)
+            word.samples.clear()
             parts[word.key] = word
             while current is not None and _append_ready(current, parts, old):
                 current.commit(tokenizer, encoder.name, dtype)
@@ -198,10 +210,12 @@ def _nothing_left_of_nothing(plan: Plan) -> Iterator[None]:
     try:
         yield
     except DataError:
-        if not any(plan.work.glob("*.json.*")) and len(list(plan.work.glob("*.json"))) == 1:
-            shutil.rmtree(plan.work, ignore_errors=True)
-        else:
+        made = any(len(path.stem) > len("plan") for path in plan.work.glob("*.json"))
+        made = made or any(manifest_path(shard.prefix).is_file() for shard in plan.shards)
+        if made or len(list(plan.work.glob("task_*.lock"))) > 1:
             log.warning("%s: what was made is kept in %s; the same command goes on from there", plan.prefix, plan.work)
+        else:
+            shutil.rmtree(plan.work, ignore_errors=True)
         raise
 
 
@@ -210,7 +224,9 @@ def _alone(lock: Path) -> Iterator[None]:
     with lock.open("w") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by forked processes
-        except OSError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
             fix = "another process is at work on this; wait for it, or end it."
             raise ConfigError(Problem("--output", lock.parent, fix)) from None
         yield

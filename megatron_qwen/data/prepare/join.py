@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +39,7 @@ class ShardWriter:
         self._buffer = memoryview(bytearray(_COPY_BYTES))
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
         self._unsynced = 0
+        self._syncs: list[Future[None]] = []
         self._digests = {ending: xxhash.xxh3_128() for ending in self._endings}
 
     def append(self, part: Part, *, trusted: bool) -> None:
@@ -74,13 +75,15 @@ class ShardWriter:
             for file in self._files.values():
                 file.flush()
                 # The disk writes while more is made, and has little left to do at the end.
-                self._syncer.submit(os.fdatasync, file.fileno())
+                self._syncs.append(self._syncer.submit(os.fdatasync, file.fileno()))
 
     def commit(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype[Any]) -> Manifest:
         """Writes index, set-aside records and manifest and gives all files their names."""
         prefix = self.shard.prefix
         counts = {name: sum(getattr(part, name) for part in self.parts) for name in COUNTS}
         self._syncer.shutdown()
+        for sync in self._syncs:  # an error of the disk is told once
+            sync.result()
         write_index(self._temporary("idx"), self._lengths, documents=counts["documents"], dtype=dtype)
         for file in self._files.values():
             file.flush()

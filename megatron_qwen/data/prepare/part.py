@@ -33,6 +33,7 @@ class Part:
         documents: and the other counts, as in the manifest.
         bin_xxh3_128: of its tokens.
         mask: whether any document had a prompt, so that there is a mask.
+        samples: some texts and their ids, for who compares them; not kept on disk.
     """
 
     key: str
@@ -59,12 +60,12 @@ def part_path(work: Path, key: str, ending: str) -> Path:
 def read_part(work: Path, key: str) -> Part | None:
     """A part that an earlier attempt finished; None where there is none."""
     try:
-        content = json.loads(part_path(work, key, "json").read_text())
+        content: dict[str, Any] = json.loads(part_path(work, key, "json").read_text())
         part = Part(**content)
         sizes = [part_path(work, key, ending).stat().st_size for ending in ("bin", "len")]
     except (OSError, ValueError, TypeError):
         return None
-    if set(content) != {item.name for item in fields(Part)} or sizes[1] != 4 * part.documents:
+    if set(content) != {item.name for item in fields(Part)} - {"samples"} or sizes[1] != 4 * part.documents:
         return None
     return part
 
@@ -192,7 +193,8 @@ class _PartWriter:
         for ending, path in self._temporary.items():
             path.replace(self._paths[ending])
         temporary = self._done.with_name(f".{self._done.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(asdict(self.part)))
+        noted = {name: value for name, value in asdict(self.part).items() if name != "samples"}
+        temporary.write_text(json.dumps(noted))
         temporary.replace(self._done)
         return self.part
 

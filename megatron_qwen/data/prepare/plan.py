@@ -149,23 +149,23 @@ def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[S
 
         first, size = 0, 0
         groups = row_groups(file, options)
+        on_disk = file.size / max(sum(groups), 1)  # a row group says how large it is unpacked
         for index, group in enumerate(groups):
             if size and size + group > unit_bytes:
-                yield Span(file, first, index)
+                yield Span(file, first, index, round(size * on_disk))
                 first, size = index, 0
             size += group
-        yield Span(file, first, len(groups))
+        yield Span(file, first, len(groups), round(size * on_disk))
     elif file.form is Form.JSONL and file.packing is Packing.PLAIN:
         for start in range(0, file.size, unit_bytes):
-            yield Span(file, start, min(start + unit_bytes, file.size))
+            stop = min(start + unit_bytes, file.size)
+            yield Span(file, start, stop, stop - start)
     else:
         yield Span(file)
 
 
 def _span_bytes(span: Span) -> int:
-    if span.file.form is Form.JSONL and span.stop is not None:
-        return span.stop - span.start
-    return span.file.size
+    return span.file.size if span.size is None else span.size
 
 
 def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[Shard, ...]:

@@ -5,6 +5,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from megatron_qwen.errors import Problem, UserError
 # So many units lie ready for a process beside the one it works on.
 _AHEAD = 1
 _NICE_S = 5.0
+_TELL_S = 0.1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -43,7 +45,7 @@ class Progress:
 class _Worker:
     process: Any
     connection: Connection
-    units: list[Unit]
+    units: list[int]
 
 
 class Workers:
@@ -53,33 +55,35 @@ class Workers:
         count: how many.
         plan: what is prepared.
         encoder: loaded already.
+        units: what there is to encode; the processes know them from the fork, and are sent numbers.
     """
 
-    def __init__(self, count: int, plan: Plan, encoder: Encoder) -> None:
+    def __init__(self, count: int, plan: Plan, encoder: Encoder, units: Sequence[Unit]) -> None:
+        self._units = units
         context = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
         for _ in range(count):
             ours, theirs = context.Pipe()
             others = [worker.connection for worker in self._workers]
-            process = context.Process(target=_serve, args=(theirs, [ours, *others], plan, encoder), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, [ours, *others], plan, encoder, units), daemon=True)
             process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, []))
 
-    def run(self, units: Sequence[Unit]) -> Iterator[Part | Progress]:
-        """Has units encoded, at once; parts come as they are finished, in any order.
+    def run(self) -> Iterator[Part | Progress]:
+        """Has the units encoded, at once; parts come as they are finished, in any order.
 
         Raises:
             UserError: the first that a process met.
             WorkerDied: a process was killed.
         """
-        waiting = list(reversed(units))
+        waiting = list(reversed(range(len(self._units))))
         for _ in range(1 + _AHEAD):
             for worker in self._workers:
                 self._give(worker, waiting)
         return self._words(waiting)
 
-    def _words(self, waiting: list[Unit]) -> Iterator[Part | Progress]:
+    def _words(self, waiting: list[int]) -> Iterator[Part | Progress]:
         while any(worker.units for worker in self._workers):
             by_connection = {worker.connection: worker for worker in self._workers if worker.units}
             for ready in wait(list(by_connection)):
@@ -100,7 +104,7 @@ class Workers:
         for worker in self._workers:
             worker.process.join(_NICE_S)
 
-    def _give(self, worker: _Worker, waiting: list[Unit]) -> None:
+    def _give(self, worker: _Worker, waiting: list[int]) -> None:
         if waiting:
             worker.units.append(waiting.pop())
             try:
@@ -118,12 +122,14 @@ class Workers:
         worker.process.join(_NICE_S)
         code = worker.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
-        span = worker.units[0].spans[0]
+        span = self._units[worker.units[0]].spans[0]
         fix = f"the process that encoded it {how}; the kernel kills what needs too much memory: try fewer --workers. "
         raise WorkerDied(Problem(str(span.file.path), None, fix + "The same command goes on from here."))
 
 
-def _serve(connection: Connection, foreign: Sequence[Connection], plan: Plan, encoder: Encoder) -> None:
+def _serve(
+    connection: Connection, foreign: Sequence[Connection], plan: Plan, encoder: Encoder, units: Sequence[Unit]
+) -> None:
     """Encodes the units that come until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     _keep_freed_memory()
@@ -131,17 +137,30 @@ def _serve(connection: Connection, foreign: Sequence[Connection], plan: Plan, en
     for one in foreign:  # else the end of the parent would go unnoticed
         one.close()
 
+    held, told = [0, 0, 0, 0], time.monotonic()
+
     def tell(*counts: int) -> None:
-        connection.send(Progress(*counts))
+        nonlocal told
+        for index, count in enumerate(counts):
+            held[index] += count
+        if time.monotonic() - told > _TELL_S:
+            flush()
+
+    def flush() -> None:
+        nonlocal told
+        connection.send(Progress(*held))
+        held[:], told = [0, 0, 0, 0], time.monotonic()
 
     try:
         while True:
-            unit = connection.recv()
+            unit = units[connection.recv()]
             try:
-                connection.send(encode_unit(unit, plan, encoder, tell))
-            except UserError as error:
+                part = encode_unit(unit, plan, encoder, tell)
+            except (UserError, OSError) as error:
                 connection.send(error)
                 return
+            flush()
+            connection.send(part)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(0)
     except Exception:

@@ -46,11 +46,13 @@ class Span:
         file: the file.
         start: first byte of a plain .jsonl, first row group of a .parquet; lines that begin from here on.
         stop: end of the range; None is the end of the file.
+        size: bytes of the range on disk, about; None is all of the file.
     """
 
     file: InputFile
     start: int = 0
     stop: int | None = None
+    size: int | None = None
 
 
 @dataclass(frozen=True)

@@ -212,3 +212,73 @@ def test_the_manifest_says_where_it_comes_from(tokens, corpus):
     noted = read_manifest(tokens)
     assert noted.inputs == [{"path": str(corpus), "size": corpus.stat().st_size}]
     assert noted.control_tokens["<|endoftext|>"] == noted.end_of_text
+
+
+def test_very_many_small_files(tokenizer, tmp_path):
+    """Units of thousands of files: what they are does not travel between processes."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6000):
+        (folder / f"{number:05d}_{'x' * 60}.txt").write_text(f"document {number}")
+    done = run(
+        "tools.data",
+        "prepare",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tmp_path / "out",
+        folder,
+        timeout_s=120,
+        check=True,
+    )
+    assert "6,000 documents" in done.stdout
+
+
+def test_a_bad_record_in_the_last_shard_keeps_the_others(tokenizer, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    whole = make(tokenizer, tmp_path / "whole", source)
+    good = source.read_text()
+    source.write_text(good + "bad\n")
+    arguments = [
+        "prepare",
+        "--tokenizer",
+        tokenizer,
+        "--output",
+        tmp_path / "out",
+        "--shard-gib",
+        0.00005,
+        "--workers",
+        1,
+    ]
+    done = run("tools.data", *arguments, source)
+    assert done.returncode == 3
+    assert "what was made is kept" in done.stderr
+    made = len(list(tmp_path.glob("out_*.json")))
+    assert made > 0
+    again = run("tools.data", *arguments, "--on-error", "skip", "--json", source)
+    assert again.returncode == 2  # other settings are another preparation
+    mended = run("tools.data", *arguments, source)
+    assert "exists already" not in mended.stderr
+    assert "a.jsonl:" in mended.stderr
+    assert len(list(tmp_path.glob("out_*.json"))) == made
+    assert whole.documents == len(TEXTS)
+
+
+def test_a_slow_encoder_stays_chosen(tokenizer, tmp_path, monkeypatch):
+    """After a mismatch another attempt does not begin anew once more."""
+    monkeypatch.setattr(encoders, "Gigatoken", Lying)
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    assert make(tokenizer, tmp_path / "out", source, task=Task(0, 2), shard_bytes=60_000) is None
+    first = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out_*.bin")}
+    assert first
+    assert make(tokenizer, tmp_path / "out", source, task=Task(0, 2), shard_bytes=60_000) is None
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out_*.bin")} == first
+
+
+def test_row_groups_of_one_file_fall_into_shards_by_their_size(tokenizer, tmp_path):
+    table = pyarrow.table({"text": TEXTS * 4})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=8)
+    size = (tmp_path / "a.parquet").stat().st_size
+    noted = make(tokenizer, tmp_path / "out", tmp_path / "a.parquet", shard_bytes=size // 3)
+    assert 3 <= len(noted.shards) <= 6
+    assert texts_of(tmp_path / "out", tokenizer) == TEXTS * 4
