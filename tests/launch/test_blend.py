@@ -23,7 +23,7 @@ def test_every_stage_must_fall_on_the_ranks(tokens, tmp_path):
     ]
     config = resolve("tiny_dense", [f"data.blend={write(tmp_path, tokens, *stages)}"], RECIPES)
     require_usable(config, world_size=2)
-    with pytest.raises(ConfigError, match="stage two: training.global_batch_size = 6"):
+    with pytest.raises(ConfigError, match=r"stage two: training\.global_batch_size = 6"):
         require_usable(config, world_size=4)
 
 
