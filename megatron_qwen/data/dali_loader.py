@@ -1,6 +1,7 @@
 """Batches read ahead by NVIDIA DALI: the memory-map loader's samples, copied to the device by DALI."""
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -29,34 +30,59 @@ class DaliLoader:
     def __init__(self, shard: Shard, *, ahead: int) -> None:
         self.shard, self.ahead = shard, ahead
         self._pipeline = _build(shard.device)
-        self._fed: deque[tuple[int, Request, list[Batch]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._reading: deque[tuple[int, Request, Future[list[Batch]]]] = deque()
+        self._fed: deque[list[Batch]] = deque()  # the first of what is being read is with DALI already
 
     def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
         """See ``Loader``."""
-        while self._fed and self._fed[0][:2] != (id(source), request):
-            for _ in self._fed.popleft()[2]:  # the run has gone another way than foreseen
-                self._pipeline.outputs()
+        while self._reading and self._reading[0][:2] != (id(source), request):
+            self._drop()  # the run has gone another way than foreseen
+        if not self._reading:
+            self._read(source, request)
         if not self._fed:
-            self._feed(source, request)
-        batches = [self._take(batch) for batch in self._fed.popleft()[2]]
+            self._feed()
+        self._reading.popleft()
+        batches = [self._take(batch) for batch in self._fed.popleft()]
         for number, (following, wanted) in enumerate(upcoming()):
             if number >= self.ahead:
                 break
-            if number >= len(self._fed):
-                self._feed(following, wanted)
+            if number >= len(self._reading):
+                self._read(following, wanted)
+        while self._is_read():
+            self._feed()  # the copy to the device begins while the step computes
         return batches
 
     def close(self) -> None:
         """See ``Loader``."""
-        self._fed.clear()
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _feed(self, source: Source, request: Request) -> None:
-        batches = list(micro_batches(source, self.shard, request))
+    def _read(self, source: Source, request: Request) -> None:
+        future = self._thread.submit(lambda: list(micro_batches(source, self.shard, request)))
+        self._reading.append((id(source), request, future))
+
+    def _is_read(self) -> bool:
+        """Whether a step lies ready for DALI; one that could not be read says so when its turn comes."""
+        if len(self._fed) == len(self._reading):
+            return False
+        future = self._reading[len(self._fed)][2]
+        return future.done() and future.exception() is None
+
+    def _feed(self) -> None:
+        """Hands DALI the next step that was read."""
+        batches = self._reading[len(self._fed)][2].result()
         for batch in batches:
             for field in _FIELDS:
                 self._pipeline.feed_input(field, [getattr(batch, field).numpy()])
             self._pipeline.schedule_run()
-        self._fed.append((id(source), request, batches))
+        self._fed.append(batches)
+
+    def _drop(self) -> None:
+        _, _, future = self._reading.popleft()
+        if self._fed:
+            for _ in self._fed.popleft():
+                self._pipeline.outputs()
+        future.cancel()
 
     def _take(self, read: Batch) -> Batch:
         """The pipeline's next output; bounds, which the host needs too, go beside it."""

@@ -274,6 +274,7 @@ class TrainingData:
             first_sample=last.first_sample,
             begins=begins,
             counts=last.counts,
+            resumed=positions,
         )
         return self._reader(stage, phase, positions)
 

@@ -250,3 +250,25 @@ def test_a_config_file_that_was_not_changed_goes_on_in_the_same_phase(folder):
     reader = again.at(12)
     assert [reader[number].tokens.tolist() for number in range(12, 30)] == order[12:]
     assert len(again.records(30)) == 1
+
+
+def test_a_packed_source_goes_on_where_it_was(folder):
+    content = {
+        "sources": {"b": {"path": str(folder / "b"), "packing": "best_fit"}, "d": {"path": str(folder / "d")}},
+        "stages": [{"name": "s", "weights": {"b": 2, "d": 1}, "seq_length": 80}],
+    }
+    straight = open_run(folder, content)
+    reader = straight.at(0)
+    order = [reader[number].tokens.tolist() for number in range(90)]
+    data, state = open_run(folder, content), None
+    for consumed in range(0, 90, 15):
+        if state is not None:
+            data = open_run(folder, content)
+            data.resume(json.loads(json.dumps(state)))
+        reader = data.at(consumed)
+        assert [reader[number].tokens.tolist() for number in range(consumed, consumed + 15)] == order[
+            consumed : consumed + 15
+        ]
+        state = data.state(consumed + 15)
+    assert state["positions"]["b"]["cursor"]["pool"] > 0  # found without packing what came before
+    assert len(state["phases"]) == 1

@@ -6,6 +6,7 @@ Nothing is built ahead: a pool is packed when its first row is asked for.
 """
 
 import itertools
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,10 +65,17 @@ class Untaken:
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a source stands: first what earlier changes left, then pool after pool."""
+    """Where a source stands: first what earlier changes left, then pool after pool.
+
+    Args:
+        left: what earlier changes left.
+        pool: number of the first pool after that.
+        first: number of the first row there, counted from the last change of length.
+    """
 
     left: tuple[Untaken, ...] = ()
     pool: int = 0
+    first: int = 0
 
 
 BEGINNING = Cursor()
@@ -119,31 +127,46 @@ class Packed:
 
     def __init__(self, documents: Documents, cursor: Cursor, *, seq_length: int, ordinal: int) -> None:
         self.documents, self.cursor, self.seq_length, self.ordinal = documents, cursor, seq_length, ordinal
-        self._ends: list[int] = []  # number of rows up to the end of each pool
+        self._ends: list[int] = []  # number of rows up to the end of each pool, from the cursor on
+        self._lock = threading.RLock()  # one thread reads ahead while another asks how far the run is
         self._held: tuple[int, list[Row]] | None = None
 
     def __getitem__(self, index: int) -> Row:
-        """The runs [a, b) of the source that make up row ``index``."""
-        pool, within = self._place(index)
-        return self._rows(pool)[within]
+        """The runs [a, b) of the source that make up row ``index``, counted from the last change of length."""
+        with self._lock:
+            pool, within = self._place(index)
+            return self._rows(pool)[within]
+
+    def advanced(self, taken: int) -> Cursor:
+        """The cursor at the pool of row ``taken``: from there it is found without packing what came before."""
+        with self._lock:
+            if taken == self.cursor.first:
+                return self.cursor
+            pool, _ = self._place(taken - 1)
+            if taken - self.cursor.first == self._ends[pool]:
+                pool += 1
+            first = self.cursor.first + (self._ends[pool - 1] if pool else 0)
+            return self._at(pool, first)
 
     def after(self, taken: int) -> Cursor:
-        """Where the source stands once so many rows have been taken."""
+        """Where the source stands, for another length, once so many rows have been taken."""
+        with self._lock:
+            here = self.advanced(taken)
+            within = taken - here.first
+            if within == 0:
+                return Cursor(here.left, here.pool)
+            pool = len(self.cursor.left) - len(here.left) + here.pool - self.cursor.pool
+            untaken = Untaken(self._source(pool), self.seq_length, self._key(pool), within)
+            rest = self._at(pool + 1, 0)
+            return Cursor((untaken, *rest.left), rest.pool)
+
+    def _at(self, pool: int, first: int) -> Cursor:
         left = self.cursor.left
-        if taken == 0:
-            return self.cursor
-        pool, within = self._place(taken - 1)
-        within += 1
-        if within == len(self._rows(pool)):
-            pool, within = pool + 1, 0
-        here = self._source(pool)
-        rest = left[pool + 1 :] if within else left[pool:]
-        base = self.cursor.pool + max(pool - len(left), 0) + (1 if within and pool >= len(left) else 0)
-        if within:
-            rest = (Untaken(here, self.seq_length, (self.ordinal, pool), within), *rest)
-        return Cursor(rest, base)
+        return Cursor(left[pool:], self.cursor.pool + max(pool - len(left), 0), first)
 
     def _place(self, index: int) -> tuple[int, int]:
+        index -= self.cursor.first
+        assert index >= 0, "a row of the past"
         while not self._ends or index >= self._ends[-1]:
             rows = len(self._rows(len(self._ends)))
             self._ends.append(rows + (self._ends[-1] if self._ends else 0))
@@ -154,9 +177,14 @@ class Packed:
         left = self.cursor.left
         return left[pool] if pool < len(left) else self.cursor.pool + pool - len(left)
 
+    def _key(self, pool: int) -> tuple[int, int]:
+        """Keys the order of a pool's rows; the same from whichever cursor the pool is reached."""
+        source, left = self._source(pool), len(self.cursor.left)
+        return self.ordinal, source if isinstance(source, int) else pool - left
+
     def _rows(self, pool: int) -> list[Row]:
         if self._held is None or self._held[0] != pool:
-            self._held = pool, self._packed(self._source(pool), self.seq_length, (self.ordinal, pool))
+            self._held = pool, self._packed(self._source(pool), self.seq_length, self._key(pool))
         return self._held[1]
 
     def _packed(self, source: "int | Untaken", seq_length: int, key: tuple[int, int]) -> list[Row]:
@@ -187,12 +215,12 @@ class Packed:
 
 def to_json(cursor: Cursor) -> dict[str, Any]:
     """A cursor for a checkpoint's state."""
-    return {"left": [_untaken_json(one) for one in cursor.left], "pool": cursor.pool}
+    return {"left": [_untaken_json(one) for one in cursor.left], "pool": cursor.pool, "first": cursor.first}
 
 
 def from_json(saved: dict[str, Any]) -> Cursor:
     """The cursor that ``to_json`` wrote."""
-    return Cursor(tuple(_untaken(one) for one in saved["left"]), saved["pool"])
+    return Cursor(tuple(_untaken(one) for one in saved["left"]), saved["pool"], saved["first"])
 
 
 def _untaken_json(one: Untaken) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import threading
 from array import array
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,7 @@ class Phase:
         first_sample: number of the phase's first sample in the run.
         begins: where each source stands at that sample, cut for this length.
         counts: samples that each source has given in this phase; the others are not asked for any more.
+        resumed: where each source stands then; a packed source is found from there.
     """
 
     def __init__(
@@ -109,11 +110,13 @@ class Phase:
         first_sample: int,
         begins: Mapping[str, Position],
         counts: Mapping[str, int] | None = None,
+        resumed: Mapping[str, Position] | None = None,
     ) -> None:
         self.weights, self.seq_length, self.first_sample = dict(weights), seq_length, first_sample
         self.names = sorted(weights)
         self.begins = {name: begins[name] for name in self.names}
-        self._readers = {name: begins[name].reader(orders[name]) for name in self.names}
+        places = self.begins if resumed is None else resumed
+        self._readers = {name: places[name].reader(orders[name]) for name in self.names}
         had = [0 if counts is None else counts[name] for name in self.names]
         self._next = Apportionment([weights[name] for name in self.names], had)
         self._known_from = self._next.given  # number in the phase of the first sample whose source is known
@@ -139,7 +142,13 @@ class Phase:
 
     def positions(self, samples: int) -> dict[str, Position]:
         """Where each source stands once the phase has given ``samples``."""
-        return {name: self.begins[name].on(count) for name, count in self.counts(samples).items()}
+        found = {}
+        for name, count in self.counts(samples).items():
+            position, reader = self.begins[name].on(count), self._readers[name]
+            if isinstance(reader, packing.Packed):
+                position = replace(position, cursor=reader.advanced(position.taken))
+            found[name] = position
+        return found
 
     def forget(self, samples: int) -> None:
         """Lets go of what is known of the phase's first samples: they are not asked for again."""

@@ -87,6 +87,23 @@ def test_changes_of_length_lose_and_repeat_nothing(lengths, changes):
     assert set(seen.values()) <= {cursor.pool}
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=300), st.lists(st.integers(0, 40), min_size=1, max_size=5))
+def test_a_row_is_found_from_an_advanced_cursor(lengths, steps):
+    """As a run finds it that resumes: the same rows, and the same again after a change of length."""
+    source = documents(lengths)
+    first = Packed(source, BEGINNING, seq_length=64, ordinal=0)
+    start = Packed(source, from_json(to_json(first.after(7))), seq_length=32, ordinal=1)
+    taken, other = 0, start
+    for step in steps:
+        assert [other[index] for index in range(taken, taken + step)] == [
+            start[index] for index in range(taken, taken + step)
+        ]
+        taken += step
+        other = Packed(source, from_json(to_json(other.advanced(taken))), seq_length=32, ordinal=1)
+    assert other.after(taken) == start.after(taken)
+
+
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000, 20_000])
 def test_pools_of_an_epoch_hold_every_document_once(count):
     source = documents([1] * count)
