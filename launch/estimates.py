@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from launch.request import Request
+from megatron_qwen.config import blend
 from megatron_qwen.estimate.memory import StageMemory, checkpoint_bytes, memory_per_stage
 from megatron_qwen.estimate.parameters import ParameterCount, count_parameters
 from megatron_qwen.estimate.peaks import device_memory_gib
@@ -17,7 +18,7 @@ class Prediction:
         parameters: of the model.
         memory: of a rank of the fullest pipeline stage.
         device_gib: memory of the cluster's GPU, None where it is not known.
-        speed: None where the GPU's peak is not known.
+        speed: in the first stage; None where the GPU's peak is not known.
         checkpoint: bytes of one checkpoint.
         tokens: of the whole run.
         hours: of the whole run, None without a speed.
@@ -35,20 +36,24 @@ class Prediction:
 
 
 def predict(request: Request) -> Prediction:
-    """The figures; the configuration must be legal."""
+    """The figures over all stages of the run; the configuration must be legal."""
     config, world = request.config, request.world_size
     count = count_parameters(config.model)
-    stages = memory_per_stage(config, world_size=world)
-    speed = expected_speed(config, gpu=request.cluster.gpu, world_size=world) if request.cluster.gpu else None
-    hours = speed.hours(config) if speed else None
-    training = config.training
+    stretches = blend.stretches(config)
+    memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world)]
+    gpu = request.cluster.gpu
+    speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
+    each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
+    hours = sum(each) if len(each) == len(stretches) else None
     return Prediction(
         parameters=count,
-        memory=max(stages, key=lambda stage: stage.total_gib),
-        device_gib=device_memory_gib(request.cluster.gpu) if request.cluster.gpu else None,
-        speed=speed,
+        memory=max(memory, key=lambda stage: stage.total_gib),
+        device_gib=device_memory_gib(gpu) if gpu else None,
+        speed=speeds[0],
         checkpoint=checkpoint_bytes(config, parameters=count.total),
-        tokens=training.train_iters * training.global_batch_size * config.data.seq_length,
+        tokens=sum(
+            one.training.train_iters * one.training.global_batch_size * one.data.seq_length for one in stretches
+        ),
         hours=hours,
         gpu_hours=None if hours is None else hours * world,
     )

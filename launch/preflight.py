@@ -65,7 +65,8 @@ def check(request: Request, *, on_site: bool) -> Preflight:
     found, digest = _data(request)
     findings += found
     prediction = None
-    if legal:
+    broken = request.config.data.blend is not None and any(one.kind == "error" for one in found)
+    if legal and not broken:
         prediction = predict(request)
         for sized in (_memory, _intervals):
             findings += sized(request, prediction)

@@ -109,6 +109,30 @@ class Blend:
         }
 
 
+def stretches(config: RunConfig) -> list[RunConfig]:
+    """What holds in each stage that a run reaches, with the stage's steps as training.train_iters.
+
+    Args:
+        config: of the run. A ramp of the batch is left out.
+
+    Raises:
+        ConfigError: the blend file is wrong.
+    """
+    if config.data.blend is None:
+        return [config]
+    stages, left = read_blend(Path(config.data.blend)).stages, config.training.train_iters
+    found = []
+    for index, stage in enumerate(stages):
+        own = stage.configure(config)
+        tokens_per_step = own.training.global_batch_size * own.data.seq_length
+        last = index + 1 == len(stages) or stage.tokens is None
+        steps = left if last else min(left, -(-(stage.tokens or 0) // tokens_per_step))
+        if steps:
+            found.append(own.with_section("training", train_iters=steps))
+        left -= steps
+    return found
+
+
 def single_source(path: str) -> Blend:
     """The blend of a run that names one token file."""
     return Blend({SINGLE: SourceSpec(path=path)}, (Stage(name=SINGLE, weights={SINGLE: 1.0}),))

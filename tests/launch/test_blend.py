@@ -62,3 +62,22 @@ def test_path_and_blend_are_not_both(tokens, tmp_path):
     done = run("launch.train", "tiny_dense", f"data.path={tokens}", f"data.blend={path}", "--run-dir", tmp_path / "run")
     assert done.returncode == 2
     assert "goes instead of data.path" in done.stderr
+
+
+def test_estimates_go_over_all_stages(tokens, tmp_path):
+    """A longer second stage needs more memory, and its tokens count."""
+    from launch.estimates import predict
+    from launch.request import make
+
+    stages = [
+        {"name": "short", "weights": {"a": 1}, "tokens": "8M", "seq_length": 4096, "global_batch_size": 16},
+        {"name": "long", "weights": {"a": 1}, "seq_length": 32768, "global_batch_size": 16},
+    ]
+    path = write(tmp_path, tokens, *stages)
+    plain = predict(make("qwen2_5_7b", ["training.train_iters=200"], nodes=2, cluster=None, dry=True))
+    staged = predict(
+        make("qwen2_5_7b", ["training.train_iters=200", f"data.blend={path}"], nodes=2, cluster=None, dry=True)
+    )
+    steps = -(-8_000_000 // (16 * 4096))
+    assert staged.tokens == steps * 16 * 4096 + (200 - steps) * 16 * 32768
+    assert staged.memory.total_gib > plain.memory.total_gib
