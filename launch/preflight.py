@@ -65,7 +65,7 @@ def check(request: Request, *, on_site: bool) -> Preflight:
     found, digest = _data(request)
     findings += found
     prediction = None
-    broken = request.config.data.blend is not None and any(one.kind == "error" for one in found)
+    broken = request.config.data.blend is not None and any(one.severity == "error" for one in found)
     if legal and not broken:
         prediction = predict(request)
         for sized in (_memory, _intervals):
