@@ -100,8 +100,11 @@ def main(arguments: Sequence[str]) -> int:
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     config, model, _ = load_checkpoint(run_dir)
     data = TrainingData(config)
-    source = data.validation(data.at(0))
-    samples = min(config.training.eval_iters * config.training.global_batch_size, source.windows)
+    source: Source = data.at(0)
+    samples = max(config.training.eval_iters, 1) * config.training.global_batch_size
+    if config.data.validation_fraction:
+        held_out = data.validation(data.at(0))
+        source, samples = held_out, min(samples, held_out.windows)
     print(json.dumps(asdict(compare(config, model, hf_dir, source, samples=samples))))
     return 0
 

@@ -47,14 +47,25 @@ def merge(prefixes: Sequence[Path], output: Path, *, single: bool) -> Manifest:
     if single:
         made = _write_single(files, output, together)
     else:
-        for file, manifest, name in zip(files, noted, names, strict=True):
-            for ending in (".bin", ".idx", *([".mask"] if file.has_mask else [])):
-                _link(with_ending(file.prefix, ending), with_ending(name, ending))
-            write_manifest(name, manifest)
-        digest = xxhash.xxh3_128("".join(manifest.bin_xxh3_128 for manifest in noted).encode()).hexdigest()
-        made = replace(together, bin_xxh3_128=digest, shards=[name.name for name in names])
+        try:
+            made = _link_all(files, noted, names, together)
+        except BaseException:
+            for path in paths:
+                path.unlink(missing_ok=True)
+            raise
     write_manifest(output, made)
     return made
+
+
+def _link_all(
+    files: Sequence[TokenFile], noted: Sequence[Manifest], names: Sequence[Path], together: Manifest
+) -> Manifest:
+    for file, manifest, name in zip(files, noted, names, strict=True):
+        for ending in (".bin", ".idx", *([".mask"] if file.has_mask else [])):
+            _link(with_ending(file.prefix, ending), with_ending(name, ending))
+        write_manifest(name, manifest)
+    digest = xxhash.xxh3_128("".join(manifest.bin_xxh3_128 for manifest in noted).encode()).hexdigest()
+    return replace(together, bin_xxh3_128=digest, shards=[name.name for name in names])
 
 
 def _members(prefix: Path) -> list[tuple[Path, Manifest]]:

@@ -52,17 +52,33 @@ class StagePlan:
     sources: tuple[SourceShare, ...]
 
 
-def plan(data: TrainingData) -> list[StagePlan]:
-    """The stages that the run's steps reach, in order."""
-    left = data.config.training.train_iters
+def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
+    """The stages that the run's steps reach, in order, from where the data stands.
+
+    Args:
+        data: of the run, at its beginning or where it has resumed.
+        iteration: steps taken so far.
+    """
+    left = data.config.training.train_iters - iteration
     read = dict.fromkeys(data.sources, 0.0)
-    found, consumed = [], 0
+    used: dict[str, int] = {}
+    for record in data.records(data.consumed):
+        used[record.stage] = used.get(record.stage, 0) + record.samples * record.seq_length
+        for name, count in record.counts.items():
+            if name in read:
+                read[name] += count * record.seq_length / data.sources[name].stop
+    names = [stage.name for stage in data.blend.stages]
+    first = names.index(data.at(data.consumed).stage.name) if iteration else 0
+    found, consumed = [], data.consumed
     for index, stage in enumerate(data.blend.stages):
         if left == 0:
             break
+        if index < first:
+            continue
         config = stage.configure(data.config)
         last = index + 1 == len(data.blend.stages)
-        limit = None if last or stage.tokens is None else -(-stage.tokens // config.data.seq_length)
+        rest = max((stage.tokens or 0) - used.get(stage.name, 0), 0)
+        limit = None if last or stage.tokens is None else -(-rest // config.data.seq_length)
         steps, samples, batch = _steps(config, consumed, limit, left)
         tokens = samples * config.data.seq_length
         shares = []
@@ -99,14 +115,17 @@ def warnings(data: TrainingData, stages: list[StagePlan]) -> list[Problem]:
                 "text is worth little (arXiv 2305.16264); add data, or lower its weight."
             )
             found.append(Problem(source.where, f"{source.stop:,} tokens", fix))
-    reached = {stage.name for stage in stages}
+    reached = {stage.name for stage in stages} | {record.stage for record in data.records(data.consumed)}
     for stage in data.blend.stages:
         if stage.name not in reached:
             fix = f"is never reached: training.train_iters = {data.config.training.train_iters} ends before it."
             found.append(Problem(f"stage {stage.name}", None, fix))
     final = data.blend.stages[-1]
     if stages and stages[-1].name == final.name and final.tokens is not None:
-        over, under = stages[-1].tokens - final.tokens, final.tokens - stages[-1].tokens
+        earlier = sum(
+            record.samples * record.seq_length for record in data.records(data.consumed) if record.stage == final.name
+        )
+        over, under = stages[-1].tokens + earlier - final.tokens, final.tokens - stages[-1].tokens - earlier
         step = stages[-1].global_batch_size * stages[-1].seq_length
         if over >= step:
             found.append(Problem(f"stage {final.name}", None, f"goes on {over:,} tokens beyond its {final.tokens:,}."))

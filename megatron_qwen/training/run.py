@@ -102,7 +102,7 @@ def _log_data(parts: Parts) -> None:
         len(reader.stage.weights),
         reader.seq_length,
     )
-    stages = plan(parts.data)
+    stages = plan(parts.data, iteration=parts.progress.iteration)
     epochs = {share.name: share.epochs_so_far for stage in stages for share in stage.sources}
     listed = ", ".join(f"{name} {often:.2f}" for name, often in sorted(epochs.items())[:_LISTED_SOURCES])
     log.info("data: epochs that the whole run reads: %s%s", listed, ", ..." if len(epochs) > _LISTED_SOURCES else "")

@@ -111,8 +111,7 @@ def clean(
     )
     names += [one.name for one in (exact, near) if one is not None]
     report = Report(dropped={name: Dropped() for name in names})
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True)
     try:
         with _Writer(partial) as writer:
