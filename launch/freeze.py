@@ -126,9 +126,15 @@ def _mounted(request: Request) -> list[Path]:
     """Directories that the ranks need inside a container."""
     data, load = request.config.data, request.config.checkpoint.load
     wanted = [request.run_dir]
-    wanted += [Path(data.path).parent] if data.path else []
+    wanted += [Path(data.path).parent] if data.path and "://" not in data.path else []
     if data.blend:
-        wanted += sorted({Path(source.path).parent for source in read_blend(Path(data.blend)).sources.values()})
+        wanted += sorted(
+            {
+                Path(source.path).parent
+                for source in read_blend(Path(data.blend)).sources.values()
+                if "://" not in source.path
+            }
+        )
     wanted += [Path(path) for path in (data.tokenizer, load) if path]
     return list(dict.fromkeys(wanted))
 

@@ -136,7 +136,7 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     """Paths as they are from here; what run.yaml says must hold from any directory."""
 
     def absolute(path: str | None) -> str | None:
-        return None if path is None else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
+        return path if path is None or "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
 
     data, load = config.data, config.checkpoint.load
     paths = {name: absolute(getattr(data, name)) for name in ("path", "blend", "tokenizer")}

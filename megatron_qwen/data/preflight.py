@@ -62,7 +62,7 @@ def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
 def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:
     """What is wrong between one source and the rest."""
     size, path = config.model.vocab_size, source.spec.path
-    noted = read_manifest(path)
+    noted = read_manifest(source.tokens.prefix)
     problems = []
     if noted is not None and noted.vocab_size > size:
         fix = f"{path} was made with {noted.vocab_size} ids; raise it."

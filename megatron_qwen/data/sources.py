@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -168,7 +167,7 @@ def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     Raises:
         DataError: files are missing or damaged.
     """
-    tokens = TokenSet(Path(spec.path))
+    tokens = TokenSet(spec.path)
     held_out = max(1, round(tokens.num_documents * fraction)) if fraction else 0
     documents = tokens.num_documents - held_out
     stop = tokens.document_start(documents)

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.manifest import with_ending
+from megatron_qwen.data.manifest import read_manifest, with_ending
+from megatron_qwen.data.object_store import StoredArray
 from megatron_qwen.data.token_index import DTYPES, HEADER, read_header, token_dtype, write_index
 from megatron_qwen.errors import DataError, Problem
 
@@ -25,17 +27,19 @@ class TokenFile:
 
     Args:
         prefix: path without the .bin / .idx ending.
+        url: where the .bin and the .mask lie instead, in an object store, without ending.
 
     Raises:
         DataError: a file is missing, is no token file, or is shorter than its index says.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, url: str | None = None) -> None:
         self.prefix = Path(prefix)
+        self.url = url
         if not self.prefix.name:
             raise DataError(Problem("token file", prefix, "is no prefix of a .bin / .idx pair."))
         idx, bin_ = (with_ending(self.prefix, ending) for ending in (".idx", ".bin"))
-        for path in (idx, bin_):
+        for path in (idx, bin_) if url is None else (idx,):
             if not path.is_file():
                 raise DataError(Problem(str(path), None, "no such token file; `mq data prepare` makes it."))
         code, self.num_documents, _ = read_header(idx)
@@ -53,17 +57,25 @@ class TokenFile:
         self.num_tokens = last // width + length
         if self.num_tokens == 0:
             raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
-        size, needed = bin_.stat().st_size, self.num_tokens * width
-        if size < needed:
-            raise DataError(Problem(str(bin_), None, f"is cut off: {size} bytes, the index names {needed}."))
-        self._tokens = np.memmap(bin_, dtype=self.dtype, mode="r", shape=(self.num_tokens,))
+        self._tokens = self._open(".bin", self.dtype, self.num_tokens)
+        noted = read_manifest(self.prefix) if url is not None else None
         mask = with_ending(self.prefix, ".mask")
-        self.has_mask = mask.is_file()
+        self.has_mask = mask.is_file() if url is None else noted is not None and noted.mask_xxh3_128 is not None
         if self.has_mask:
-            if mask.stat().st_size != self.num_tokens:
-                fix = f"has {mask.stat().st_size} bytes for {self.num_tokens} tokens; prepare the data again."
-                raise DataError(Problem(str(mask), None, fix))
-            self._mask = np.memmap(mask, dtype=np.uint8, mode="r")
+            self._mask = self._open(".mask", np.dtype(np.uint8), self.num_tokens)
+
+    def _open(self, ending: str, dtype: np.dtype[Any], count: int) -> Any:
+        """So many numbers of a file, here or in a store; sliced, either reads what is asked for."""
+        needed = count * dtype.itemsize
+        if self.url is not None:
+            stored = StoredArray(self.url + ending, dtype)
+            where, size = stored.url, stored.size
+        else:
+            path = with_ending(self.prefix, ending)
+            where, size = str(path), path.stat().st_size
+        if size < needed:
+            raise DataError(Problem(where, None, f"is cut off: {size} bytes, the index names {needed}."))
+        return stored if self.url is not None else np.memmap(path, dtype=dtype, mode="r", shape=(count,))
 
     def index_damage(self) -> str | None:
         """What is wrong with the index as a whole; reads all of it, some at a time."""

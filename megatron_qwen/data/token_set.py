@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.data.manifest import Manifest, read_manifest, with_ending
+from megatron_qwen.data.object_store import fetch_beside, is_url
 from megatron_qwen.data.token_file import TokenFile
 from megatron_qwen.errors import DataError, Problem
 
@@ -17,23 +18,30 @@ class TokenSet:
     """Token files one after the other, as one stream of tokens and documents.
 
     Args:
-        prefix: of a token file, or of a set made of shards.
+        prefix: of a token file, or of a set made of shards; a URL lies in an object store.
 
     Raises:
         DataError: a file is missing, damaged or cut off; all such files are named.
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        self.prefix = Path(prefix)
+        url = str(prefix) if is_url(prefix) else None
+        self.prefix = Path(prefix) if url is None else fetch_beside(url, (".json", ".idx"))
         self.manifest: Manifest | None = None
-        members = [self.prefix]
+        members: list[tuple[Path, str | None]] = [(self.prefix, url)]
         if self.prefix.name and not with_ending(self.prefix, ".idx").is_file():
             self.manifest = read_manifest(self.prefix)
             if self.manifest is not None and self.manifest.shards:
-                members = [self.prefix.with_name(name) for name in self.manifest.shards]
+                members = [self._member(name, url) for name in self.manifest.shards]
         self.files = _open(members)
         self.token_starts = _starts([file.num_tokens for file in self.files])
         self.document_starts = _starts([file.num_documents for file in self.files])
+
+    def _member(self, name: str, url: str | None) -> tuple[Path, str | None]:
+        if url is None:
+            return self.prefix.with_name(name), None
+        own = f"{url.rsplit('/', 1)[0]}/{name}"
+        return fetch_beside(own, (".json", ".idx")), own
 
     @property
     def num_tokens(self) -> int:
@@ -106,7 +114,7 @@ class TokenSet:
         index = bisect.bisect_right(self.token_starts, position) - 1
         own = position - self.token_starts[index]
         file = self.files[index]
-        return f"{file.prefix}.bin, document {file.document_at(own)}, token {own}"
+        return f"{file.url or file.prefix}.bin, document {file.document_at(own)}, token {own}"
 
     @cached_property
     def digest(self) -> str | None:
@@ -124,12 +132,12 @@ class TokenSet:
         return found
 
 
-def _open(members: Sequence[Path]) -> list[TokenFile]:
+def _open(members: Sequence[tuple[Path, str | None]]) -> list[TokenFile]:
     files: list[TokenFile] = []
     problems: list[Problem] = []
-    for member in members:
+    for member, url in members:
         try:
-            files.append(TokenFile(member))
+            files.append(TokenFile(member, url=url))
         except DataError as error:
             problems += error.problems
     if problems:
