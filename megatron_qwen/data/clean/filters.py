@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from rapidfuzz.distance import LCSseq
 
 from megatron_qwen.data.tokenizer import load_tokenizer
@@ -139,7 +140,13 @@ class Contamination:
         if not self._tests:
             fix = f"holds no sequence of {self.least_tokens} tokens or more."
             raise DataError(Problem("--test-set", None, fix))
-        self._counts = [Counter(ids) for _, ids in self._tests]
+        self._lengths = np.asarray([len(ids) for _, ids in self._tests])
+        postings: dict[int, list[tuple[int, int]]] = {}
+        for index, (_, ids) in enumerate(self._tests):
+            for token, count in Counter(ids).items():
+                postings.setdefault(token, []).append((index, count))
+        # By token: the tests that have it, and how often.
+        self._postings = {token: np.asarray(found).T for token, found in postings.items()}
 
     def reason(self, text: str) -> str | None:
         """See ``Filter``."""
@@ -150,10 +157,15 @@ class Contamination:
         return None
 
     def _match(self, ids: list[int]) -> str | None:
-        counts = Counter(ids)
-        for (text, test), test_counts in zip(self._tests, self._counts, strict=True):
-            least = max(self.least_tokens, self.least_share * min(len(ids), len(test)))
-            # A common subsequence has no more tokens than there are in common.
-            if (counts & test_counts).total() >= least and LCSseq.similarity(ids, test) >= least:
+        # A common subsequence has no more tokens than there are in common: few tests are left to compare in order.
+        common = np.zeros(len(self._tests), dtype=np.int64)
+        for token, count in Counter(ids).items():
+            if token in self._postings:
+                tests, counts = self._postings[token]
+                common[tests] += np.minimum(counts, count)
+        least = np.maximum(self.least_tokens, self.least_share * np.minimum(len(ids), self._lengths))
+        for index in np.flatnonzero(common >= least):
+            text, test = self._tests[index]
+            if LCSseq.similarity(ids, test) >= least[index]:
                 return text
         return None

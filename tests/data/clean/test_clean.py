@@ -108,6 +108,28 @@ def test_the_rule_counts_tokens_in_order(qwen):
     assert stage.reason(half) is None
 
 
+def test_many_tests_by_the_rule_itself(qwen):
+    """What the index leaves out is out by the rule: every paragraph against every test, in order."""
+    from rapidfuzz.distance import LCSseq
+
+    from megatron_qwen.data.tokenizer import load_tokenizer
+
+    lines = [line.strip() for text in TEXTS for line in text.splitlines() if len(line.strip()) > 40]
+    tests, paragraphs = lines[:300:3], lines[:600:7]
+    stage = Contamination(tests, tokenizer=qwen, whole=True)
+    tokenizer = load_tokenizer(qwen)
+    encoded = [ids for ids in tokenizer.encode_batch(tests) if len(ids) >= 13]
+    matched = 0
+    for paragraph in paragraphs:
+        ids = tokenizer.encode_batch([paragraph])[0]
+        expected = len(ids) >= 13 and any(
+            LCSseq.similarity(ids, test) >= max(13, 0.6 * min(len(ids), len(test))) for test in encoded
+        )
+        assert (stage.reason(paragraph) is not None) is expected
+        matched += expected
+    assert 0 < matched < len(paragraphs)
+
+
 def test_contamination_of_a_file(qwen, tmp_path):
     tests = write(tmp_path / "tests.jsonl", [QUESTION])
     source = write(tmp_path / "a.jsonl", [*TEXTS[:5], "Quiz\n\n" + QUESTION])
