@@ -84,6 +84,8 @@ def _show(facts: dict[str, Any]) -> None:
     for name, value in facts.items():
         if name not in listed and value not in (None, []):
             shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
+            if name == "first_text":
+                shown = repr(value)
             print(f"  {name:<24}{shown}")
     print("  length in tokens        documents           tokens")
     for row in facts["lengths"]:
