@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.ledger import require_continues
 from launch.request import absolute_paths, smallest_world
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.blend import SINGLE
@@ -104,6 +103,8 @@ def _require_data(config: RunConfig, world_size: int, directory: RunDirectory) -
 
     data = require_usable(config, world_size=world_size)
     if config.data.blend is not None:
+        from launch.ledger import require_continues
+
         require_continues(data, directory)
     return data.sources[SINGLE].tokens.digest if config.data.blend is None else None
 
