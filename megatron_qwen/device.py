@@ -114,7 +114,7 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 def loss_chunk_tokens() -> int:
     """Tokens whose logits the loss holds at once: what stays in a CPU's cache, or fills a GPU's kernels."""
-    return 1024 if has_cuda() else 128
+    return 4096 if has_cuda() else 128
 
 
 def fair_threads(local_ranks: int) -> int:

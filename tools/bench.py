@@ -17,6 +17,8 @@ _NAMES = {
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
     "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and beside megatron-core's GPTDataset",
     "loader": "tokens read and collated on one core against 20 million a second",
+    "gpu_step": "steps of Qwen2.5 shapes on one GPU against its peak, FP8 against bf16, te against torch",
+    "ceilings": "products, attention and copies of this machine beside its data sheet",
     "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
 }
 

@@ -218,6 +218,13 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         )
     if precision.fp8 and precision.dtype != "bf16":
         yield Problem("precision.fp8", precision.fp8, "needs precision.dtype=bf16 for what FP8 does not cover.")
+    if precision.use_precision_aware_optimizer and (precision.backend == "torch" or precision.dtype != "bf16"):
+        fix = "needs the Adam of Transformer Engine and bf16; set precision.backend=te and precision.dtype=bf16."
+        yield Problem("precision.use_precision_aware_optimizer", "true", fix)
+    if not precision.use_precision_aware_optimizer:
+        for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
+            if (value := getattr(precision, name)) != "fp32":
+                yield Problem(f"precision.{name}", value, "needs precision.use_precision_aware_optimizer=true.")
     if precision.emulate_fp8:
         yield Problem("precision.emulate_fp8", "true", "is not available yet; set it to false.")
 

@@ -125,6 +125,17 @@ class PrecisionConfig:
     )
     emulate_fp8: bool = setting(False, doc="Imitate FP8 rounding in the torch backend. Not available yet.")
     grad_reduce_in_fp32: bool = setting(True, doc="Accumulate and reduce gradients in fp32.")
+    use_precision_aware_optimizer: bool = setting(
+        False,
+        doc="Keep of the fp32 main weights only the 16 bits that the bf16 weights lack (exact, 2 bytes a parameter "
+        "less), and the moments in the formats below; te backend.",
+    )
+    exp_avg_dtype: Literal["fp32", "bf16", "fp8"] = setting(
+        "fp32", doc="Format of the first moment, with use_precision_aware_optimizer."
+    )
+    exp_avg_sq_dtype: Literal["fp32", "bf16", "fp8"] = setting(
+        "fp32", doc="Format of the second moment, with use_precision_aware_optimizer."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,5 +277,5 @@ class PerformanceConfig:
         minimum=1,
     )
     cross_entropy_chunk_tokens: int | None = setting(
-        None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 1024 on a GPU.", minimum=1
+        None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 4096 on a GPU.", minimum=1
     )

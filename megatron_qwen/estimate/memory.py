@@ -13,8 +13,8 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig
 
 ALLOWANCE_GIB = 4.0
-# Rows of logits that exist at once in the chunked loss on a GPU (models/loss.py), in fp32, with their gradient.
-_LOSS_CHUNK_TOKENS, _LOSS_BYTES = 1024, 8
+# Rows of logits that exist at once in the loss on a GPU (models/loss.py), in bf16; the gradient takes their place.
+_LOSS_CHUNK_TOKENS, _LOSS_BYTES = 4096, 2
 _VOCABULARY_MULTIPLE = 128
 _GIB = 2.0**30
 

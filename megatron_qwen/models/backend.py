@@ -38,6 +38,9 @@ def choose(precision: PrecisionConfig) -> Backend:
         lacking = missing or te_backend.why_not_fp8(precision.fp8)
         if lacking:
             raise ConfigError(Problem("precision.fp8", precision.fp8, f"cannot run here: {lacking}. Set it to null."))
+    if precision.use_precision_aware_optimizer and missing:
+        fix = f"cannot run here: {missing}. Set it to false."
+        raise ConfigError(Problem("precision.use_precision_aware_optimizer", "true", fix))
     if missing:
         from megatron_qwen.models.torch_attention import TorchSelfAttention
         from megatron_qwen.models.torch_backend import TorchSpecProvider

@@ -15,6 +15,7 @@ from megatron.core.transformer.module import Float16Module
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
+from megatron_qwen.models import te_backend
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
@@ -87,6 +88,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
     for module in modules:
         module.to(device)
     initialise(modules, config, groups)
+    if backend.name == "te":
+        te_backend.add_into_main_gradients(modules)
     if core.bf16:
         modules = [Float16Module(core, module) for module in modules]
     ddp = DistributedDataParallelConfig(

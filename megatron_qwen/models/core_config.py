@@ -109,7 +109,8 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "bias_dropout_fusion": te,
         "moe_grouped_gemm": te and config.model.is_moe,
         "moe_permute_fusion": te and config.model.is_moe,
-        "gradient_accumulation_fusion": te and nvidia_apex_is_here(),
+        # For Transformer Engine's layers te_backend.py sees to it.
+        "gradient_accumulation_fusion": not te and nvidia_apex_is_here(),
     }
     if precision.fp8:
         numbers |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}

@@ -7,6 +7,7 @@ same model under any tensor, pipeline, expert or data parallelism, and no rank e
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import xxhash
@@ -43,7 +44,9 @@ def _fill(part: Slice, *, std: float, seed: int) -> None:
     local = part.data.view(-1, part.data.shape[-1])  # drops leading dimensions of size one
     start, column = part.offset
     stop = start + local.shape[0]
-    for block in range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS)):
+
+    @torch.no_grad()  # holds for a thread alone
+    def draw(block: int) -> None:
         first = block * _BLOCK_ROWS
         key = f"{seed}/{part.name}/{'/'.join(map(str, part.leading))}/{block}"
         generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & (2**63 - 1))
@@ -53,3 +56,7 @@ def _fill(part: Slice, *, std: float, seed: int) -> None:
         local[low - start : high - start] = rows[low - first : high - first, column : column + local.shape[1]].to(
             local.device
         )
+
+    blocks = range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(draw, blocks))

@@ -3,9 +3,12 @@
 The tokens pass in chunks: logits, their log-sum-exp over the tensor-parallel vocabulary shards, and in training
 at once the gradients for the hidden states and the output weight. What lives on is two gradients instead of
 logits and probabilities of every token (the idea of Liger's fused linear cross-entropy, arXiv 2410.10989,
-here with the vocabulary split over ranks). Padded vocabulary rows take no part.
+here with the vocabulary split over ranks). Padded vocabulary rows take no part. On a GPU
+the work on the logits is two kernels (loss_kernels.py).
 """
 
+import importlib.util
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,24 +72,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         first_row = weight.shape[0] * group.rank()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if training else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if training else None
+        # One chunk needs no sum in fp32: its product is rounded once.
+        whole = weight.dtype != torch.float32 and hidden.shape[0] <= chunk
+        grad_weight = None
+        if training and not whole:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for begin in range(0, hidden.shape[0], chunk):
             span = slice(begin, begin + chunk)
-            logits = (hidden[span] @ weight.t()).float()
-            if valid < logits.shape[1]:
-                logits[:, valid:] = float("-inf")
             local = targets[span] - first_row
             mine = (local >= 0) & (local < valid)
-            index = local.clamp(0, max(valid - 1, 0))
-            loss, exponentials, sums = _chunk_loss(logits, index, mine, group)
+            target = _Target(local.clamp(0, max(valid - 1, 0)), mine, weights[span], valid, group)
+            loss, gradient = _chunk_loss(hidden[span] @ weight.t(), target, with_gradient=training)
             total += torch.dot(loss, weights[span])
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None or gradient is None:
                 continue
-            gradient = exponentials.mul_((weights[span] / sums).unsqueeze(1))
-            gradient[torch.arange(len(index), device=index.device), index] -= mine * weights[span]
-            gradient = gradient.to(weight.dtype)
             torch.mm(gradient, weight, out=grad_hidden[span])
-            if weight.dtype == torch.float32:
+            if grad_weight is None:
+                grad_weight = gradient.t() @ hidden[span]
+            elif weight.dtype == torch.float32:
                 grad_weight.addmm_(gradient.t(), hidden[span])
             else:
                 grad_weight += gradient.t() @ hidden[span]
@@ -102,20 +105,66 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 5
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What a chunk's rows should predict.
+
+    Args:
+        index: column of the target among this rank's, anything legal where it is another rank's, [n].
+        mine: whether it is among this rank's, [n].
+        weights: of each row's loss, [n].
+        valid: this rank's columns that are no padding.
+        group: ranks that share the vocabulary.
+    """
+
+    index: torch.Tensor
+    mine: torch.Tensor
+    weights: torch.Tensor
+    valid: int
+    group: dist.ProcessGroup
+
+
 def _chunk_loss(
-    logits: torch.Tensor, index: torch.Tensor, mine: torch.Tensor, group: dist.ProcessGroup
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits: torch.Tensor, target: _Target, *, with_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Loss of each row, [n], and the gradient of the weighted sum for the logits, [n, v / TP], in their format."""
+    if logits.is_cuda and importlib.util.find_spec("triton") is not None:
+        from megatron_qwen.models.loss_kernels import loss_and_gradient
+
+        losses = loss_and_gradient(
+            logits,
+            target.index,
+            target.mine,
+            target.weights,
+            valid=target.valid,
+            group=target.group,
+            with_gradient=with_gradient,
+        )
+        return losses, logits if with_gradient else None
+    dtype, logits = logits.dtype, logits.float()
+    if target.valid < logits.shape[1]:
+        logits[:, target.valid :] = float("-inf")
+    losses, exponentials, sums = _softmax_parts(logits, target)
+    if not with_gradient:
+        return losses, None
+    gradient = exponentials.mul_((target.weights / sums).unsqueeze(1))
+    rows = torch.arange(len(target.index), device=logits.device)
+    gradient[rows, target.index] -= target.mine * target.weights
+    return losses, gradient.to(dtype)
+
+
+def _softmax_parts(logits: torch.Tensor, target: _Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss [n], exp(logits - max) in place of the logits [n, v / TP], and their sums over the whole vocabulary [n]."""
-    spread = group.size() > 1
+    spread = target.group.size() > 1
     largest = logits.amax(dim=1)
     if spread:
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=target.group)
     logits.sub_(largest.unsqueeze(1))
-    target = logits.gather(1, index.unsqueeze(1)).squeeze(1).masked_fill_(~mine, 0.0)
+    chosen = logits.gather(1, target.index.unsqueeze(1)).squeeze(1).masked_fill_(~target.mine, 0.0)
     exponentials = logits.exp_()
     sums = exponentials.sum(dim=1)
     if spread:
-        both = torch.stack((sums, target))
-        dist.all_reduce(both, group=group)
-        sums, target = both.unbind()
-    return sums.log() - target, exponentials, sums
+        both = torch.stack((sums, chosen))
+        dist.all_reduce(both, group=target.group)
+        sums, chosen = both.unbind()
+    return sums.log() - chosen, exponentials, sums

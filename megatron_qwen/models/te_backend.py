@@ -1,7 +1,10 @@
 """The backend of Transformer Engine's modules: fused norm + linear, FP8, grouped GEMM. GPUs only."""
 
 import importlib.util
+from collections.abc import Iterable
 from typing import Any
+
+import torch
 
 from megatron_qwen import device
 
@@ -27,6 +30,18 @@ def why_not_fp8(recipe: str) -> str | None:
     if major < 9 and device.compute_capability() != (8, 9):
         return "FP8 needs an Ada, Hopper or newer GPU"
     return None
+
+
+def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
+    """Has weight-gradient products add to the fp32 main gradients, with no bf16 gradient in between.
+
+    megatron-core's switch for it (gradient_accumulation_fusion) asks NVIDIA's apex for its own output layer as well,
+    whose gradient is made elsewhere here (loss.py); Transformer Engine's layers need nobody.
+    """
+    for module in modules:
+        for layer in module.modules():
+            if hasattr(layer, "fuse_wgrad_accumulation"):
+                setattr(layer, "fuse_wgrad_accumulation", True)  # noqa: B010
 
 
 def provider() -> Any:

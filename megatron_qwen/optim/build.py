@@ -1,11 +1,15 @@
 """Builds megatron-core's distributed optimizer for a model."""
 
+import torch
 from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
+
+# Transformer Engine's Adam keeps FP8 moments in bytes, with a scale a tensor.
+_MOMENTS = {**DTYPES, "fp8": torch.uint8}
 
 
 def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> ChainedOptimizer:
@@ -28,6 +32,9 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         params_dtype=DTYPES[precision.dtype],
         use_distributed_optimizer=True,
         overlap_param_gather=config.parallel.overlap_param_gather,
+        use_precision_aware_optimizer=precision.use_precision_aware_optimizer,
+        exp_avg_dtype=_MOMENTS[precision.exp_avg_dtype],
+        exp_avg_sq_dtype=_MOMENTS[precision.exp_avg_sq_dtype],
     )
     optimizer = get_megatron_optimizer(settings, model.chunks)
     for part in optimizer.chained_optimizers:

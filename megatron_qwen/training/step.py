@@ -59,7 +59,13 @@ def train_step(
     if config.optim.clip_grad:
         for part in optimizer.chained_optimizers:
             if parameters := part.get_parameters():
-                clip_grad_by_total_norm_fp32(parameters, config.optim.clip_grad, grad_norm)
+                clip_grad_by_total_norm_fp32(
+                    parameters,
+                    config.optim.clip_grad,
+                    grad_norm,
+                    # Where Transformer Engine's Adam keeps the main weights, gradients hang at another attribute.
+                    use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+                )
     optimizer.step_with_ready_grads()
     return StepResult(loss, grad_norm, tokens, skipped=False)
 

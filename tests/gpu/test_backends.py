@@ -1,4 +1,4 @@
-"""On a GPU: both backends train the same model, FP8 stays near bf16, and checkpoints pass between backends."""
+"""On a GPU: both backends train the same model, FP8 stays near bf16, and checkpoints pass between all of them."""
 
 import json
 from pathlib import Path
@@ -50,6 +50,16 @@ def test_te_equals_torch(recipe, tokens, tmp_path):
     needs_te()
     ours = losses(recipe, tokens, tmp_path / "torch", "precision.backend=torch", "precision.dtype=bf16")
     theirs = losses(recipe, tokens, tmp_path / "te", "precision.backend=te", "precision.dtype=bf16")
+    assert theirs[0] == pytest.approx(ours[0], abs=1e-3)
+    assert theirs == pytest.approx(ours, rel=1e-2)
+
+
+def test_te_equals_torch_with_independent_sequences(tokens, tmp_path):
+    needs_te()
+    apart = ["precision.dtype=bf16", "data.reset_attention_mask=true"]
+    ours = losses("tiny_dense", tokens, tmp_path / "torch", "precision.backend=torch", *apart)
+    theirs = losses("tiny_dense", tokens, tmp_path / "te", "precision.backend=te", *apart)
+    assert theirs[0] == pytest.approx(ours[0], abs=1e-3)
     assert theirs == pytest.approx(ours, rel=1e-2)
 
 
@@ -63,11 +73,34 @@ def test_fp8_stays_near_bf16(fp8, tokens, tmp_path):
     assert eight == pytest.approx(half, rel=3e-2)
 
 
-@pytest.mark.parametrize(("first", "second"), [("te", "torch"), ("torch", "te")])
-def test_checkpoints_pass_between_backends(first, second, tokens, tmp_path):
+def test_fp8_of_a_mixture_stays_near_bf16(tokens, tmp_path):
+    needs_te()
+    if reason := te_backend.why_not_fp8("tensorwise"):
+        pytest.skip(reason)
+    half = losses("tiny_moe", tokens, tmp_path / "bf16", "precision.dtype=bf16")
+    eight = losses("tiny_moe", tokens, tmp_path / "fp8", "precision.dtype=bf16", "precision.fp8=tensorwise")
+    assert eight == pytest.approx(half, rel=3e-2)
+
+
+TE, TORCH = ["precision.backend=te"], ["precision.backend=torch"]
+FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
+LEAN = [
+    "precision.backend=te",
+    "precision.use_precision_aware_optimizer=true",
+    "precision.exp_avg_dtype=bf16",
+    "precision.exp_avg_sq_dtype=bf16",
+]
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(TE, TORCH), (TORCH, TE), (TE, FP8), (FP8, TE), (LEAN, LEAN), (TE, LEAN), (LEAN, TORCH)],
+    ids=["te-torch", "torch-te", "te-fp8", "fp8-te", "lean-lean", "te-lean", "lean-torch"],
+)
+def test_a_run_goes_on_with_another_backend_or_format(first, second, tokens, tmp_path):
     needs_te()
     bf16 = "precision.dtype=bf16"
-    whole = losses("tiny_dense", tokens, tmp_path / "whole", bf16, f"precision.backend={first}")
-    losses("tiny_dense", tokens, tmp_path / "run", bf16, f"precision.backend={first}", steps=STEPS // 2)
-    both = losses("tiny_dense", tokens, tmp_path / "run", bf16, f"precision.backend={second}")
+    whole = losses("tiny_dense", tokens, tmp_path / "whole", bf16, *first)
+    losses("tiny_dense", tokens, tmp_path / "run", bf16, *first, steps=STEPS // 2)
+    both = losses("tiny_dense", tokens, tmp_path / "run", bf16, *second)
     assert both == pytest.approx(whole, rel=2e-2)

@@ -1,0 +1,128 @@
+"""``mq bench ceilings``: what this machine's products, attention and memory reach at most, beside its data sheet."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from megatron_qwen import device
+from megatron_qwen.estimate.peaks import peak_tflops
+from tools.benchmarks.rows import Row
+
+# [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.
+_GPU_PRODUCTS = {
+    "8192 cube": (8192, 8192, 8192),
+    "7B qkv": (4096, 3584, 4608),
+    "7B proj": (4096, 3584, 3584),
+    "7B fc1": (4096, 3584, 37_888),
+    "7B fc2": (4096, 18_944, 3584),
+    "7B output": (4096, 3584, 152_064),
+    "72B fc1 at TP 8": (4096, 8192, 7392),
+    "72B fc2 at TP 8": (4096, 3696, 8192),
+    "1.5B fc1": (8192, 1536, 17_920),
+    "1.5B fc2": (8192, 8960, 1536),
+    "0.5B fc1": (16_384, 896, 9728),
+    "0.5B fc2": (16_384, 4864, 896),
+    "expert of 57B fc1": (4096, 3584, 5120),
+    "expert of 30B fc1": (1024, 2048, 1536),
+}
+_CPU_PRODUCTS = {"1024 cube": (1024, 1024, 1024), "demo fc1": (2048, 192, 1024), "0.5B fc1": (512, 896, 9728)}
+# [heads, KV heads, head dimension] and length.
+_ATTENTION = {"7B 4096": (28, 4, 128, 4096), "7B 32768": (28, 4, 128, 32_768), "0.5B 4096": (14, 2, 64, 4096)}
+_COPY_BYTES = {True: 8 << 30, False: 1 << 28}
+
+
+def run(*, rounds: int) -> list[Row]:
+    """Rows of TFLOP/s and GB/s; what has no data sheet is beside itself.
+
+    Args:
+        rounds: timings of each, of which the median counts.
+    """
+    return list(_rows(rounds))
+
+
+def _rows(rounds: int) -> Iterator[Row]:
+    place, gpu = device.current(), device.has_cuda()
+    peak = peak_tflops(device.device_name(), "bf16")
+    for name, (tokens, inner, outer) in (_GPU_PRODUCTS if gpu else _CPU_PRODUCTS).items():
+        flops = 2.0 * tokens * inner * outer
+        x = torch.randn(tokens, inner, device=place, dtype=torch.bfloat16)
+        w = torch.randn(outer, inner, device=place, dtype=torch.bfloat16)
+        yield _row(f"bf16 product, {name}", flops, _times(partial(F.linear, x, w), rounds), peak)
+        if gpu:
+            yield _row(f"fp8 product, {name}", flops, _times(_fp8_product(x, w), rounds), 2 * peak if peak else None)
+    if not gpu:
+        x = torch.randn(1024, 1024)
+        yield _row("fp32 product, 1024 cube", 2.0 * 1024**3, _times(lambda: x @ x, rounds), None)
+    for name, shape in _ATTENTION.items() if gpu else ():
+        yield from _attention(name, shape, rounds, peak)
+    source = torch.empty(_COPY_BYTES[gpu], dtype=torch.uint8, device=place).random_()
+    target = torch.empty_like(source)
+    seconds = _times(lambda: target.copy_(source), rounds)
+    yield _row("copy in memory, read and written", 2.0 * source.numel() * 1e3, seconds, None, unit="GB/s")
+
+
+def _fp8_product(x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:
+    one = torch.ones((), device=x.device)
+    x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
+    return lambda: torch._scaled_mm(x8, w8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+
+
+def _attention(name: str, shape: tuple[int, int, int, int], rounds: int, peak: float | None) -> Iterator[Row]:
+    """Causal attention by torch's SDPA; half of the square is counted."""
+    heads, groups, width, length = shape
+    place = device.current()
+
+    def draw(count: int) -> torch.Tensor:
+        return torch.randn(1, count, length, width, device=place, dtype=torch.bfloat16, requires_grad=True)
+
+    q, k, v = draw(heads), draw(groups), draw(groups)
+    gradient = torch.randn(1, heads, length, width, device=place, dtype=torch.bfloat16)
+    flops = 2.0 * heads * width * length**2
+
+    def forward() -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    yield _row(f"attention forward, {name}", flops, _times(forward, rounds), peak)
+    out = forward()
+    backward = _times(lambda: torch.autograd.grad(out, (q, k, v), gradient, retain_graph=True), rounds)
+    yield _row(f"attention backward, {name}", 2.5 * flops, backward, peak)
+
+
+def _times(work: Callable[[], object], rounds: int) -> list[float]:
+    """Seconds of one call, in rounds of several calls that last long enough to be timed."""
+    work()
+    device.synchronize()
+    started = time.perf_counter()
+    work()
+    device.synchronize()
+    calls = max(1, min(200, round(0.02 / max(time.perf_counter() - started, 1e-6))))
+    seconds = []
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(calls):
+            work()
+        device.synchronize()
+        seconds.append((time.perf_counter() - started) / calls)
+    return seconds
+
+
+def _row(name: str, work: float, seconds: list[float], peak: float | None, *, unit: str = "TFLOP/s") -> Row:
+    speeds = sorted(work / second / 1e12 for second in seconds)
+    middle = statistics.median(speeds)
+    limit = peak or middle
+    return Row(
+        benchmark=name,
+        ours=middle,
+        against=limit,
+        unit=unit,
+        peer="data sheet" if peak else "itself",
+        ratio=middle / limit,
+        ratio_min=speeds[0] / limit,
+        ratio_max=speeds[-1] / limit,
+        required=0.0,
+        conditions=f"{device.device_name()}, {len(seconds)} rounds",
+    )
