@@ -121,7 +121,9 @@ def main(arguments: Sequence[str]) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     target = options.output / options.wheel.name
     cut_wheel(options.wheel, target, options.keep)
-    print(f"{options.wheel.name}: {options.wheel.stat().st_size / 1e6:.0f} MB, cut to {target.stat().st_size / 1e6:.0f}")
+    print(
+        f"{options.wheel.name}: {options.wheel.stat().st_size / 1e6:.0f} MB, cut to {target.stat().st_size / 1e6:.0f}"
+    )
     return 0
 
 

@@ -210,13 +210,13 @@ def _expert(config: RunConfig) -> Iterator[Problem]:
 
 def _precision(config: RunConfig) -> Iterator[Problem]:
     precision = config.precision
-    if precision.fp8 and precision.backend == "torch":
+    if precision.fp8 and precision.backend == "torch" and not precision.emulate_fp8:
         yield Problem(
             "precision.fp8",
             precision.fp8,
-            "needs the te backend (Transformer Engine on a GPU); set precision.backend=te.",
+            "needs Transformer Engine on a GPU: set precision.backend=te, or precision.emulate_fp8=true.",
         )
-    if precision.fp8 and precision.dtype != "bf16":
+    if precision.fp8 and precision.dtype != "bf16" and not precision.emulate_fp8:
         yield Problem("precision.fp8", precision.fp8, "needs precision.dtype=bf16 for what FP8 does not cover.")
     if precision.use_precision_aware_optimizer and (precision.backend == "torch" or precision.dtype != "bf16"):
         fix = "needs the Adam of Transformer Engine and bf16; set precision.backend=te and precision.dtype=bf16."
@@ -225,8 +225,12 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if (value := getattr(precision, name)) != "fp32":
                 yield Problem(f"precision.{name}", value, "needs precision.use_precision_aware_optimizer=true.")
-    if precision.emulate_fp8:
-        yield Problem("precision.emulate_fp8", "true", "is not available yet; set it to false.")
+    if precision.emulate_fp8 and precision.fp8 not in ("tensorwise", "blockwise"):
+        yield Problem(
+            "precision.emulate_fp8", "true", "imitates precision.fp8=tensorwise or blockwise; set one of them."
+        )
+    if precision.emulate_fp8 and precision.backend == "te":
+        yield Problem("precision.emulate_fp8", "true", "is the torch backend's; set precision.backend=torch or auto.")
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

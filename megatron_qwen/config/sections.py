@@ -121,9 +121,19 @@ class PrecisionConfig:
     )
     dtype: Literal["bf16", "fp32"] = setting("bf16", doc="Compute format; bf16 keeps fp32 main weights.")
     fp8: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] | None = setting(
-        None, doc="FP8 recipe of the te backend; null is none. mxfp8 needs Blackwell."
+        None,
+        doc="FP8 recipe of the layers' matrix products; null is none. tensorwise suits Hopper; mxfp8 needs Blackwell.",
     )
-    emulate_fp8: bool = setting(False, doc="Imitate FP8 rounding in the torch backend. Not available yet.")
+    first_last_layers_bf16: bool = setting(
+        True, doc="Keep the first and last layers out of FP8; not with the recipe delayed."
+    )
+    num_layers_at_start_in_bf16: int = setting(1, doc="Layers kept out at the start.", minimum=0)
+    num_layers_at_end_in_bf16: int = setting(1, doc="Layers kept out at the end.", minimum=0)
+    emulate_fp8: bool = setting(
+        False,
+        doc="Round to FP8 in plain torch, on any device, instead of computing in it: slow, for studying the numerics "
+        "of tensorwise and blockwise.",
+    )
     grad_reduce_in_fp32: bool = setting(True, doc="Accumulate and reduce gradients in fp32.")
     use_precision_aware_optimizer: bool = setting(
         False,

@@ -17,12 +17,15 @@ class Backend:
         reason: why, for the log.
         provider: megatron-core's BackendSpecProvider.
         self_attention: the class of the attention module around the provider's parts.
+        fp8_provider: the same for the layers that emulate FP8; None where none does (the modules of Transformer Engine
+            are told by the core, layer by layer).
     """
 
     name: str
     reason: str
     provider: Any
     self_attention: type
+    fp8_provider: Any = None
 
 
 def choose(precision: PrecisionConfig) -> Backend:
@@ -31,10 +34,13 @@ def choose(precision: PrecisionConfig) -> Backend:
     Raises:
         ConfigError: te or FP8 is asked for where it cannot run; says what is missing.
     """
-    missing = te_backend.why_not() if precision.backend != "torch" else "precision.backend=torch"
+    if precision.emulate_fp8:
+        missing: str | None = "precision.emulate_fp8=true"
+    else:
+        missing = te_backend.why_not() if precision.backend != "torch" else "precision.backend=torch"
     if precision.backend == "te" and missing:
         raise ConfigError(Problem("precision.backend", "te", f"cannot run here: {missing}. Use torch or auto."))
-    if precision.fp8:
+    if precision.fp8 and not precision.emulate_fp8:
         lacking = missing or te_backend.why_not_fp8(precision.fp8)
         if lacking:
             raise ConfigError(Problem("precision.fp8", precision.fp8, f"cannot run here: {lacking}. Set it to null."))
@@ -45,7 +51,8 @@ def choose(precision: PrecisionConfig) -> Backend:
         from megatron_qwen.models.torch_attention import TorchSelfAttention
         from megatron_qwen.models.torch_backend import TorchSpecProvider
 
-        return Backend("torch", missing, TorchSpecProvider(), TorchSelfAttention)
+        emulated = TorchSpecProvider(precision.fp8) if precision.emulate_fp8 else None
+        return Backend("torch", missing, TorchSpecProvider(), TorchSelfAttention, emulated)
     from megatron.core.transformer.attention import SelfAttention
 
     return Backend("te", "Transformer Engine imports and there is a CUDA device", te_backend.provider(), SelfAttention)

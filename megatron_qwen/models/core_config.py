@@ -110,14 +110,18 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "moe_grouped_gemm": te and config.model.is_moe,
         "moe_permute_fusion": te and config.model.is_moe,
         # For Transformer Engine's layers te_backend.py sees to it.
-        "gradient_accumulation_fusion": not te and nvidia_apex_is_here(),
+        "gradient_accumulation_fusion": not te and not precision.emulate_fp8 and nvidia_apex_is_here(),
     }
     if precision.fp8:
+        numbers |= {
+            "first_last_layers_bf16": precision.first_last_layers_bf16,
+            "num_layers_at_start_in_bf16": precision.num_layers_at_start_in_bf16,
+            "num_layers_at_end_in_bf16": precision.num_layers_at_end_in_bf16,
+        }
+    if precision.fp8 and not precision.emulate_fp8:
         numbers |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}
-        if precision.fp8 != "delayed":  # the core refuses the exclusion with delayed scaling
-            numbers["first_last_layers_bf16"] = True
-        else:
-            numbers |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
+    if precision.fp8 == "delayed":  # the core refuses the exclusion with it
+        numbers |= {"first_last_layers_bf16": False, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return numbers
 
 

@@ -1,5 +1,6 @@
 """The layers of the model as a megatron-core spec, from whichever backend."""
 
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
@@ -8,21 +9,31 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
 
 from megatron_qwen.models.backend import Backend
 
 
 def block_spec(core: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int) -> object:
     """The layers that one model chunk holds, and the norm after the last one."""
-    layers = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(
-        layer_specs=[_layer(core, backend)] * layers, layer_norm=backend.provider.layer_norm(rms_norm=True)
-    )
+    count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
+    first = get_transformer_layer_offset(core, vp_stage=vp_stage, pp_rank=pp_rank)
+    layers = [_layer(core, backend, _provider(core, backend, number)) for number in range(first, first + count)]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.provider.layer_norm(rms_norm=True))
 
 
-def _layer(core: TransformerConfig, backend: Backend) -> ModuleSpec:
-    provider: BackendSpecProvider = backend.provider
+def _provider(core: TransformerConfig, backend: Backend, number: int) -> BackendSpecProvider:
+    """Who makes the modules of layer ``number`` of the model, from 0."""
+    if backend.fp8_provider is None or is_first_last_bf16_layer(core, number):
+        return backend.provider
+    return backend.fp8_provider
+
+
+def _layer(core: TransformerConfig, backend: Backend, provider: BackendSpecProvider) -> ModuleSpec:
     fused = provider.fuse_layernorm_and_linear()
     linear = provider.column_parallel_linear()
     norm = provider.layer_norm(rms_norm=True, has_residual=True)

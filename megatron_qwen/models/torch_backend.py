@@ -7,21 +7,35 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
+from megatron_qwen.models import fp8_linear
 from megatron_qwen.models.torch_activation import SwiGLUActivation
 from megatron_qwen.models.torch_attention import TorchAttention
 from megatron_qwen.models.torch_norm import RMSNorm
 
+_LINEAR: dict[str | None, tuple[type, type]] = {
+    None: (ColumnParallelLinear, RowParallelLinear),
+    "tensorwise": (fp8_linear.TensorwiseColumnParallelLinear, fp8_linear.TensorwiseRowParallelLinear),
+    "blockwise": (fp8_linear.BlockwiseColumnParallelLinear, fp8_linear.BlockwiseRowParallelLinear),
+}
+
 
 class TorchSpecProvider(BackendSpecProvider):
-    """Which module the layer spec takes for each part."""
+    """Which module the layer spec takes for each part.
+
+    Args:
+        emulated_fp8: recipe that the linear layers imitate; None computes in the run's format.
+    """
+
+    def __init__(self, emulated_fp8: str | None = None) -> None:
+        self.column, self.row = _LINEAR[emulated_fp8]
 
     def column_parallel_linear(self) -> type:
         """Linear split over its output features."""
-        return ColumnParallelLinear
+        return self.column
 
     def row_parallel_linear(self) -> type:
         """Linear split over its input features."""
-        return RowParallelLinear
+        return self.row
 
     def fuse_layernorm_and_linear(self) -> bool:
         """Norm and linear are two modules."""
@@ -42,9 +56,7 @@ class TorchSpecProvider(BackendSpecProvider):
         """The core's experts one after the other."""
         return partial(
             SequentialMLP,
-            submodules=MLPSubmodules(
-                linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear, activation_func=SwiGLUActivation
-            ),
+            submodules=MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row, activation_func=SwiGLUActivation),
         )
 
     def activation_func(self) -> type:
