@@ -8,7 +8,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-SCRIPTS = [ROOT / "mq", ROOT / ".ci/run", *sorted((ROOT / "slurm").glob("*.sh")), ROOT / "slurm/train.sbatch"]
+SCRIPTS = [
+    ROOT / "mq",
+    ROOT / ".ci/run",
+    *sorted((ROOT / "slurm").glob("*.sh")),
+    ROOT / "slurm/train.sbatch",
+    ROOT / "tools/wheelhouse.sh",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

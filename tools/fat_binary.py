@@ -96,15 +96,17 @@ def cut(library: bytes, keep: Sequence[int]) -> tuple[bytes, int]:
 
 def cut_wheel(wheel: Path, output: Path, keep: Sequence[int]) -> None:
     """Writes a wheel whose libraries hold code for some architectures only."""
-    with (
-        zipfile.ZipFile(wheel) as source,
-        zipfile.ZipFile(output, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as target,
-    ):
-        for member in source.infolist():
-            content = source.read(member)
-            if member.filename.endswith(".so"):
-                content, _ = cut(content, keep)
-            target.writestr(member, content, zipfile.ZIP_DEFLATED)
+    partial = output.with_name(output.name + ".partial")
+    try:
+        with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as target:
+            for member in source.infolist():
+                content = source.read(member)
+                if member.filename.endswith(".so"):
+                    content, _ = cut(content, keep)
+                target.writestr(member, content, zipfile.ZIP_DEFLATED, compresslevel=9)
+        partial.replace(output)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def main(arguments: Sequence[str]) -> int:
