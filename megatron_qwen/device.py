@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -141,6 +142,7 @@ def prepare() -> None:
     if has_cuda():
         return
     keep_freed_memory()
+    _hide_gpu_libraries()
     _map_calls()
     _map_factories()
     _map_tensor_methods()
@@ -156,6 +158,12 @@ def keep_freed_memory() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 1 << 30)
     mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def _hide_gpu_libraries() -> None:
+    """Has the core do without kernels that are installed but have no GPU to run on (a GPU image on a login node)."""
+    for name in ("transformer_engine", "apex.optimizers", "apex.multi_tensor_apply", "amp_C"):
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import then fails as if it were not there
 
 
 class _Stream:

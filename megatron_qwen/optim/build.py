@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
+from megatron_qwen.optim.lean_state import make_exchangeable
 
 # Transformer Engine's Adam keeps FP8 moments in bytes, with a scale a tensor.
 _MOMENTS = {**DTYPES, "fp8": torch.uint8}
@@ -38,9 +39,12 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
     )
     optimizer = get_megatron_optimizer(settings, model.chunks)
     for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer:  # a rank may hold no parameter of a chain's part
-            # Moments from the start: a run may have to be saved before its first step was taken.
-            part.init_state_fn(part.optimizer, part.config)
+        if part.is_stub_optimizer:  # a rank may hold no parameter of a chain's part
+            continue
+        if precision.use_precision_aware_optimizer:
+            make_exchangeable(part)
+        # Moments from the start: a run may have to be saved before its first step was taken.
+        part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 

@@ -1,0 +1,82 @@
+"""Transformer Engine's Adam with lean state: of the fp32 main weights it keeps the 16 bits that the bf16 weights lack.
+
+megatron-core 0.19.2 saves those 16 bits where a checkpoint has the main weights, so no other optimizer could read it, and
+its own load refuses them. Here they are put together with the bf16 weights on the way out and taken apart on the way
+in: a checkpoint is the same whatever the optimizer kept.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+
+
+def whole_weights(weights: torch.Tensor, rest: torch.Tensor) -> torch.Tensor:
+    """fp32 main weights, exactly.
+
+    Transformer Engine rounds the upper half up where the lower one, as a signed number, is negative
+    (multi_tensor/adam.cu); that is undone first.
+
+    Args:
+        weights: bf16.
+        rest: lower halves, int16, of the same shape.
+    """
+    upper = weights.view(torch.int16).int() - (rest < 0).int()
+    return ((upper << 16) | (rest.int() & 0xFFFF)).view(torch.float32)
+
+
+def split_weights(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The bf16 weights and lower halves that ``whole_weights`` puts together.
+
+    Args:
+        whole: fp32, contiguous.
+    """
+    bits = whole.view(torch.int32)
+    rest = bits.to(torch.int16)  # the lower 16 bits, as they are
+    upper = ((bits >> 16) + (rest < 0).int()).to(torch.int16)
+    return upper.view(torch.bfloat16), rest
+
+
+def make_exchangeable(part: Any) -> None:
+    """Gives one of the core's distributed optimizers the ways in and out described above.
+
+    Args:
+        part: a DistributedOptimizer around FusedAdam with use_precision_aware_optimizer.
+    """
+    plain_get, plain_set = part._get_main_param_and_optimizer_states, part._set_main_param_and_optimizer_states
+
+    def shard_of(model_param: torch.Tensor) -> torch.Tensor:
+        group, order = part.model_param_group_index_map[model_param]
+        return part.optimizer.param_groups[group]["params"][order]
+
+    def get(_: Any, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors: dict[str, torch.Tensor] = plain_get(model_param)
+        if tensors["param"].dtype == torch.int16:
+            tensors["param"] = whole_weights(shard_of(model_param).detach(), tensors["param"])
+        return tensors
+
+    def put(_: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
+        shard = shard_of(model_param)
+        if shard.dtype == torch.bfloat16 and isinstance(tensors.get("param"), torch.Tensor):
+            weights, rest = split_weights(tensors["param"].to(shard.device).contiguous())
+            with torch.no_grad():
+                shard.copy_(weights.view(shard.shape))
+            tensors = {**tensors, "param": rest.view(shard.shape)}
+        plain_set(model_param, tensors)
+
+    part._get_main_param_and_optimizer_states = MethodType(get, part)
+    part._set_main_param_and_optimizer_states = MethodType(put, part)
+    part.init_state_fn = _initialise
+    # Transformer Engine's own makes an fp32 copy of all state; the core takes only the groups from it.
+    part.optimizer.state_dict = MethodType(torch.optim.Optimizer.state_dict, part.optimizer)
+
+
+def _initialise(adam: Any, _: object = None) -> None:
+    """Zero moments, and main weights equal to the bf16 ones.
+
+    The core calls ``initialize_state`` without the argument that it has in Transformer Engine 2.20.
+    """
+    for group in adam.param_groups:
+        for param in group["params"]:
+            if not adam.state[param]:
+                adam.initialize_state(param, adam.store_param_remainders and param.dtype == torch.bfloat16)
