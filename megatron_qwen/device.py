@@ -140,6 +140,8 @@ def prepare() -> None:
     for name in ("torch.utils.cpp_extension", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if has_cuda():
+        # Segments that grow leave less memory unusable between tensors of many sizes. Read at the first allocation.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         return
     keep_freed_memory()
     _hide_gpu_libraries()

@@ -1,9 +1,11 @@
 """On a GPU: the kernels of the loss give torch's cross-entropy and its gradient."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 pytestmark = [
     pytest.mark.gpu,
@@ -11,14 +13,21 @@ pytestmark = [
 ]
 
 
+@pytest.fixture
+def alone() -> Iterator[object]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [64, 1000])
 @pytest.mark.parametrize(("vocabulary", "padded"), [(151_936, 151_936), (30_000, 30_080)])
-def test_equals_plain_cross_entropy(dtype, chunk, vocabulary, padded):
+def test_equals_plain_cross_entropy(dtype, chunk, vocabulary, padded, alone):
     from megatron_qwen.models.loss import output_loss
 
     torch.manual_seed(0)
-    alone = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     hidden = torch.randn(200, 1, 128, device="cuda", dtype=dtype)
     weight = (torch.randn(padded, 128, device="cuda") * 0.1).to(dtype)
     labels = torch.randint(0, vocabulary, (1, 200), device="cuda")
