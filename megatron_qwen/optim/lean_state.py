@@ -1,8 +1,8 @@
 """Transformer Engine's Adam with lean state: of the fp32 main weights it keeps the 16 bits that the bf16 weights lack.
 
 megatron-core 0.19.2 saves those 16 bits where a checkpoint has the main weights, so no other optimizer could read it,
-and its own load refuses them. Here they are put together with the bf16 weights on the way out and taken apart on the way
-in: a checkpoint is the same whatever the optimizer kept.
+and its own load refuses them. Here they are put together with the bf16 weights on the way out and taken apart on the
+way in: a checkpoint is the same whatever the optimizer kept.
 """
 
 from types import MethodType

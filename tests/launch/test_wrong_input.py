@@ -36,7 +36,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["optim.lr_decay_style=cosin"], 1, ["'cosin'", "cosine, wsd, linear, constant"]),
     (DENSE, ["precision.dtype=fp16"], 1, ["precision.dtype", "'fp16'", "bf16, fp32"]),
     (DENSE, ["precision.fp8=delayed"], 1, ["precision.fp8 = delayed", "precision.dtype=bf16"]),
-    (DENSE, ["precision.fp8=tensorwise", "precision.backend=torch"], 1, ["needs the te backend"]),
+    (DENSE, ["precision.fp8=tensorwise", "precision.backend=torch"], 1, ["needs Transformer Engine on a GPU"]),
     (DENSE, ["precision.emulate_fp8=true"], 1, ["precision.emulate_fp8", "tensorwise or blockwise"]),
     (
         DENSE,
