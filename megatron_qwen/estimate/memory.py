@@ -30,7 +30,7 @@ class StageMemory:
         gradients: of all of them.
         optimizer: the rank's share of main weights and moments.
         activations: of every micro-batch in flight.
-        loss: logits of a chunk; 0 but on the last stage.
+        loss: logits of a chunk and the output matrix's gradient; 0 but on the last stage.
     """
 
     stage: int
@@ -120,7 +120,10 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int) -> Stage
     expert_grid = parallel.expert_model_parallel_size * parallel.expert_tensor_size
     expert_share = max(1, world_size // (expert_grid * parallel.pipeline_model_parallel_size))
     bf16 = precision.dtype == "bf16"
-    state = 12 if bf16 else 8  # fp32 weights are their own main weights
+    moment = {"fp32": 4, "bf16": 2, "fp8": 1}
+    moments = moment[precision.exp_avg_dtype] + moment[precision.exp_avg_sq_dtype]
+    # fp32 weights are their own main weights; lean ones are the 16 bits that bf16 weights lack.
+    state = moments + ((2 if precision.use_precision_aware_optimizer else 4) if bf16 else 0)
     per_gradient = 4 if precision.grad_reduce_in_fp32 or not bf16 else 2
     stages = parallel.pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
@@ -128,12 +131,35 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int) -> Stage
     return StageMemory(
         stage=index,
         parameters=dense + experts,
-        weights=(dense + experts) * (2.0 if bf16 else 4.0),
+        weights=(dense + experts) * (2.0 if bf16 else 4.0) + 2.0 * _fp8_parameters(config, index, layers),
         gradients=(dense + experts) * float(per_gradient),
         optimizer=state * (dense / dense_share + experts / expert_share),
         activations=_activations(config, index, layers, world_size),
-        loss=float(_LOSS_CHUNK_TOKENS * rows * _LOSS_BYTES) if index == stages - 1 else 0.0,
+        loss=_loss(config, rows) if index == stages - 1 else 0.0,
     )
+
+
+def _loss(config: RunConfig, rows: int) -> float:
+    """Logits of a chunk, and the gradient of the output matrix: in bf16, and summed in fp32 over several chunks."""
+    tokens = config.training.micro_batch_size * config.data.seq_length / config.parallel.context_parallel_size
+    chunk = min(tokens, config.performance.cross_entropy_chunk_tokens or _LOSS_CHUNK_TOKENS)
+    gradient = _LOSS_BYTES if tokens <= chunk else _LOSS_BYTES + 4
+    return rows * (float(chunk) * _LOSS_BYTES + config.model.hidden_size * gradient)
+
+
+def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
+    """Scalars of a rank that are also held in FP8, in both orders."""
+    precision, parallel = config.precision, config.parallel
+    if precision.fp8 is None or precision.emulate_fp8:
+        return 0.0
+    dense, experts = parameters_per_rank(config, stage=stage)
+    last = stage == parallel.pipeline_model_parallel_size - 1
+    tp = parallel.tensor_model_parallel_size
+    outside = _padded_rows(config.model.vocab_size, tp) // tp * config.model.hidden_size * ((stage == 0) + last)
+    excluded = 0
+    if precision.first_last_layers_bf16 and precision.fp8 != "delayed":
+        excluded = precision.num_layers_at_start_in_bf16 * (stage == 0) + precision.num_layers_at_end_in_bf16 * last
+    return max(0.0, (dense + experts - outside) * (1 - min(excluded, layers) / layers))
 
 
 def _activations(config: RunConfig, stage: int, layers: int, world_size: int) -> float:
@@ -167,7 +193,11 @@ def _layer_activations(config: RunConfig) -> tuple[float, float]:
         feed_forward = experts + 3 * (model.moe_shared_expert_intermediate_size or 0) / tp
     else:
         feed_forward = 3 * model.ffn_hidden_size / tp
-    whole = size * (residual + attention + feed_forward)
+    # In FP8 the inputs of the four products are kept in one byte: both norms' output, attention's, and SwiGLU's.
+    saved = 0.0
+    if config.precision.fp8 is not None and not config.precision.emulate_fp8:
+        saved = 2 * h / residual_tp + q / tp + feed_forward / 3
+    whole = size * (residual + attention + feed_forward) - saved
     if training.recompute_granularity == "full":
         return size * h / residual_tp, whole
     if training.recompute_granularity == "selective" and {"mlp", "moe"} & set(training.recompute_modules):

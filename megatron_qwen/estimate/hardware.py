@@ -1,0 +1,123 @@
+"""What a kind of device reaches at most, typed: the ceilings that a prediction of step time starts from.
+
+H200: measured (benchmarks/results/h200_ceilings.json, and h200_gpu_step.json for what Transformer Engine's attention
+takes). H100: the same processor with memory measured at 3.0 TB/s. B200 and A100: the shares of the peak that the H200
+reaches, on their data sheets' peaks: not measured. Links: data sheets, one direction, less a fifth for protocol.
+"""
+
+from dataclasses import dataclass, replace
+
+from megatron_qwen.errors import ConfigError, Problem
+
+
+@dataclass(frozen=True)
+class ProductRate:
+    """Time of a matrix product: FLOPs at a rate, and a share of its memory traffic and a launch that do not overlap.
+
+    Fitted to the fourteen products of h200_ceilings.json; the largest error is 17 %.
+
+    Args:
+        tflops: asymptotic rate.
+        exposed_traffic: share of the operands' and the result's bytes that adds to the time.
+        launch_us: microseconds of a product of nothing.
+        element_bytes: of an operand.
+    """
+
+    tflops: float
+    exposed_traffic: float
+    launch_us: float
+    element_bytes: float
+
+    def seconds(self, m: float, n: float, k: float, *, memory_gb_s: float, result_bytes: float = 2.0) -> float:
+        """[m, k] x [k, n]."""
+        moved = self.element_bytes * (m * k + k * n) + result_bytes * m * n
+        traffic = self.exposed_traffic * moved / (memory_gb_s * 1e9)
+        return 2.0 * m * n * k / (self.tflops * 1e12) + traffic + self.launch_us * 1e-6
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of device and the links between them.
+
+    Args:
+        name: as ``--gpu`` says it.
+        memory_gib: of a device, as a process sees it.
+        peak_tflops: dense bf16, the denominator of MFU.
+        bf16: matrix products in bf16.
+        fp8: matrix products in FP8; None where there are none.
+        attention_tflops: causal attention forward and backward, at long sequences and 128 channels a head.
+        memory_gb_s: copy, bytes read and written.
+        nvlink_gb_s: a device to the others of its node, one direction.
+        network_gb_s: a device to other nodes, one direction.
+        devices_per_node: that share the fast links.
+        host_us_per_layer: what the processor takes to launch a layer's forward and backward pass.
+        source: where the figures come from.
+    """
+
+    name: str
+    memory_gib: float
+    peak_tflops: float
+    bf16: ProductRate
+    fp8: ProductRate | None
+    attention_tflops: tuple[float, float]
+    memory_gb_s: float
+    nvlink_gb_s: float
+    network_gb_s: float
+    devices_per_node: int
+    host_us_per_layer: float
+    source: str
+
+
+_BF16 = ProductRate(tflops=704.0, exposed_traffic=0.44, launch_us=9.0, element_bytes=2.0)
+_FP8 = ProductRate(tflops=1510.0, exposed_traffic=0.66, launch_us=21.0, element_bytes=1.0)
+_H200 = Hardware(
+    name="h200",
+    memory_gib=139.8,
+    peak_tflops=989.4,
+    bf16=_BF16,
+    fp8=_FP8,
+    attention_tflops=(525.0, 430.0),
+    memory_gb_s=4300.0,
+    nvlink_gb_s=360.0,
+    network_gb_s=40.0,
+    devices_per_node=8,
+    host_us_per_layer=4000.0,
+    source="measured on one H200; links from data sheets (NVLink 450 GB/s, 400 Gb/s a GPU)",
+)
+
+
+def _like_h200(name: str, peak: float, memory_gib: float, memory_gb_s: float, nvlink_gb_s: float) -> Hardware:
+    share = peak / _H200.peak_tflops
+    return replace(
+        _H200,
+        name=name,
+        memory_gib=memory_gib,
+        peak_tflops=peak,
+        bf16=replace(_BF16, tflops=_BF16.tflops * share),
+        fp8=replace(_FP8, tflops=_FP8.tflops * share),
+        attention_tflops=(_H200.attention_tflops[0] * share, _H200.attention_tflops[1] * share),
+        memory_gb_s=memory_gb_s,
+        nvlink_gb_s=nvlink_gb_s,
+        source="the H200's shares of the peak on this device's data sheet; not measured",
+    )
+
+
+_KINDS = {
+    "h200": _H200,
+    "h100": replace(
+        _H200, name="h100", memory_gib=79.1, memory_gb_s=3000.0, source="the H200's processor, memory measured"
+    ),
+    "b200": _like_h200("b200", 2250.0, 178.0, 7000.0, 720.0),
+    "a100": replace(_like_h200("a100", 312.0, 79.1, 1800.0, 240.0), fp8=None, network_gb_s=20.0),
+}
+
+
+def hardware(name: str) -> Hardware:
+    """A kind by its name, in any case.
+
+    Raises:
+        ConfigError: it is not known.
+    """
+    if name.lower() not in _KINDS:
+        raise ConfigError(Problem("--gpu", name, f"is not known; known are {', '.join(sorted(_KINDS))}."))
+    return _KINDS[name.lower()]

@@ -1,0 +1,146 @@
+"""Every layout that a model can have on a number of devices: what it needs and reaches, or why it cannot be."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_qwen.config.checks import problems
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.flops import training_flops_per_token
+from megatron_qwen.estimate.hardware import Hardware
+from megatron_qwen.estimate.memory import StageMemory, memory_per_stage
+from megatron_qwen.estimate.step_time import Assumptions, StepTime, step_time
+
+_MICRO_BATCHES, _VIRTUAL = (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10)
+_LONGEST_PIPELINE = 32
+# A rank with a shorter part of the sequence spends its time on messages.
+_LEAST_TOKENS_OF_A_RANK = 2048
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A layout that fits.
+
+    Args:
+        config: the recipe with it.
+        memory: of a rank of every pipeline stage.
+        time: of a step.
+        world_size: devices.
+        mfu: model FLOP/s as a share of the bf16 peak.
+    """
+
+    config: RunConfig
+    memory: list[StageMemory]
+    time: StepTime
+    world_size: int
+    mfu: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of one device."""
+        return self.time.tokens / self.time.seconds / self.world_size
+
+    @property
+    def memory_gib(self) -> float:
+        """Of the fullest stage."""
+        return max(stage.total_gib for stage in self.memory)
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which a rank waits for the pipeline."""
+        return self.time.bubble / self.time.seconds
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A layout that cannot be.
+
+    Args:
+        config: the recipe with it.
+        reason: why.
+    """
+
+    config: RunConfig
+    reason: str
+
+
+def layouts(
+    config: RunConfig, *, world_size: int, device: Hardware, assumptions: Assumptions | None = None
+) -> tuple[list[Candidate], list[Rejected]]:
+    """All layouts, the fastest first, and all that are rejected.
+
+    Args:
+        config: the recipe; its model, data, precision and global batch are kept.
+        world_size: devices.
+        device: their kind.
+        assumptions: of the prediction.
+    """
+    found: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for bare in _shapes(config, world_size, device):
+        shape = bare.with_section("training", micro_batch_size=1)
+        if reason := _illegal(shape, world_size):
+            rejected.append(Rejected(shape, reason))
+            continue
+        for micro in _MICRO_BATCHES:
+            sized = shape.with_section("training", micro_batch_size=micro)
+            if micro > 1 and (reason := _illegal(sized, world_size)):
+                rejected.append(Rejected(sized, reason))
+                continue
+            for recompute in (None, "full"):
+                one = sized.with_section("training", recompute_granularity=recompute)
+                answer = _judge(one, world_size, device, assumptions)
+                (found if isinstance(answer, Candidate) else rejected).append(answer)  # type: ignore[arg-type]
+    found.sort(key=lambda candidate: candidate.tokens_per_second, reverse=True)
+    return found, rejected
+
+
+def _shapes(config: RunConfig, world_size: int, device: Hardware) -> Iterator[RunConfig]:
+    """Tensor, pipeline, context and expert sizes; legal or not."""
+    model, seq = config.model, config.data.seq_length
+    contexts = [size for size in _powers(world_size) if size == 1 or seq // size >= _LEAST_TOKENS_OF_A_RANK]
+    experts = _powers(min(model.num_moe_experts or 1, world_size))
+    for tp in _powers(min(device.devices_per_node, world_size)):
+        for pp in _powers(min(_LONGEST_PIPELINE, model.num_layers, world_size // tp)):
+            for virtual in _VIRTUAL if pp > 1 else (1,):
+                if virtual > 1 and model.num_layers % (pp * virtual):
+                    continue  # not a layout of its own: the plain pipeline says what is wrong with the layers
+                for cp in contexts:
+                    for ep in experts:
+                        yield config.with_section("parallel", **_sizes(tp, pp, virtual, cp, ep))
+
+
+def _sizes(tp: int, pp: int, virtual: int, cp: int, ep: int) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": tp,
+        "sequence_parallel": tp > 1,
+        "pipeline_model_parallel_size": pp,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+        "num_layers_in_first_pipeline_stage": None,
+        "num_layers_in_last_pipeline_stage": None,
+        "context_parallel_size": cp,
+        "expert_model_parallel_size": ep,
+        "expert_tensor_parallel_size": 1 if ep > 1 else None,
+    }
+
+
+def _powers(limit: int) -> list[int]:
+    """1, 2, 4, ... up to a limit."""
+    return [1 << number for number in range(max(1, limit).bit_length())]
+
+
+def _illegal(config: RunConfig, world_size: int) -> str | None:
+    """What the rules of every run say against it."""
+    return " ".join(map(str, problems(config, world_size=world_size))) or None
+
+
+def _judge(
+    config: RunConfig, world_size: int, device: Hardware, assumptions: Assumptions | None
+) -> Candidate | Rejected:
+    memory = memory_per_stage(config, world_size=world_size)
+    need = max(stage.total_gib for stage in memory)
+    if need > device.memory_gib:
+        return Rejected(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.")
+    time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)
+    flops = training_flops_per_token(config.model, config.data.seq_length) * time.tokens / time.seconds / world_size
+    return Candidate(config, memory, time, world_size, flops / (device.peak_tflops * 1e12))

@@ -1,0 +1,84 @@
+"""Step times: near what was published and measured, and moving as they must with layout, batch and device."""
+
+import pytest
+
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.estimate.hardware import hardware
+from megatron_qwen.estimate.step_time import Assumptions, step_time
+from megatron_qwen.recipes.registry import RECIPES
+from tools.benchmarks.predictions import WITHIN, calibrate, predicted
+from tools.benchmarks.published_steps import measured_steps, published_steps
+
+PUBLISHED, MEASURED = list(published_steps()), list(measured_steps())
+
+
+@pytest.mark.parametrize("step", PUBLISHED, ids=lambda step: step.name)
+def test_published_steps_after_one_calibration(step):
+    ratio = predicted(step, calibrate(PUBLISHED)) / step.tokens_per_second
+    print(f"{step.name}: predicted / published {ratio:.3f}")
+    assert 1 - WITHIN < ratio < 1 / (1 - WITHIN)
+
+
+@pytest.mark.parametrize("step", MEASURED, ids=lambda step: step.name)
+def test_measured_steps_with_the_default(step):
+    ratio = predicted(step, Assumptions().achieved) / step.tokens_per_second
+    assert 0.93 < ratio < 1.07
+    assert calibrate(MEASURED) == pytest.approx(Assumptions().achieved, abs=2e-3)
+
+
+def seconds(recipe="qwen2_5_7b", gpu="h100", world_size=64, assume=None, **sections):
+    config = RECIPES[recipe]()
+    for section, changes in sections.items():
+        config = config.with_section(section, **changes)
+    return step_time(config, device=hardware(gpu), world_size=world_size, assumptions=assume)
+
+
+def test_parts_add_up():
+    time = seconds("qwen2_5_72b", world_size=1024)
+    parts = [time.products, time.attention, time.traffic, time.tensor, time.experts, time.bubble, time.data]
+    assert time.seconds == pytest.approx(sum(parts) + time.optimizer)
+    assert all(part >= 0 for part in parts)
+    assert time.bubble > 0
+    assert time.tensor > 0
+
+
+def test_what_must_cost_more():
+    plain = seconds()
+    assert seconds(training={"recompute_granularity": "full"}).seconds > 1.15 * plain.seconds
+    assert seconds(gpu="a100").seconds > 2 * plain.seconds
+    assert seconds(gpu="h200").seconds < plain.seconds
+    assert seconds(world_size=32).seconds > 1.8 * plain.seconds
+    assert seconds(assume=Assumptions(power=0.5)).seconds > 1.5 * plain.seconds
+    longer = seconds(data={"seq_length": 8192})
+    assert longer.attention == pytest.approx(4 * plain.attention)
+    assert longer.products == pytest.approx(2 * plain.products, rel=0.05)
+    assert seconds(precision={"fp8": "tensorwise"}).products < 0.75 * plain.products
+
+
+def test_pipeline_waits_less_with_virtual_stages():
+    def bubble(virtual):
+        layout = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": virtual}
+        return seconds(parallel={**layout, "tensor_model_parallel_size": 1, "sequence_parallel": False}).bubble
+
+    assert bubble(7) == pytest.approx(bubble(None) / 7)
+
+
+def test_experts():
+    layout = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "pipeline_model_parallel_size": 1}
+    layout |= {"virtual_pipeline_model_parallel_size": None, "context_parallel_size": 1}
+
+    def time(assume=None, **parallel):
+        return seconds("qwen3_30b_a3b", world_size=16, assume=assume, parallel={**layout, **parallel})
+
+    near = time(expert_model_parallel_size=8)
+    far = time(expert_model_parallel_size=16)
+    assert far.experts > 3 * near.experts  # over the network
+    assert time(Assumptions(deduplicated=True), expert_model_parallel_size=16).experts < far.experts / 2
+    crowded = time(Assumptions(imbalance=2.0), expert_model_parallel_size=16)
+    assert crowded.experts == pytest.approx(2 * far.experts)
+    assert crowded.products > far.products
+
+
+def test_a_device_that_nobody_knows():
+    with pytest.raises(ConfigError, match="known are a100, b200, h100, h200"):
+        hardware("tpu")
