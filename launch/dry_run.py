@@ -10,7 +10,6 @@ from launch.submission import script
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import as_dict
 from megatron_qwen.estimate.memory import ALLOWANCE_GIB
-from megatron_qwen.estimate.speed import ASSUMED_MFU, ASSUMED_MFU_MOE
 
 _GIB = 2.0**30
 
@@ -32,12 +31,12 @@ def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
     if prediction.speed is None or prediction.hours is None or prediction.gpu_hours is None:
         return [*rows, ("speed", "not predicted: the cluster file names no GPU with a known peak for this precision")]
     speed = prediction.speed
-    share = ASSUMED_MFU_MOE if request.config.model.is_moe else ASSUMED_MFU
+    share = f"{speed.achieved:.0%} of a {cluster.gpu}'s ceilings (mq plan)"
     jobs = prediction.hours * 60 / cluster.time_limit_minutes
     return [
         *rows,
         ("tokens/s", f"{speed.tokens_per_second:,.0f}, {speed.tokens_per_second / request.world_size:,.0f} a GPU"),
-        ("  assumed", f"{share:.0%} of the {cluster.gpu}'s peak, less a pipeline bubble of {speed.bubble:.1%}"),
+        ("  assumed", f"{share}; pipeline bubble {speed.bubble:.1%}"),
         ("step", f"{speed.step_s:.1f} s"),
         ("duration", f"{prediction.hours:,.1f} h, {jobs:.1f} jobs of {cluster.time_limit}"),
         ("GPU-hours", f"{prediction.gpu_hours:,.0f}"),

@@ -112,6 +112,13 @@ _KINDS = {
 }
 
 
+def known(name: str) -> Hardware | None:
+    """The kind in a device's name, such as ``NVIDIA H100 80GB HBM3``; None for other parts and devices."""
+    if "PCIe" in name or "NVL" in name:
+        return None
+    return next((device for kind, device in _KINDS.items() if kind in name.lower()), None)
+
+
 def hardware(name: str) -> Hardware:
     """A kind by its name, in any case.
 

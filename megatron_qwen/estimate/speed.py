@@ -1,15 +1,10 @@
-"""Speed of a run before it starts: a stated share of the device's peak, less the pipeline's bubble."""
+"""Speed of a run before it starts, from the parts of its step."""
 
 from dataclasses import dataclass
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.estimate.flops import training_flops_per_token
-from megatron_qwen.estimate.peaks import peak_tflops
-
-# Not measured here. Dense: Llama 3 405B on H100 in bf16 reached 38 to 43 % (arXiv 2407.21783, table 4), Megatron-LM's
-# README says up to 47 %. Mixtures: Qwen3-30B-A3B on 16 H100 reached 20 % with natural and 30 % with balanced routing
-# (Megatron-Bridge, model card and hardware configurations).
-ASSUMED_MFU, ASSUMED_MFU_MOE = 0.40, 0.25
+from megatron_qwen.estimate.hardware import known
+from megatron_qwen.estimate.step_time import Assumptions, step_time
 
 
 @dataclass(frozen=True)
@@ -20,11 +15,13 @@ class Speed:
         tokens_per_second: of all ranks.
         step_s: one optimizer step at the full batch.
         bubble: share of a step that pipeline ranks wait.
+        achieved: share of the device's ceilings that is assumed.
     """
 
     tokens_per_second: float
     step_s: float
     bubble: float
+    achieved: float
 
     def hours(self, config: RunConfig) -> float:
         """Duration of all steps; a ramp of the batch is taken at its full size."""
@@ -32,25 +29,16 @@ class Speed:
 
 
 def expected_speed(config: RunConfig, *, gpu: str, world_size: int) -> Speed | None:
-    """Speed on a kind of GPU; None where its peak is not known.
+    """Speed on a kind of GPU; None where the GPU, or the precision on it, is not known.
 
     Args:
         config: a legal configuration.
         gpu: such as H100.
         world_size: ranks.
     """
-    peak = peak_tflops(gpu, config.precision.dtype)
-    if peak is None:
+    device = known(gpu)
+    if device is None or config.precision.dtype != "bf16" or (config.precision.fp8 and device.fp8 is None):
         return None
-    training, parallel = config.training, config.parallel
-    step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
-    micro_batches = max(1, training.global_batch_size // step)
-    waiting = (parallel.pipeline_model_parallel_size - 1) / parallel.virtual_stages
-    bubble = waiting / (micro_batches + waiting)
-    # Full recompute does the forward pass once more: four thirds of the work, of which three count.
-    recompute = 0.75 if training.recompute_granularity == "full" else 1.0
-    flops = training_flops_per_token(config.model, config.data.seq_length)
-    share = ASSUMED_MFU_MOE if config.model.is_moe else ASSUMED_MFU
-    per_second = world_size * peak * 1e12 * share * (1 - bubble) * recompute / flops
-    tokens = training.global_batch_size * config.data.seq_length
-    return Speed(per_second, tokens / per_second, bubble)
+    assumptions = Assumptions()
+    time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)
+    return Speed(time.tokens / time.seconds, time.seconds, time.bubble / time.seconds, assumptions.achieved)

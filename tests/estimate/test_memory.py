@@ -78,12 +78,17 @@ def test_recompute_pipeline_and_context_need_less():
 
 def test_speed():
     config = RECIPES["qwen2_5_7b"]()
-    one, two = (expected_speed(config, gpu="H100", world_size=size) for size in (16, 32))
-    assert two.tokens_per_second == pytest.approx(2 * one.tokens_per_second)
+    one, two = (expected_speed(config, gpu="NVIDIA H100 80GB HBM3", world_size=size) for size in (16, 32))
+    assert 1.8 < two.tokens_per_second / one.tokens_per_second <= 2
     assert one.bubble == 0
-    assert expected_speed(config, gpu="unknown", world_size=16) is None
+    assert one.tokens_per_second * one.step_s == pytest.approx(
+        config.training.global_batch_size * config.data.seq_length
+    )
+    for gpu in ("unknown", "NVIDIA H100 PCIe"):
+        assert expected_speed(config, gpu=gpu, world_size=16) is None
+    assert expected_speed(config.with_section("precision", dtype="fp32"), gpu="H100", world_size=16) is None
     slower = expected_speed(config.with_section("training", recompute_granularity="full"), gpu="H100", world_size=16)
-    assert slower.tokens_per_second == pytest.approx(0.75 * one.tokens_per_second)
+    assert slower.tokens_per_second < 0.85 * one.tokens_per_second
     assert one.hours(config) == pytest.approx(config.training.train_iters * one.step_s / 3600)
 
 
@@ -101,7 +106,7 @@ LEAN = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg
     ],
 )
 def test_peaks_measured_on_one_h200(recipe, micro, batch, precision, peak_gib):
-    """Allocator peaks of benchmarks/results/h200_gpu_step.json; the allowance is for what the allocator does not see."""
+    """Allocator peaks of benchmarks/results/h200_gpu_step.json; the allowance is for what it does not see."""
     alone = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "pipeline_model_parallel_size": 1}
     config = RECIPES[recipe]().with_section("parallel", **alone).with_section("precision", **precision)
     config = config.with_section("training", micro_batch_size=micro, global_batch_size=batch)
