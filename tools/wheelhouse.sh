@@ -50,6 +50,10 @@ nvcc=$(command -v nvcc || true)
 [ -n "$nvcc" ] || die "nvcc is not on PATH; the binding needs the CUDA toolkit (no GPU)."
 found=$("$nvcc" --version | sed -n 's/.*release \([0-9.]*\),.*/\1/p')
 [ -z "$cuda" ] || [ "$cuda" = "$found" ] || die "--cuda $cuda, but nvcc is of CUDA $found."
+# The compiler on PATH may be a link or a script elsewhere; it knows where its toolkit is.
+toolkit=$("$nvcc" -dryrun -x cu -c /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p')
+toolkit=$(readlink -f "${toolkit:-/usr/local/cuda}")
+[ -d "$toolkit/include" ] || die "the toolkit of $nvcc is not found (looked in $toolkit)."
 [ "$have" = /dev/null ] || [ -r "$have" ] || die "--have $have cannot be read."
 
 mkdir -p "$output"
@@ -63,7 +67,7 @@ say "an environment with torch $torch"
 "$python" -m venv "$work/venv"
 pip=("$work/venv/bin/python" -m pip --disable-pip-version-check -q)
 "${pip[@]}" install "torch==$torch" setuptools wheel packaging pybind11 ninja numpy
-"${pip[@]}" list --format=freeze | sed 's/==.*//' >"$work/with_torch"
+"$work/venv/bin/python" -m pip list --format=freeze 2>/dev/null | sed 's/==.*//' >"$work/with_torch"
 built_for=$("$work/venv/bin/python" -c 'import torch; print(torch.version.cuda)')
 [ "${built_for%%.*}" = "${found%%.*}" ] || die "torch $torch is built for CUDA $built_for, nvcc is of $found."
 
@@ -101,8 +105,8 @@ if [ -s "$work/report.json.binding" ]; then
     "${pip[@]}" install --no-deps "$core" "$output"/transformer_engine-*.whl
     packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
     CPATH=$(find "$packages" -maxdepth 2 -name include -type d | paste -sd:) NVTE_FRAMEWORK=pytorch \
-        CUDA_HOME=$(dirname "$(dirname "$(readlink -f "$nvcc")")") PATH="$work/venv/bin:$PATH" \
-        "${pip[@]}" wheel --no-build-isolation --no-deps --no-binary :all: -w "$output" "$binding"
+        CUDA_HOME="$toolkit" PATH="$work/venv/bin:$PATH" \
+        "${pip[@]}" wheel --no-build-isolation --no-deps --no-binary transformer-engine-torch -w "$output" "$binding"
     if [ -n "$arch" ]; then
         PYTHONPATH="$here/.." "$work/venv/bin/python" -m tools.fat_binary "$core" --keep "$arch" --output "$work/cut"
         mv "$work/cut/$(basename "$core")" "$core"
