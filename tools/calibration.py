@@ -57,6 +57,8 @@ def _predicted(config: RunConfig, devices: int, device: Hardware, achieved: floa
 def _measured(run: Path) -> tuple[RunConfig, int, float]:
     """Configuration, devices, and the median tokens a second of a device after the first steps."""
     config = resolve(str(run / "run.yaml"), [], RECIPES)
+    if config.data.blend is not None:
+        raise DataError(Problem(str(run), None, "has a blend, whose stages differ; calibrate with a run of one stage."))
     records = [record for record in read_metrics(run / "metrics.jsonl") if record["iteration"] > _WARM_UP]
     if not records:
         raise DataError(Problem(str(run), None, f"has no step after its first {_WARM_UP}; let it run longer."))

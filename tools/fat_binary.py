@@ -9,6 +9,8 @@ version, the size of its header and of its content; an entry is its kind (1 PTX,
 header, size of its code, and at byte 28 its architecture.
 """
 
+import base64
+import hashlib
 import struct
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -99,14 +101,25 @@ def cut_wheel(wheel: Path, output: Path, keep: Sequence[int]) -> None:
     partial = output.with_name(output.name + ".partial")
     try:
         with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as target:
-            for member in source.infolist():
+            records: dict[str, str] = {}
+            # The record of all files comes last, with the new digests.
+            for member in sorted(source.infolist(), key=lambda member: member.filename.endswith(".dist-info/RECORD")):
                 content = source.read(member)
                 if member.filename.endswith(".so"):
                     content, _ = cut(content, keep)
+                    records[member.filename] = f"{member.filename},{_digest(content)},{len(content)}"
+                elif member.filename.endswith(".dist-info/RECORD"):
+                    lines = content.decode().splitlines()
+                    content = "".join(f"{records.get(line.rsplit(',', 2)[0], line)}\n" for line in lines).encode()
                 target.writestr(member, content, zipfile.ZIP_DEFLATED, compresslevel=9)
         partial.replace(output)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _digest(content: bytes) -> str:
+    """As a wheel's RECORD has it (PEP 376)."""
+    return "sha256=" + base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware, hardware
 from megatron_qwen.estimate.layouts import Candidate, Rejected, layouts
+from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.estimate.step_time import Assumptions
 from megatron_qwen.recipes.registry import RECIPES
 from tools.calibration import calibration_report
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str]) -> int:
     if options.source is None or options.gpus is None or options.gpus < 1 or options.top < 1:
         raise ConfigError("mq plan needs a recipe or run.yaml, --gpus of at least 1 and --top of at least 1.")
     config = _config(options, overrides)
+    if not options.imbalance >= 1:
+        raise ConfigError(Problem("--imbalance", options.imbalance, "is the busiest rank over the mean: at least 1."))
     assumptions = Assumptions(imbalance=options.imbalance)
     if options.achieved is not None:
         if not 0 < options.achieved <= 1.5:
@@ -67,8 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         assumptions = Assumptions(imbalance=options.imbalance, achieved=options.achieved)
     found, rejected = layouts(config, world_size=options.gpus, device=device, assumptions=assumptions)
     if not found:
-        fix = f"of {device.memory_gib:.0f} GiB hold no layout of this model: {_commonest(rejected)}"
-        raise ConfigError(Problem("--gpus", f"{options.gpus} x {device.name}", fix))
+        raise ConfigError(Problem("--gpus", f"{options.gpus} x {device.name}", _why_none(rejected, device)))
     shown = found[: options.top]
     if options.png is not None:
         _draw(shown, device, options.png)
@@ -89,19 +90,27 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
         config = config.with_section("data", seq_length=options.sequence_length)
     if options.precision is not None:
         config = config.with_section("precision", fp8="tensorwise" if options.precision == "fp8" else None)
-    if config.precision.fp8 and device_lacks_fp8(options.gpu):
-        raise ConfigError(Problem("--gpu", options.gpu, "has no FP8; plan it in bf16."))
+    if config.data.blend is not None:
+        fix = "has stages of their own length and batch; plan each with data.seq_length and training.global_batch_size."
+        raise ConfigError(Problem("data.blend", config.data.blend, fix))
+    if reason := why_not(config, hardware(options.gpu)):
+        raise ConfigError(Problem(config.recipe, None, reason))
     return config
 
 
-def device_lacks_fp8(gpu: str) -> bool:
-    """Whether a kind of device computes no FP8."""
-    return hardware(gpu).fp8 is None
-
-
-def _commonest(rejected: Sequence[Rejected]) -> str:
-    counted = Counter(one.reason for one in rejected).most_common(1)
-    return counted[0][0] if counted else "there is nothing to try."
+def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
+    """The nearest that a layout came: the least memory of those that are legal, else the simplest one's reason."""
+    needs = [one for one in rejected if one.need_gib is not None]
+    if needs:
+        least = min(needs, key=lambda one: one.need_gib or 0.0)
+        layout = layout_name(least.config.parallel)
+        recompute = ", full recompute" if least.config.training.recompute_granularity else ""
+        return (
+            f"hold no layout of this model: the least is {least.need_gib:.0f} GiB of {device.memory_gib:.0f} "
+            f"({layout}, batch {least.config.training.micro_batch_size}{recompute}); take more, or a shorter sequence."
+        )
+    simplest = min(rejected, key=lambda one: one.config.parallel.model_parallel_size)
+    return f"have no legal layout; the simplest, {layout_name(simplest.config.parallel)}, says: {simplest.reason}"
 
 
 def _overrides(candidate: Candidate) -> list[str]:
@@ -119,7 +128,11 @@ def _overrides(candidate: Candidate) -> list[str]:
         "parallel.num_layers_in_first_pipeline_stage": "null",
         "parallel.num_layers_in_last_pipeline_stage": "null",
         "training.micro_batch_size": training.micro_batch_size,
+        "parallel.overlap_grad_reduce": str(parallel.overlap_grad_reduce).lower(),
+        "parallel.overlap_param_gather": str(parallel.overlap_param_gather).lower(),
         "training.recompute_granularity": training.recompute_granularity or "null",
+        "training.recompute_method": training.recompute_method,
+        "training.recompute_num_layers": training.recompute_num_layers,
         "data.seq_length": config.data.seq_length,
         "precision.fp8": config.precision.fp8 or "null",
     }

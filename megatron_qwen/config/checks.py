@@ -225,6 +225,11 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if (value := getattr(precision, name)) != "fp32":
                 yield Problem(f"precision.{name}", value, "needs precision.use_precision_aware_optimizer=true.")
+    if precision.fp8 and precision.first_last_layers_bf16 and precision.fp8 != "delayed":
+        share = config.model.num_layers // config.parallel.pipeline_model_parallel_size
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if (value := getattr(precision, name)) > share:
+                yield Problem(f"precision.{name}", value, f"must be at most the {share} layers of a pipeline stage.")
     if precision.emulate_fp8 and precision.fp8 not in ("tensorwise", "blockwise"):
         yield Problem(
             "precision.emulate_fp8", "true", "imitates precision.fp8=tensorwise or blockwise; set one of them."

@@ -1,4 +1,7 @@
-"""Every layout that a model can have on a number of devices: what it needs and reaches, or why it cannot be."""
+"""Layouts that a model can have on a number of devices: what each needs and reaches, or why it cannot be.
+
+Tensor, context and expert sizes are powers of two; pipeline sizes are all that divide the layers, and powers of two.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,10 +61,12 @@ class Rejected:
     Args:
         config: the recipe with it.
         reason: why.
+        need_gib: where it is legal and does not fit.
     """
 
     config: RunConfig
     reason: str
+    need_gib: float | None = None
 
 
 def layouts(
@@ -88,7 +93,8 @@ def layouts(
                 rejected.append(Rejected(sized, reason))
                 continue
             for recompute in (None, "full"):
-                one = sized.with_section("training", recompute_granularity=recompute)
+                whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
+                one = sized.with_section("training", recompute_granularity=recompute, **whole)
                 answer = _judge(one, world_size, device, assumptions)
                 (found if isinstance(answer, Candidate) else rejected).append(answer)  # type: ignore[arg-type]
     found.sort(key=lambda candidate: candidate.tokens_per_second, reverse=True)
@@ -101,17 +107,26 @@ def _shapes(config: RunConfig, world_size: int, device: Hardware) -> Iterator[Ru
     contexts = [size for size in _powers(world_size) if size == 1 or seq // size >= _LEAST_TOKENS_OF_A_RANK]
     experts = _powers(min(model.num_moe_experts or 1, world_size))
     for tp in _powers(min(device.devices_per_node, world_size)):
-        for pp in _powers(min(_LONGEST_PIPELINE, model.num_layers, world_size // tp)):
+        for pp in _pipelines(model.num_layers, world_size // tp):
             for virtual in _VIRTUAL if pp > 1 else (1,):
                 if virtual > 1 and model.num_layers % (pp * virtual):
                     continue  # not a layout of its own: the plain pipeline says what is wrong with the layers
                 for cp in contexts:
                     for ep in experts:
-                        yield config.with_section("parallel", **_sizes(tp, pp, virtual, cp, ep))
+                        alone = world_size // (tp * pp * cp) <= 1
+                        yield config.with_section("parallel", **_sizes(tp, pp, virtual, cp, ep, alone=alone))
 
 
-def _sizes(tp: int, pp: int, virtual: int, cp: int, ep: int) -> dict[str, Any]:
-    return {
+def _pipelines(layers: int, ranks: int) -> list[int]:
+    """Pipeline sizes up to the longest that is tried."""
+    limit = min(_LONGEST_PIPELINE, layers, ranks)
+    return sorted({*_powers(limit), *(size for size in range(1, limit + 1) if layers % size == 0)})
+
+
+def _sizes(tp: int, pp: int, virtual: int, cp: int, ep: int, *, alone: bool) -> dict[str, Any]:
+    # Messages of data parallelism hide behind compute; beside pipelines only what the recipe says is kept.
+    overlap = {} if pp > 1 else {"overlap_grad_reduce": not alone, "overlap_param_gather": not alone}
+    return overlap | {
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         "pipeline_model_parallel_size": pp,
@@ -140,7 +155,7 @@ def _judge(
     memory = memory_per_stage(config, world_size=world_size)
     need = max(stage.total_gib for stage in memory)
     if need > device.memory_gib:
-        return Rejected(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.")
+        return Rejected(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.", need)
     time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)
     flops = training_flops_per_token(config.model, config.data.seq_length) * time.tokens / time.seconds / world_size
     return Candidate(config, memory, time, world_size, flops / (device.peak_tflops * 1e12))

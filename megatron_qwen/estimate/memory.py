@@ -155,7 +155,10 @@ def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
     dense, experts = parameters_per_rank(config, stage=stage)
     last = stage == parallel.pipeline_model_parallel_size - 1
     tp = parallel.tensor_model_parallel_size
-    outside = _padded_rows(config.model.vocab_size, tp) // tp * config.model.hidden_size * ((stage == 0) + last)
+    matrices = (stage == 0) + last
+    if matrices == 2 and config.model.share_embeddings_and_output_weights:
+        matrices = 1
+    outside = _padded_rows(config.model.vocab_size, tp) // tp * config.model.hidden_size * matrices
     excluded = 0
     if precision.first_last_layers_bf16 and precision.fp8 != "delayed":
         excluded = precision.num_layers_at_start_in_bf16 * (stage == 0) + precision.num_layers_at_end_in_bf16 * last
@@ -173,8 +176,19 @@ def _activations(config: RunConfig, stage: int, layers: int, world_size: int) ->
     in_flight = float(min(stages - stage, micro_batches))
     if virtual > 1:
         in_flight *= 1 + (stages - 1) / (stages * virtual)
-    recomputed = whole if training.recompute_granularity == "full" else 0.0
-    return tokens * (layers * kept * in_flight + recomputed)
+    model, tp = config.model, parallel.tensor_model_parallel_size
+    # A layer's backward pass holds the gradients around its activation, beside what is kept.
+    width = model.ffn_hidden_size
+    if model.is_moe:
+        width = model.moe_router_topk * (model.moe_ffn_hidden_size or 0)
+    size = 2.0 if config.precision.dtype == "bf16" else 4.0
+    working = tokens * size * (3 * width / tp + 2 * model.hidden_size)
+    if training.recompute_granularity != "full":
+        return tokens * layers * kept * in_flight + working
+    again = layers
+    if training.recompute_method == "block":
+        again = min(layers, training.recompute_num_layers * virtual)
+    return tokens * ((again * kept + (layers - again) * whole) * in_flight + whole) + working
 
 
 def _layer_activations(config: RunConfig) -> tuple[float, float]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.estimate.hardware import known
+from megatron_qwen.estimate.hardware import Hardware, known
 from megatron_qwen.estimate.step_time import Assumptions, step_time
 
 
@@ -28,6 +28,20 @@ class Speed:
         return config.training.train_iters * self.step_s / 3600
 
 
+def why_not(config: RunConfig, device: Hardware) -> str | None:
+    """Why the speed of a precision on a device is not known, or None where it is."""
+    precision = config.precision
+    if precision.dtype != "bf16":
+        return f"computes in {precision.dtype}, whose rates are not known; set precision.dtype=bf16."
+    if precision.fp8 and precision.emulate_fp8:
+        return "emulates FP8, which is slow and not predicted; set precision.emulate_fp8=false."
+    if precision.fp8 and device.fp8 is None:
+        return f"computes in FP8, which the {device.name} has not; set precision.fp8=null."
+    if precision.fp8 == "mxfp8" and device.name != "b200":
+        return f"has the recipe mxfp8, which needs Blackwell, not a {device.name}; set precision.fp8=tensorwise."
+    return None
+
+
 def expected_speed(config: RunConfig, *, gpu: str, world_size: int) -> Speed | None:
     """Speed on a kind of GPU; None where the GPU, or the precision on it, is not known.
 
@@ -37,7 +51,7 @@ def expected_speed(config: RunConfig, *, gpu: str, world_size: int) -> Speed | N
         world_size: ranks.
     """
     device = known(gpu)
-    if device is None or config.precision.dtype != "bf16" or (config.precision.fp8 and device.fp8 is None):
+    if device is None or why_not(config, device) is not None:
         return None
     assumptions = Assumptions()
     time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)

@@ -20,8 +20,10 @@ _TRAFFIC_SHARE = 0.5
 _ROUNDING_BYTES = 6.0
 # Adam: main weights, moments, gradients, weights, and the norm and clipping of gradients, a parameter.
 _OPTIMIZER_BYTES = 40.0
-# Share of a micro-batch's time that gradient and parameter messages hide behind.
+# Share of a micro-batch's time that gradient and parameter messages hide behind, half each; chosen, not measured.
 _OVERLAP = 0.7
+# Share of the interleaved schedule's sends that compute does not hide; chosen, not measured.
+_SENDS_EXPOSED = 0.25
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Assumptions:
         tensor_overlap: share of tensor-parallel messages that hide behind products.
         power: share of its rated power that the device may draw; products and attention go with it.
         achieved: share of the ceilings that a step reaches: kernels that are not counted, gaps, clocks. The default
-            is what five steps on one H200 reached (``mq bench predictions``); ``mq plan --calibrate`` fits another.
+            is what six steps on one H200 reached (``mq bench predictions``); ``mq plan --calibrate`` fits another.
     """
 
     imbalance: float = 1.0
     deduplicated: bool = False
     tensor_overlap: float = 0.0
     power: float = 1.0
-    achieved: float = 0.967
+    achieved: float = 0.98
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class StepTime:
         products: matrix products, the loss's too.
         attention: scores and values.
         traffic: norms, activations, residuals, rounding to FP8, the loss.
-        tensor: messages of tensor and context parallelism.
+        tensor: messages of tensor, context and pipeline parallelism.
         experts: messages of expert parallelism.
         bubble: waiting for the pipeline.
         data: messages of data parallelism that nothing hides.
@@ -142,12 +144,19 @@ def step_time(
     slowest = max(per_stage, key=lambda stage: stage.total).times(1 / assume.achieved)
     whole = slowest.times(micro_batches)
     bubble = (len(stages) - 1) / parallel.virtual_stages * slowest.total
+    stage_ranks = max(1, world_size // parallel.pipeline_model_parallel_size)
     dense, experts = parameters_per_rank(config, stage=0)
-    grads = 4.0 if config.precision.grad_reduce_in_fp32 else 2.0
-    shards = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
-    link = _link(device, shards * parallel.tensor_model_parallel_size)
-    messages = (dense * (grads + 2.0) * (shards - 1) / shards) / link if shards > 1 else 0.0
-    hidden = _OVERLAP * slowest.total
+    grid = parallel.expert_model_parallel_size * parallel.expert_tensor_size
+    shards = max(1, stage_ranks // parallel.tensor_model_parallel_size), max(1, stage_ranks // grid)
+    sent = dense * (shards[0] - 1) / shards[0], experts * (shards[1] - 1) / shards[1]
+    neighbours = parallel.tensor_model_parallel_size, grid
+    links = [_data_link(device, count, stride) for count, stride in zip(shards, neighbours, strict=True)]
+    scalars = sum(part / link for part, link in zip(sent, links, strict=True))
+    reduce = (4.0 if config.precision.grad_reduce_in_fp32 else 2.0) * scalars
+    gather = 2.0 * scalars
+    behind = _OVERLAP * slowest.total / 2
+    exposed = max(0.0, reduce - (behind if parallel.overlap_grad_reduce else 0.0))
+    exposed += max(0.0, gather - (behind if parallel.overlap_param_gather else 0.0))
     return StepTime(
         products=whole.products,
         attention=whole.attention,
@@ -155,8 +164,8 @@ def step_time(
         tensor=whole.tensor,
         experts=whole.experts,
         bubble=bubble,
-        data=max(0.0, messages - hidden),
-        optimizer=(dense / shards + experts) * _OPTIMIZER_BYTES / (device.memory_gb_s * 1e9),
+        data=exposed,
+        optimizer=(dense / shards[0] + experts / shards[1]) * _OPTIMIZER_BYTES / (device.memory_gb_s * 1e9),
         tokens=training.global_batch_size * config.data.seq_length,
     )
 
@@ -164,6 +173,13 @@ def step_time(
 def _link(device: Hardware, ranks: int) -> float:
     """Bytes a second of a group whose ranks are neighbours."""
     return 1e9 * (device.nvlink_gb_s if ranks <= device.devices_per_node else device.network_gb_s)
+
+
+def _data_link(device: Hardware, ranks: int, stride: int) -> float:
+    """Bytes a second of a group whose ranks are ``stride`` apart; it has the network links of all of them on a node."""
+    if ranks * stride <= device.devices_per_node:
+        return 1e9 * device.nvlink_gb_s
+    return 1e9 * min(device.nvlink_gb_s, device.network_gb_s * max(1, device.devices_per_node // stride))
 
 
 def _stage(config: RunConfig, device: Hardware, index: int, layers: int, assume: Assumptions) -> _Micro:
@@ -177,8 +193,20 @@ def _stage(config: RunConfig, device: Hardware, index: int, layers: int, assume:
             precision.num_layers_at_end_in_bf16 if last else 0
         )
     outer = min(outer, layers)
-    whole = layer.times(layers - outer) + plain.times(outer)
+    whole = layer.times(layers - outer) + plain.times(outer) + _sends(config, device)
     return whole + _loss(config, device, assume) if last else whole
+
+
+def _sends(config: RunConfig, device: Hardware) -> _Micro:
+    """What goes to and from the neighbouring pipeline ranks, for every virtual stage, forward and backward."""
+    parallel, training = config.parallel, config.training
+    if parallel.pipeline_model_parallel_size == 1:
+        return _Micro()
+    tokens = training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
+    split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    sent = 2 * parallel.virtual_stages * 2.0 * tokens * config.model.hidden_size / split
+    hidden = parallel.virtual_stages > 1 and parallel.overlap_p2p_comm
+    return _Micro(tensor=sent / (device.network_gb_s * 1e9) * (_SENDS_EXPOSED if hidden else 1.0))
 
 
 def _layer(config: RunConfig, device: Hardware, assume: Assumptions, *, fp8: bool) -> _Micro:
@@ -190,10 +218,11 @@ def _layer(config: RunConfig, device: Hardware, assume: Assumptions, *, fp8: boo
     kv = model.num_query_groups * model.head_dim
     rate = device.fp8 if fp8 and device.fp8 is not None else device.bf16
     full = training.recompute_granularity == "full"
+    partly = _recomputed_share(config) if full else 0.0
     selected = set(training.recompute_modules) if training.recompute_granularity == "selective" else set()
-    again = 1.0 if full else 0.0
-    again_attention = 1.0 if full or "core_attn" in selected else 0.0
-    again_mlp = 1.0 if full or {"mlp", "moe"} & selected else 0.0
+    again = partly
+    again_attention = 1.0 if "core_attn" in selected else partly
+    again_mlp = 1.0 if {"mlp", "moe"} & selected else partly
 
     def product(m: float, inner: float, outer: float, count: float = 1.0, *, recomputed: float = again) -> float:
         return count * _three(rate, device, m, inner, outer, recomputed) / assume.power
@@ -248,13 +277,25 @@ def _exchange(config: RunConfig, device: Hardware, tokens: float, routed: float,
     """Seconds in which routed rows go to their experts, or come back."""
     parallel, row = config.parallel, 2.0 * config.model.hidden_size
     ep, tp = parallel.expert_model_parallel_size, parallel.tensor_model_parallel_size
-    inside = min(ep, max(1, device.devices_per_node // tp))
+    # Ranks of an expert group are neighbours but for the tensor ranks of an expert.
+    inside = min(ep, max(1, device.devices_per_node // parallel.expert_tensor_size))
     near = routed * row * (inside - 1) / inside / (device.nvlink_gb_s * 1e9)
     if ep == inside:
         return near
     nodes = ep // inside
-    rows = tokens * (nodes - 1) if deduplicated else routed * (nodes - 1) / nodes
+    rows = routed * (nodes - 1) / nodes
+    if deduplicated:
+        rows = min(rows, tokens / (tp if parallel.sequence_parallel else 1) * (nodes - 1))
     return max(near, rows * row / (device.network_gb_s * 1e9))
+
+
+def _recomputed_share(config: RunConfig) -> float:
+    """Layers that full recompute takes: all, or the first ones of every stage."""
+    parallel, training = config.parallel, config.training
+    if training.recompute_method == "uniform":
+        return 1.0
+    layers = config.model.num_layers / parallel.pipeline_model_parallel_size
+    return min(1.0, training.recompute_num_layers * parallel.virtual_stages / layers)
 
 
 def _three(rate: ProductRate, device: Hardware, m: float, inner: float, outer: float, again: float) -> float:

@@ -51,7 +51,8 @@ def output_loss(
     valid = min(max(vocab_size - rows * groups.tp.rank(), 0), rows)
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets, weights = labels.t().reshape(-1), mask.t().reshape(-1).float()
-    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens)
+    training = torch.is_grad_enabled()  # inside of a Function it never is
+    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens, training)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -67,8 +68,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         group: dist.ProcessGroup,
         valid: int,
         chunk: int,
+        training: bool,
     ) -> torch.Tensor:
-        training = hidden.requires_grad or weight.requires_grad
         first_row = weight.shape[0] * group.rank()
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if training else None
@@ -102,7 +103,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 5
+        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 6
 
 
 @dataclass(frozen=True)

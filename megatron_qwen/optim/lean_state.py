@@ -2,7 +2,9 @@
 
 megatron-core 0.19.2 saves those 16 bits where a checkpoint has the main weights, so no other optimizer could read it,
 and its own load refuses them. Here they are put together with the bf16 weights on the way out and taken apart on the
-way in: a checkpoint is the same whatever the optimizer kept.
+way in: a checkpoint is the same whatever the optimizer kept. A weight exactly between two bf16 numbers is rounded up
+here and to the even one elsewhere: after a load from another optimizer, data-parallel ranks may differ in such weights
+(one in some 130,000) until the first update gathers them.
 """
 
 from types import MethodType

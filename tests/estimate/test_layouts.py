@@ -60,6 +60,14 @@ def test_more_memory_lets_more_layouts_fit():
     assert small < large
 
 
+def test_devices_that_are_no_power_of_two():
+    """14B on 24: TP 8 x PP 3, since 48 layers divide by 3."""
+    found, _ = layouts(
+        RECIPES["qwen2_5_14b"]().with_section("training", global_batch_size=96), world_size=24, device=hardware("h100")
+    )
+    assert (8, 3) in {key(candidate.config)[:2] for candidate in found}
+
+
 def test_nothing_fits():
     found, rejected = layouts(RECIPES["qwen2_5_72b"](), world_size=2, device=hardware("h100"))
     assert not found

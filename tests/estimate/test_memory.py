@@ -103,6 +103,7 @@ LEAN = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg
         ("qwen2_5_7b", 1, 8, {**LEAN, "fp8": "tensorwise"}, 113.7),
         ("qwen2_5_1_5b", 2, 16, {}, 44.9),
         ("qwen2_5_0_5b", 4, 16, {}, 26.1),
+        ("qwen2_5_0_5b", 4, 16, {"fp8": "tensorwise"}, 24.5),
     ],
 )
 def test_peaks_measured_on_one_h200(recipe, micro, batch, precision, peak_gib):

@@ -22,7 +22,7 @@ def test_published_steps_after_one_calibration(step):
 @pytest.mark.parametrize("step", MEASURED, ids=lambda step: step.name)
 def test_measured_steps_with_the_default(step):
     ratio = predicted(step, Assumptions().achieved) / step.tokens_per_second
-    assert 0.93 < ratio < 1.07
+    assert 0.92 < ratio < 1.08
     assert calibrate(MEASURED) == pytest.approx(Assumptions().achieved, abs=2e-3)
 
 
@@ -60,7 +60,8 @@ def test_pipeline_waits_less_with_virtual_stages():
         layout = {"pipeline_model_parallel_size": 4, "virtual_pipeline_model_parallel_size": virtual}
         return seconds(parallel={**layout, "tensor_model_parallel_size": 1, "sequence_parallel": False}).bubble
 
-    assert bubble(7) == pytest.approx(bubble(None) / 7)
+    # Seven times the messages, of which a quarter shows.
+    assert bubble(7) == pytest.approx(bubble(None) / 7, rel=0.03)
 
 
 def test_experts():
@@ -74,6 +75,9 @@ def test_experts():
     far = time(expert_model_parallel_size=16)
     assert far.experts > 3 * near.experts  # over the network
     assert time(Assumptions(deduplicated=True), expert_model_parallel_size=16).experts < far.experts / 2
+    # Experts of 8 ranks stay in their node whatever the tensor size of the rest.
+    wide = {"tensor_model_parallel_size": 4, "sequence_parallel": True, "expert_tensor_parallel_size": 1}
+    assert time(expert_model_parallel_size=8, **wide).experts == pytest.approx(near.experts)
     crowded = time(Assumptions(imbalance=2.0), expert_model_parallel_size=16)
     assert crowded.experts == pytest.approx(2 * far.experts)
     assert crowded.products > far.products
@@ -82,3 +86,33 @@ def test_experts():
 def test_a_device_that_nobody_knows():
     with pytest.raises(ConfigError, match="known are a100, b200, h100, h200"):
         hardware("tpu")
+
+
+def test_optimizer_and_data_messages_are_shared():
+    layout = {"tensor_model_parallel_size": 1, "sequence_parallel": False, "pipeline_model_parallel_size": 1}
+    layout |= {"virtual_pipeline_model_parallel_size": None, "expert_model_parallel_size": 8}
+    few, many = (seconds("qwen3_30b_a3b", world_size=size, parallel=layout) for size in (64, 512))
+    assert many.optimizer < few.optimizer / 6
+    hidden = layout | {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    assert seconds("qwen3_30b_a3b", world_size=64, parallel=hidden).data < few.data
+    # One rank a node has one link, eight have eight.
+    one_link, eight = ({"tensor_model_parallel_size": size, "sequence_parallel": size > 1} for size in (8, 1))
+    assert seconds("qwen2_5_72b", world_size=1024, parallel=one_link).data > 0
+    assert seconds(world_size=64, parallel=eight).data < 0.2 * seconds(world_size=64, parallel=eight).seconds
+
+
+def test_what_is_not_predicted():
+    from megatron_qwen.estimate.speed import expected_speed, why_not
+
+    config = RECIPES["qwen2_5_7b"]()
+    for words, gpu in (
+        ({"dtype": "fp32"}, "h100"),
+        ({"fp8": "tensorwise", "emulate_fp8": True}, "h100"),
+        ({"fp8": "tensorwise"}, "a100"),
+        ({"fp8": "mxfp8"}, "h200"),
+    ):
+        wrong = config.with_section("precision", **words)
+        assert "; set precision." in (why_not(wrong, hardware(gpu)) or "")
+        assert expected_speed(wrong, gpu=gpu.upper(), world_size=8) is None
+    assert why_not(config.with_section("precision", fp8="mxfp8"), hardware("b200")) is None
+    assert expected_speed(config, gpu="NVIDIA GH200 480GB", world_size=8) is None

@@ -44,6 +44,12 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         1,
         ["precision.emulate_fp8", "torch or auto"],
     ),
+    (
+        DENSE,
+        ["precision.emulate_fp8=true", "precision.fp8=tensorwise", "precision.num_layers_at_start_in_bf16=99"],
+        1,
+        ["precision.num_layers_at_start_in_bf16", "at most the 4 layers"],
+    ),
     (DENSE, ["precision.exp_avg_dtype=bf16"], 1, ["precision.exp_avg_dtype", "use_precision_aware_optimizer=true"]),
     (DENSE, ["precision.use_precision_aware_optimizer=true"], 1, ["use_precision_aware_optimizer", "bf16"]),
     (DENSE, ["model.num_attention_heads=5"], 1, ["model.hidden_size = 64", "5"]),

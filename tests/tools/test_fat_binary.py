@@ -1,5 +1,7 @@
 """A library loses the code of other GPUs, keeps all that the CUDA runtime reads, and says when nothing is left."""
 
+import base64
+import hashlib
 import shutil
 import struct
 import subprocess
@@ -76,6 +78,7 @@ def wheel(folder: Path, content: bytes) -> Path:
     path = folder / "some-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("some/lib.so", content)
+        archive.writestr("some-1.dist-info/RECORD", "some/lib.so,sha256=old,1\nsome/__init__.py,sha256=kept,6\n")
         archive.writestr("some/__init__.py", "x = 1\n")
     return path
 
@@ -86,7 +89,12 @@ def test_a_wheel(tmp_path):
     assert "some-1-py3-none-any.whl" in done.stdout
     with zipfile.ZipFile(tmp_path / "small" / source.name) as archive:
         assert archive.read("some/__init__.py") == b"x = 1\n"
-        assert b"\x11" not in archive.read("some/lib.so")
+        content = archive.read("some/lib.so")
+        assert b"\x11" not in content
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content).digest()).decode().rstrip("=")
+        first, second = archive.read("some-1.dist-info/RECORD").decode().splitlines()
+        assert first == f"some/lib.so,sha256={digest},{len(content)}"
+        assert second == "some/__init__.py,sha256=kept,6"
 
 
 def test_nothing_left_is_an_error(tmp_path):
