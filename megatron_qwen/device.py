@@ -164,7 +164,7 @@ def keep_freed_memory() -> None:
 
 def _hide_gpu_libraries() -> None:
     """Has the core do without kernels that are installed but have no GPU to run on (a GPU image on a login node)."""
-    for name in ("transformer_engine", "apex.optimizers", "apex.multi_tensor_apply", "amp_C"):
+    for name in ("transformer_engine", "apex.optimizers", "apex.multi_tensor_apply"):
         sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import then fails as if it were not there
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
+from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.models.apex_kernels import nvidia_apex_is_here
@@ -110,7 +111,10 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "moe_grouped_gemm": te and config.model.is_moe,
         "moe_permute_fusion": te and config.model.is_moe,
         # For Transformer Engine's layers te_backend.py sees to it.
-        "gradient_accumulation_fusion": not te and not precision.emulate_fp8 and nvidia_apex_is_here(),
+        "gradient_accumulation_fusion": device.has_cuda()
+        and not te
+        and not precision.emulate_fp8
+        and nvidia_apex_is_here(),
     }
     if precision.fp8:
         numbers |= {
