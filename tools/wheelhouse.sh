@@ -100,7 +100,7 @@ EOF
 
 if [ -s "$work/report.json.binding" ]; then
     binding=$(cat "$work/report.json.binding")
-    say "$binding, compiled by nvcc $found (about ten minutes on two cores)"
+    say "$binding, compiled by nvcc $found (seventeen processor minutes)"
     core=$(ls "$output"/transformer_engine_cu*.whl)
     "${pip[@]}" install --no-deps "$core" "$output"/transformer_engine-*.whl
     packages=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia
