@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from launch.request import Request
 from megatron_qwen.config import blend
+from megatron_qwen.estimate.hardware import known
 from megatron_qwen.estimate.memory import StageMemory, checkpoint_bytes, memory_per_stage
 from megatron_qwen.estimate.parameters import ParameterCount, count_parameters
-from megatron_qwen.estimate.peaks import device_memory_gib
 from megatron_qwen.estimate.speed import Speed, expected_speed
 
 
@@ -42,13 +42,14 @@ def predict(request: Request) -> Prediction:
     stretches = blend.stretches(config)
     memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world)]
     gpu = request.cluster.gpu
+    device = known(gpu) if gpu else None
     speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
     each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
     hours = sum(each) if len(each) == len(stretches) else None
     return Prediction(
         parameters=count,
         memory=max(memory, key=lambda stage: stage.total_gib),
-        device_gib=device_memory_gib(gpu) if gpu else None,
+        device_gib=device.memory_gib if device is not None else None,
         speed=speeds[0],
         checkpoint=checkpoint_bytes(config, parameters=count.total),
         tokens=sum(

@@ -3,11 +3,13 @@
 import json
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.step_time import Assumptions, step_time
 from megatron_qwen.recipes.registry import RECIPES
@@ -29,10 +31,7 @@ def calibration_report(runs: Sequence[Path], device: Hardware, *, as_json: bool)
         DataError: a run has too few steps.
     """
     seen = [_measured(run) for run in runs]
-    achieved = 1.0
-    for _ in range(20):  # the share acts on most of a step, not on all of it
-        ratios = [speed / _predicted(config, devices, device, achieved) for config, devices, speed in seen]
-        achieved *= statistics.geometric_mean(ratios)
+    achieved = fit_achieved([(speed, partial(_predicted, config, count, device)) for config, count, speed in seen])
     rows = []
     for run, (config, devices, speed) in zip(runs, seen, strict=True):
         ours = _predicted(config, devices, device, achieved)

@@ -122,6 +122,12 @@ def known(name: str) -> Hardware | None:
     return next((device for kind, device in _KINDS.items() if kind in words), None)
 
 
+def peak_tflops(device_name: str, dtype: str) -> float | None:
+    """The denominator of MFU by a device's CUDA name; None where it is not known, and for formats other than bf16."""
+    device = known(device_name)
+    return device.peak_tflops if device is not None and dtype == "bf16" else None
+
+
 def hardware(name: str) -> Hardware:
     """A kind by its name, in any case.
 

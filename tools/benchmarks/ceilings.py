@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_qwen import device
-from megatron_qwen.estimate.peaks import peak_tflops
+from megatron_qwen.estimate.hardware import peak_tflops
 from tools.benchmarks.rows import Row
 
 # [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.

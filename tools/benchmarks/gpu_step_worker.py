@@ -94,7 +94,7 @@ def measure(case: Case) -> Measured:
     from megatron_qwen.config.source import resolve
     from megatron_qwen.distributed.rank import RankInfo, join
     from megatron_qwen.estimate.flops import training_flops_per_token
-    from megatron_qwen.estimate.peaks import peak_tflops
+    from megatron_qwen.estimate.hardware import peak_tflops
     from megatron_qwen.recipes.registry import RECIPES
     from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer

@@ -4,11 +4,11 @@ One calibration serves all that others have published, and one all that was meas
 ceilings is a property of the software.
 """
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
+from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.step_time import step_time
 from tools.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
@@ -26,11 +26,7 @@ def predicted(step: PublishedStep, achieved: float = 1.0) -> float:
 
 def calibrate(steps: Sequence[PublishedStep]) -> float:
     """The share of the ceilings that makes the predictions right in the geometric mean."""
-    achieved = 1.0
-    for _ in range(20):  # the share acts on most of a step, not on all of it
-        ratios = [math.log(step.tokens_per_second / predicted(step, achieved)) for step in steps]
-        achieved *= math.exp(statistics.fmean(ratios))
-    return achieved
+    return fit_achieved([(step.tokens_per_second, partial(predicted, step)) for step in steps])
 
 
 def run(*, rounds: int) -> list[Row]:

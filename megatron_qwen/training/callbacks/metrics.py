@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from megatron_qwen import device
 from megatron_qwen.estimate.flops import training_flops_per_token
-from megatron_qwen.estimate.peaks import peak_tflops
+from megatron_qwen.estimate.hardware import peak_tflops
 from megatron_qwen.metrics.console import ProgressLine
 from megatron_qwen.metrics.writers import MetricsWriter
 from megatron_qwen.training.callbacks.base import Callback
