@@ -14,6 +14,7 @@ import zstandard
 
 from megatron_qwen.data.clean.duplicates import ExactDuplicates, NearDuplicates, digest, signature
 from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCharacters, Quality
+from megatron_qwen.data.forked import garbage_left_to_the_parent
 from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.data.text.records import ReadOptions, Span, as_text, read_span
 from megatron_qwen.data.tokenizer import tokenizers_without_threads
@@ -149,7 +150,7 @@ def _judged(
     files: Sequence[InputFile], stages: Stages, options: ReadOptions, skip_bad: bool, workers: int, report: Report
 ) -> Iterator[Judged]:
     """Documents in order with what the filters say, and their keys for duplicates."""
-    with ProcessPoolExecutor(workers, initializer=_begin, initargs=(stages,)) as pool:
+    with garbage_left_to_the_parent(), ProcessPoolExecutor(workers, initializer=_begin, initargs=(stages,)) as pool:
         waiting: deque[tuple[str, list[str], Future[list[Any]]]] = deque()
         for where, texts in _blocks(files, options, skip_bad, report):
             waiting.append((where, texts, pool.submit(_judge, texts)))

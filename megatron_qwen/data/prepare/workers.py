@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from megatron_qwen.data.encoder import Encoder
+from megatron_qwen.data.forked import garbage_left_to_the_parent
 from megatron_qwen.data.prepare.part import Part, encode_unit
 from megatron_qwen.data.prepare.plan import Plan, Unit
 from megatron_qwen.data.tokenizer import tokenizers_without_threads
@@ -66,7 +67,8 @@ class Workers:
             ours, theirs = context.Pipe()
             others = [worker.connection for worker in self._workers]
             process = context.Process(target=_serve, args=(theirs, [ours, *others], plan, encoder, units), daemon=True)
-            process.start()
+            with garbage_left_to_the_parent():
+                process.start()
             theirs.close()
             self._workers.append(_Worker(process, ours, []))
 

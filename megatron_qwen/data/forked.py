@@ -1,0 +1,19 @@
+"""What a process must do before it forks workers."""
+
+import contextlib
+import gc
+from collections.abc import Iterator
+
+
+@contextlib.contextmanager
+def garbage_left_to_the_parent() -> Iterator[None]:
+    """Around the start of workers: they never collect what this process has dropped and not yet collected.
+
+    A finalizer that joins threads (those of a DALI pipeline, for one) waits for ever in a forked process, which has
+    none of its parent's threads. Objects frozen when a process is forked stay frozen in it.
+    """
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
