@@ -27,7 +27,7 @@ from megatron_qwen.data.training_data import TrainingData  # noqa: E402
 from megatron_qwen.distributed import groups as process_groups  # noqa: E402
 from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
 from megatron_qwen.models.backend import choose  # noqa: E402
-from megatron_qwen.models.build import Model, build_model  # noqa: E402
+from megatron_qwen.models.build import Model, build_model, for_one_rank  # noqa: E402
 from megatron_qwen.recipes.registry import RECIPES  # noqa: E402
 
 
@@ -58,7 +58,8 @@ def load_checkpoint(path: Path) -> tuple[RunConfig, Model, ProcessGroupCollectio
     config = resolve(str(chosen.path / RUN_YAML), ["precision.dtype=fp32", "precision.fp8=null"], RECIPES)
     config = RunConfig(**{**vars(config), "parallel": ParallelConfig()})
     groups = process_groups.create(config.parallel, seed=config.training.seed)
-    model = build_model(config, groups, choose(config.precision), device=device.current())
+    backend = choose(config.precision)
+    model = build_model(for_one_rank(config, backend), groups, backend, device=device.current())
     state.load_sharded(chosen.path, model.modules, None, groups, optimizer_step=0)
     model.train(False)
     return config, model, groups

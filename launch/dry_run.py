@@ -63,6 +63,10 @@ def show(request: Request, found: Preflight) -> None:
         print("# predicted (megatron_qwen/estimate; nothing of it was measured)")
         for name, value in figures(request, found.prediction):
             print(f"{name:<38}{value}")
+        print("\n# performance.preset would choose")
+        for choice in found.prediction.choices:
+            if not choice.forced:
+                print(choice)
     if found.findings:
         print(f"\n# preflight: {len(found.findings)} finding{'s' if len(found.findings) > 1 else ''}")
         for finding in found.findings:
@@ -95,5 +99,8 @@ def as_json(request: Request, found: Preflight) -> str:
             "gpu_hours": prediction.gpu_hours,
             "checkpoint_bytes": prediction.checkpoint,
             "tokens": prediction.tokens,
+            "choices": {
+                choice.field: {"value": choice.value, "reason": choice.reason} for choice in prediction.choices
+            },
         }
     return json.dumps(content, indent=2)

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from launch.request import Request
 from megatron_qwen.config import blend
+from megatron_qwen.estimate.choices import Choice, choose
 from megatron_qwen.estimate.hardware import known
+from megatron_qwen.estimate.machine import expected
 from megatron_qwen.estimate.memory import StageMemory, checkpoint_bytes, memory_per_stage
 from megatron_qwen.estimate.parameters import ParameterCount, count_parameters
 from megatron_qwen.estimate.speed import Speed, expected_speed
@@ -23,6 +25,7 @@ class Prediction:
         tokens: of the whole run.
         hours: of the whole run, None without a speed.
         gpu_hours: of the whole run, None without a speed.
+        choices: what performance.preset will turn on, and why.
     """
 
     parameters: ParameterCount
@@ -33,15 +36,16 @@ class Prediction:
     tokens: int
     hours: float | None
     gpu_hours: float | None
+    choices: list[Choice]
 
 
 def predict(request: Request) -> Prediction:
     """The figures over all stages of the run; the configuration must be legal."""
-    config, world = request.config, request.world_size
+    world, gpu = request.world_size, request.cluster.gpu
+    config, choices = choose(request.config, expected(request.config, gpu=gpu), world_size=world)
     count = count_parameters(config.model)
     stretches = blend.stretches(config)
     memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world)]
-    gpu = request.cluster.gpu
     device = known(gpu) if gpu else None
     speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
     each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
@@ -57,4 +61,5 @@ def predict(request: Request) -> Prediction:
         ),
         hours=hours,
         gpu_hours=None if hours is None else hours * world,
+        choices=choices,
     )

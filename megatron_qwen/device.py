@@ -103,6 +103,13 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def total_memory_gib() -> float | None:
+    """Memory of a GPU, GiB; None on a CPU, whose memory nobody hands out by rank."""
+    if not has_cuda():
+        return None
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / 2**30
+
+
 def rng_state() -> torch.Tensor:
     """State of the device's default generator."""
     return torch.cuda.get_rng_state() if has_cuda() else torch.get_rng_state()

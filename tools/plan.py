@@ -104,7 +104,7 @@ def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
     if needs:
         least = min(needs, key=lambda one: one.need_gib or 0.0)
         layout = layout_name(least.config.parallel)
-        recompute = ", full recompute" if least.config.training.recompute_granularity else ""
+        recompute = ", full recompute" if least.config.training.recompute_granularity == "full" else ""
         return (
             f"hold no layout of this model: the least is {least.need_gib:.0f} GiB of {device.memory_gib:.0f} "
             f"({layout}, batch {least.config.training.micro_batch_size}{recompute}); take more, or a shorter sequence."
@@ -130,7 +130,7 @@ def _overrides(candidate: Candidate) -> list[str]:
         "training.micro_batch_size": training.micro_batch_size,
         "parallel.overlap_grad_reduce": str(parallel.overlap_grad_reduce).lower(),
         "parallel.overlap_param_gather": str(parallel.overlap_param_gather).lower(),
-        "training.recompute_granularity": training.recompute_granularity or "null",
+        "training.recompute_granularity": training.recompute_granularity,
         "training.recompute_method": training.recompute_method,
         "training.recompute_num_layers": training.recompute_num_layers,
         "data.seq_length": config.data.seq_length,
@@ -200,7 +200,7 @@ def _print(
     for candidate in shown:
         row = _row(candidate)
         print(
-            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute'] or '-':>11}{row['memory_gib']:>8.1f}"
+            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute']:>11}{row['memory_gib']:>8.1f}"
             f"{row['bubble']:>8.1%}{row['step_s']:>9.2f}{row['tokens_per_second_per_device']:>14,.0f}{row['mfu']:>7.1%}"
         )
     print(
@@ -210,7 +210,7 @@ def _print(
         for one in rejected:
             training = one.config.training
             name = f"{layout_name(one.config.parallel)}, batch {training.micro_batch_size}"
-            print(f"  {name}{', full recompute' if training.recompute_granularity else ''}: {one.reason}")
+            print(f"  {name}{', full recompute' if training.recompute_granularity == 'full' else ''}: {one.reason}")
 
 
 def _draw(shown: Sequence[Candidate], device: Hardware, path: Path) -> None:
@@ -224,7 +224,7 @@ def _draw(shown: Sequence[Candidate], device: Hardware, path: Path) -> None:
     fullest = [max(candidate.memory, key=lambda stage: stage.total_gib) for candidate in shown]
     names = [f"{layout_name(c.config.parallel)}, batch {c.config.training.micro_batch_size}" for c in shown]
     names = [
-        name + (", recompute" if c.config.training.recompute_granularity else "")
+        name + (", recompute" if c.config.training.recompute_granularity == "full" else "")
         for name, c in zip(names, shown, strict=True)
     ]
     left = [0.0] * len(shown)

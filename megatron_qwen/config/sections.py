@@ -88,8 +88,12 @@ class ParallelConfig:
         None, doc="TP inside an expert (ETP); null is the tensor parallel size.", minimum=1
     )
     use_distributed_optimizer: bool = setting(True, doc="Shard the optimizer over the data-parallel ranks (ZeRO-1).")
-    overlap_grad_reduce: bool = setting(False, doc="Reduce gradients while the backward pass runs.")
-    overlap_param_gather: bool = setting(False, doc="Gather parameters while the forward pass runs.")
+    overlap_grad_reduce: bool | None = setting(
+        None, doc="Reduce gradients while the backward pass runs; null is chosen by performance.preset."
+    )
+    overlap_param_gather: bool | None = setting(
+        None, doc="Gather parameters while the forward pass runs; null is chosen by performance.preset."
+    )
     overlap_p2p_comm: bool = setting(
         True, doc="Overlap pipeline sends with compute in the interleaved schedule (and send unbatched)."
     )
@@ -135,10 +139,10 @@ class PrecisionConfig:
         "of tensorwise and blockwise.",
     )
     grad_reduce_in_fp32: bool = setting(True, doc="Accumulate and reduce gradients in fp32.")
-    use_precision_aware_optimizer: bool = setting(
-        False,
+    use_precision_aware_optimizer: bool | None = setting(
+        None,
         doc="Keep of the fp32 main weights only the 16 bits that the bf16 weights lack (exact, 2 bytes a parameter "
-        "less), and the moments in the formats below; te backend.",
+        "less), and the moments in the formats below; te backend. null is chosen by performance.preset.",
     )
     exp_avg_dtype: Literal["fp32", "bf16", "fp8"] = setting(
         "fp32", doc="Format of the first moment, with use_precision_aware_optimizer."
@@ -213,8 +217,10 @@ class TrainingConfig:
     seed: int = setting(1234, doc="Seed of initialisation, sample order and dropout.", minimum=0)
     eval_interval: int = setting(100, doc="Iterations between validations; 0 is none before the end.", minimum=0)
     eval_iters: int = setting(10, doc="Batches of a validation; 0 is no validation.", minimum=0)
-    recompute_granularity: Literal["selective", "full"] | None = setting(
-        None, doc="What the backward pass computes again: selective (recompute_modules), full layers, or null nothing."
+    recompute_granularity: Literal["none", "selective", "full"] | None = setting(
+        None,
+        doc="What the backward pass computes again: nothing, selective (recompute_modules) or full layers; null is "
+        "chosen by performance.preset.",
     )
     recompute_method: Literal["uniform", "block"] = setting("uniform", doc="Which layers full recompute takes.")
     recompute_num_layers: int = setting(
@@ -279,8 +285,13 @@ class ResilienceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PerformanceConfig:
-    """Choices that change speed, not results."""
+    """Choices that change speed or memory, not what is computed; the preset makes those that are null."""
 
+    preset: Literal["auto", "none"] = setting(
+        "auto",
+        doc="auto: turns on what the hardware, the backend and the layout allow, here and in the fields of other "
+        "sections that name this preset, and logs each choice; none: leaves off whatever is not asked for.",
+    )
     threads_per_rank: int | None = setting(
         None,
         doc="CPU threads of a rank; null shares the cores among the local ranks. Part of bit-exact resumes.",
@@ -288,4 +299,34 @@ class PerformanceConfig:
     )
     cross_entropy_chunk_tokens: int | None = setting(
         None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 4096 on a GPU.", minimum=1
+    )
+    fused_kernels: bool | None = setting(
+        None, doc="Transformer Engine's kernels for RoPE, activation, dropout and token permutation."
+    )
+    tp_comm_overlap: bool | None = setting(
+        None, doc="Overlap tensor-parallel messages with the products they belong to; te backend, sequence parallelism."
+    )
+    moe_token_dispatcher: Literal["allgather", "alltoall", "deepep", "hybridep"] | None = setting(
+        None, doc="How tokens travel to their experts; deepep and hybridep need the package deep_ep."
+    )
+    moe_shared_expert_overlap: bool | None = setting(
+        None, doc="Compute the shared expert while tokens travel to the routed ones."
+    )
+    moe_grouped_gemm: bool | None = setting(None, doc="All experts of a rank in one product.")
+    cuda_graph_impl: Literal["none", "local"] | None = setting(
+        None, doc="Record each layer's kernels once and replay them; saves a host that launches too slowly."
+    )
+    fp8_param_gather: bool | None = setting(
+        None, doc="Hold and gather the weights of FP8 layers in FP8; te backend, with precision.fp8."
+    )
+    cpu_offloading_num_layers: int | None = setting(
+        None, doc="Layers whose activations wait in the host's memory for the backward pass; te backend.", minimum=0
+    )
+    optimizer_offload_fraction: float | None = setting(
+        None, doc="Share of the optimizer's state that is kept and updated on the host.", minimum=0, maximum=1
+    )
+    garbage_collection_interval: int | None = setting(
+        None,
+        doc="Steps between Python's garbage collections, which all ranks then do together; 0 leaves it to Python.",
+        minimum=0,
     )

@@ -9,12 +9,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen.config.sections import ParallelConfig
 
 
-def create(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
+def create(parallel: ParallelConfig, *, seed: int, graphs: bool = False) -> ProcessGroupCollection:
     """Makes every group of the layout and seeds the generators of dropout.
 
     Args:
         parallel: the layout; it must be legal for the world that torch.distributed has joined.
         seed: base seed; ranks that hold different parts of a tensor draw different dropout.
+        graphs: whether CUDA graphs will be recorded, whose generators must be told of it.
 
     Returns:
         The groups this rank is in (tp, pp, cp, dp, dp_cp, ep, expt_tp, expt_dp, embd and their unions).
@@ -30,7 +31,7 @@ def create(parallel: ParallelConfig, *, seed: int) -> ProcessGroupCollection:
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=True,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=graphs, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 

@@ -92,7 +92,7 @@ def layouts(
             if micro > 1 and (reason := _illegal(sized, world_size)):
                 rejected.append(Rejected(sized, reason))
                 continue
-            for recompute in (None, "full"):
+            for recompute in ("none", "full"):
                 whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
                 one = sized.with_section("training", recompute_granularity=recompute, **whole)
                 answer = _judge(one, world_size, device, assumptions)
@@ -113,7 +113,7 @@ def _shapes(config: RunConfig, world_size: int, device: Hardware) -> Iterator[Ru
                     continue  # not a layout of its own: the plain pipeline says what is wrong with the layers
                 for cp in contexts:
                     for ep in experts:
-                        alone = world_size // (tp * pp * cp) <= 1
+                        alone = world_size // (tp * pp) <= 1
                         yield config.with_section("parallel", **_sizes(tp, pp, virtual, cp, ep, alone=alone))
 
 
@@ -124,9 +124,10 @@ def _pipelines(layers: int, ranks: int) -> list[int]:
 
 
 def _sizes(tp: int, pp: int, virtual: int, cp: int, ep: int, *, alone: bool) -> dict[str, Any]:
-    # Messages of data parallelism hide behind compute; beside pipelines only what the recipe says is kept.
-    overlap = {} if pp > 1 else {"overlap_grad_reduce": not alone, "overlap_param_gather": not alone}
-    return overlap | {
+    return {
+        # As the preset will choose (choices.py).
+        "overlap_grad_reduce": not alone,
+        "overlap_param_gather": not alone,
         "tensor_model_parallel_size": tp,
         "sequence_parallel": tp > 1,
         "pipeline_model_parallel_size": pp,

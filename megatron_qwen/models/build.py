@@ -14,7 +14,10 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.device import has_cuda
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
+from megatron_qwen.estimate.choices import choose
+from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.models import te_backend
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
@@ -82,6 +85,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
     """
     core = transformer_config(config, backend)
     virtual = config.parallel.virtual_stages
+    if config.performance.tp_comm_overlap:
+        te_backend.start_tensor_overlap(config)
     modules = [
         _chunk(config, core, groups, backend, vp_stage=stage if virtual > 1 else None) for stage in range(virtual)
     ]
@@ -94,8 +99,9 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         modules = [Float16Module(core, module) for module in modules]
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=config.precision.grad_reduce_in_fp32,
-        overlap_grad_reduce=config.parallel.overlap_grad_reduce,
-        overlap_param_gather=config.parallel.overlap_param_gather,
+        overlap_grad_reduce=bool(config.parallel.overlap_grad_reduce),
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
+        fp8_param_gather=bool(config.performance.fp8_param_gather),
         use_distributed_optimizer=True,
     )
     chunks = [
@@ -103,6 +109,11 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         for index, module in enumerate(modules)
     ]
     return Model(core, chunks)
+
+
+def for_one_rank(config: RunConfig, backend: Backend) -> RunConfig:
+    """The configuration with the preset's choices made, for a model that no run has set up."""
+    return choose(config, Machine(backend.name, gpu=has_cuda()), world_size=1)[0]
 
 
 def bare_module(config: RunConfig, groups: ProcessGroupCollection, backend: Backend) -> GPTModel:
@@ -113,6 +124,7 @@ def bare_module(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         groups: the groups of this rank.
         backend: whose modules the layers are made of.
     """
+    config = for_one_rank(config, backend)
     return _chunk(config, transformer_config(config, backend), groups, backend, vp_stage=None)
 
 

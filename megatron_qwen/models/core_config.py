@@ -23,7 +23,12 @@ def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig
     """
     try:
         return TransformerConfig(
-            **_shape(config), **_experts(config), **_layout(config), **_numbers(config, backend), **_recompute(config)
+            **_shape(config),
+            **_experts(config),
+            **_layout(config),
+            **_numbers(config, backend),
+            **_recompute(config),
+            **_speed(config),
         )
     except (ValueError, AssertionError) as error:
         raise ConfigError(Problem("configuration", None, f"megatron-core refuses it: {error}")) from None
@@ -49,7 +54,6 @@ def _shape(config: RunConfig) -> dict[str, Any]:
         "attention_dropout": model.attention_dropout,
         # Weights are drawn by initialise.py, the same under every layout.
         "perform_initialization": False,
-        "cuda_graph_modules": [],
     }
 
 
@@ -68,8 +72,41 @@ def _experts(config: RunConfig) -> dict[str, Any]:
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
         "moe_z_loss_coeff": model.moe_z_loss_coeff,
         "moe_router_dtype": "fp32",
-        "moe_token_dispatcher_type": "alltoall",
+        **_dispatch(config),
     }
+
+
+def _dispatch(config: RunConfig) -> dict[str, Any]:
+    performance = config.performance
+    dispatcher = performance.moe_token_dispatcher or "alltoall"
+    flex = dispatcher in ("deepep", "hybridep")
+    settings: dict[str, Any] = {
+        "moe_token_dispatcher_type": "flex" if flex else dispatcher,
+        "moe_shared_expert_overlap": bool(performance.moe_shared_expert_overlap),
+        "moe_grouped_gemm": bool(performance.moe_grouped_gemm),
+        "moe_permute_fusion": bool(performance.fused_kernels),
+    }
+    return settings | ({"moe_flex_dispatcher_backend": dispatcher} if flex else {})
+
+
+def _speed(config: RunConfig) -> dict[str, Any]:
+    """What ``estimate/choices.py`` has chosen."""
+    performance = config.performance
+    settings: dict[str, Any] = {
+        "apply_rope_fusion": bool(performance.fused_kernels),
+        "bias_activation_fusion": bool(performance.fused_kernels),
+        "bias_dropout_fusion": bool(performance.fused_kernels),
+        "tp_comm_overlap": bool(performance.tp_comm_overlap),
+        "fp8_param": bool(performance.fp8_param_gather),
+        "cuda_graph_impl": performance.cuda_graph_impl or "none",
+        # Which experts get how many tokens is not known when a graph is recorded.
+        "cuda_graph_modules": [],
+    }
+    if performance.cuda_graph_impl == "local" and config.model.is_moe:
+        settings["cuda_graph_modules"] = ["attn", "moe_router"]
+    if layers := performance.cpu_offloading_num_layers:
+        settings |= {"cpu_offloading": True, "cpu_offloading_num_layers": layers}
+    return settings
 
 
 def _layout(config: RunConfig) -> dict[str, Any]:
@@ -103,13 +140,8 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         # Losses are sums over tokens; the core divides the gradients by the tokens of the global batch.
         "calculate_per_token_loss": True,
         "transformer_impl": "transformer_engine" if te else "local",
-        "apply_rope_fusion": te,
-        "bias_activation_fusion": te,
         # Takes the activation module of the spec; the torch backend has one of its own.
         "use_te_activation_func": not te,
-        "bias_dropout_fusion": te,
-        "moe_grouped_gemm": te and config.model.is_moe,
-        "moe_permute_fusion": te and config.model.is_moe,
         # For Transformer Engine's layers te_backend.py sees to it.
         "gradient_accumulation_fusion": device.has_cuda()
         and not te

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from megatron_qwen import device
+from megatron_qwen.config.run import RunConfig
 
 
 def why_not() -> str | None:
@@ -42,6 +43,23 @@ def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
         for layer in module.modules():
             if hasattr(layer, "fuse_wgrad_accumulation"):
                 setattr(layer, "fuse_wgrad_accumulation", True)  # noqa: B010
+
+
+def start_tensor_overlap(config: RunConfig) -> None:
+    """Makes the buffers through which Transformer Engine overlaps tensor-parallel messages with products.
+
+    After the process groups and before the layers are built, whose shapes they have.
+    """
+    from transformer_engine.pytorch.module.base import initialize_ub
+
+    parallel, training = config.parallel, config.training
+    tokens = config.data.seq_length * training.micro_batch_size // parallel.context_parallel_size
+    initialize_ub(
+        shape=[tokens, config.model.hidden_size],
+        tp_size=parallel.tensor_model_parallel_size,
+        use_fp8=config.precision.fp8 is not None,
+        bootstrap_backend="nccl",
+    )
 
 
 def provider() -> Any:

@@ -32,8 +32,11 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         bf16=precision.dtype == "bf16",
         params_dtype=DTYPES[precision.dtype],
         use_distributed_optimizer=True,
-        overlap_param_gather=config.parallel.overlap_param_gather,
-        use_precision_aware_optimizer=precision.use_precision_aware_optimizer,
+        overlap_param_gather=bool(config.parallel.overlap_param_gather),
+        use_precision_aware_optimizer=bool(precision.use_precision_aware_optimizer),
+        fp8_recipe=precision.fp8 if config.performance.fp8_param_gather else None,
+        optimizer_cpu_offload=bool(config.performance.optimizer_offload_fraction),
+        optimizer_offload_fraction=config.performance.optimizer_offload_fraction or 0.0,
         exp_avg_dtype=_MOMENTS[precision.exp_avg_dtype],
         exp_avg_sq_dtype=_MOMENTS[precision.exp_avg_sq_dtype],
     )

@@ -26,6 +26,7 @@ from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 from megatron_qwen.training.callbacks.expert_load import ExpertLoad
+from megatron_qwen.training.callbacks.garbage import GarbageCollection
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.profiler import Profiler
@@ -172,6 +173,8 @@ def build_callbacks(
     callbacks: list[Callback] = []
     if heartbeat is not None:
         callbacks.append(SignsOfLife(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
+    if interval := config.performance.garbage_collection_interval:
+        callbacks.append(GarbageCollection(interval))
     if config.model.is_moe:
         callbacks.append(ExpertLoad())
     if config.training.eval_iters and config.data.validation_fraction:

@@ -1,5 +1,6 @@
 """Builds the parts of a run, one ``build_*`` each, in the order in which they need one another."""
 
+import importlib.util
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -17,8 +18,11 @@ from megatron_qwen.data.preflight import require_legal_stages
 from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.choices import Choice, choose, impossible
+from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
-from megatron_qwen.models.backend import Backend, choose
+from megatron_qwen.models.backend import Backend
+from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
 from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
@@ -33,7 +37,9 @@ class Parts:
     """Everything a step needs.
 
     Args:
-        config: the run.
+        config: the run, with every choice of the preset made.
+        asked: the run as it was asked for.
+        choices: what the preset chose, and why.
         groups: process groups of this rank.
         backend: whose kernels compute.
         model: chunks of this rank.
@@ -46,6 +52,8 @@ class Parts:
     """
 
     config: RunConfig
+    asked: RunConfig
+    choices: list[Choice]
     groups: ProcessGroupCollection
     backend: Backend
     model: Model
@@ -62,11 +70,20 @@ def build_parts(config: RunConfig) -> Parts:
 
     Args:
         config: a legal configuration.
+
+    Raises:
+        ConfigError: it asks for what cannot be done here.
     """
+    asked, backend = config, choose_backend(config.precision)
+    machine = this_machine(backend)
+    if wrong := list(impossible(config, machine)):
+        raise ConfigError(wrong)
+    config, choices = choose(config, machine, world_size=dist.get_world_size())
     data = TrainingData(config)
-    backend = choose(config.precision)
     adam = install_where_needed()
-    groups = process_groups.create(config.parallel, seed=config.training.seed)
+    groups = process_groups.create(
+        config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
+    )
     place = device.current()
     model = build_model(config, groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
@@ -75,11 +92,17 @@ def build_parts(config: RunConfig) -> Parts:
         if foreign_apex_is_here():
             log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
+        chunk = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
+        log.info("performance: output layer and cross-entropy in one, %d tokens at once", chunk)
+        for choice in choices:
+            log.info("performance: %s", choice)
     require_legal_stages(data, world_size=dist.get_world_size())
     require_separable(data, backend)
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
     return Parts(
         config=config,
+        asked=asked,
+        choices=choices,
         groups=groups,
         backend=backend,
         model=model,
@@ -90,6 +113,12 @@ def build_parts(config: RunConfig) -> Parts:
         forward_step=make_forward_step(config, groups),
         progress=Progress(),
     )
+
+
+def this_machine(backend: Backend) -> Machine:
+    """What this rank computes on."""
+    libraries = frozenset(name for name in ("deep_ep",) if importlib.util.find_spec(name) is not None)
+    return Machine(backend.name, device.has_cuda(), device.total_memory_gib(), libraries)
 
 
 def require_separable(data: TrainingData, backend: Backend) -> None:

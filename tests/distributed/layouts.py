@@ -20,6 +20,7 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SPxPP2": (4, TP2 | SP | PP2),
     "TP2xCP2": (4, TP2 | SP | CP2),
     "DP2 overlapped": (2, {"overlap_grad_reduce": True, "overlap_param_gather": True}),
+    "PP2xDP2 overlapped": (4, PP2 | {"overlap_grad_reduce": True, "overlap_param_gather": True}),
     "full recompute": (1, {"recompute": "full"}),
     "selective recompute": (1, {"recompute": "selective"}),
     "TP2+SP full recompute": (2, TP2 | SP | {"recompute": "full"}),

@@ -78,7 +78,7 @@ def overrides(case: Case) -> list[str]:
         f"training.global_batch_size={case.global_batch_size}",
         f"training.train_iters={case.warm_up + case.steps}",
         "training.eval_iters=0",
-        "training.recompute_granularity=null",
+        "training.recompute_granularity=none",
         "data.validation_fraction=0",
         f"data.path={case.data}",
         "optim.learning_rate=3e-4",

@@ -75,4 +75,4 @@ class Checkpointing(Callback):
 def _as_of_now(parts: "Parts") -> RunConfig:
     """The configuration with the RoPE base that the weights have been trained with last: an export goes by it."""
     reader = parts.data.latest(parts.progress.consumed_samples)
-    return parts.config.with_section("model", rotary_base=reader.config.model.rotary_base)
+    return parts.asked.with_section("model", rotary_base=reader.config.model.rotary_base)

@@ -1,0 +1,242 @@
+"""What ``performance.preset`` turns on: each choice with its reason, before anything is built.
+
+A field that is null is chosen here; one that is set was decided by a person and is kept. The same rules serve the run
+(on the machine it finds), ``mq launch dry-run`` (on the cluster's) and ``mq plan``.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.errors import Problem
+from megatron_qwen.estimate.machine import Machine
+from megatron_qwen.estimate.memory import memory_per_stage
+
+_COLLECTION_INTERVAL = 100
+_Answer = tuple[Any, str]
+_Rule = Callable[[RunConfig, Machine, int], _Answer]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One decision.
+
+    Args:
+        field: ``section.name``.
+        value: what holds in the run.
+        reason: why.
+        forced: whether a person has said so.
+    """
+
+    field: str
+    value: Any
+    reason: str
+    forced: bool = False
+
+    def __str__(self) -> str:
+        """As the log has it."""
+        value = str(self.value).lower() if isinstance(self.value, bool) else self.value
+        return f"{self.field}={value}: {self.reason}"
+
+
+def choose(config: RunConfig, machine: Machine, *, world_size: int) -> tuple[RunConfig, list[Choice]]:
+    """Fills in what the configuration leaves to the preset.
+
+    Args:
+        config: a legal configuration.
+        machine: what the run will compute on.
+        world_size: its ranks.
+
+    Returns:
+        The configuration with every such field set, and the choices in the order in which they were made.
+    """
+    made = []
+    for path, (off, rule) in _RULES.items():
+        section, name = path.split(".")
+        value = getattr(getattr(config, section), name)
+        if value is not None:
+            made.append(Choice(path, value, "set in the configuration", forced=True))
+            continue
+        if config.performance.preset == "none":
+            value, reason = off, "performance.preset=none"
+        else:
+            value, reason = rule(config, machine, world_size)
+        config = config.with_section(section, **{name: value})
+        made.append(Choice(path, value, reason))
+        if path == "training.recompute_granularity" and value == "selective":
+            config = config.with_section("training", recompute_modules=_heavy_modules(config))
+    return config, made
+
+
+def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
+    """What was asked for that this machine, backend or model cannot do."""
+    performance, te = config.performance, machine.backend == "te"
+    asked = {
+        "fused_kernels": performance.fused_kernels,
+        "tp_comm_overlap": performance.tp_comm_overlap,
+        "cuda_graph_impl": performance.cuda_graph_impl not in (None, "none"),
+        "fp8_param_gather": performance.fp8_param_gather,
+        "cpu_offloading_num_layers": performance.cpu_offloading_num_layers,
+        "optimizer_offload_fraction": performance.optimizer_offload_fraction,
+    }
+    for name, wanted in asked.items():
+        if wanted and not te:
+            fix = "needs Transformer Engine on a GPU (precision.backend=te); set it to null."
+            yield Problem(f"performance.{name}", getattr(performance, name), fix)
+    dispatcher = performance.moe_token_dispatcher
+    if dispatcher in ("deepep", "hybridep") and not (machine.gpu and "deep_ep" in machine.libraries):
+        fix = "needs a GPU and the package deep_ep, which does not import here; set it to null."
+        yield Problem("performance.moe_token_dispatcher", dispatcher, fix)
+
+
+def overlaps(config: RunConfig, world_size: int) -> _Answer:
+    """Whether messages of data parallelism can hide behind compute on GPUs."""
+    parallel = config.parallel
+    peers = world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size)
+    if peers <= 1:
+        return False, "no other rank holds the same weights"
+    return True, f"{peers} ranks share the gradients of a weight"
+
+
+def _grad_reduce(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if not machine.gpu:
+        return False, "a CPU that sends does not compute"
+    return overlaps(config, world_size)
+
+
+def _param_gather(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if not config.parallel.overlap_grad_reduce:
+        return False, "goes with parallel.overlap_grad_reduce"
+    return True, "each bucket's weights are gathered before the layer that needs them"
+
+
+def _fused(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if machine.backend == "te":
+        return True, "the te backend has them"
+    return False, "the torch backend has operations of its own (models/torch_functions.py)"
+
+
+def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if machine.backend != "te" or config.precision.dtype != "bf16":
+        return False, "needs Transformer Engine's Adam and bf16"
+    if machine.memory_gib is None:
+        return False, "the device's memory is not known"
+    need = _need(config, world_size)
+    if need <= machine.memory_gib:
+        return False, f"not needed: {need:.0f} of {machine.memory_gib:.0f} GiB"
+    lean = _need(config.with_section("precision", use_precision_aware_optimizer=True), world_size)
+    return True, f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without it, {lean:.0f} with it"
+
+
+def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if machine.memory_gib is None:
+        return "none", "the memory of a device is not known" if machine.gpu else "a CPU's memory is not shared out"
+    need = _need(config, world_size)
+    if need <= machine.memory_gib:
+        return "none", f"fits: an estimated {need:.0f} of {machine.memory_gib:.0f} GiB"
+    modules = _heavy_modules(config)
+    changes = {"recompute_granularity": "selective", "recompute_modules": modules}
+    selective = _need(config.with_section("training", **changes), world_size)
+    without = f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without"
+    if selective <= machine.memory_gib:
+        return "selective", f"{without}, {selective:.0f} with {', '.join(modules)} computed again"
+    full = _need(config.with_section("training", recompute_granularity="full"), world_size)
+    verdict = "" if full <= machine.memory_gib else "; that does not fit either"
+    return "full", f"{without}, {selective:.0f} with selective recompute, {full:.0f} with whole layers{verdict}"
+
+
+def _heavy_modules(config: RunConfig) -> tuple[str, ...]:
+    """What to compute again where a little is enough: fused attention keeps no scores, so not core_attn."""
+    return ("moe",) if config.model.is_moe else ("mlp",)
+
+
+def _need(config: RunConfig, world_size: int) -> float:
+    return max(stage.total_gib for stage in memory_per_stage(config, world_size=world_size))
+
+
+def _tensor_overlap(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if config.parallel.tensor_model_parallel_size == 1:
+        return False, "no tensor parallelism"
+    if machine.backend != "te" or not config.parallel.sequence_parallel:
+        return False, "needs the te backend and sequence parallelism"
+    return False, "was never measured by this project; set it to true to use Transformer Engine's buffers"
+
+
+def _dispatcher(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if not config.model.is_moe:
+        return "alltoall", "no experts"
+    if config.parallel.expert_model_parallel_size == 1:
+        return "alltoall", "every rank holds all experts"
+    if machine.gpu and "deep_ep" in machine.libraries:
+        return "deepep", "deep_ep imports"
+    return "alltoall", "deep_ep does not import" if machine.gpu else "deep_ep has no CPU kernels"
+
+
+def _shared_expert(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if config.model.moe_shared_expert_intermediate_size is None:
+        return False, "no shared expert"
+    if not machine.gpu:
+        return False, "a CPU that sends does not compute"
+    if config.parallel.expert_model_parallel_size == 1:
+        return False, "no token travels"
+    if config.performance.moe_token_dispatcher == "allgather":
+        return False, "not with the allgather dispatcher"
+    if config.training.recompute_granularity == "selective" and "shared_experts" in config.training.recompute_modules:
+        return False, "the shared expert is recomputed"
+    return True, "it computes while tokens travel"
+
+
+def _grouped(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if not config.model.is_moe:
+        return False, "no experts"
+    if machine.backend == "te":
+        return True, "Transformer Engine's grouped product"
+    return False, "one product an expert in the torch backend"
+
+
+def _graphs(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if machine.backend != "te":
+        return "none", "needs the te backend"
+    return "none", "was never measured by this project; worth trying where a GPU waits for its host (small models)"
+
+
+def _fp8_gather(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if config.precision.fp8 is None:
+        return False, "no FP8"
+    if machine.backend != "te":
+        return False, "emulated FP8 keeps its weights in the run's format"
+    return False, "was never measured by this project; halves what a gather of weights sends"
+
+
+def _layer_offload(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    return 0, "recompute is chosen before it: the way to the host is slower than a GPU computes"
+
+
+def _optimizer_offload(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    return 0.0, "more ranks or the lean optimizer are chosen before it"
+
+
+def _collections(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if world_size == 1:
+        return 0, "no other rank waits for a collection"
+    return _COLLECTION_INTERVAL, "else each rank stops for its own at another time, and all wait for it"
+
+
+# Field -> what leaves it off, and who decides; later rules see what earlier ones chose.
+_RULES: dict[str, tuple[Any, _Rule]] = {
+    "performance.fused_kernels": (False, _fused),
+    "parallel.overlap_grad_reduce": (False, _grad_reduce),
+    "parallel.overlap_param_gather": (False, _param_gather),
+    "precision.use_precision_aware_optimizer": (False, _lean_optimizer),
+    "training.recompute_granularity": ("none", _recompute),
+    "performance.tp_comm_overlap": (False, _tensor_overlap),
+    "performance.moe_token_dispatcher": ("alltoall", _dispatcher),
+    "performance.moe_shared_expert_overlap": (False, _shared_expert),
+    "performance.moe_grouped_gemm": (False, _grouped),
+    "performance.cuda_graph_impl": ("none", _graphs),
+    "performance.fp8_param_gather": (False, _fp8_gather),
+    "performance.cpu_offloading_num_layers": (0, _layer_offload),
+    "performance.optimizer_offload_fraction": (0.0, _optimizer_offload),
+    "performance.garbage_collection_interval": (0, _collections),
+}

@@ -1,0 +1,36 @@
+"""Python's garbage collections at the same step on all ranks."""
+
+import gc
+from typing import TYPE_CHECKING
+
+from megatron_qwen.training.callbacks.base import Callback
+
+if TYPE_CHECKING:
+    from megatron_qwen.training.trainer import StepRecord, Trainer
+
+
+class GarbageCollection(Callback):
+    """Collects every ``interval`` steps and never in between: a rank that stops for its own garbage stops all.
+
+    Args:
+        interval: steps between collections, above 0.
+    """
+
+    def __init__(self, interval: int) -> None:
+        self.interval = interval
+
+    def before_training(self, trainer: "Trainer") -> None:
+        """What was built lives as long as the run: it is not looked at again."""
+        gc.collect()
+        gc.freeze()
+        gc.disable()
+
+    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+        """Collects if it is time."""
+        if record.iteration % self.interval == 0:
+            gc.collect()
+
+    def close(self) -> None:
+        """Leaves it to Python again."""
+        gc.enable()
+        gc.unfreeze()
