@@ -47,6 +47,7 @@ class RunDirectory:
         self.path = Path(path).absolute()
         self.run_yaml = self.path / "run.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.performance = self.path / "performance.json"
         self.attempts = self.path / "attempts.jsonl"
         self.status = self.path / "status.json"
         self.data = self.path / "data.json"

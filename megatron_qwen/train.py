@@ -9,6 +9,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from megatron_qwen import device
 from megatron_qwen.resilience import stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
@@ -38,7 +40,7 @@ def main(run_dir: str) -> int:
     require_legal(config, world_size=info.world_size)
     device.set_threads(config.performance.threads_per_rank or device.fair_threads(info.local_world_size))
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
-    code = run_attempt(config, info, signals, Path(run_dir))
+    code = run_attempt(config, info, signals, Path(run_dir), started=psutil.Process().create_time())
     # Only after a normal end: with peers still inside a collective, leaving would wait for them.
     leave()
     return code

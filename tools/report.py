@@ -19,7 +19,9 @@ from megatron_qwen.metrics.console import duration
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tools.recipes import layout_name
-from tools.run_records import goodput, read_metrics
+from tools.report_card import STYLE as CARD_STYLE
+from tools.report_card import card_html, read_card
+from tools.run_records import read_metrics
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1d2430; background: #fbfbf9; margin: 0 }
@@ -58,15 +60,17 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
     """
     directory = RunDirectory(run_dir)
     records, attempts = read_metrics(directory.metrics), AttemptLog(directory.attempts).read()
+    card = read_card(directory.performance)
     config = resolve(str(directory.run_yaml), [], RECIPES)
     parts = [
         f"<h1>{html.escape(config.recipe)}: {html.escape(directory.path.name)}</h1>",
         f'<p class="what">{html.escape(_what(config))}</p>',
-        _tiles(records, attempts),
+        _tiles(records, card),
         "<h2>Loss</h2>",
         f"<figure>{loss_figure(records)}</figure>",
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
+        *(["<h2>Performance card</h2>", card_html(card)] if card is not None else []),
         *(f"<h2>{html.escape(section.title)}</h2>{section.body}" for section in sections),
         "<h2>Attempts</h2>",
         _attempts(attempts),
@@ -76,7 +80,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
     ]
     page = (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(directory.path.name)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
+        f"<title>{html.escape(directory.path.name)}</title><style>{_STYLE}{CARD_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>"
     )
     output.write_text(page, encoding="utf-8")
 
@@ -90,7 +94,7 @@ def _what(config: RunConfig) -> str:
     )
 
 
-def _tiles(records: list[dict[str, Any]], attempts: Sequence[Attempt]) -> str:
+def _tiles(records: list[dict[str, Any]], card: dict[str, Any] | None) -> str:
     last, steady = records[-1], records[min(5, len(records) - 1) :]
     validation = [record["validation_loss"] for record in records if record.get("validation_loss") is not None]
     speed = statistics.median(record["tokens_per_second"] for record in steady)
@@ -103,7 +107,7 @@ def _tiles(records: list[dict[str, Any]], attempts: Sequence[Attempt]) -> str:
     ]
     optional = {
         "MFU, median": [record["mfu"] for record in steady if record.get("mfu") is not None],
-        "goodput: steps' share of all time": [share] if (share := goodput(records, list(attempts))) is not None else [],
+        "goodput: share of steps that count": [card["goodput"]["share"]] if card is not None else [],
     }
     facts += [(f"{statistics.median(values):.1%}", name) for name, values in optional.items() if values]
     if memory := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:

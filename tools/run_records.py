@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.attempts import Attempt
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.json_lines import objects
 
@@ -33,13 +32,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
-
-
-def goodput(records: list[dict[str, Any]], attempts: list[Attempt]) -> float | None:
-    """Share of all attempts' wall time that went into steps that count; None where an end is not known."""
-    walls = [attempt.wall_s for attempt in attempts]
-    total = sum(wall for wall in walls if wall is not None)
-    if not total or None in walls:
-        return None
-    useful = sum(record["step_time_s"] for record in records if not record.get("skipped"))
-    return float(min(1.0, useful / total))

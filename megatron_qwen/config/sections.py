@@ -53,6 +53,9 @@ class ModelConfig:
         "aux_loss", doc="Over which tokens the load-balancing loss is taken."
     )
     moe_aux_loss_coeff: float = setting(0.001, doc="Weight of the load-balancing loss.", minimum=0)
+    moe_router_force_load_balancing: bool = setting(
+        False, doc="Send tokens to experts evenly and at random: for speed comparisons only, the model learns nothing."
+    )
     moe_z_loss_coeff: float | None = setting(None, doc="Weight of the router z-loss; null is none.", minimum=0)
 
     @property

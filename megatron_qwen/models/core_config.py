@@ -70,6 +70,7 @@ def _experts(config: RunConfig) -> dict[str, Any]:
         "moe_router_pre_softmax": model.moe_router_pre_softmax,
         "moe_router_load_balancing_type": model.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
+        "moe_router_force_load_balancing": model.moe_router_force_load_balancing,
         "moe_z_loss_coeff": model.moe_z_loss_coeff,
         "moe_router_dtype": "fp32",
         **_dispatch(config),

@@ -1,6 +1,7 @@
 """One attempt at a run: from a joined process group to an exit code."""
 
 import logging
+import time
 from pathlib import Path
 
 import torch.distributed as dist
@@ -29,6 +30,7 @@ from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.garbage import GarbageCollection
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
+from megatron_qwen.training.callbacks.performance import Performance
 from megatron_qwen.training.callbacks.profiler import Profiler
 from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife, Superseded
 from megatron_qwen.training.callbacks.stopping import Stopping
@@ -40,13 +42,22 @@ log = logging.getLogger(__name__)
 _LISTED_SOURCES = 12
 
 
-def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path) -> int:
+def run_attempt(
+    config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path, *, started: float | None = None
+) -> int:
     """Builds, resumes, trains and notes how it ended.
+
+    Args:
+        config: a legal configuration.
+        info: of this rank.
+        signals: installed already.
+        run_dir: the run.
+        started: when the process began, seconds since 1970; None is now.
 
     Returns:
         The exit code.
     """
-    directory = RunDirectory(run_dir)
+    directory, started = RunDirectory(run_dir), started or time.time()
     if report := placement_report(info):
         log.info("%s", report)
     parts = build_parts(config)
@@ -63,10 +74,11 @@ def run_attempt(config: RunConfig, info: RankInfo, signals: StopSignals, run_dir
         heartbeat.beat("starting", resumed_at)
     code, reason = 1, "error"
     try:
-        trainer = Trainer(
-            parts,
-            build_callbacks(parts, directory, signals, attempt=attempt, resumed_at=resumed_at, heartbeat=heartbeat),
+        callbacks = build_callbacks(
+            parts, directory, signals, attempt=attempt, resumed_at=resumed_at, heartbeat=heartbeat
         )
+        card = Performance(directory.performance, attempt=attempt, started=started, resumed_at=resumed_at)
+        trainer = Trainer(parts, [*callbacks, card])
         code = trainer.fit()
         reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
     except UserError as error:

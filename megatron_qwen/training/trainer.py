@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,8 @@ class Trainer:
     def __init__(self, parts: Parts, callbacks: Sequence[Callback]) -> None:
         self.parts, self.callbacks = parts, callbacks
         self.exit_code: int | None = None
+        # Seconds in each callback after the steps so far, by the name of its class.
+        self.callback_seconds: dict[str, float] = dict.fromkeys((type(one).__name__ for one in callbacks), 0.0)
 
     def stop(self, exit_code: int) -> None:
         """Ends the loop after this step; the process will exit with this code."""
@@ -74,9 +77,11 @@ class Trainer:
             while self.parts.progress.iteration < last and self.exit_code is None:
                 record = self.step()
                 for callback in self.callbacks:
-                    callback.after_step(self, record)
+                    with self._clock(callback):
+                        callback.after_step(self, record)
             for callback in self.callbacks:
-                callback.after_training(self)
+                with self._clock(callback):
+                    callback.after_training(self)
         except NumericsError:
             for callback in self.callbacks:
                 callback.on_numerics_error()
@@ -86,6 +91,12 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
         return self.exit_code or 0
+
+    @contextmanager
+    def _clock(self, callback: Callback) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.callback_seconds[type(callback).__name__] += time.perf_counter() - started
 
     def step(self) -> StepRecord:
         """Takes one step and moves the progress on, without the callbacks."""

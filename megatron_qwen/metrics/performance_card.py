@@ -1,0 +1,102 @@
+"""performance.json: what a run reached, so that it can be compared with anyone's, and where its time went.
+
+The file holds one entry an attempt, each replaced by its own attempt alone, and the sums over all of them.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class AttemptTime:
+    """Where the wall time of one attempt went, in seconds of rank 0.
+
+    Args:
+        attempt: number, from 1.
+        devices: ranks.
+        started: seconds since 1970.
+        resumed_at: iteration it began from.
+        iteration: last finished iteration.
+        wall_s: from ``started`` to when this was written.
+        startup_s: until the first step: imports, joining, building, loading.
+        steps_s: in steps, those that were skipped and waits for data left out.
+        skipped_s: in steps whose numbers were not finite.
+        data_wait_s: waiting for batches.
+        save_s: in which a step waited for a checkpoint.
+        validation_s: measuring the validation loss.
+    """
+
+    attempt: int
+    devices: int
+    started: float
+    resumed_at: int
+    iteration: int
+    wall_s: float
+    startup_s: float
+    steps_s: float
+    skipped_s: float
+    data_wait_s: float
+    save_s: float
+    validation_s: float
+
+    @property
+    def other_s(self) -> float:
+        """What none of the parts explains: metrics, other callbacks, the end of the process."""
+        parts = (self.startup_s, self.steps_s, self.skipped_s, self.data_wait_s, self.save_s, self.validation_s)
+        return max(0.0, self.wall_s - sum(parts))
+
+
+def goodput(attempts: Sequence[AttemptTime]) -> dict[str, float]:
+    """Seconds of each kind over all attempts, and ``share``: that of steps which count in the whole.
+
+    Steps after the checkpoint that the next attempt begins from are done again: they count once. Time between two
+    attempts (in the queue, or until somebody looks) counts as lost.
+    """
+    again = between = 0.0
+    for before, after in pairwise(attempts):
+        done = before.iteration - before.resumed_at
+        if done > 0:
+            lost = min(done, max(0, before.iteration - after.resumed_at))
+            again += before.steps_s * lost / done
+        between += max(0.0, after.started - before.started - before.wall_s)
+    seconds = {
+        "steps_s": sum(one.steps_s for one in attempts) - again,
+        "steps_done_again_s": again,
+        "steps_skipped_s": sum(one.skipped_s for one in attempts),
+        "data_wait_s": sum(one.data_wait_s for one in attempts),
+        "save_s": sum(one.save_s for one in attempts),
+        "validation_s": sum(one.validation_s for one in attempts),
+        "startup_s": sum(one.startup_s for one in attempts),
+        "between_attempts_s": between,
+        "other_s": sum(one.other_s for one in attempts),
+    }
+    whole = sum(seconds.values())
+    return {"share": seconds["steps_s"] / whole if whole else 0.0, **seconds}
+
+
+def read_attempts(path: Path) -> list[AttemptTime]:
+    """The attempts of a card, in order; none where it is missing or unreadable."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))["attempts"]
+        return sorted((AttemptTime(**entry) for entry in entries), key=lambda one: one.attempt)
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_card(path: Path, facts: dict[str, Any], attempts: Sequence[AttemptTime]) -> None:
+    """Replaces the card.
+
+    Args:
+        path: performance.json.
+        facts: what the newest attempt has measured.
+        attempts: all of them.
+    """
+    content = {**facts, "goodput": goodput(attempts), "attempts": [asdict(one) for one in attempts]}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

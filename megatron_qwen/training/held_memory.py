@@ -1,0 +1,49 @@
+"""Bytes of the tensors a rank holds all the time, counted tensor by tensor."""
+
+from collections.abc import Iterable
+
+import torch
+
+from megatron_qwen.models.build import Model
+from megatron_qwen.training.setup import Parts
+
+
+def held_bytes(parts: Parts) -> dict[str, int]:
+    """Weights, gradients and optimizer state of this rank, in bytes; memory that two of them share counts once."""
+    seen: set[int] = set()
+    return {
+        "weights": _new_bytes(seen, _weights(parts.model)),
+        "gradients": _new_bytes(seen, _gradients(parts.model)),
+        "optimizer": _new_bytes(seen, _optimizer(parts)),
+    }
+
+
+def _new_bytes(seen: set[int], tensors: Iterable[torch.Tensor]) -> int:
+    total = 0
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+    return total
+
+
+def _weights(model: Model) -> Iterable[torch.Tensor]:
+    for module in model.modules:
+        yield from module.parameters()
+
+
+def _gradients(model: Model) -> Iterable[torch.Tensor]:
+    for chunk in model.chunks:
+        for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+            yield buffer.grad_data
+
+
+def _optimizer(parts: Parts) -> Iterable[torch.Tensor]:
+    for part in parts.optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        for group in part.optimizer.param_groups:
+            yield from group["params"]
+        for state in part.optimizer.state.values():
+            yield from (value for value in state.values() if torch.is_tensor(value) and value.dim())
