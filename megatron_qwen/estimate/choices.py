@@ -122,26 +122,26 @@ def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _An
         return False, "needs Transformer Engine's Adam and bf16"
     if machine.memory_gib is None:
         return False, "the device's memory is not known"
-    need = _need(config, world_size)
+    need = _need(config, machine, world_size)
     if need <= machine.memory_gib:
         return False, f"not needed: {need:.0f} of {machine.memory_gib:.0f} GiB"
-    lean = _need(config.with_section("precision", use_precision_aware_optimizer=True), world_size)
+    lean = _need(config.with_section("precision", use_precision_aware_optimizer=True), machine, world_size)
     return True, f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without it, {lean:.0f} with it"
 
 
 def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     if machine.memory_gib is None:
         return "none", "the memory of a device is not known" if machine.gpu else "a CPU's memory is not shared out"
-    need = _need(config, world_size)
+    need = _need(config, machine, world_size)
     if need <= machine.memory_gib:
         return "none", f"fits: an estimated {need:.0f} of {machine.memory_gib:.0f} GiB"
     modules = _heavy_modules(config)
     changes = {"recompute_granularity": "selective", "recompute_modules": modules}
-    selective = _need(config.with_section("training", **changes), world_size)
+    selective = _need(config.with_section("training", **changes), machine, world_size)
     without = f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without"
     if selective <= machine.memory_gib:
         return "selective", f"{without}, {selective:.0f} with {', '.join(modules)} computed again"
-    full = _need(config.with_section("training", recompute_granularity="full"), world_size)
+    full = _need(config.with_section("training", recompute_granularity="full"), machine, world_size)
     verdict = "" if full <= machine.memory_gib else "; that does not fit either"
     return "full", f"{without}, {selective:.0f} with selective recompute, {full:.0f} with whole layers{verdict}"
 
@@ -151,8 +151,9 @@ def _heavy_modules(config: RunConfig) -> tuple[str, ...]:
     return ("moe",) if config.model.is_moe else ("mlp",)
 
 
-def _need(config: RunConfig, world_size: int) -> float:
-    return max(stage.total_gib for stage in memory_per_stage(config, world_size=world_size))
+def _need(config: RunConfig, machine: Machine, world_size: int) -> float:
+    stages = memory_per_stage(config, world_size=world_size, backend=machine.backend)
+    return max(stage.total_gib for stage in stages)
 
 
 def _tensor_overlap(config: RunConfig, machine: Machine, world_size: int) -> _Answer:

@@ -52,15 +52,19 @@ class StageMemory:
         return self.state_gib + (self.activations + self.loss) / _GIB + ALLOWANCE_GIB
 
 
-def memory_per_stage(config: RunConfig, *, world_size: int) -> list[StageMemory]:
+def memory_per_stage(config: RunConfig, *, world_size: int, backend: str | None = None) -> list[StageMemory]:
     """Memory of a rank of every pipeline stage.
 
     Args:
         config: a legal configuration.
         world_size: ranks of the run; the optimizer is shared by the data-parallel ones.
+        backend: ``te`` or ``torch``, which keep different things for the backward pass; None is ``te`` unless the
+            configuration says otherwise.
     """
+    plain = config.precision.backend == "torch" or config.precision.emulate_fp8
+    backend = backend or ("torch" if plain else "te")
     stages = layers_per_stage(config.model.num_layers, config.parallel)
-    return [_stage(config, index, layers, world_size) for index, layers in enumerate(stages)]
+    return [_stage(config, index, layers, world_size, backend) for index, layers in enumerate(stages)]
 
 
 def parameters_per_rank(config: RunConfig, *, stage: int) -> tuple[int, int]:
@@ -112,7 +116,7 @@ def _dense_layer(model: ModelConfig, tp: int) -> int:
     return attention + norms + router + shared + (h if model.moe_shared_expert_gate else 0)
 
 
-def _stage(config: RunConfig, index: int, layers: int, world_size: int) -> StageMemory:
+def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend: str) -> StageMemory:
     parallel, precision = config.parallel, config.precision
     dense, experts = parameters_per_rank(config, stage=index)
     # ZeRO-1: the optimizer's share is over data and context ranks, for experts over theirs.
@@ -134,7 +138,7 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int) -> Stage
         weights=(dense + experts) * (2.0 if bf16 else 4.0) + 2.0 * _fp8_parameters(config, index, layers),
         gradients=(dense + experts) * float(per_gradient),
         optimizer=state * (dense / dense_share + experts / expert_share),
-        activations=_activations(config, index, layers, world_size),
+        activations=_activations(config, index, layers, world_size, backend),
         loss=_loss(config, rows) if index == stages - 1 else 0.0,
     )
 
@@ -165,33 +169,51 @@ def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
     return max(0.0, (dense + experts - outside) * (1 - min(excluded, layers) / layers))
 
 
-def _activations(config: RunConfig, stage: int, layers: int, world_size: int) -> float:
+def _activations(config: RunConfig, stage: int, layers: int, world_size: int, backend: str) -> float:
     """Bytes that the backward pass of all micro-batches in flight needs."""
     parallel, training = config.parallel, config.training
     tokens = training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
-    kept, whole = _layer_activations(config)
-    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
-    step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
-    micro_batches = max(1, training.global_batch_size // step)
-    in_flight = float(min(stages - stage, micro_batches))
-    if virtual > 1:
-        in_flight *= 1 + (stages - 1) / (stages * virtual)
-    model, tp = config.model, parallel.tensor_model_parallel_size
-    # A layer's backward pass holds the gradients around its activation, beside what is kept.
-    width = model.ffn_hidden_size
-    if model.is_moe:
-        width = model.moe_router_topk * (model.moe_ffn_hidden_size or 0)
-    size = 2.0 if config.precision.dtype == "bf16" else 4.0
-    working = tokens * size * (3 * width / tp + 2 * model.hidden_size)
+    kept, whole = _layer_activations(config, backend)
+    in_flight = _in_flight(config, stage, world_size)
+    working = tokens * _working(config, backend)
     if training.recompute_granularity != "full":
         return tokens * layers * kept * in_flight + working
     again = layers
     if training.recompute_method == "block":
-        again = min(layers, training.recompute_num_layers * virtual)
+        again = min(layers, training.recompute_num_layers * parallel.virtual_stages)
     return tokens * ((again * kept + (layers - again) * whole) * in_flight + whole) + working
 
 
-def _layer_activations(config: RunConfig) -> tuple[float, float]:
+def _working(config: RunConfig, backend: str) -> float:
+    """Bytes a token of what a layer's backward pass holds beside what was kept for it."""
+    model, parallel = config.model, config.parallel
+    tp, cp, h = parallel.tensor_model_parallel_size, parallel.context_parallel_size, model.hidden_size
+    width = model.moe_router_topk * (model.moe_ffn_hidden_size or 0) if model.is_moe else model.ffn_hidden_size
+    held = 3 * width / tp + 2 * h
+    if parallel.virtual_stages > 1:  # of each chunk an input and a gradient are on their way
+        held += 2 * parallel.virtual_stages * h / (tp if parallel.sequence_parallel else 1)
+    if backend == "torch" and cp > 1:  # masks of the two chunks of queries, which all layers share
+        held += (2 * cp + 1) * config.data.seq_length / (4 * cp * config.training.micro_batch_size)
+    if backend == "torch" and parallel.expert_model_parallel_size * parallel.expert_tensor_size > 1 and model.is_moe:
+        # Gradients of routed tokens, before and after their way back.
+        held += 2 * model.moe_router_topk * h * parallel.expert_tensor_size / (tp if parallel.sequence_parallel else 1)
+    return held * (2.0 if config.precision.dtype == "bf16" else 4.0)
+
+
+def _in_flight(config: RunConfig, stage: int, world_size: int) -> float:
+    """Micro-batches, in parts of all layers of a rank, whose backward pass is still to come at the worst moment."""
+    parallel, training = config.parallel, config.training
+    stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
+    step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
+    micro_batches = max(1, training.global_batch_size // step)
+    if virtual == 1:
+        return float(min(stages - stage, micro_batches))
+    # Interleaved (Narayanan et al. 2021, section 2.2): the warm-up runs this many chunks ahead, then one more.
+    ahead = 2 * (stages - stage - 1) + (virtual - 1) * stages
+    return min(ahead + 1, micro_batches * virtual) / virtual
+
+
+def _layer_activations(config: RunConfig, backend: str) -> tuple[float, float]:
     """Bytes a token and layer on a rank: those kept until the backward pass, and those of a layer without recompute."""
     model, parallel, training = config.model, config.parallel, config.training
     size = 2.0 if config.precision.dtype == "bf16" else 4.0
@@ -201,12 +223,12 @@ def _layer_activations(config: RunConfig) -> tuple[float, float]:
     kv = model.num_query_groups * model.head_dim
     # Inputs of both norms and what they put out; then Q, K, V and the attention's output.
     residual, attention = 4 * h / residual_tp, (2 * q + 2 * kv) / tp
-    if model.is_moe:
-        # A routed token is copied to its experts, and comes back.
-        experts = model.moe_router_topk * (2 * h / residual_tp + 3 * (model.moe_ffn_hidden_size or 0) / tp)
-        feed_forward = experts + 3 * (model.moe_shared_expert_intermediate_size or 0) / tp
-    else:
-        feed_forward = 3 * model.ffn_hidden_size / tp
+    if backend == "torch":
+        # The output once more in the order that the projection wants; keys and values of the whole sequence.
+        attention = (3 * q + 2 * kv * parallel.context_parallel_size) / tp
+        if training.recompute_granularity == "selective" and "core_attn" in training.recompute_modules:
+            attention = (2 * q + 2 * kv) / tp
+    feed_forward = _feed_forward_activations(config, backend, residual_tp)
     # In FP8 the inputs of the four products are kept in one byte: both norms' output, attention's, and SwiGLU's.
     saved = 0.0
     if config.precision.fp8 is not None and not config.precision.emulate_fp8:
@@ -217,3 +239,20 @@ def _layer_activations(config: RunConfig) -> tuple[float, float]:
     if training.recompute_granularity == "selective" and {"mlp", "moe"} & set(training.recompute_modules):
         return size * (residual + attention), whole
     return whole, whole
+
+
+def _feed_forward_activations(config: RunConfig, backend: str, residual_tp: int) -> float:
+    """Scalars a token that the feed-forward of a layer keeps on a rank."""
+    model, parallel = config.model, config.parallel
+    h, tp = model.hidden_size, parallel.tensor_model_parallel_size
+    if not model.is_moe:
+        return 3 * model.ffn_hidden_size / tp
+    width = model.moe_ffn_hidden_size or 0
+    shared = 3 * (model.moe_shared_expert_intermediate_size or 0) / tp
+    if backend == "te":
+        # A routed token is copied to its experts, and comes back.
+        return model.moe_router_topk * (2 * h / residual_tp + 3 * width / tp) + shared
+    # A routed token is copied to every rank that holds a part of its expert; its output is weighed after SwiGLU.
+    copies = parallel.expert_tensor_size / residual_tp
+    gated = h / residual_tp if model.moe_shared_expert_gate else 0.0
+    return model.moe_router_topk * (h * copies + 4 * width / tp) + shared + gated

@@ -1,6 +1,7 @@
 """Causal self-attention in plain torch (SDPA), with context parallelism by gathering keys and values."""
 
 import contextlib
+import functools
 from functools import partial
 from typing import Any
 
@@ -155,11 +156,10 @@ class TorchAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
         mask = None
-        if query.shape[2] != key.shape[2] or allowed is not None:
-            mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-            mask = mask.tril(key.shape[2] - query.shape[2])
-        if mask is not None and allowed is not None:
-            mask &= allowed
+        if allowed is not None:
+            mask = _causal(query.shape[2], key.shape[2], query.device) & allowed
+        elif query.shape[2] != key.shape[2]:
+            mask = _causal_bias(query.shape[2], key.shape[2], query.device, query.dtype)
         dropout = self.dropout if self.training else 0.0
         # Ranks that hold other heads draw other dropout.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
@@ -177,6 +177,18 @@ class TorchAttention(torch.nn.Module):
     def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Attention holds no parameters."""
         return {}
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Which keys a query sees, [queries, keys]; the last sees them all."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+@functools.lru_cache(maxsize=4)
+def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The same to add to scores. Layers share it: each would otherwise keep its own for the backward pass."""
+    bias = torch.zeros(queries, keys, dtype=dtype, device=device)
+    return bias.masked_fill_(~_causal(queries, keys, device), float("-inf"))
 
 
 def _same_sequence(sequences: SeparateSequences, first: int, stop: int) -> torch.Tensor:

@@ -11,10 +11,15 @@ from megatron_qwen.training.setup import Parts
 def held_bytes(parts: Parts) -> dict[str, int]:
     """Weights, gradients and optimizer state of this rank, in bytes; memory that two of them share counts once."""
     seen: set[int] = set()
+    return {name: _new_bytes(seen, tensors) for name, tensors in held_tensors(parts).items()}
+
+
+def held_tensors(parts: Parts) -> dict[str, list[torch.Tensor]]:
+    """The tensors themselves; some are views of one another's memory."""
     return {
-        "weights": _new_bytes(seen, _weights(parts.model)),
-        "gradients": _new_bytes(seen, _gradients(parts.model)),
-        "optimizer": _new_bytes(seen, _optimizer(parts)),
+        "weights": list(_weights(parts.model)),
+        "gradients": list(_gradients(parts.model)),
+        "optimizer": list(_optimizer(parts)),
     }
 
 

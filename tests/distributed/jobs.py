@@ -1,6 +1,7 @@
 """What the ranks of a pool are asked to do."""
 
 import hashlib
+import itertools
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -104,3 +105,17 @@ def with_layout(config: RunConfig, layout: dict[str, Any]) -> RunConfig:
     if recompute:
         config = replace(config, training=replace(config.training, recompute_granularity=recompute))
     return config.with_section("parallel", **layout)
+
+
+def peak_memory(config: RunConfig) -> dict[str, Any]:
+    """Bytes this rank holds all the time, by part, and the most its tensors take in a step."""
+    from megatron_qwen.training.held_memory import held_bytes, held_tensors
+    from megatron_qwen.training.setup import build_parts
+    from tests.distributed.tensor_peak import TensorPeak
+
+    parts = build_parts(config)
+    step(parts)
+    held = held_bytes(parts)
+    with TensorPeak(itertools.chain(*held_tensors(parts).values())) as counted:
+        step(parts)
+    return {"stage": parts.groups.pp.rank(), "held": held, "step": counted.peak}
