@@ -48,6 +48,11 @@ def has_cuda() -> bool:
     return torch.cuda.is_available()
 
 
+def count() -> int:
+    """GPUs of this node that a process sees; 0 without any."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
 def backend() -> str:
     """The torch.distributed backend of the device."""
     return "nccl" if has_cuda() else "gloo"

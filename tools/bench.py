@@ -11,6 +11,9 @@ from megatron_qwen.errors import ConfigError
 
 _NAMES = {
     "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
+    "layer": "a dense and a sparse layer, forward and backward, against transformers' of the same shape",
+    "collectives": "the messages of training between ranks of this machine against a copy in memory",
+    "checkpoint": "a step while a save is under way against a normal one, a save against cp of its files",
     "startup": "mq --help, mq train --help, mq config show against 0.5 s",
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
@@ -38,12 +41,15 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=4, help="training steps in a turn of train_step (4)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
+    parser.add_argument("--hardware", type=Path, help="ceilings: also write them as a file that mq plan --gpu takes")
     options = parser.parse_args(arguments)
+    if options.hardware is not None and options.name != "ceilings":
+        raise ConfigError("--hardware goes with ceilings only.")
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
     module = importlib.import_module(f"tools.benchmarks.{options.name}")
-    steps = {"steps": options.steps} if options.name == "train_step" else {}
-    rows = module.run(rounds=options.rounds, **steps)
+    more = {"train_step": {"steps": options.steps}, "ceilings": {"hardware": options.hardware}}
+    rows = module.run(rounds=options.rounds, **more.get(options.name, {}))
     text = json.dumps([asdict(row) for row in rows], indent=2)
     print(text if options.json else "\n".join(map(str, rows)))
     if options.output is not None:

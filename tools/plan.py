@@ -12,6 +12,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware, hardware
+from megatron_qwen.estimate.hardware_file import read_hardware
 from megatron_qwen.estimate.layouts import Candidate, Rejected, layouts
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.estimate.step_time import Assumptions
@@ -32,11 +33,13 @@ def parser() -> argparse.ArgumentParser:
             "mq plan qwen2_57b_a14b --gpus 256 --gpu h100 --rejected",
             "mq launch submit qwen2_5_7b $(mq plan qwen2_5_7b --gpus 64 --gpu h200 --emit) --nodes 8",
             "mq plan --calibrate runs/7b --gpu h200",
+            "mq plan demo --gpus 1 --gpu this_machine.yaml precision.dtype=bf16",
         ],
     )
     parser.add_argument("source", nargs="?", help="a recipe or a run.yaml; then section.field=value overrides")
     parser.add_argument("--gpus", type=int, help="devices")
-    parser.add_argument("--gpu", default="h100", help="kind of device: h100, h200, b200, a100 (h100)")
+    kinds = "h100, h200, b200, a100 (h100), or a file that mq bench ceilings wrote"
+    parser.add_argument("--gpu", default="h100", help=f"kind of device: {kinds}")
     parser.add_argument("--sequence-length", type=int, help="instead of the recipe's")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="instead of the recipe's; fp8 is tensorwise")
     parser.add_argument("--achieved", type=float, help="share of the device's ceilings that a step reaches (0.967)")
@@ -53,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Prints the plan; exit 2 where no layout fits."""
     options, overrides = parser().parse_known_args(arguments)
-    device = hardware(options.gpu)
+    device = _device(options.gpu)
     if options.calibrate:
         print(calibration_report(options.calibrate, device, as_json=options.json))
         return 0
@@ -82,6 +85,11 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _device(name: str) -> Hardware:
+    """A kind by its name, or what a hardware file says."""
+    return read_hardware(Path(name)) if name.endswith((".yaml", ".yml")) else hardware(name)
+
+
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     config = resolve(options.source, list(overrides), RECIPES)
     if options.sequence_length is not None:
@@ -93,7 +101,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     if config.data.blend is not None:
         fix = "has stages of their own length and batch; plan each with data.seq_length and training.global_batch_size."
         raise ConfigError(Problem("data.blend", config.data.blend, fix))
-    if reason := why_not(config, hardware(options.gpu)):
+    if reason := why_not(config, _device(options.gpu)):
         raise ConfigError(Problem(config.recipe, None, reason))
     return config
 

@@ -1,15 +1,21 @@
 """``mq bench ceilings``: what this machine's products, attention and memory reach at most, beside its data sheet."""
 
+import datetime
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 
+import psutil
 import torch
 import torch.nn.functional as F
 
 from megatron_qwen import device
-from megatron_qwen.estimate.hardware import peak_tflops
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.hardware import Hardware, ProductRate, known, peak_tflops
+from megatron_qwen.estimate.hardware_file import write_hardware
+from tools.benchmarks.collectives import speeds_of_links
 from tools.benchmarks.rows import Row
 
 # [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.
@@ -29,19 +35,89 @@ _GPU_PRODUCTS = {
     "expert of 57B fc1": (4096, 3584, 5120),
     "expert of 30B fc1": (1024, 2048, 1536),
 }
-_CPU_PRODUCTS = {"1024 cube": (1024, 1024, 1024), "demo fc1": (2048, 192, 1024), "0.5B fc1": (512, 896, 9728)}
+_CPU_PRODUCTS = {
+    "1024 cube": (1024, 1024, 1024),
+    "demo fc1": (2048, 192, 1024),
+    "demo fc2": (2048, 512, 192),
+    "384 fc1": (2048, 384, 2048),
+    "384 proj": (2048, 384, 384),
+    "0.5B fc1": (512, 896, 9728),
+    "0.5B fc2": (512, 4864, 896),
+    "0.5B output": (128, 896, 32_000),
+}
 # [heads, KV heads, head dimension] and length.
 _ATTENTION = {"7B 4096": (28, 4, 128, 4096), "7B 32768": (28, 4, 128, 32_768), "0.5B 4096": (14, 2, 64, 4096)}
+_CPU_ATTENTION = {"0.5B 1024": (14, 2, 64, 1024)}
+_COPY = "copy in memory, read and written"
 _COPY_BYTES = {True: 8 << 30, False: 1 << 28}
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int, hardware: Path | None = None) -> list[Row]:
     """Rows of TFLOP/s and GB/s; what has no data sheet is beside itself.
 
     Args:
         rounds: timings of each, of which the median counts.
+        hardware: also writes what was measured to this file, for ``mq plan --gpu FILE``.
     """
-    return list(_rows(rounds))
+    rows = list(_rows(rounds))
+    if hardware is not None:
+        write_hardware(hardware, _hardware(rows, rounds))
+    return rows
+
+
+def _hardware(rows: Sequence[Row], rounds: int) -> Hardware:
+    """The rows as the ceilings of a device.
+
+    Links of a single GPU cannot be measured: those of its kind's data sheet stand in, as does its host's speed. Two
+    ranks on a CPU measure theirs.
+    """
+    gpu = device.has_cuda()
+    speeds = {row.benchmark: row.ours for row in rows}
+    memory_gb_s = speeds[_COPY]
+    products = _GPU_PRODUCTS if gpu else _CPU_PRODUCTS
+    kind = known(device.device_name())
+    if gpu and kind is None:
+        fix = "is no kind whose links are known; write the file by hand, docs/performance.md says how."
+        raise ConfigError(Problem("--hardware", device.device_name(), fix))
+    directions = [
+        statistics.median(speeds[f"attention {way}, {name}"] for name in (_ATTENTION if gpu else _CPU_ATTENTION))
+        for way in ("forward", "backward")
+    ]
+    link = speeds_of_links(rounds)["send and receive"]["64 MiB"] if kind is None else 0.0
+    rest = "the peak is what was reached" if kind is None else "links and host from the data sheet of its kind"
+    bf16 = _fit({products[name]: speeds[f"bf16 product, {name}"] for name in products}, memory_gb_s, 2.0)
+    fp8 = None
+    if gpu:
+        fp8 = _fit({products[name]: speeds[f"fp8 product, {name}"] for name in products}, memory_gb_s, 1.0)
+    return Hardware(
+        name=kind.name if kind is not None else "cpu",
+        memory_gib=device.total_memory_gib() or psutil.virtual_memory().total / 2**30,
+        peak_tflops=kind.peak_tflops if kind is not None else max(speeds[f"bf16 product, {name}"] for name in products),
+        bf16=bf16,
+        fp8=fp8,
+        attention_tflops=(directions[0], directions[1]),
+        memory_gb_s=memory_gb_s,
+        nvlink_gb_s=kind.nvlink_gb_s if kind is not None else link,
+        network_gb_s=kind.network_gb_s if kind is not None else link,
+        devices_per_node=kind.devices_per_node if kind is not None else 1,
+        host_us_per_layer=kind.host_us_per_layer if kind is not None else 0.0,
+        source=f"mq bench ceilings on {device.device_name()}, {datetime.date.today().isoformat()}; {rest}",
+    )
+
+
+def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> ProductRate:
+    """Rate, share of memory traffic and launch that explain the times, none below zero, by relative least squares."""
+    from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+    matrix, ones = [], []
+    for (m, k, n), speed in tflops.items():
+        flops = 2.0 * m * n * k
+        seconds = flops / (speed * 1e12)
+        moved = element_bytes * (m * k + k * n) + 2.0 * m * n
+        matrix.append([flops / 1e12 / seconds, moved / (memory_gb_s * 1e9) / seconds, 1e-6 / seconds])
+        ones.append(1.0)
+    (per_tflop, exposed, launch_us), _ = nnls(matrix, ones)
+    return ProductRate(float(1.0 / max(per_tflop, 1e-9)), float(exposed), float(launch_us), element_bytes)
 
 
 def _rows(rounds: int) -> Iterator[Row]:
@@ -57,12 +133,12 @@ def _rows(rounds: int) -> Iterator[Row]:
     if not gpu:
         x = torch.randn(1024, 1024)
         yield _row("fp32 product, 1024 cube", 2.0 * 1024**3, _times(lambda: x @ x, rounds), None)
-    for name, shape in _ATTENTION.items() if gpu else ():
+    for name, shape in (_ATTENTION if gpu else _CPU_ATTENTION).items():
         yield from _attention(name, shape, rounds, peak)
     source = torch.empty(_COPY_BYTES[gpu], dtype=torch.uint8, device=place).random_()
     target = torch.empty_like(source)
     seconds = _times(lambda: target.copy_(source), rounds)
-    yield _row("copy in memory, read and written", 2.0 * source.numel() * 1e3, seconds, None, unit="GB/s")
+    yield _row(_COPY, 2.0 * source.numel() * 1e3, seconds, None, unit="GB/s")
 
 
 def _fp8_product(x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:

@@ -4,12 +4,12 @@ Both train the same Qwen2 shape on the same kind of batch and keep their state f
 """
 
 import sys
-import time
 from collections.abc import Callable
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainingConfig
+from tools.benchmarks.turns import serve
 
 BATCH, SEQUENCE = 4, 512
 LEARNING_RATE = 3e-4
@@ -97,20 +97,7 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
     return step
 
 
-def serve(side: str, dtype: str, data_path: str, threads: int) -> None:
-    """Builds one side, then answers every number of steps on stdin with seconds and the last loss."""
-    device.set_threads(threads)
-    step = {"ours": ours, "transformers": transformers}[side](dtype, data_path)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        loss = 0.0
-        device.synchronize()
-        started = time.perf_counter()
-        for _ in range(int(line)):
-            loss = step()
-        device.synchronize()
-        print(time.perf_counter() - started, loss, flush=True)
-
-
 if __name__ == "__main__":
-    serve(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    side, dtype, data_path, threads = sys.argv[1:]
+    device.set_threads(int(threads))
+    serve({"ours": ours, "transformers": transformers}[side](dtype, data_path))

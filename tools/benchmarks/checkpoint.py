@@ -1,0 +1,55 @@
+"""``mq bench checkpoint``: what a save costs training, in the background and waited for, on four ranks."""
+
+import statistics
+import tempfile
+
+from tools.benchmarks.ranks import measure
+from tools.benchmarks.rows import Row
+from tools.benchmarks.train_step import toy_tokens
+
+_RANKS = 4
+_SLOWEST = 1.1
+
+
+def run(*, rounds: int) -> list[Row]:
+    """A step while a save is under way against a normal one; a save that is waited for against cp of its files.
+
+    The first counts everything between the start of the save and its commit: copying the tensors aside, writing,
+    hashing, committing.
+
+    Args:
+        rounds: blocks of steps of either kind.
+    """
+    with toy_tokens() as data, tempfile.TemporaryDirectory() as folder:
+        found = measure("tools.benchmarks.checkpoint_worker", [str(data), folder, str(rounds)], ranks=_RANKS)
+    conditions = f"{_RANKS} ranks, {rounds} rounds, {found['bytes'] / 2**20:.0f} MiB"
+    normal, saving = statistics.median(found["normal"]), statistics.median(found["saving"])
+    each = [plain / busy for plain, busy in zip(found["normal"], found["saving"], strict=True)]
+    stall, steps = statistics.median(found["stalls"]), statistics.median(found["steps"])
+    copies = [copied / waited for copied, waited in zip(found["copied"], found["waited"], strict=True)]
+    return [
+        Row(
+            benchmark="step while a checkpoint is saved",
+            ours=saving,
+            against=normal,
+            unit="s",
+            peer="step without a save",
+            ratio=statistics.median(each),
+            ratio_min=min(each),
+            ratio_max=max(each),
+            required=1 / _SLOWEST,
+            conditions=f"{conditions}; the call that starts it takes {stall:.2f} s, {steps:.0f} steps until the commit",
+        ),
+        Row(
+            benchmark="save that training waits for",
+            ours=statistics.median(found["waited"]),
+            against=statistics.median(found["copied"]),
+            unit="s",
+            peer="cp of its files and sync",
+            ratio=statistics.median(copies),
+            ratio_min=min(copies),
+            ratio_max=max(copies),
+            required=0.0,
+            conditions=conditions,
+        ),
+    ]
