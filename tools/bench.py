@@ -14,6 +14,7 @@ _NAMES = {
     "layer": "a dense and a sparse layer, forward and backward, against transformers' of the same shape",
     "collectives": "the messages of training between ranks of this machine against a copy in memory",
     "checkpoint": "a step while a save is under way against a normal one, a save against cp of its files",
+    "card": "what keeping the performance card costs a step against 1 percent",
     "startup": "mq --help, mq train --help, mq config show against 0.5 s",
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",

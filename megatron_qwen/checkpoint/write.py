@@ -229,15 +229,19 @@ class CheckpointWriter:
 
 
 def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
-    """Tensors of a background save, apart from those that training goes on to change."""
+    """Tensors of a background save, apart from those that training goes on to change.
+
+    The optimizer's are copies already: the core has gathered them into buffers of their own.
+    """
     if not copy:
         return buckets
 
-    def apart(tensor: Any) -> Any:
-        return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
+    def apart(item: Any, tensor: Any) -> Any:
+        changes = isinstance(tensor, torch.Tensor) and not item.index.fqn.startswith(_OPTIMIZER)
+        return tensor.clone() if changes else tensor
 
     return [
-        (name, key, (plain, [(item, apart(tensor)) for item, tensor in tensors]))
+        (name, key, (plain, [(item, apart(item, tensor)) for item, tensor in tensors]))
         for name, key, (plain, tensors) in buckets
     ]
 

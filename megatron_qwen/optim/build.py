@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
+from megatron_qwen.optim.gathering import gather_in_place
 from megatron_qwen.optim.lean_state import make_exchangeable
 
 # Transformer Engine's Adam keeps FP8 moments in bytes, with a scale a tensor.
@@ -46,6 +47,7 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
             continue
         if precision.use_precision_aware_optimizer:
             make_exchangeable(part)
+        gather_in_place(part)
         # Moments from the start: a run may have to be saved before its first step was taken.
         part.init_state_fn(part.optimizer, part.config)
     return optimizer

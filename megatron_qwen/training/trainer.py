@@ -75,10 +75,7 @@ class Trainer:
             for callback in self.callbacks:
                 callback.before_training(self)
             while self.parts.progress.iteration < last and self.exit_code is None:
-                record = self.step()
-                for callback in self.callbacks:
-                    with self._clock(callback):
-                        callback.after_step(self, record)
+                self.call_after_step(self.step())
             for callback in self.callbacks:
                 with self._clock(callback):
                     callback.after_training(self)
@@ -91,6 +88,12 @@ class Trainer:
             for callback in self.callbacks:
                 callback.close()
         return self.exit_code or 0
+
+    def call_after_step(self, record: StepRecord) -> None:
+        """Hands a step to the callbacks, on the clock."""
+        for callback in self.callbacks:
+            with self._clock(callback):
+                callback.after_step(self, record)
 
     @contextmanager
     def _clock(self, callback: Callback) -> Iterator[None]:

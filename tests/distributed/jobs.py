@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,3 +120,37 @@ def peak_memory(config: RunConfig) -> dict[str, Any]:
     with TensorPeak(itertools.chain(*held_tensors(parts).values())) as counted:
         step(parts)
     return {"stage": parts.groups.pp.rank(), "held": held, "step": counted.peak}
+
+
+def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[tuple[int, float]]:
+    """On rank 0, of every buffer: scalars compared, and the largest difference between our gather and the core's."""
+    import torch
+
+    from megatron_qwen.models import build
+    from megatron_qwen.training.setup import build_parts
+
+    plain = build.DistributedDataParallelConfig
+    if bucket_size is not None:  # the core's own is larger than these models
+        build.DistributedDataParallelConfig = partial(plain, bucket_size=bucket_size)  # type: ignore[misc,assignment]
+    try:
+        parts = build_parts(config)
+    finally:
+        build.DistributedDataParallelConfig = plain  # type: ignore[misc]
+    assert bucket_size is None or len(parts.model.chunks[0].buffers[0].buckets) > 3
+    step(parts)
+    compared = []
+    for part in parts.optimizer.chained_optimizers:
+        if part.is_stub_optimizer:
+            continue
+        ours, theirs = part.get_parameter_state_dp_zero(), type(part).get_parameter_state_dp_zero(part)
+        assert (ours is None) == (theirs is None)
+        for index in range(len(part.gbuf_ranges)) if ours is not None else ():
+            for dtype, expected in theirs[index].items():
+                found = ours[index][dtype]
+                assert found.keys() == expected.keys()
+                for begin, end, _ in part.buffers[index].param_index_map.values():  # padding is nobody's
+                    for key in ("param", *part.optimizer_state_keys):
+                        gap = (found[key][begin:end] - expected[key][begin:end]).abs().max()
+                        assert torch.isfinite(gap)
+                        compared.append((end - begin, float(gap)))
+    return compared

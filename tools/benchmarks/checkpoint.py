@@ -22,7 +22,7 @@ def run(*, rounds: int) -> list[Row]:
     """
     with toy_tokens() as data, tempfile.TemporaryDirectory() as folder:
         found = measure("tools.benchmarks.checkpoint_worker", [str(data), folder, str(rounds)], ranks=_RANKS)
-    conditions = f"{_RANKS} ranks, {rounds} rounds, {found['bytes'] / 2**20:.0f} MiB"
+    conditions = f"{_RANKS} ranks, 8,192 tokens a step, {rounds} rounds, {found['bytes'] / 2**20:.0f} MiB"
     normal, saving = statistics.median(found["normal"]), statistics.median(found["saving"])
     each = [plain / busy for plain, busy in zip(found["normal"], found["saving"], strict=True)]
     stall, steps = statistics.median(found["stalls"]), statistics.median(found["steps"])

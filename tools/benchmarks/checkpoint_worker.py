@@ -10,7 +10,7 @@ from typing import Any
 from megatron_qwen import device
 from tools.benchmarks.train_step_workers import bench_config
 
-_STEPS = 6
+_STEPS = 4
 
 
 def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
@@ -22,13 +22,16 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     from megatron_qwen.checkpoint.write import CheckpointWriter
     from megatron_qwen.distributed.rank import RankInfo, join
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+    from megatron_qwen.training.callbacks.garbage import GarbageCollection
     from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer
 
     info = RankInfo.from_environment()
     join(info, timeout_minutes=10)
-    config = bench_config("fp32", data_path).with_section("training", micro_batch_size=1, global_batch_size=4)
-    trainer, root = Trainer(build_parts(config), []), Path(folder)
+    config = bench_config("fp32", data_path).with_section("training", micro_batch_size=1, global_batch_size=16)
+    parts, root = build_parts(config), Path(folder)
+    trainer = Trainer(parts, [GarbageCollection(interval=100)])  # as every run of several ranks has it
+    trainer.callbacks[0].before_training(trainer)
     writer = CheckpointWriter(
         root / "checkpoints", attempt=0, attempts=AttemptLog(root / "attempts.jsonl"), keep_last=1, keep_every=None
     )
