@@ -22,7 +22,19 @@ def sharded(
     metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
     whole = optimizer.sharded_state_dict(model_state, is_loading=loading, metadata=metadata)
     parts = [whole] if len(optimizer.chained_optimizers) == 1 else list(whole.values())
-    return {str(index): part["param_state"] for index, part in enumerate(parts)}
+    states = {str(index): part["param_state"] for index, part in enumerate(parts)}
+    if not loading:
+        for state in states.values():
+            _claim(state)
+    return states
+
+
+def _claim(state: Any) -> None:
+    """Has each rank save what it has gathered: nobody else has the same (optim/gathering.py)."""
+    for tensors in (state or {}).values():
+        for tensor in tensors.values():
+            pipeline, tensor_rank, _ = tensor.replica_id
+            tensor.replica_id = (pipeline, tensor_rank, 0)
 
 
 def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> None:

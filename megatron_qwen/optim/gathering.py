@@ -1,7 +1,8 @@
-"""The optimizer's state of all data-parallel ranks on one of them, as a checkpoint wants it.
+"""The optimizer's state of all data-parallel ranks in whole tensors, as a checkpoint wants it.
 
-megatron-core's own way fills buffers with zeros, receives into others, joins those and copies the result; the step that
-a save holds up waits for all of it. This one receives into place, all kinds of state at once.
+megatron-core gathers everything on one rank, which then also writes everything: it fills buffers with zeros, receives
+into others, joins those and copies the result, and the step that a save holds up waits for all of it. Here each kind of
+state (main weights, first and second moments) goes to a rank of its own, at once and into place.
 """
 
 from types import MethodType
@@ -12,7 +13,10 @@ import torch.distributed as dist
 
 
 def gather_in_place(part: Any) -> None:
-    """Gives one of the core's distributed optimizers the faster way; what it returns is the same but for padding.
+    """Gives one of the core's distributed optimizers the faster way.
+
+    What it returns is the core's but for padding, and each rank has only the kinds of state that it gathered: who
+    saves them must not go by the core's rule that rank 0 has all (checkpoint/optimizer_state.py).
 
     Args:
         part: a DistributedOptimizer.
@@ -30,30 +34,33 @@ def gather_in_place(part: Any) -> None:
     part.get_parameter_state_dp_zero = MethodType(gathered, part)
 
 
-def _gathered(part: Any) -> dict[Any, Any] | None:
+def _gathered(part: Any) -> dict[Any, Any]:
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(part.gbuf_ranges):
         state[index] = {dtype: _buffer(part, part.buffers[index], buckets) for dtype, buckets in ranges.items()}
-    return state if part.data_parallel_group_gloo.rank() == 0 else None
+    return state
 
 
 def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
-    """Every kind of state of a buffer's parameters, end to end and without padding, on rank 0; nothing on others."""
-    group, ranks = part.data_parallel_group_gloo, part.data_parallel_group_gloo.size()
-    first, receives = dist.get_process_group_ranks(group)[0], group.rank() == 0
+    """State of a buffer's parameters, end to end and without padding: of the kinds that this rank gathers."""
+    group = part.data_parallel_group_gloo
+    ranks, members = group.size(), dist.get_process_group_ranks(group)
     keys = ("param", *part.optimizer_state_keys)
+    # Rank 0 writes the weights as well.
+    roots = {key: (1 + number) % ranks for number, key in enumerate(keys)}
     sizes = [bucket.grad_data.numel() for bucket in buffer.buckets]
     # A bucket's padding lies where the next bucket begins, and is overwritten by it.
-    room = buffer.numel_unpadded + max(sizes) if receives else 0
-    whole = {key: torch.empty(room, dtype=torch.float32, device="cpu") for key in keys}
+    room = buffer.numel_unpadded + max(sizes)
+    mine = [key for key in keys if roots[key] == group.rank()]
+    whole = {key: torch.empty(room, dtype=torch.float32, device="cpu") for key in mine}
     offset = 0
     for bucket, size, content in zip(buffer.buckets, sizes, buckets, strict=True):
         shards = _local_shards(part, content["param_map"], size // ranks, keys)
         messages = [
             dist.gather(
                 shards[key],
-                list(whole[key][offset : offset + size].chunk(ranks)) if receives else None,
-                first,
+                list(whole[key][offset : offset + size].chunk(ranks)) if key in whole else None,
+                members[roots[key]],
                 group,
                 async_op=True,
             )
@@ -63,8 +70,6 @@ def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
             assert message is not None  # as for a rank outside of the group
             message.wait()
         offset += bucket.numel_unpadded
-    if not receives:
-        return {}
     return {**{key: tensor[: buffer.numel_unpadded] for key, tensor in whole.items()}, "numel_unpadded": offset}
 
 
