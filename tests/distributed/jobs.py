@@ -122,9 +122,16 @@ def peak_memory(config: RunConfig) -> dict[str, Any]:
     return {"stage": parts.groups.pp.rank(), "held": held, "step": counted.peak}
 
 
-def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[tuple[int, float]]:
-    """Of every buffer: scalars that this rank gathered, and the largest difference from the core's gather of them."""
-    import torch
+def _kinds(part: Any) -> tuple[str, ...]:
+    return ("param", *part.optimizer_state_keys)
+
+
+def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[tuple[str, int, float]]:
+    """Of every kind of state: parameters that this rank gathered whole, and the largest difference from their shards.
+
+    Every rank says what it holds of each parameter; whoever gathered it compares, as if the gather did not exist.
+    """
+    import torch.distributed as dist
 
     from megatron_qwen.models import build
     from megatron_qwen.training.setup import build_parts
@@ -142,15 +149,25 @@ def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[t
     for part in parts.optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
-        ours = part.get_parameter_state_dp_zero()
-        theirs = type(part).get_parameter_state_dp_zero(part, use_gloo_comm=True, return_on_all_ranks=True)
-        for index in range(len(part.gbuf_ranges)):
-            for dtype, expected in theirs[index].items():
-                found = ours[index][dtype]
-                assert found.keys() <= expected.keys()
-                for begin, end, _ in part.buffers[index].param_index_map.values():  # padding is nobody's
-                    for key in found.keys() - {"numel_unpadded"}:
-                        gap = (found[key][begin:end] - expected[key][begin:end]).abs().max()
-                        assert torch.isfinite(gap)
-                        compared.append((end - begin, float(gap)))
+        found, group = part.get_parameter_state_dp_zero(), part.data_parallel_group_gloo
+        for index, ranges in enumerate(part.gbuf_ranges):
+            buffer, ((dtype, buckets),) = part.buffers[index], ranges.items()
+            number = {parameter: place for place, parameter in enumerate(buffer.param_index_map)}
+            mine = []
+            for content in buckets:
+                for parameter, places in content["param_map"].items():
+                    tensors = part._get_main_param_and_optimizer_states(parameter)
+                    span = (places["param"].start, places["param"].end)
+                    mine.append((number[parameter], span, {key: tensors[key].clone() for key in _kinds(part)}))
+            everyone: list[Any] = [None] * group.size()
+            dist.all_gather_object(everyone, mine, group=group)
+            places = list(buffer.param_index_map.values())
+            for key, whole in found[index][dtype].items():
+                gaps = [
+                    float((whole[places[which][0] + begin : places[which][0] + end] - shards[key].view(-1)).abs().max())
+                    for rank in everyone
+                    for which, (begin, end), shards in rank
+                    if end > begin
+                ]
+                compared.append((key, len({which for rank in everyone for which, _, _ in rank}), max(gaps)))
     return compared
