@@ -42,10 +42,11 @@ class Prediction:
 def predict(request: Request) -> Prediction:
     """The figures over all stages of the run; the configuration must be legal."""
     world, gpu = request.world_size, request.cluster.gpu
-    config, choices = choose(request.config, expected(request.config, gpu=gpu), world_size=world)
+    machine = expected(request.config, gpu=gpu)
+    config, choices = choose(request.config, machine, world_size=world)
     count = count_parameters(config.model)
     stretches = blend.stretches(config)
-    memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world)]
+    memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world, backend=machine.backend)]
     device = known(gpu) if gpu else None
     speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
     each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]

@@ -87,7 +87,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def _device(name: str) -> Hardware:
     """A kind by its name, or what a hardware file says."""
-    return read_hardware(Path(name)) if name.endswith((".yaml", ".yml")) else hardware(name)
+    is_file = name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
+    return read_hardware(Path(name)) if is_file else hardware(name)
 
 
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:

@@ -66,7 +66,10 @@ def _reached(card: dict[str, Any]) -> str:
         ("tokens per second and device, median", figure("tokens_per_second_per_device", "{:,.0f}")),
         ("model FLOPs per token", figure("model_flops_per_token", "{:.4g}")),
         ("model TFLOP/s per device, median", figure("model_tflops_per_device", "{:,.3f}")),
-        ("MFU", f"{card['mfu']:.1%} of {card['peak_tflops']:,.1f} TFLOP/s ({peak})" if peak else "no peak is known"),
+        (
+            "MFU",
+            f"{figure('mfu', '{:.1%}')}; peak {figure('peak_tflops', '{:,.1f} TFLOP/s')}: {peak or 'none is known'}",
+        ),
         ("routing of experts", str(card.get("routing"))),
         ("steps measured", figure("steps_measured", "{:,}")),
     )

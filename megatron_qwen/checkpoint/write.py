@@ -231,7 +231,7 @@ class CheckpointWriter:
 def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
     """Tensors of a background save, apart from those that training goes on to change.
 
-    The optimizer's are copies already: the core has gathered them into buffers of their own.
+    The optimizer's are copies already: they were gathered into buffers of their own (optim/gathering.py).
     """
     if not copy:
         return buckets

@@ -1,14 +1,16 @@
 """What ``performance.preset`` turns on: each choice with its reason, before anything is built.
 
 A field that is null is chosen here; one that is set was decided by a person and is kept. The same rules serve the run
-(on the machine it finds), ``mq launch dry-run`` (on the cluster's) and ``mq plan``.
+(on the machine it finds) and ``mq launch dry-run`` (on the cluster's).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_qwen.config.blend import stretches
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import TrainingConfig
 from megatron_qwen.errors import Problem
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
@@ -74,6 +76,7 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     performance, te = config.performance, machine.backend == "te"
     asked = {
         "fused_kernels": performance.fused_kernels,
+        "moe_grouped_gemm": performance.moe_grouped_gemm,
         "tp_comm_overlap": performance.tp_comm_overlap,
         "cuda_graph_impl": performance.cuda_graph_impl not in (None, "none"),
         "fp8_param_gather": performance.fp8_param_gather,
@@ -84,6 +87,11 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         if wanted and not te:
             fix = "needs Transformer Engine on a GPU (precision.backend=te); set it to null."
             yield Problem(f"performance.{name}", getattr(performance, name), fix)
+    if performance.fp8_param_gather and te and config.precision.fp8 is None:
+        yield Problem("performance.fp8_param_gather", "true", "needs precision.fp8; set that, or this to null.")
+    if performance.cpu_offloading_num_layers and config.parallel.pipeline_model_parallel_size > 1:
+        fix = "goes with a single pipeline stage only; set it to null."
+        yield Problem("performance.cpu_offloading_num_layers", performance.cpu_offloading_num_layers, fix)
     dispatcher = performance.moe_token_dispatcher
     if dispatcher in ("deepep", "hybridep") and not (machine.gpu and "deep_ep" in machine.libraries):
         fix = "needs a GPU and the package deep_ep, which does not import here; set it to null."
@@ -120,6 +128,8 @@ def _fused(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
 def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     if machine.backend != "te" or config.precision.dtype != "bf16":
         return False, "needs Transformer Engine's Adam and bf16"
+    if config.performance.optimizer_offload_fraction:
+        return False, "the optimizer is on the host"
     if machine.memory_gib is None:
         return False, "the device's memory is not known"
     need = _need(config, machine, world_size)
@@ -132,6 +142,8 @@ def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _An
 def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     if machine.memory_gib is None:
         return "none", "the memory of a device is not known" if machine.gpu else "a CPU's memory is not shared out"
+    if config.performance.cpu_offloading_num_layers:
+        return "none", "megatron-core has no recompute beside performance.cpu_offloading_num_layers"
     need = _need(config, machine, world_size)
     if need <= machine.memory_gib:
         return "none", f"fits: an estimated {need:.0f} of {machine.memory_gib:.0f} GiB"
@@ -141,19 +153,30 @@ def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     without = f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without"
     if selective <= machine.memory_gib:
         return "selective", f"{without}, {selective:.0f} with {', '.join(modules)} computed again"
+    if config.performance.cuda_graph_impl == "local":
+        return "selective", f"{without}, {selective:.0f} with {', '.join(modules)}; graphs leave no more to recompute"
     full = _need(config.with_section("training", recompute_granularity="full"), machine, world_size)
     verdict = "" if full <= machine.memory_gib else "; that does not fit either"
     return "full", f"{without}, {selective:.0f} with selective recompute, {full:.0f} with whole layers{verdict}"
 
 
 def _heavy_modules(config: RunConfig) -> tuple[str, ...]:
-    """What to compute again where a little is enough: fused attention keeps no scores, so not core_attn."""
+    """What to compute again where a little is enough: fused attention keeps no scores, so not core_attn.
+
+    What a person has named is kept.
+    """
+    if config.training.recompute_modules != TrainingConfig().recompute_modules:
+        return config.training.recompute_modules
     return ("moe",) if config.model.is_moe else ("mlp",)
 
 
 def _need(config: RunConfig, machine: Machine, world_size: int) -> float:
-    stages = memory_per_stage(config, world_size=world_size, backend=machine.backend)
-    return max(stage.total_gib for stage in stages)
+    """GiB of the fullest rank in the stage of the run that needs most."""
+    return max(
+        stage.total_gib
+        for stretch in stretches(config)
+        for stage in memory_per_stage(stretch, world_size=world_size, backend=machine.backend)
+    )
 
 
 def _tensor_overlap(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
@@ -171,7 +194,7 @@ def _dispatcher(config: RunConfig, machine: Machine, world_size: int) -> _Answer
         return "alltoall", "every rank holds all experts"
     if machine.gpu and "deep_ep" in machine.libraries:
         return "deepep", "deep_ep imports"
-    return "alltoall", "deep_ep does not import" if machine.gpu else "deep_ep has no CPU kernels"
+    return "alltoall", "deep_ep is not there, or not known to be" if machine.gpu else "deep_ep has no CPU kernels"
 
 
 def _shared_expert(config: RunConfig, machine: Machine, world_size: int) -> _Answer:

@@ -125,7 +125,7 @@ def _pipelines(layers: int, ranks: int) -> list[int]:
 
 def _sizes(tp: int, pp: int, virtual: int, cp: int, ep: int, *, alone: bool) -> dict[str, Any]:
     return {
-        # As the preset will choose (choices.py).
+        # As the preset chooses (choices.py) where nothing is forced.
         "overlap_grad_reduce": not alone,
         "overlap_param_gather": not alone,
         "tensor_model_parallel_size": tp,

@@ -54,15 +54,17 @@ class AttemptTime:
 def goodput(attempts: Sequence[AttemptTime]) -> dict[str, float]:
     """Seconds of each kind over all attempts, and ``share``: that of steps which count in the whole.
 
-    Steps after the checkpoint that the next attempt begins from are done again: they count once. Time between two
-    attempts (in the queue, or until somebody looks) counts as lost.
+    Steps after the oldest checkpoint that a later attempt begins from are done again: they count once. Time between two
+    attempts (in the queue, or until somebody looks) counts as lost; so does what an attempt did after its last word,
+    where it was killed.
     """
     again = between = 0.0
-    for before, after in pairwise(attempts):
+    for number, before in enumerate(attempts[:-1]):
         done = before.iteration - before.resumed_at
         if done > 0:
-            lost = min(done, max(0, before.iteration - after.resumed_at))
-            again += before.steps_s * lost / done
+            from_here = min(one.resumed_at for one in attempts[number + 1 :])
+            again += before.steps_s * min(done, max(0, before.iteration - from_here)) / done
+    for before, after in pairwise(attempts):
         between += max(0.0, after.started - before.started - before.wall_s)
     seconds = {
         "steps_s": sum(one.steps_s for one in attempts) - again,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import PerformanceConfig
 from megatron_qwen.device import has_cuda
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
 from megatron_qwen.estimate.choices import choose
@@ -112,7 +113,11 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
 
 
 def for_one_rank(config: RunConfig, backend: Backend) -> RunConfig:
-    """The configuration with the preset's choices made, for a model that no run has set up."""
+    """The configuration with the preset's choices made, for a model that no run has set up.
+
+    What the run has forced was for its own ranks and devices.
+    """
+    config = replace(config, performance=PerformanceConfig())
     return choose(config, Machine(backend.name, gpu=has_cuda()), world_size=1)[0]
 
 

@@ -184,7 +184,7 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a rank has two chunks of queries
 def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The same to add to scores. Layers share it: each would otherwise keep its own for the backward pass."""
     bias = torch.zeros(queries, keys, dtype=dtype, device=device)

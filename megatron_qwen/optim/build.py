@@ -49,7 +49,10 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
             make_exchangeable(part)
         gather_in_place(part)
         # Moments from the start: a run may have to be saved before its first step was taken.
-        part.init_state_fn(part.optimizer, part.config)
+        if part.init_state_fn is None:  # partly on the host
+            part.optimizer.dummy_step()
+        else:
+            part.init_state_fn(part.optimizer, part.config)
     return optimizer
 
 

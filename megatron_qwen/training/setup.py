@@ -1,6 +1,6 @@
 """Builds the parts of a run, one ``build_*`` each, in the order in which they need one another."""
 
-import importlib.util
+import importlib
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +75,7 @@ def build_parts(config: RunConfig) -> Parts:
         ConfigError: it asks for what cannot be done here.
     """
     asked, backend = config, choose_backend(config.precision)
-    machine = this_machine(backend)
+    machine = common_machine(backend)
     if wrong := list(impossible(config, machine)):
         raise ConfigError(wrong)
     config, choices = choose(config, machine, world_size=dist.get_world_size())
@@ -115,10 +115,29 @@ def build_parts(config: RunConfig) -> Parts:
     )
 
 
-def this_machine(backend: Backend) -> Machine:
-    """What this rank computes on."""
-    libraries = frozenset(name for name in ("deep_ep",) if importlib.util.find_spec(name) is not None)
-    return Machine(backend.name, device.has_cuda(), device.total_memory_gib(), libraries)
+def common_machine(backend: Backend) -> Machine:
+    """What all ranks compute on: the least memory, and the libraries that every one of them has.
+
+    All must choose alike, or they wait for one another.
+    """
+    libraries = frozenset(name for name in ("deep_ep",) if device.has_cuda() and _imports(name))
+    mine = (backend.name, device.total_memory_gib(), libraries)
+    everyone: list[tuple[str, float | None, frozenset[str]]] = [mine] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    if len(names := {name for name, _, _ in everyone}) > 1:
+        fix = f"is {' on some ranks and '.join(sorted(names))} on others; set precision.backend."
+        raise ConfigError(Problem("backend", None, fix))
+    memory = [size for _, size, _ in everyone if size is not None]
+    shared = frozenset.intersection(*(there for _, _, there in everyone))
+    return Machine(backend.name, device.has_cuda(), min(memory) if memory else None, shared)
+
+
+def _imports(name: str) -> bool:
+    try:
+        importlib.import_module(name)
+    except Exception:  # whatever a broken library raises
+        return False
+    return True
 
 
 def require_separable(data: TrainingData, backend: Backend) -> None:

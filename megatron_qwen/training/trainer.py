@@ -98,8 +98,10 @@ class Trainer:
     @contextmanager
     def _clock(self, callback: Callback) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        self.callback_seconds[type(callback).__name__] += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.callback_seconds[type(callback).__name__] += time.perf_counter() - started
 
     def step(self) -> StepRecord:
         """Takes one step and moves the progress on, without the callbacks."""

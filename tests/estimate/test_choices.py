@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import yaml
 
 from megatron_qwen.config.checks import problems
 from megatron_qwen.config.run import RunConfig
@@ -13,6 +14,7 @@ from megatron_qwen.estimate.memory import memory_per_stage
 from megatron_qwen.recipes.registry import RECIPES
 
 H200 = Machine("te", gpu=True, memory_gib=hardware("h200").memory_gib)
+LADDER = [("short", 2048), ("long", 16_384)]
 LAPTOP = Machine("torch", gpu=False)
 
 
@@ -71,6 +73,45 @@ def test_memory_is_saved_step_by_step(memory_gib, lean, recompute):
     assert max(stage.total_gib for stage in memory_per_stage(made, world_size=1)) <= memory_gib
 
 
+def too_large(**performance: object) -> dict[str, object]:
+    """What is chosen for a 3B that needs 136 GiB of 65."""
+    config = RECIPES["qwen2_5_3b"]().with_section("training", micro_batch_size=12, global_batch_size=24)
+    config = config.with_section("parallel", tensor_model_parallel_size=1, sequence_parallel=False)
+    config = config.with_section("data", seq_length=2048).with_section("performance", **performance)
+    return chosen(config, Machine("te", gpu=True, memory_gib=65), world_size=1)[1]
+
+
+def test_what_is_forced_bounds_what_is_chosen():
+    """megatron-core has no recompute beside offload, no full recompute beside graphs, no lean optimizer on the host."""
+    assert too_large()["training.recompute_granularity"] == "full"
+    assert too_large(cpu_offloading_num_layers=4)["training.recompute_granularity"] == "none"
+    assert too_large(cuda_graph_impl="local")["training.recompute_granularity"] == "selective"
+    assert too_large(optimizer_offload_fraction=0.5)["precision.use_precision_aware_optimizer"] is False
+
+
+def test_recompute_takes_what_a_person_has_named():
+    config = RECIPES["qwen2_5_3b"]().with_section("training", micro_batch_size=12, global_batch_size=24)
+    config = config.with_section("training", recompute_modules=("mlp", "layernorm"))
+    config = config.with_section("parallel", tensor_model_parallel_size=1, sequence_parallel=False)
+    made, _ = chosen(config.with_section("data", seq_length=2048), Machine("te", True, 90), world_size=1)
+    assert made.training.recompute_granularity == "selective"
+    assert made.training.recompute_modules == ("mlp", "layernorm")
+
+
+def test_the_longest_stage_decides(tmp_path):
+    """A run that fits at 2,048 tokens and not at 16,384 recomputes from the start."""
+    stages = [{"name": name, "seq_length": length, "weights": {"a": 1}, "tokens": 10**9} for name, length in LADDER]
+    del stages[-1]["tokens"]
+    (tmp_path / "blend.yaml").write_text(yaml.safe_dump({"sources": {"a": {"path": "a"}}, "stages": stages}))
+    config = RECIPES["qwen2_5_3b"]().with_section("training", micro_batch_size=2, global_batch_size=24)
+    config = config.with_section("parallel", tensor_model_parallel_size=1, sequence_parallel=False)
+    config = config.with_section("data", seq_length=2048)
+    machine = Machine("te", gpu=True, memory_gib=120)
+    assert chosen(config, machine, world_size=1)[1]["training.recompute_granularity"] == "none"
+    longer = config.with_section("data", blend=str(tmp_path / "blend.yaml"))
+    assert choose(longer, machine, world_size=1)[0].training.recompute_granularity == "selective"
+
+
 def test_a_mixture_on_gpus():
     config = RECIPES["qwen2_57b_a14b"]()
     world = config.parallel.model_parallel_size * config.parallel.expert_model_parallel_size
@@ -93,9 +134,13 @@ def test_preset_none_leaves_off_what_is_not_asked_for():
 
 def test_what_cannot_be_is_said_at_once():
     asked = {"tp_comm_overlap": True, "cuda_graph_impl": "local", "moe_token_dispatcher": "hybridep"}
+    asked |= {"moe_grouped_gemm": True}
     config = RECIPES["qwen2_5_7b"]().with_section("performance", **asked)
     assert {problem.where for problem in impossible(config, LAPTOP)} == {f"performance.{name}" for name in asked}
     assert [problem.where for problem in impossible(config, H200)] == ["performance.moe_token_dispatcher"]
+    more = {"fp8_param_gather": True, "cpu_offloading_num_layers": 2}
+    config = RECIPES["qwen2_5_72b"]().with_section("performance", **more)
+    assert {problem.where for problem in impossible(config, H200)} == {f"performance.{name}" for name in more}
 
 
 def test_the_machine_of_a_cluster():

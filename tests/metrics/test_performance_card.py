@@ -53,6 +53,13 @@ def test_an_attempt_from_another_beginning_loses_all_of_the_one_before():
     assert goodput([])["share"] == 0.0
 
 
+def test_a_later_fall_back_counts_too():
+    """The second attempt dies at once; the third begins before where the first ended."""
+    died = AttemptTime(**{**SECOND.__dict__, "resumed_at": 120, "iteration": 120, "steps_s": 0.0})
+    third = AttemptTime(**{**SECOND.__dict__, "attempt": 3, "started": 1500.0})
+    assert goodput([FIRST, died, third])["steps_done_again_s"] == pytest.approx(20.0)
+
+
 def test_the_file_keeps_earlier_attempts(tmp_path):
     path = tmp_path / "performance.json"
     assert read_attempts(path) == []

@@ -11,6 +11,7 @@ from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.distributed import jobs
 from tools.report import write_report
+from tools.report_card import card_html
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,13 @@ def test_the_report_shows_it(card, tmp_path):
     ):
         assert text in page
     assert "steps done again" not in page.split('class="legend"')[1]  # there are none
+
+
+def test_a_gpu_run_that_measured_no_step_has_a_report(card):
+    """Preempted after two steps: a peak is known, a speed is not."""
+    _, _, found, _ = card
+    page = card_html({**found, "peak_tflops": 989.4, "peak": "dense bf16 of one H200, data sheet", "mfu": None})
+    assert "not measured; peak 989.4 TFLOP/s: dense bf16 of one H200" in page
 
 
 def test_a_run_without_a_card_has_a_report(card, tmp_path):

@@ -59,6 +59,10 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[Row]:
         rounds: timings of each, of which the median counts.
         hardware: also writes what was measured to this file, for ``mq plan --gpu FILE``.
     """
+    kind = known(device.device_name())
+    if hardware is not None and device.has_cuda() and kind is None:
+        fix = "is no kind whose links are known; write the file by hand, docs/performance.md says how."
+        raise ConfigError(Problem("--hardware", device.device_name(), fix))
     rows = list(_rows(rounds))
     if hardware is not None:
         write_hardware(hardware, _hardware(rows, rounds))
@@ -76,9 +80,6 @@ def _hardware(rows: Sequence[Row], rounds: int) -> Hardware:
     memory_gb_s = speeds[_COPY]
     products = _GPU_PRODUCTS if gpu else _CPU_PRODUCTS
     kind = known(device.device_name())
-    if gpu and kind is None:
-        fix = "is no kind whose links are known; write the file by hand, docs/performance.md says how."
-        raise ConfigError(Problem("--hardware", device.device_name(), fix))
     directions = [
         statistics.median(speeds[f"attention {way}, {name}"] for name in (_ATTENTION if gpu else _CPU_ATTENTION))
         for way in ("forward", "backward")

@@ -54,6 +54,7 @@ class Performance(Callback):
         self._held = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(self._held, held_bytes(trainer.parts))
         self._begun = time.time()
+        self._write()  # an attempt that is killed soon has been there
 
     def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
         """Adds the step."""
