@@ -34,8 +34,9 @@ def test_state_that_does_not_fit_is_an_error_and_an_estimate_a_warning():
     one_rank = ("parallel.tensor_model_parallel_size=1", "parallel.sequence_parallel=false")
     alone = make(*one_rank, "parallel.pipeline_model_parallel_size=1", recipe="qwen2_5_14b", nodes=1)
     assert any(text.startswith("ERROR: memory: weights, gradients and optimizer alone") for text in texts(alone))
-    wide = make("training.micro_batch_size=32", nodes=1)
-    assert any(text.startswith("warning: memory: an estimated") for text in texts(wide))
+    wide = ("training.micro_batch_size=32", "training.recompute_granularity=none")
+    assert any(text.startswith("warning: memory: an estimated") for text in texts(make(*wide, nodes=1)))
+    assert not any("memory" in text for text in texts(make(wide[0], nodes=1))), "the preset recomputes"
 
 
 def test_disk(tmp_path):
