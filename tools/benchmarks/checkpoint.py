@@ -4,7 +4,7 @@ import statistics
 import tempfile
 
 from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import Row, against_peer
 from tools.benchmarks.train_step import toy_tokens
 
 _RANKS = 4
@@ -27,28 +27,25 @@ def run(*, rounds: int) -> list[Row]:
     each = [plain / busy for plain, busy in zip(found["normal"], found["saving"], strict=True)]
     stall, steps = statistics.median(found["stalls"]), statistics.median(found["steps"])
     copies = [copied / waited for copied, waited in zip(found["copied"], found["waited"], strict=True)]
+    begins = f"the call that starts it takes {stall:.2f} s, {steps:.0f} steps until the commit"
     return [
-        Row(
-            benchmark="step while a checkpoint is saved",
+        against_peer(
+            "step while a checkpoint is saved",
+            each,
             ours=saving,
             against=normal,
             unit="s",
             peer="step without a save",
-            ratio=statistics.median(each),
-            ratio_min=min(each),
-            ratio_max=max(each),
             required=1 / _SLOWEST,
-            conditions=f"{conditions}; the call that starts it takes {stall:.2f} s, {steps:.0f} steps until the commit",
+            conditions=f"{conditions}; {begins}",
         ),
-        Row(
-            benchmark="save that training waits for",
+        against_peer(
+            "save that training waits for",
+            copies,
             ours=statistics.median(found["waited"]),
             against=statistics.median(found["copied"]),
             unit="s",
             peer="cp of its files and sync",
-            ratio=statistics.median(copies),
-            ratio_min=min(copies),
-            ratio_max=max(copies),
             required=0.0,
             conditions=conditions,
         ),

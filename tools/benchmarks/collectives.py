@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from megatron_qwen import device
 from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import Row, against_peer
 
 _CPU_RANKS = 2
 
@@ -41,16 +41,13 @@ def _rows(rounds: int) -> Iterator[Row]:
     for name, sizes in found.items():
         for size, speeds in sizes.items():
             limit = statistics.median(copies[size])
-            ratios = [speed / limit for speed in speeds]
-            yield Row(
-                benchmark=f"{name}, {size}",
+            yield against_peer(
+                f"{name}, {size}",
+                [speed / limit for speed in speeds],
                 ours=statistics.median(speeds),
                 against=limit,
                 unit="GB/s",
                 peer="copy in memory by the same ranks at once",
-                ratio=statistics.median(ratios),
-                ratio_min=min(ratios),
-                ratio_max=max(ratios),
                 required=0.0,
                 conditions=f"{ranks} ranks, {device.backend()}, {device.device_name()}, {rounds} rounds",
             )

@@ -50,3 +50,20 @@ def against_limit(benchmark: str, values: Sequence[float], *, limit: float, unit
     middle = statistics.median(values)
     ratios = [limit / value for value in values]
     return Row(benchmark, middle, limit, unit, "limit", limit / middle, min(ratios), max(ratios), 1.0, conditions)
+
+
+def against_peer(
+    benchmark: str,
+    ratios: Sequence[float],
+    *,
+    ours: float,
+    against: float,
+    unit: str,
+    peer: str,
+    required: float,
+    conditions: str,
+) -> Row:
+    """A row for figures beside a peer's: the ratio is the median over rounds, with the worst and the best."""
+    return Row(
+        benchmark, ours, against, unit, peer, statistics.median(ratios), min(ratios), max(ratios), required, conditions
+    )

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_qwen import device
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import Row, against_peer
 
 
 class Worker:
@@ -86,16 +86,13 @@ def comparison(
     name: str, seconds: tuple[list[float], list[float]], *, tokens: int, peer: str, required: float, conditions: str
 ) -> Row:
     """A row in tokens per second; the ratio is the median over rounds of ours over theirs."""
-    ratios = [theirs / ours for ours, theirs in zip(*seconds, strict=True)]
-    return Row(
-        benchmark=name,
+    return against_peer(
+        name,
+        [theirs / ours for ours, theirs in zip(*seconds, strict=True)],
         ours=tokens / statistics.median(seconds[0]),
         against=tokens / statistics.median(seconds[1]),
         unit="tokens/s",
         peer=peer,
-        ratio=statistics.median(ratios),
-        ratio_min=min(ratios),
-        ratio_max=max(ratios),
         required=required,
         conditions=conditions,
     )
