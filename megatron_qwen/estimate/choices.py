@@ -76,7 +76,6 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     performance, te = config.performance, machine.backend == "te"
     asked = {
         "fused_kernels": performance.fused_kernels,
-        "moe_grouped_gemm": performance.moe_grouped_gemm,
         "tp_comm_overlap": performance.tp_comm_overlap,
         "cuda_graph_impl": performance.cuda_graph_impl not in (None, "none"),
         "fp8_param_gather": performance.fp8_param_gather,
@@ -87,6 +86,9 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         if wanted and not te:
             fix = "needs Transformer Engine on a GPU (precision.backend=te); set it to null."
             yield Problem(f"performance.{name}", getattr(performance, name), fix)
+    if performance.moe_grouped_gemm and config.precision.emulate_fp8:
+        fix = "goes not with precision.emulate_fp8, whose experts compute one by one; set it to null."
+        yield Problem("performance.moe_grouped_gemm", "true", fix)
     if performance.fp8_param_gather and te and config.precision.fp8 is None:
         yield Problem("performance.fp8_param_gather", "true", "needs precision.fp8; set that, or this to null.")
     if performance.cpu_offloading_num_layers and config.parallel.pipeline_model_parallel_size > 1:
@@ -216,7 +218,9 @@ def _grouped(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
         return False, "no experts"
     if machine.backend == "te":
         return True, "Transformer Engine's grouped product"
-    return False, "one product an expert in the torch backend"
+    if config.precision.emulate_fp8:
+        return False, "emulated FP8 rounds one expert at a time"
+    return True, "one operation for all experts of a rank (models/torch_experts.py)"
 
 
 def _graphs(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
@@ -252,12 +256,12 @@ _RULES: dict[str, tuple[Any, _Rule]] = {
     "performance.fused_kernels": (False, _fused),
     "parallel.overlap_grad_reduce": (False, _grad_reduce),
     "parallel.overlap_param_gather": (False, _param_gather),
+    "performance.moe_grouped_gemm": (False, _grouped),
     "precision.use_precision_aware_optimizer": (False, _lean_optimizer),
     "training.recompute_granularity": ("none", _recompute),
     "performance.tp_comm_overlap": (False, _tensor_overlap),
     "performance.moe_token_dispatcher": ("alltoall", _dispatcher),
     "performance.moe_shared_expert_overlap": (False, _shared_expert),
-    "performance.moe_grouped_gemm": (False, _grouped),
     "performance.cuda_graph_impl": ("none", _graphs),
     "performance.fp8_param_gather": (False, _fp8_gather),
     "performance.cpu_offloading_num_layers": (0, _layer_offload),

@@ -176,6 +176,9 @@ def _activations(config: RunConfig, stage: int, layers: int, world_size: int, ba
     kept, whole = _layer_activations(config, backend)
     in_flight = _in_flight(config, stage, world_size)
     working = tokens * _working(config, backend)
+    if backend == "torch" and config.model.is_moe and not _one_by_one(config):  # gradients of all of a layer's experts
+        experts = parameters_per_rank(config, stage=stage)[1] / layers
+        working += experts * (2.0 if config.precision.dtype == "bf16" else 4.0)
     if training.recompute_granularity != "full":
         return tokens * layers * kept * in_flight + working
     again = layers
@@ -241,6 +244,11 @@ def _layer_activations(config: RunConfig, backend: str) -> tuple[float, float]:
     return whole, whole
 
 
+def _one_by_one(config: RunConfig) -> bool:
+    """Whether the torch backend's experts compute one after the other."""
+    return config.precision.emulate_fp8 or config.performance.moe_grouped_gemm is False
+
+
 def _feed_forward_activations(config: RunConfig, backend: str, residual_tp: int) -> float:
     """Scalars a token that the feed-forward of a layer keeps on a rank."""
     model, parallel = config.model, config.parallel
@@ -252,7 +260,8 @@ def _feed_forward_activations(config: RunConfig, backend: str, residual_tp: int)
     if backend == "te":
         # A routed token is copied to its experts, and comes back.
         return model.moe_router_topk * (2 * h / residual_tp + 3 * width / tp) + shared
-    # A routed token is copied to every rank that holds a part of its expert; its output is weighed after SwiGLU.
+    # A routed token is copied to every rank that holds a part of its expert. One by one, experts keep SwiGLU's output
+    # before and after it is weighed; together they compute it again.
     copies = parallel.expert_tensor_size / residual_tp
     gated = h / residual_tp if model.moe_shared_expert_gate else 0.0
-    return model.moe_router_topk * (h * copies + 4 * width / tp) + shared + gated
+    return model.moe_router_topk * (h * copies + (4 if _one_by_one(config) else 2) * width / tp) + shared + gated

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron_qwen.models import fp8_linear
 from megatron_qwen.models.torch_activation import SwiGLUActivation
 from megatron_qwen.models.torch_attention import TorchAttention
+from megatron_qwen.models.torch_experts import GroupedExperts
 from megatron_qwen.models.torch_norm import RMSNorm
 
 _LINEAR: dict[str | None, tuple[type, type]] = {
@@ -53,9 +54,9 @@ class TorchSpecProvider(BackendSpecProvider):
         return TorchAttention
 
     def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> object:
-        """The core's experts one after the other."""
+        """All experts in one operation, or one after the other."""
         return partial(
-            SequentialMLP,
+            GroupedExperts if moe_use_grouped_gemm else SequentialMLP,
             submodules=MLPSubmodules(linear_fc1=self.column, linear_fc2=self.row, activation_func=SwiGLUActivation),
         )
 

@@ -134,10 +134,12 @@ def test_preset_none_leaves_off_what_is_not_asked_for():
 
 def test_what_cannot_be_is_said_at_once():
     asked = {"tp_comm_overlap": True, "cuda_graph_impl": "local", "moe_token_dispatcher": "hybridep"}
-    asked |= {"moe_grouped_gemm": True}
     config = RECIPES["qwen2_5_7b"]().with_section("performance", **asked)
     assert {problem.where for problem in impossible(config, LAPTOP)} == {f"performance.{name}" for name in asked}
     assert [problem.where for problem in impossible(config, H200)] == ["performance.moe_token_dispatcher"]
+    emulated = RECIPES["qwen2_57b_a14b"]().with_section("performance", moe_grouped_gemm=True)
+    emulated = emulated.with_section("precision", backend="torch", fp8="tensorwise", emulate_fp8=True)
+    assert "performance.moe_grouped_gemm" in {problem.where for problem in impossible(emulated, LAPTOP)}
     more = {"fp8_param_gather": True, "cpu_offloading_num_layers": 2}
     config = RECIPES["qwen2_5_72b"]().with_section("performance", **more)
     assert {problem.where for problem in impossible(config, H200)} == {f"performance.{name}" for name in more}
