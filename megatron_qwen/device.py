@@ -22,6 +22,7 @@ from torch.utils import _device as torch_device
 from megatron_qwen.errors import ConfigError, Problem
 
 _CPU = torch.device("cpu")
+_CPU_LOGITS_BYTES = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _FACTORIES = (
     "arange",
@@ -125,9 +126,13 @@ def set_rng_state(state: torch.Tensor) -> None:
     torch.cuda.set_rng_state(state) if has_cuda() else torch.set_rng_state(state)
 
 
-def loss_chunk_tokens() -> int:
-    """Tokens whose logits the loss holds at once: what stays in a CPU's cache, or fills a GPU's kernels."""
-    return 4096 if has_cuda() else 128
+def loss_chunk_tokens(row_bytes: int) -> int:
+    """Tokens whose logits the loss holds at once: what fills a GPU's kernels; on a CPU, up to 64 MiB.
+
+    Args:
+        row_bytes: of one token's logits.
+    """
+    return 4096 if has_cuda() else min(max(_CPU_LOGITS_BYTES // row_bytes, 128), 4096)
 
 
 def fair_threads(local_ranks: int) -> int:

@@ -301,7 +301,7 @@ class PerformanceConfig:
         minimum=1,
     )
     cross_entropy_chunk_tokens: int | None = setting(
-        None, doc="Tokens whose logits exist at once in the loss; null is 128 on a CPU and 4096 on a GPU.", minimum=1
+        None, doc="Tokens whose logits exist at once in the loss; null is 4096, on a CPU what takes 64 MiB.", minimum=1
     )
     fused_kernels: bool | None = setting(
         None, doc="Transformer Engine's kernels for RoPE, activation, dropout and token permutation."

@@ -8,13 +8,16 @@ the work on the logits is two kernels (loss_kernels.py).
 """
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+# Logits that plain torch's passes take at once: 4 MiB in fp32.
+_BLOCK_ELEMENTS = 1 << 20
 
 
 def output_loss(
@@ -124,6 +127,10 @@ class _Target:
     valid: int
     group: dist.ProcessGroup
 
+    def rows(self, span: slice) -> "_Target":
+        """The same of some rows."""
+        return replace(self, index=self.index[span], mine=self.mine[span], weights=self.weights[span])
+
 
 def _chunk_loss(
     logits: torch.Tensor, target: _Target, *, with_gradient: bool
@@ -142,16 +149,29 @@ def _chunk_loss(
             with_gradient=with_gradient,
         )
         return losses, logits if with_gradient else None
-    dtype, logits = logits.dtype, logits.float()
-    if target.valid < logits.shape[1]:
-        logits[:, target.valid :] = float("-inf")
-    losses, exponentials, sums = _softmax_parts(logits, target)
-    if not with_gradient:
-        return losses, None
-    gradient = exponentials.mul_((target.weights / sums).unsqueeze(1))
-    rows = torch.arange(len(target.index), device=logits.device)
-    gradient[rows, target.index] -= target.mine * target.weights
-    return losses, gradient.to(dtype)
+    # Ranks that share the vocabulary exchange sums once a chunk; alone, a few rows at once stay in a CPU's cache.
+    alone = target.group.size() == 1 and not logits.is_cuda
+    block = max(1, _BLOCK_ELEMENTS // logits.shape[1]) if alone else len(logits)
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    for begin in range(0, len(logits), block):
+        span = slice(begin, begin + block)
+        losses[span] = _block_loss(logits[span], target.rows(span), with_gradient=with_gradient)
+    return losses, logits if with_gradient else None
+
+
+def _block_loss(logits: torch.Tensor, target: _Target, *, with_gradient: bool) -> torch.Tensor:
+    """Loss of each row, [n]; the gradient takes the place of the logits, [n, v / TP]."""
+    wide = logits.float()
+    if target.valid < wide.shape[1]:
+        wide[:, target.valid :] = float("-inf")
+    losses, exponentials, sums = _softmax_parts(wide, target)
+    if with_gradient:
+        exponentials.mul_((target.weights / sums).unsqueeze(1))
+        rows = torch.arange(len(target.index), device=logits.device)
+        exponentials[rows, target.index] -= target.mine * target.weights
+        if wide.dtype != logits.dtype:
+            logits.copy_(exponentials)
+    return losses
 
 
 def _softmax_parts(logits: torch.Tensor, target: _Target) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

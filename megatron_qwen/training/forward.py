@@ -10,11 +10,20 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Batch
+from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.models.loss import output_loss
 from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
+from megatron_qwen.models.vocabulary import padded_vocab_size
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFunction]]
+
+
+def loss_chunk_tokens(config: RunConfig) -> int:
+    """Tokens whose logits the loss holds at once on a rank."""
+    tp = config.parallel.tensor_model_parallel_size
+    row_bytes = padded_vocab_size(config.model.vocab_size, tp) // tp * DTYPES[config.precision.dtype].itemsize
+    return config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens(row_bytes)
 
 
 def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> ForwardStep:
@@ -24,7 +33,7 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
     independent sequences begin.
     """
 
-    chunk_tokens = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
+    chunk_tokens = loss_chunk_tokens(config)
 
     def output_layer_loss(
         *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any

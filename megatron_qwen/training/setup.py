@@ -26,7 +26,7 @@ from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
 from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
-from megatron_qwen.training.forward import ForwardStep, make_forward_step
+from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step
 from megatron_qwen.training.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -92,8 +92,7 @@ def build_parts(config: RunConfig) -> Parts:
         if foreign_apex_is_here():
             log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
-        chunk = config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens()
-        log.info("performance: output layer and cross-entropy in one, %d tokens at once", chunk)
+        log.info("performance: output layer and cross-entropy in one, %d tokens at once", loss_chunk_tokens(config))
         for choice in choices:
             log.info("performance: %s", choice)
     require_legal_stages(data, world_size=dist.get_world_size())
