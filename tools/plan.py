@@ -113,19 +113,32 @@ def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
     if needs:
         least = min(needs, key=lambda one: one.need_gib or 0.0)
         layout = layout_name(least.config.parallel)
-        recompute = ", full recompute" if least.config.training.recompute_granularity == "full" else ""
         return (
             f"hold no layout of this model: the least is {least.need_gib:.0f} GiB of {device.memory_gib:.0f} "
-            f"({layout}, batch {least.config.training.micro_batch_size}{recompute}); take more, or a shorter sequence."
+            f"({layout}, {_kept(least.config)}); take more, or a shorter sequence."
         )
     simplest = min(rejected, key=lambda one: one.config.parallel.model_parallel_size)
     return f"have no legal layout; the simplest, {layout_name(simplest.config.parallel)}, says: {simplest.reason}"
+
+
+def _optimizer(config: RunConfig) -> str:
+    return "lean" if config.precision.use_precision_aware_optimizer else "plain"
+
+
+def _kept(config: RunConfig) -> str:
+    """What decides a layout's memory beside its sizes, in words."""
+    recompute = config.training.recompute_granularity
+    words = [f"batch {config.training.micro_batch_size}"]
+    words += [f"{recompute} recompute"] if recompute not in (None, "none") else []
+    words += ["lean optimizer"] if config.precision.use_precision_aware_optimizer else []
+    return ", ".join(words)
 
 
 def _overrides(candidate: Candidate) -> list[str]:
     """What makes the recipe this layout."""
     config = candidate.config
     parallel, training = config.parallel, config.training
+    selective = training.recompute_granularity == "selective"
     words = {
         "parallel.tensor_model_parallel_size": parallel.tensor_model_parallel_size,
         "parallel.sequence_parallel": str(parallel.sequence_parallel).lower(),
@@ -142,6 +155,8 @@ def _overrides(candidate: Candidate) -> list[str]:
         "training.recompute_granularity": training.recompute_granularity,
         "training.recompute_method": training.recompute_method,
         "training.recompute_num_layers": training.recompute_num_layers,
+        **({"training.recompute_modules": f"[{','.join(training.recompute_modules)}]"} if selective else {}),
+        "precision.use_precision_aware_optimizer": str(bool(config.precision.use_precision_aware_optimizer)).lower(),
         "data.seq_length": config.data.seq_length,
         "precision.fp8": config.precision.fp8 or "null",
     }
@@ -154,6 +169,7 @@ def _row(candidate: Candidate) -> dict[str, Any]:
         "layout": layout_name(config.parallel),
         "micro_batch_size": config.training.micro_batch_size,
         "recompute": config.training.recompute_granularity,
+        "optimizer": _optimizer(config),
         "memory_gib": round(candidate.memory_gib, 2),
         "bubble": round(candidate.bubble, 4),
         "step_s": round(time.seconds, 4),
@@ -183,6 +199,7 @@ def _document(
                 "layout": layout_name(one.config.parallel),
                 "micro_batch_size": one.config.training.micro_batch_size,
                 "recompute": one.config.training.recompute_granularity,
+                "optimizer": _optimizer(one.config),
                 "reason": one.reason,
             }
             for one in rejected
@@ -204,12 +221,14 @@ def _print(
         f"{config.data.seq_length}, {config.training.global_batch_size} sequences a step"
     )
     print(
-        f"{'layout':<22}{'batch':>6}{'recompute':>11}{'GiB':>8}{'bubble':>8}{'step s':>9}{'tokens/s/GPU':>14}{'MFU':>7}"
+        f"{'layout':<22}{'batch':>6}{'recompute':>11}{'optimizer':>11}"
+        f"{'GiB':>8}{'bubble':>8}{'step s':>9}{'tokens/s/GPU':>14}{'MFU':>7}"
     )
     for candidate in shown:
         row = _row(candidate)
         print(
-            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute']:>11}{row['memory_gib']:>8.1f}"
+            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute']:>11}{row['optimizer']:>11}"
+            f"{row['memory_gib']:>8.1f}"
             f"{row['bubble']:>8.1%}{row['step_s']:>9.2f}{row['tokens_per_second_per_device']:>14,.0f}{row['mfu']:>7.1%}"
         )
     print(
@@ -217,9 +236,7 @@ def _print(
     )
     if options.rejected:
         for one in rejected:
-            training = one.config.training
-            name = f"{layout_name(one.config.parallel)}, batch {training.micro_batch_size}"
-            print(f"  {name}{', full recompute' if training.recompute_granularity == 'full' else ''}: {one.reason}")
+            print(f"  {layout_name(one.config.parallel)}, {_kept(one.config)}: {one.reason}")
 
 
 def _draw(shown: Sequence[Candidate], device: Hardware, path: Path) -> None:
@@ -231,11 +248,7 @@ def _draw(shown: Sequence[Candidate], device: Hardware, path: Path) -> None:
     figure = Figure(figsize=(9, 0.5 * len(shown) + 1.6), layout="constrained")
     axes = figure.add_subplot()
     fullest = [max(candidate.memory, key=lambda stage: stage.total_gib) for candidate in shown]
-    names = [f"{layout_name(c.config.parallel)}, batch {c.config.training.micro_batch_size}" for c in shown]
-    names = [
-        name + (", recompute" if c.config.training.recompute_granularity == "full" else "")
-        for name, c in zip(names, shown, strict=True)
-    ]
+    names = [f"{layout_name(c.config.parallel)}, {_kept(c.config)}" for c in shown]
     left = [0.0] * len(shown)
     parts = {
         part: [getattr(stage, part) / 2**30 for stage in fullest]

@@ -67,7 +67,7 @@ def choose(config: RunConfig, machine: Machine, *, world_size: int) -> tuple[Run
         config = config.with_section(section, **{name: value})
         made.append(Choice(path, value, reason))
         if path == "training.recompute_granularity" and value == "selective":
-            config = config.with_section("training", recompute_modules=_heavy_modules(config))
+            config = config.with_section("training", recompute_modules=heavy_modules(config))
     return config, made
 
 
@@ -149,7 +149,7 @@ def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     need = _need(config, machine, world_size)
     if need <= machine.memory_gib:
         return "none", f"fits: an estimated {need:.0f} of {machine.memory_gib:.0f} GiB"
-    modules = _heavy_modules(config)
+    modules = heavy_modules(config)
     changes = {"recompute_granularity": "selective", "recompute_modules": modules}
     selective = _need(config.with_section("training", **changes), machine, world_size)
     without = f"an estimated {need:.0f} GiB of {machine.memory_gib:.0f} without"
@@ -162,7 +162,7 @@ def _recompute(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     return "full", f"{without}, {selective:.0f} with selective recompute, {full:.0f} with whole layers{verdict}"
 
 
-def _heavy_modules(config: RunConfig) -> tuple[str, ...]:
+def heavy_modules(config: RunConfig) -> tuple[str, ...]:
     """What to compute again where a little is enough: fused attention keeps no scores, so not core_attn.
 
     What a person has named is kept.

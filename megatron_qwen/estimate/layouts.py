@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_qwen.config.checks import problems
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.choices import heavy_modules
 from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.memory import StageMemory, memory_per_stage
@@ -92,9 +93,11 @@ def layouts(
             if micro > 1 and (reason := _illegal(sized, world_size)):
                 rejected.append(Rejected(sized, reason))
                 continue
-            for recompute in ("none", "full"):
+            for recompute in ("none", "selective", "full"):
                 whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
                 one = sized.with_section("training", recompute_granularity=recompute, **whole)
+                if recompute == "selective":
+                    one = one.with_section("training", recompute_modules=heavy_modules(one))
                 answer = _judge(one, world_size, device, assumptions)
                 (found if isinstance(answer, Candidate) else rejected).append(answer)  # type: ignore[arg-type]
     found.sort(key=lambda candidate: candidate.tokens_per_second, reverse=True)
@@ -150,11 +153,24 @@ def _illegal(config: RunConfig, world_size: int) -> str | None:
     return " ".join(map(str, problems(config, world_size=world_size))) or None
 
 
+def _memory(config: RunConfig, world_size: int) -> tuple[list[StageMemory], float]:
+    """Of every stage, and GiB of the fullest."""
+    memory = memory_per_stage(config, world_size=world_size)
+    return memory, max(stage.total_gib for stage in memory)
+
+
 def _judge(
     config: RunConfig, world_size: int, device: Hardware, assumptions: Assumptions | None
 ) -> Candidate | Rejected:
-    memory = memory_per_stage(config, world_size=world_size)
-    need = max(stage.total_gib for stage in memory)
+    """Plain optimizer states first, lean ones where only they fit, as the preset of a run chooses."""
+    lean = config.precision.use_precision_aware_optimizer
+    one = config.with_section("precision", use_precision_aware_optimizer=bool(lean))
+    memory, need = _memory(one, world_size)
+    may = lean is None and config.precision.dtype == "bf16" and config.precision.backend != "torch"
+    if need > device.memory_gib and may:
+        one = config.with_section("precision", use_precision_aware_optimizer=True)
+        memory, need = _memory(one, world_size)
+    config = one
     if need > device.memory_gib:
         return Rejected(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.", need)
     time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)

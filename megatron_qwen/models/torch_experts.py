@@ -23,10 +23,7 @@ class GroupedExperts(SequentialMLP):
     """SwiGLU experts without biases; the tokens come sorted by expert."""
 
     def forward(
-        self,
-        permuted_local_hidden_states: torch.Tensor,
-        tokens_per_expert: torch.Tensor,
-        permuted_probs: torch.Tensor,
+        self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Each token through its expert, weighed before the second product as the core does.
 
