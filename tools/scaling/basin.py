@@ -1,0 +1,256 @@
+"""Where learning rate and batch are best: a quadratic in their logarithms, whose centre moves with N and D by power laws.
+
+Every (N, D) has a level of its own; the shape of the basin is shared and its centre is linear in ln N and ln D. Written
+out, ln L is linear in everything but the centre, which is a quotient of coefficients: one linear regression with a
+constant for every (N, D) finds it, and a thousand versions of the data cost one matrix product. Data of Step Law
+(arXiv 2503.04715) show that the quadratic holds near the optimum only, so cells farther than ``WINDOW`` above the
+centre, by the fit's own prediction, are left out of it.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tools.scaling.observations import Array
+
+# How far above the best a cell may lie, in ln L, to be described by the quadratic.
+WINDOW = 0.01
+# A cell of the window that is seen so many windows above the best of its group is no part of the basin: it blew up.
+_SEEN = 4.0
+_ROUNDS = 20
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Cells that are done, as arrays of one length.
+
+    Args:
+        group: number of the (N, D), from 0.
+        log_params: ln N of every group, [groups].
+        log_tokens: ln D of every group, [groups].
+        settings: ln of what was varied, [n, variables].
+        variables: names of the columns of ``settings``.
+        log_loss: ln L, [n].
+    """
+
+    group: NDArray[np.int_]
+    log_params: Array
+    log_tokens: Array
+    settings: Array
+    variables: tuple[str, ...]
+    log_loss: Array
+
+    @property
+    def groups(self) -> int:
+        """How many (N, D) there are."""
+        return len(self.log_params)
+
+    def mean(self, values: Array) -> Array:
+        """Mean over the cells of each group, [groups, ...]; [n, ...] comes in."""
+        total = np.zeros((self.groups, *values.shape[1:]))
+        np.add.at(total, self.group, values)
+        count = np.bincount(self.group, minlength=self.groups)
+        return total / np.maximum(count, 1).reshape(-1, *[1] * (values.ndim - 1))
+
+    def only(self, chosen: Array) -> "Cells":
+        """Some of the cells; the groups keep their numbers."""
+        return Cells(
+            self.group[chosen], self.log_params, self.log_tokens, self.settings[chosen], self.variables, self.log_loss[chosen]
+        )
+
+
+@dataclass(frozen=True)
+class Basin:
+    """The fitted basin.
+
+    Args:
+        variables: what was varied.
+        features: what the centre depends on: constant, ln N, ln D; those that the data tell apart.
+        curvature: second derivatives of ln L in the variables, [v, v].
+        centre: ln of the best setting = features @ centre, [features, v].
+        level: ln L of every group at its centre, [groups]; NaN where it has no cell in the window.
+        draws: ``centre`` in versions of the data, [draws, features, v]; those without a minimum are left out.
+        spread: standard deviation of a cell about the fit, in ln L.
+        inside: cells of the window, [n].
+        without_minimum: share of versions of the data whose basin had none.
+    """
+
+    variables: tuple[str, ...]
+    features: tuple[str, ...]
+    curvature: Array
+    centre: Array
+    level: Array
+    draws: Array
+    spread: float
+    inside: Array
+    without_minimum: float
+
+    def best(self, log_params: Array, log_tokens: Array) -> Array:
+        """ln of the best settings, [n, v]."""
+        return _features(self.features, log_params, log_tokens) @ self.centre
+
+    def best_draws(self, log_params: float, log_tokens: float) -> Array:
+        """The same in versions of the data, for one model, [draws, v]."""
+        row = _features(self.features, np.array([log_params]), np.array([log_tokens]))[0]
+        return np.einsum("f,dfv->dv", row, self.draws)
+
+
+def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin | None:
+    """The basin, or None where the cells show no minimum.
+
+    Args:
+        cells: at least three settings in some groups.
+        draws: versions of the data for the intervals: residuals, raised to their unbiased size, drawn anew.
+        seed: of the drawing.
+        window: height of what is fitted, in ln L.
+    """
+    names = _distinguishable(cells)
+    at = _features(names, cells.log_params, cells.log_tokens)  # [groups, features]
+    lowest = np.full(cells.groups, np.inf)
+    np.minimum.at(lowest, cells.group, cells.log_loss)
+    seen = cells.log_loss - lowest[cells.group]
+    limit, inside = window, _nearest(seen, 2 * window, cells, at)
+    for _ in range(_ROUNDS):
+        found = _regress(cells.only(inside), at)
+        if found is None:  # noise hides the basin from so few cells
+            limit *= 2
+            inside = _nearest(seen, 2 * limit, cells, at)
+            continue
+        height, residual = _height(cells, at, found)
+        # What noise alone does to a cell says nothing of where it lies.
+        noise = 1.4826 * float(np.median(np.abs(residual[height <= limit]))) if (height <= limit).any() else 0.0
+        limit = max(window, 2 * noise)
+        cap = max(_SEEN * window, limit + 5 * noise)
+        now = _nearest(np.where(seen <= cap, height, np.inf), limit, cells, at)
+        if np.array_equal(now, inside):
+            break
+        inside = now
+    chosen = cells.only(inside)
+    found = _regress(chosen, at)
+    if found is None:
+        return None
+    design, beta, shape = found.design, found.beta, found.shape
+    fitted, level = _levels(chosen, design, beta, at, shape)
+    residual = chosen.log_loss - fitted
+    used = len(np.unique(chosen.group)) + design.shape[1]
+    free = len(residual) - used
+    spread = float(np.sqrt((residual**2).sum() / free)) if free > 0 else 0.0
+    samples, lost = _draws(chosen, design, fitted, residual, spread, draws, seed, len(names))
+    return Basin(cells.variables, names, shape[0], shape[1], level, samples, spread, inside, lost)
+
+
+@dataclass(frozen=True)
+class _Regression:
+    design: Array
+    beta: Array
+    shape: tuple[Array, Array]
+
+
+def _regress(cells: Cells, at: Array) -> _Regression | None:
+    """The basin of these cells; None where they do not determine it, or it has no minimum."""
+    design = _design(cells, at)
+    if np.linalg.matrix_rank(design) < design.shape[1]:
+        return None
+    beta = _solve(design, cells)
+    shape = _shape(beta, cells.settings.shape[1], at.shape[1])
+    return None if shape is None else _Regression(design, beta, shape)
+
+
+def _height(cells: Cells, at: Array, found: _Regression) -> tuple[Array, Array]:
+    """How far above the best of its group the fit puts every cell, and the cell's residual, in ln L, [n] each."""
+    curvature, centre = found.shape
+    away = cells.settings - (at @ centre)[cells.group]
+    height = 0.5 * np.einsum("nv,vw,nw->n", away, curvature, away)
+    difference = cells.log_loss - height
+    level = np.array([np.median(difference[cells.group == group]) for group in range(cells.groups)])
+    return height, difference - level[cells.group]
+
+
+def _nearest(height: Array, window: float, cells: Cells, at: Array) -> Array:
+    """Cells up to a height; the window grows until they are more than what is sought."""
+    for _ in range(12):
+        inside = height <= window
+        chosen = cells.only(inside)
+        columns = _design(chosen, at)
+        free = int(inside.sum()) - len(np.unique(chosen.group)) - columns.shape[1]
+        if free >= columns.shape[1] and np.linalg.matrix_rank(columns) == columns.shape[1]:
+            break
+        window *= 1.5
+    return np.asarray(inside)
+
+
+def _distinguishable(cells: Cells) -> tuple[str, ...]:
+    """What the centre can depend on: ln D goes where it moves with ln N in all groups, and neither where one value is."""
+    names = ["1", "ln_N", "ln_D"]
+    for drop in ("ln_D", "ln_N"):
+        block = _features(tuple(names), cells.log_params, cells.log_tokens)
+        scale = block - np.concatenate((np.zeros(1), block[:, 1:].mean(axis=0)))
+        if np.linalg.matrix_rank(scale, tol=1e-3 * np.sqrt(len(block))) == len(names):
+            break
+        names.remove(drop)
+    return tuple(names)
+
+
+def _features(names: tuple[str, ...], log_params: Array, log_tokens: Array) -> Array:
+    known = {"1": np.ones_like(log_params), "ln_N": log_params, "ln_D": log_tokens}
+    return np.stack([known[name] for name in names], axis=1)
+
+
+def _columns(settings: Array, at: Array) -> Array:
+    """Regressors before groups are taken out: squares and products of the settings, then settings times features."""
+    variables = settings.shape[1]
+    pairs = [(i, j) for i in range(variables) for j in range(i, variables)]
+    squares = [settings[:, i] * settings[:, j] for i, j in pairs]
+    moving = [settings[:, i] * at[:, k] for i in range(variables) for k in range(at.shape[1])]
+    return np.stack(squares + moving, axis=1)
+
+
+def _design(cells: Cells, at: Array) -> Array:
+    """Regressors less their mean in each group, [n, columns]."""
+    columns = _columns(cells.settings, at[cells.group])
+    return np.asarray(columns - cells.mean(columns)[cells.group])
+
+
+def _solve(design: Array, cells: Cells) -> Array:
+    centred = cells.log_loss - cells.mean(cells.log_loss)[cells.group]
+    return np.asarray(np.linalg.lstsq(design, centred, rcond=None)[0])
+
+
+def _shape(beta: Array, variables: int, features: int) -> tuple[Array, Array] | None:
+    """Second derivatives [v, v] and the centre [features, v]; None where they are not those of a minimum."""
+    curvature, begin = np.zeros((variables, variables)), 0
+    for i in range(variables):
+        for j in range(i, variables):
+            curvature[i, j] = curvature[j, i] = beta[begin] * (2.0 if i == j else 1.0)
+            begin += 1
+    moving = beta[begin:].reshape(variables, features)
+    if np.linalg.eigvalsh(curvature)[0] <= 0:
+        return None
+    return curvature, -np.linalg.solve(curvature, moving).T
+
+
+def _levels(
+    cells: Cells, design: Array, beta: Array, at: Array, shape: tuple[Array, Array]
+) -> tuple[Array, Array]:
+    """ln L as fitted, [n], and at the centre of every group, [groups]."""
+    columns = _columns(cells.settings, at[cells.group])
+    constant = cells.mean(cells.log_loss) - cells.mean(columns) @ beta
+    there = _columns(at @ shape[1], at) @ beta + constant
+    there[np.bincount(cells.group, minlength=cells.groups) == 0] = np.nan
+    return columns @ beta + constant[cells.group], there
+
+
+def _draws(
+    cells: Cells, design: Array, fitted: Array, residual: Array, spread: float, draws: int, seed: int, features: int
+) -> tuple[Array, float]:
+    """Centres in versions of the data, and the share of those without one."""
+    generator = np.random.default_rng(seed)
+    size = float(np.sqrt((residual**2).mean())) if len(residual) else 0.0
+    raised = (residual - residual.mean()) * (spread / size if size > 0 else 0.0)
+    versions = fitted[:, None] + raised[generator.integers(0, len(raised), (len(raised), draws))]
+    centred = versions - cells.mean(versions)[cells.group]
+    betas = np.linalg.lstsq(design, centred, rcond=None)[0].T
+    shapes = [_shape(beta, cells.settings.shape[1], features) for beta in betas]
+    kept = [shape[1] for shape in shapes if shape is not None]
+    return np.array(kept).reshape(-1, features, cells.settings.shape[1]), 1 - len(kept) / max(1, draws)

@@ -1,0 +1,225 @@
+"""From observations to laws: optima, basin, surface, allocation and the error of prediction, in one result."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from megatron_qwen.errors import DataError, Problem
+from tools.scaling import basin as basins
+from tools.scaling import compute_optimal, law, surface
+from tools.scaling.basin import Basin, Cells
+from tools.scaling.compute_optimal import Allocation, Profile
+from tools.scaling.observations import DIVERGED, DONE, STATUSES, Array, Observation, column
+from tools.scaling.optimum import Optimum, optima
+from tools.scaling.surface import Points, Prediction, Surface
+
+VARIABLES = ("learning_rate", "batch_tokens")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to fit.
+
+    Args:
+        embeddings: whether N counts the input embedding and the output matrix.
+        draws: versions of the data behind every interval.
+        seed: of their drawing.
+        delta: of the Huber loss, in ln L.
+        window: how far above the best a cell may lie for the quadratic of its settings, in ln L.
+    """
+
+    embeddings: bool = False
+    draws: int = 1000
+    seed: int = 0
+    delta: float = law.DELTA
+    window: float = basins.WINDOW
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What the observations say.
+
+    Args:
+        settings: how it was fitted.
+        counts: observations by status.
+        points: loss at the best setting of every (N, D).
+        point_source: how ``points`` were found.
+        optima: best settings of every (N, D), by variable.
+        basin: best settings as power laws; None where none were varied, or no minimum is there.
+        surface: the law of the loss; None with too few points.
+        allocations: best N for a compute, by approach.
+        profiles: isoflop profiles.
+        left_out: the largest N predicted from the smaller ones.
+        notes: what a reader must know.
+    """
+
+    settings: Settings
+    counts: dict[str, int]
+    points: Points
+    point_source: str
+    optima: list[Optimum]
+    basin: Basin | None
+    surface: Surface | None
+    allocations: list[Allocation]
+    profiles: list[Profile]
+    left_out: Prediction | None
+    notes: list[str]
+
+
+def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
+    """Fits everything that the observations allow; what they do not allow is said in the notes.
+
+    Raises:
+        DataError: there is nothing to fit.
+    """
+    counts = {status: 0 for status in STATUSES} | Counter(one.status for one in observations)
+    observations = _counted_as_asked(observations, settings)
+    done = [one for one in observations if one.status == DONE]
+    if not done:
+        raise DataError(Problem("observations", len(observations), "hold none that is done; there is nothing to fit."))
+    notes = [f"{counts[status]} {status}, not fitted" for status in STATUSES if status != DONE and counts[status]]
+    varied = _varied(done)
+    basin: Basin | None = None
+    found: list[Optimum] = []
+    if varied:
+        cells, models = _cells(done, varied)
+        basin = basins.fit(cells, draws=settings.draws, seed=settings.seed, window=settings.window)
+        inside = np.ones(len(cells.log_loss), dtype=bool) if basin is None else basin.inside
+        spread = 0.0 if basin is None else basin.spread
+        blocked = _blocked(observations, models, cells)
+        found = optima(cells, inside=inside, spread=spread, blocked_above=blocked)
+        points, source = _best(cells, models, basin)
+        notes += _basin_notes(cells, basin)
+    else:
+        points = _points(done, np.log(column(done, "loss")))
+        source = "every observation"
+    fitted, allocations, profiles, left_out = _surface(points, settings, notes)
+    return Fit(settings, counts, points, source, found, basin, fitted, allocations, profiles, left_out, notes)
+
+
+def _counted_as_asked(observations: Sequence[Observation], settings: Settings) -> list[Observation]:
+    if not settings.embeddings:
+        return list(observations)
+    if missing := sum(one.embedding_params is None for one in observations):
+        fix = f"is empty for {missing} observations; N with embeddings needs it."
+        raise DataError(Problem("embedding_params", None, fix))
+    counted = []
+    for one in observations:
+        extra = one.embedding_params or 0.0
+        total = None if one.total_params is None else one.total_params + extra
+        counted.append(replace(one, params=one.params + extra, total_params=total))
+    return counted
+
+
+def _varied(done: Sequence[Observation]) -> tuple[str, ...]:
+    """Settings that differ within some (N, D)."""
+    found = []
+    for name in VARIABLES:
+        values = column(done, name)
+        if np.isnan(values).any():
+            continue
+        seen: dict[object, set[float]] = {}
+        for one, value in zip(done, values, strict=True):
+            seen.setdefault(_model(one), set()).add(round(float(np.log(value)), 6))
+        if any(len(each) > 1 for each in seen.values()):
+            found.append(name)
+    return tuple(found)
+
+
+def _model(one: Observation) -> tuple[float, ...]:
+    """What makes two observations the same model and horizon; tokens may differ by a step of the batch."""
+    return (
+        round(float(np.log(one.params)), 4),
+        round(float(np.log(one.tokens)) * 100) / 100,
+        round(float(np.log(one.total_params or one.params)), 4),
+        round(float(np.log(one.granularity or 1.0)), 4),
+    )
+
+
+def _cells(done: Sequence[Observation], varied: tuple[str, ...]) -> tuple[Cells, list[list[Observation]]]:
+    """Cells by group, and the observations of each group."""
+    groups: dict[object, list[Observation]] = {}
+    for one in done:
+        groups.setdefault(_model(one), []).append(one)
+    members = list(groups.values())
+    order = [one for group in members for one in group]
+    number = np.repeat(np.arange(len(members)), [len(group) for group in members])
+    return Cells(
+        number,
+        np.array([np.log(group[0].params) for group in members]),
+        np.array([np.mean([np.log(one.tokens) for one in group]) for group in members]),
+        np.stack([np.log(column(order, name)) for name in varied], axis=1),
+        varied,
+        np.log(column(order, "loss")),
+    ), members
+
+
+def _blocked(observations: Sequence[Observation], models: list[list[Observation]], cells: Cells) -> Array:
+    """Whether something larger than all that is done has diverged, [groups, v]."""
+    keys = {_model(group[0]): index for index, group in enumerate(models)}
+    blocked = np.zeros((len(models), len(cells.variables)), dtype=bool)
+    for one in observations:
+        if one.status != DIVERGED or (index := keys.get(_model(one))) is None:
+            continue
+        highest = cells.settings[cells.group == index].max(axis=0)
+        for v, name in enumerate(cells.variables):
+            value = getattr(one, name)
+            blocked[index, v] |= value is not None and np.log(value) > highest[v] + 1e-9
+    return blocked
+
+
+def _best(cells: Cells, models: list[list[Observation]], basin: Basin | None) -> tuple[Points, str]:
+    """Loss of every (N, D) at its best setting."""
+    heads = [group[0] for group in models]
+    lowest = np.full(cells.groups, np.inf)
+    np.minimum.at(lowest, cells.group, cells.log_loss)
+    if basin is None:
+        return _points(heads, lowest, tokens=np.exp(cells.log_tokens)), "the lowest cell of every model and horizon"
+    level = np.where(np.isnan(basin.level), lowest, basin.level)
+    return _points(heads, level, tokens=np.exp(cells.log_tokens)), "the fitted basin at its centre"
+
+
+def _points(models: Sequence[Observation], log_loss: Array, *, tokens: Array | None = None) -> Points:
+    params, total, granularity = (column(models, name) for name in ("params", "total_params", "granularity"))
+    return Points(
+        params,
+        column(models, "tokens") if tokens is None else tokens,
+        log_loss,
+        np.where(np.isnan(total), 1.0, total / params),
+        np.where(np.isnan(granularity), 1.0, granularity),
+    )
+
+
+def _basin_notes(cells: Cells, basin: Basin | None) -> list[str]:
+    names = " and ".join(cells.variables)
+    if basin is None:
+        return [f"no minimum over {names}: the cells lie too far from the best, or are too few; lowest cells are used"]
+    notes = [
+        f"{int(basin.inside.sum())} of {len(basin.inside)} cells are near enough to the best for a quadratic in {names}"
+    ]
+    if missing := [name for name in ("ln_N", "ln_D") if name not in basin.features]:
+        notes.append(f"the study does not tell how the best {names} move with {' and '.join(missing)}")
+    if basin.without_minimum > 0.01:
+        notes.append(f"{basin.without_minimum:.0%} of the versions of the data have no minimum over {names}")
+    return notes
+
+
+def _surface(
+    points: Points, settings: Settings, notes: list[str]
+) -> tuple[Surface | None, list[Allocation], list[Profile], Prediction | None]:
+    found = compute_optimal.profiles(points)
+    allocations = [one for one in (compute_optimal.from_envelope(points), compute_optimal.from_profiles(found)) if one]
+    count, sizes = len(points.params), len(np.unique(np.round(np.log(points.params), 4)))
+    needed = points.terms().size + 1
+    if count < needed or sizes < 3 or len(np.unique(np.round(np.log(points.tokens), 2))) < 3:
+        notes.append(f"{count} models and horizons ({sizes} sizes) are too few for the law of the loss: {needed}, 3 sizes")
+        return None, allocations, found, None
+    fitted = surface.fit(points, draws=settings.draws, seed=settings.seed, delta=settings.delta)
+    if fitted.named("alpha") > 0 and fitted.named("beta") > 0:
+        allocations.append(compute_optimal.from_surface(fitted))
+    left_out = surface.leave_largest_out(points, delta=settings.delta)
+    if left_out is None:
+        notes.append("too few sizes to leave the largest out and predict it")
+    return fitted, allocations, found, left_out

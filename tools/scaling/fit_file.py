@@ -1,0 +1,220 @@
+"""A fit as a file and as a table."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_qwen.errors import DataError, Problem
+from tools.scaling.basin import Basin
+from tools.scaling.fit import Fit, Settings
+from tools.scaling.observations import Array
+from tools.scaling.surface import Points, Surface
+
+FORMAT = 1
+
+
+def document(fit: Fit, *, source: str) -> dict[str, Any]:
+    """Everything, as JSON holds it.
+
+    Args:
+        fit: what was found.
+        source: the study or CSV it was found from.
+    """
+    left = fit.left_out
+    return {
+        "format": FORMAT,
+        "source": source,
+        "settings": asdict(fit.settings),
+        "counts": fit.counts,
+        "headline": None
+        if left is None
+        else {
+            "leave_largest_out_error": left.error,
+            "params": left.params,
+            "tokens": left.tokens.tolist(),
+            "measured": left.measured.tolist(),
+            "predicted": left.predicted.tolist(),
+        },
+        "surface": None if fit.surface is None else _surface(fit.surface),
+        "settings_laws": None if fit.basin is None else _basin(fit.basin),
+        "allocations": [
+            {"approach": one.approach, "factor": one.factor, "exponent": one.exponent} for one in fit.allocations
+        ],
+        "profiles": [
+            {
+                "flops": one.flops,
+                "params": one.params.tolist(),
+                "loss": one.loss.tolist(),
+                "best_params": one.best_params,
+                "best_loss": one.best_loss,
+            }
+            for one in fit.profiles
+        ],
+        "points": {name: getattr(fit.points, name).tolist() for name in Points.__dataclass_fields__}
+        | {"source": fit.point_source},
+        "optima": [asdict(one) for one in fit.optima],
+        "notes": fit.notes,
+    }
+
+
+def _surface(found: Surface) -> dict[str, Any]:
+    low, high = np.percentile(found.draws, [5, 95], axis=0)
+    return {
+        "law": "L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta" if "sigma" in found.names else _LAW,
+        "coefficients": {
+            name: {"value": float(value), "low": float(a), "high": float(b)}
+            for name, value, a, b in zip(found.names, found.coefficients, low, high, strict=True)
+        },
+        "spread": found.spread,
+        "resampled": found.resampled,
+        "points": found.points,
+        "largest": list(found.largest),
+        "draws": _rounded(found.draws),
+    }
+
+
+_LAW = "L = E + A / N^alpha + B / D^beta"
+
+
+def _basin(found: Basin) -> dict[str, Any]:
+    return {
+        "variables": list(found.variables),
+        "features": list(found.features),
+        "curvature": found.curvature.tolist(),
+        "centre": found.centre.tolist(),
+        "spread": found.spread,
+        "without_minimum": found.without_minimum,
+        "draws": _rounded(found.draws),
+    }
+
+
+def _rounded(values: Array) -> Any:
+    return np.vectorize(lambda value: float(f"{value:.9g}"), otypes=[float])(values).tolist() if values.size else []
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """Writes a fit's file in one step."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    fresh.replace(path)
+
+
+class FitFile:
+    """A fit read back: the laws, with their versions, and what they were fitted to.
+
+    Args:
+        path: what ``write`` wrote.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = json.loads(path.read_text())
+            if content["format"] != FORMAT:
+                raise DataError(Problem(str(path), content["format"], f"is of another format than {FORMAT}; fit anew."))
+            self.settings = Settings(**content["settings"])
+            self.source = str(content["source"])
+            self.headline: dict[str, Any] | None = content["headline"]
+            self.notes: list[str] = content["notes"]
+            points = {name: np.array(content["points"][name]) for name in Points.__dataclass_fields__}
+            self.points = Points(**points)
+            self.surface = None if content["surface"] is None else _read_surface(content["surface"])
+            self.basin = None if content["settings_laws"] is None else _read_basin(content["settings_laws"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            if isinstance(error, DataError):
+                raise
+            fix = f"is no fit that mq sweep fit has written ({error})."
+            raise DataError(Problem(str(path), None, fix)) from None
+
+
+def _read_surface(content: dict[str, Any]) -> Surface:
+    names = tuple(content["coefficients"])
+    values = np.array([content["coefficients"][name]["value"] for name in names])
+    largest = content["largest"]
+    return Surface(
+        names,
+        values,
+        np.array(content["draws"]).reshape(-1, len(names)),
+        content["resampled"],
+        float(content["spread"]),
+        int(content["points"]),
+        (float(largest[0]), float(largest[1]), float(largest[2])),
+    )
+
+
+def _read_basin(content: dict[str, Any]) -> Basin:
+    features, variables = tuple(content["features"]), tuple(content["variables"])
+    return Basin(
+        variables,
+        features,
+        np.array(content["curvature"]),
+        np.array(content["centre"]),
+        np.array([]),
+        np.array(content["draws"]).reshape(-1, len(features), len(variables)),
+        float(content["spread"]),
+        np.array([], dtype=bool),
+        float(content["without_minimum"]),
+    )
+
+
+def table(content: dict[str, Any]) -> str:
+    """The fit in words and numbers, the error of prediction first."""
+    lines = []
+    headline = content["headline"]
+    if headline:
+        lines.append(
+            f"leave-largest-out: N = {headline['params']:.3g} is predicted from the smaller ones "
+            f"within {headline['leave_largest_out_error']:.2%} of its loss ({len(headline['tokens'])} horizons)"
+        )
+    embeddings = "with" if content["settings"]["embeddings"] else "without"
+    counts = ", ".join(f"{count} {status}" for status, count in content["counts"].items() if count)
+    lines.append(f"observations: {counts}; N {embeddings} embeddings; {len(content['points']['params'])} points")
+    if surface := content["surface"]:
+        lines += ["", f"{surface['law']}  ({surface['points']} points, {surface['resampled']} drawn anew, 90 % intervals)"]
+        for name, value in surface["coefficients"].items():
+            lines.append("  " + _coefficient(name, value))
+        lines.append(f"  scatter about the law {surface['spread']:.2%}")
+    if laws := content["settings_laws"]:
+        lines += ["", *_setting_laws(laws)]
+    for one in content["allocations"]:
+        lines.append(f"best N by {one['approach']}: {one['factor']:.3g} C^{one['exponent']:.3f}")
+    if content["optima"]:
+        lines += ["", *_optima(content)]
+    lines += [f"note: {note}" for note in content["notes"]]
+    return "\n".join(lines)
+
+
+def _coefficient(name: str, value: dict[str, float]) -> str:
+    if name.startswith("ln_"):
+        low, middle, high = (math.exp(min(value[key], 700.0)) for key in ("low", "value", "high"))
+        return f"{name.removeprefix('ln_'):<6}{middle:>12.5g}   {low:.5g} to {high:.5g}"
+    return f"{name:<6}{value['value']:>12.4f}   {value['low']:.4f} to {value['high']:.4f}"
+
+
+def _setting_laws(laws: dict[str, Any]) -> list[str]:
+    centre, draws = np.array(laws["centre"]), np.array(laws["draws"])
+    lines = []
+    for v, name in enumerate(laws["variables"]):
+        parts = [f"best {name} = {math.exp(min(centre[0, v], 700.0)):.4g}"]
+        for k, feature in enumerate(laws["features"][1:], start=1):
+            low, high = np.percentile(draws[:, k, v], [5, 95]) if len(draws) else (math.nan, math.nan)
+            parts.append(f"{feature.removeprefix('ln_')}^{centre[k, v]:.3f} ({low:.3f} to {high:.3f})")
+        lines.append(" ".join(parts))
+    return lines
+
+
+def _optima(content: dict[str, Any]) -> list[str]:
+    points = content["points"]
+    lines = [f"{'N':>10}{'D':>10}{'loss':>9}  {'setting':<15}{'best':>11}   90 % interval           flags"]
+    for one in content["optima"]:
+        group = one["group"]
+        value = "-" if one["value"] is None else f"{one['value']:.3g}"
+        interval = "-" if one["low"] is None else f"{one['low']:.3g} to {one['high']:.3g}"
+        lines.append(
+            f"{points['params'][group]:>10.3g}{points['tokens'][group]:>10.3g}{math.exp(points['log_loss'][group]):>9.4f}"
+            f"  {one['variable']:<15}{value:>11}   {interval:<24}{', '.join(one['flags'])}".rstrip()
+        )
+    return lines

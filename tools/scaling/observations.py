@@ -1,0 +1,133 @@
+"""Trained models with their losses, as a CSV has them: what every fit begins with."""
+
+import csv
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_qwen.errors import DataError, Problem
+
+Array = NDArray[np.float64]
+DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
+STATUSES = (DONE, DIVERGED, FAILED, UNFINISHED)
+_NEEDED = ("params", "tokens", "loss")
+_NUMBERS = (*_NEEDED, "learning_rate", "batch_tokens", "embedding_params", "total_params", "granularity", "flops")
+_SHOWN_PROBLEMS = 20
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One trained model.
+
+    Args:
+        params: N: parameters that a token meets, without embeddings unless the file says otherwise.
+        tokens: D: tokens it was trained on.
+        loss: final loss in nats a token; NaN where it has none.
+        status: done, diverged, failed or unfinished; only done ones are fitted.
+        learning_rate: the peak, where it was varied.
+        batch_tokens: tokens of a step, where they were varied.
+        embedding_params: of the input embedding and the output matrix.
+        total_params: all parameters of a mixture, counted as ``params`` are; None is a dense model.
+        granularity: size of a dense feed-forward over that of an expert; None is a dense model.
+        flops: C; None is 6 N D.
+        name: of the cell.
+    """
+
+    params: float
+    tokens: float
+    loss: float
+    status: str = DONE
+    learning_rate: float | None = None
+    batch_tokens: float | None = None
+    embedding_params: float | None = None
+    total_params: float | None = None
+    granularity: float | None = None
+    flops: float | None = None
+    name: str = ""
+
+    @property
+    def compute(self) -> float:
+        """FLOPs of the training."""
+        return self.flops if self.flops is not None else 6.0 * self.params * self.tokens
+
+
+def read_csv(path: Path) -> list[Observation]:
+    """Reads observations; columns beyond those of ``Observation`` are left alone.
+
+    Raises:
+        DataError: with every line that cannot be used.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(Problem(str(path), None, f"cannot be read as text ({error}).")) from None
+    reader = csv.DictReader(text.splitlines())
+    columns = [name.strip() for name in reader.fieldnames or []]
+    if missing := [name for name in _NEEDED if name not in columns]:
+        fix = f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; the first line names them."
+        raise DataError(Problem(str(path), ",".join(columns) or None, fix))
+    found, problems = [], []
+    for number, row in enumerate(reader, start=2):
+        cells = {str(name).strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)}
+        wrong = list(_problems(f"{path}:{number}", cells))
+        problems += wrong
+        if not wrong:
+            found.append(_observation(cells))
+    if problems:
+        shown, rest = problems[:_SHOWN_PROBLEMS], len(problems) - _SHOWN_PROBLEMS
+        if rest > 0:
+            shown = [*shown, Problem(str(path), None, f"and {rest} more lines like these.")]
+        raise DataError(shown)
+    if not found:
+        raise DataError(Problem(str(path), None, "holds no line below its header."))
+    return found
+
+
+def _problems(where: str, cells: dict[str, str]) -> Iterable[Problem]:
+    status = cells.get("status") or DONE
+    if status not in STATUSES:
+        yield Problem(f"{where}: status", status, f"is none of {', '.join(STATUSES)}.")
+    for name in _NUMBERS:
+        text = cells.get(name, "")
+        if not text:
+            if name in _NEEDED and not (name == "loss" and status != DONE):
+                yield Problem(f"{where}: {name}", None, "is empty.")
+            continue
+        try:
+            value = float(text)
+        except ValueError:
+            yield Problem(f"{where}: {name}", text, "is no number.")
+            continue
+        if name == "loss" and status != DONE:
+            continue  # whatever a run that went wrong has printed
+        if not (math.isfinite(value) and (value > 0 or (name == "embedding_params" and value == 0))):
+            yield Problem(f"{where}: {name}", text, "must be a finite number above 0.")
+
+
+def _observation(cells: dict[str, str]) -> Observation:
+    numbers = {name: float(cells[name]) for name in _NUMBERS if cells.get(name)}
+    status = cells.get("status") or DONE
+    loss = numbers.pop("loss", math.nan) if status == DONE else math.nan
+    numbers.pop("loss", None)
+    return Observation(loss=loss, status=status, name=cells.get("name", ""), **numbers)
+
+
+def write_csv(path: Path, observations: Iterable[Observation]) -> None:
+    """Writes what ``read_csv`` reads."""
+    names = [field.name for field in fields(Observation)]
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for one in observations:
+            values = (getattr(one, name) for name in names)
+            writer.writerow("" if value is None or value != value else value for value in values)
+
+
+def column(observations: Iterable[Observation], name: str) -> Array:
+    """One field of all, NaN where it is not given."""
+    values = (getattr(one, name) for one in observations)
+    return np.array([math.nan if value is None else value for value in values], dtype=float)

@@ -1,0 +1,199 @@
+"""The loss over N and D, or over active and all parameters, granularity and D: fit, intervals, and how well it predicts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from tools.scaling import law
+from tools.scaling.law import Terms
+from tools.scaling.observations import Array
+
+LOW, HIGH = 5.0, 95.0
+# With so many points for a coefficient points are drawn anew; with fewer, residuals are.
+_MANY = 20
+
+
+@dataclass(frozen=True)
+class Points:
+    """Losses at the best settings, one a model and horizon.
+
+    Args:
+        params: N, active parameters of a mixture, [n].
+        tokens: D, [n].
+        log_loss: ln L, [n].
+        sparsity: all parameters over active ones, 1 for a dense model, [n].
+        granularity: a dense feed-forward over an expert, 1 for a dense model, [n].
+    """
+
+    params: Array
+    tokens: Array
+    log_loss: Array
+    sparsity: Array
+    granularity: Array
+
+    def only(self, chosen: Array) -> "Points":
+        """Some of them."""
+        return Points(*(getattr(self, name)[chosen] for name in ("params", "tokens", "log_loss", "sparsity", "granularity")))
+
+    @property
+    def has_mixtures(self) -> bool:
+        """Whether any is a mixture of experts."""
+        return bool((self.sparsity > 1).any())
+
+    def terms(self) -> Terms:
+        """The law over them."""
+        if self.has_mixtures:
+            return law.mixture(self.params, self.tokens, self.sparsity, self.granularity)
+        return law.chinchilla(self.params, self.tokens)
+
+
+@dataclass(frozen=True)
+class Surface:
+    """The fitted loss.
+
+    Args:
+        names: of the coefficients.
+        coefficients: [p].
+        draws: the coefficients in versions of the data, [draws, p].
+        resampled: what the versions differ in: points or residuals.
+        spread: standard deviation of ln L about the fit.
+        points: how many were fitted.
+        largest: N, D and N D of what was fitted, each the largest.
+    """
+
+    names: tuple[str, ...]
+    coefficients: Array
+    draws: Array
+    resampled: str
+    spread: float
+    points: int
+    largest: tuple[float, float, float]
+
+    def interval(self, value: Callable[[Array], Array]) -> tuple[float, float]:
+        """90 % interval of anything that follows from the coefficients.
+
+        Args:
+            value: [draws, p] -> [draws].
+        """
+        low, high = np.percentile(value(self.draws), [LOW, HIGH])
+        return float(low), float(high)
+
+    def named(self, name: str) -> float:
+        """One coefficient."""
+        return float(self.coefficients[self.names.index(name)])
+
+    def loss(self, points: Points) -> Array:
+        """L of points, [n]."""
+        return np.exp(self._terms(points).predict(self.coefficients))
+
+    def loss_draws(self, points: Points) -> Array:
+        """L of points in versions of the data, [draws, n]."""
+        return np.exp(self._terms(points).predict(self.draws))
+
+    def _terms(self, points: Points) -> Terms:
+        if "sigma" in self.names:
+            return law.mixture(points.params, points.tokens, points.sparsity, points.granularity)
+        return law.chinchilla(points.params, points.tokens)
+
+
+def fit(points: Points, *, draws: int, seed: int, delta: float = law.DELTA) -> Surface:
+    """Fits the law and its intervals.
+
+    With fewer than 20 points a coefficient, drawing points anew leaves some coefficients without data, and the
+    intervals are too narrow (the points at the ends pull the fit to themselves). Then residuals are drawn anew, each
+    raised by its point's leverage and by Student's quantile for the few that they are.
+
+    Args:
+        points: more than the law has coefficients.
+        draws: versions of the data.
+        seed: of the drawing.
+        delta: of the Huber loss.
+    """
+    terms = points.terms()
+    found = law.fit(terms, points.log_loss, delta=delta)
+    residual = points.log_loss - terms.predict(found)
+    count, free = len(residual), max(1, len(residual) - terms.size)
+    generator = np.random.default_rng(seed)
+    if count >= _MANY * terms.size:
+        weights = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
+        versions = law.refit(terms, points.log_loss[None], weights, start=found, delta=delta)
+    else:
+        raised = _raised(terms, found, residual)
+        drawn = terms.predict(found) + _smoothly(raised, (draws, count), generator)
+        versions = law.refit(terms, drawn, np.ones((1, count)), start=found, delta=delta)
+    return Surface(
+        terms.names,
+        found,
+        versions,
+        "points" if count >= _MANY * terms.size else "residuals",
+        float(np.sqrt((residual**2).sum() / free)),
+        count,
+        (float(points.params.max()), float(points.tokens.max()), float((points.params * points.tokens).max())),
+    )
+
+
+def _raised(terms: Terms, found: Array, residual: Array) -> Array:
+    """Residuals of the size that the points' scatter has: the fit takes a part of it away, most at the ends."""
+    from scipy.stats import norm, t
+
+    step = 1e-6
+    slopes = np.stack(
+        [(terms.predict(found + step * unit) - terms.predict(found - step * unit)) / (2 * step) for unit in np.eye(terms.size)],
+        axis=1,
+    )
+    orthogonal, _ = np.linalg.qr(slopes / np.maximum(np.abs(slopes).max(axis=0), 1e-300))
+    leverage = np.minimum((orthogonal**2).sum(axis=1), 0.95)
+    free = max(1, len(residual) - terms.size)
+    centred = residual / np.sqrt(1 - leverage)
+    return np.asarray((centred - centred.mean()) * (t.ppf(0.95, free) / norm.ppf(0.95)))
+
+
+def _smoothly(residual: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
+    """Residuals drawn anew from their smoothed distribution, of the same spread.
+
+    A robust fit passes exactly through some points. Residuals of zero, drawn often, would make the fit of the drawn
+    data look more certain than it is (De Angelis, Hall and Young 1993, for least absolute deviations).
+    """
+    spread = float(residual.std())
+    width = 1.06 * spread * len(residual) ** -0.2
+    drawn = residual[generator.integers(0, len(residual), shape)] + width * generator.standard_normal(shape)
+    return np.asarray(drawn * (spread / np.hypot(spread, width) if spread > 0 else 1.0))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """How a fit without the largest models foretells them.
+
+    Args:
+        params: N that was left out.
+        tokens: D of its points, [n].
+        measured: L, [n].
+        predicted: L by the fit to all smaller ones, [n].
+    """
+
+    params: float
+    tokens: Array
+    measured: Array
+    predicted: Array
+
+    @property
+    def error(self) -> float:
+        """Mean of |predicted / measured - 1|."""
+        return float(np.abs(self.predicted / self.measured - 1).mean())
+
+
+def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction | None:
+    """Fits without the largest N and predicts it; None where too few points would be left."""
+    largest = points.params.max()
+    out = points.params >= largest * (1 - 1e-9)
+    rest = points.only(~out)
+    if len(rest.params) < rest.terms().size or len(np.unique(rest.params)) < 3:
+        return None
+    left = points.only(out)
+    terms = rest.terms()
+    if left.has_mixtures and not rest.has_mixtures:
+        return None
+    found = law.fit(terms, rest.log_loss, delta=delta)
+    surface = Surface(terms.names, found, found[None], "points", 0.0, len(rest.params), (0.0, 0.0, 0.0))
+    return Prediction(float(largest), left.tokens, np.exp(left.log_loss), surface.loss(left))
