@@ -15,8 +15,8 @@ from tests.conftest import ROOT, environment, run
 PROGRAMS = [
     "launch.command",
     "launch.demo",
-    "launch.doctor", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data", "tools.generate",
-    "tools.report", "tools.bench", "tools.check", "checkpoints_convert.convert",
+    "launch.doctor", "launch.sweep", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data",
+    "tools.generate", "tools.report", "tools.bench", "tools.check", "checkpoints_convert.convert",
 ]  # fmt: skip
 HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib"}
 

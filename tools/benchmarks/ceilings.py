@@ -108,7 +108,7 @@ def _hardware(rows: Sequence[Row], rounds: int) -> Hardware:
 
 def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> ProductRate:
     """Rate, share of memory traffic and launch that explain the times, none below zero, by relative least squares."""
-    from scipy.optimize import nnls  # type: ignore[import-untyped]
+    from scipy.optimize import nnls
 
     matrix, ones = [], []
     for (m, k, n), speed in tflops.items():

@@ -1,4 +1,4 @@
-"""Where learning rate and batch are best: a quadratic in their logarithms, whose centre moves with N and D by power laws.
+"""Where learning rate and batch are best: a quadratic in logarithms, whose centre moves with N and D by power laws.
 
 Every (N, D) has a level of its own; the shape of the basin is shared and its centre is linear in ln N and ln D. Written
 out, ln L is linear in everything but the centre, which is a quotient of coefficients: one linear regression with a
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from tools.scaling.observations import Array
+from tools.scaling.observations import Array, Chosen
 
 # How far above the best a cell may lie, in ln L, to be described by the quadratic.
 WINDOW = 0.01
@@ -53,10 +53,15 @@ class Cells:
         count = np.bincount(self.group, minlength=self.groups)
         return total / np.maximum(count, 1).reshape(-1, *[1] * (values.ndim - 1))
 
-    def only(self, chosen: Array) -> "Cells":
+    def only(self, chosen: Chosen) -> "Cells":
         """Some of the cells; the groups keep their numbers."""
         return Cells(
-            self.group[chosen], self.log_params, self.log_tokens, self.settings[chosen], self.variables, self.log_loss[chosen]
+            self.group[chosen],
+            self.log_params,
+            self.log_tokens,
+            self.settings[chosen],
+            self.variables,
+            self.log_loss[chosen],
         )
 
 
@@ -83,7 +88,7 @@ class Basin:
     level: Array
     draws: Array
     spread: float
-    inside: Array
+    inside: NDArray[np.bool_]
     without_minimum: float
 
     def best(self, log_params: Array, log_tokens: Array) -> Array:
@@ -131,7 +136,7 @@ def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin
     if found is None:
         return None
     design, beta, shape = found.design, found.beta, found.shape
-    fitted, level = _levels(chosen, design, beta, at, shape)
+    fitted, level = _levels(chosen, beta, at, shape)
     residual = chosen.log_loss - fitted
     used = len(np.unique(chosen.group)) + design.shape[1]
     free = len(residual) - used
@@ -167,7 +172,7 @@ def _height(cells: Cells, at: Array, found: _Regression) -> tuple[Array, Array]:
     return height, difference - level[cells.group]
 
 
-def _nearest(height: Array, window: float, cells: Cells, at: Array) -> Array:
+def _nearest(height: Array, window: float, cells: Cells, at: Array) -> NDArray[np.bool_]:
     """Cells up to a height; the window grows until they are more than what is sought."""
     for _ in range(12):
         inside = height <= window
@@ -177,11 +182,11 @@ def _nearest(height: Array, window: float, cells: Cells, at: Array) -> Array:
         if free >= columns.shape[1] and np.linalg.matrix_rank(columns) == columns.shape[1]:
             break
         window *= 1.5
-    return np.asarray(inside)
+    return np.asarray(inside, dtype=bool)
 
 
 def _distinguishable(cells: Cells) -> tuple[str, ...]:
-    """What the centre can depend on: ln D goes where it moves with ln N in all groups, and neither where one value is."""
+    """What the centre can depend on: not on ln D where it moves with ln N in all groups, not on what has one value."""
     names = ["1", "ln_N", "ln_D"]
     for drop in ("ln_D", "ln_N"):
         block = _features(tuple(names), cells.log_params, cells.log_tokens)
@@ -219,20 +224,31 @@ def _solve(design: Array, cells: Cells) -> Array:
 
 def _shape(beta: Array, variables: int, features: int) -> tuple[Array, Array] | None:
     """Second derivatives [v, v] and the centre [features, v]; None where they are not those of a minimum."""
-    curvature, begin = np.zeros((variables, variables)), 0
-    for i in range(variables):
-        for j in range(i, variables):
-            curvature[i, j] = curvature[j, i] = beta[begin] * (2.0 if i == j else 1.0)
-            begin += 1
-    moving = beta[begin:].reshape(variables, features)
-    if np.linalg.eigvalsh(curvature)[0] <= 0:
-        return None
-    return curvature, -np.linalg.solve(curvature, moving).T
+    curvature, centre, minimum = shapes(beta[None], variables, features)
+    return (curvature[0], centre[0]) if minimum[0] else None
 
 
-def _levels(
-    cells: Cells, design: Array, beta: Array, at: Array, shape: tuple[Array, Array]
-) -> tuple[Array, Array]:
+def shapes(betas: Array, variables: int, features: int) -> tuple[Array, Array, NDArray[np.bool_]]:
+    """Second derivatives [r, v, v], centres [r, features, v] and whether they are those of a minimum, [r].
+
+    Args:
+        betas: coefficients of squares and products, then of settings times features, [r, columns].
+        variables: v.
+        features: on which the centre depends.
+    """
+    pairs = [(i, j) for i in range(variables) for j in range(i, variables)]
+    curvature = np.zeros((len(betas), variables, variables))
+    for place, (i, j) in enumerate(pairs):
+        curvature[:, i, j] = curvature[:, j, i] = betas[:, place] * (2.0 if i == j else 1.0)
+    minimum = np.linalg.eigvalsh(curvature)[:, 0] > 0
+    moving = betas[:, len(pairs) :].reshape(-1, variables, features)
+    centre = np.full((len(betas), features, variables), np.nan)
+    if minimum.any():
+        centre[minimum] = -np.linalg.solve(curvature[minimum], moving[minimum]).transpose(0, 2, 1)
+    return curvature, centre, minimum
+
+
+def _levels(cells: Cells, beta: Array, at: Array, shape: tuple[Array, Array]) -> tuple[Array, Array]:
     """ln L as fitted, [n], and at the centre of every group, [groups]."""
     columns = _columns(cells.settings, at[cells.group])
     constant = cells.mean(cells.log_loss) - cells.mean(columns) @ beta
@@ -251,6 +267,5 @@ def _draws(
     versions = fitted[:, None] + raised[generator.integers(0, len(raised), (len(raised), draws))]
     centred = versions - cells.mean(versions)[cells.group]
     betas = np.linalg.lstsq(design, centred, rcond=None)[0].T
-    shapes = [_shape(beta, cells.settings.shape[1], features) for beta in betas]
-    kept = [shape[1] for shape in shapes if shape is not None]
-    return np.array(kept).reshape(-1, features, cells.settings.shape[1]), 1 - len(kept) / max(1, draws)
+    _, centres, minimum = shapes(betas, cells.settings.shape[1], features)
+    return centres[minimum], 1 - float(minimum.mean())

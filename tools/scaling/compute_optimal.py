@@ -6,6 +6,7 @@ These are approaches 3, 2 and 1 of Hoffmann et al. (arXiv 2203.15556). C is 6 N 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tools.scaling.observations import Array
 from tools.scaling.surface import Points, Surface
@@ -105,7 +106,11 @@ def _profile(flops: float, params: Array, loss: Array) -> Profile:
     if not x.min() <= vertex + x.mean() <= x.max():
         return Profile(flops, params, loss, None, None)
     return Profile(
-        flops, params, loss, float(np.exp(vertex + x.mean())), float(np.exp(constant + first * vertex + second * vertex**2))
+        flops,
+        params,
+        loss,
+        float(np.exp(vertex + x.mean())),
+        float(np.exp(constant + first * vertex + second * vertex**2)),
     )
 
 
@@ -115,7 +120,7 @@ def from_profiles(found: list[Profile]) -> Allocation | None:
     return _power_law("isoflop", np.array([c for c, _ in inner]), np.array([n for _, n in inner]))
 
 
-def envelope(points: Points) -> Array:
+def envelope(points: Points) -> NDArray[np.int_]:
     """Which points no other beats with less compute, by index, small compute first."""
     compute = points.params * points.tokens
     order = np.argsort(compute, kind="stable")
@@ -144,7 +149,7 @@ def from_surface(surface: Surface) -> Allocation:
 
 
 def _power_law(approach: str, flops: Array, params: Array) -> Allocation | None:
-    if len(np.unique(np.round(np.log(flops), 6))) < 3 if len(flops) else True:
+    if len(set(np.round(np.log(flops), 6))) < 3:
         return None
     exponent, constant = np.polyfit(np.log(flops), np.log(params), 1)
     return Allocation(approach, float(np.exp(constant)), float(exponent), flops, params)

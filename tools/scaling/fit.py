@@ -74,7 +74,7 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     Raises:
         DataError: there is nothing to fit.
     """
-    counts = {status: 0 for status in STATUSES} | Counter(one.status for one in observations)
+    counts = dict.fromkeys(STATUSES, 0) | Counter(one.status for one in observations)
     observations = _counted_as_asked(observations, settings)
     done = [one for one in observations if one.status == DONE]
     if not done:
@@ -86,7 +86,7 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     if varied:
         cells, models = _cells(done, varied)
         basin = basins.fit(cells, draws=settings.draws, seed=settings.seed, window=settings.window)
-        inside = np.ones(len(cells.log_loss), dtype=bool) if basin is None else basin.inside
+        inside = np.full(len(cells.log_loss), True) if basin is None else basin.inside
         spread = 0.0 if basin is None else basin.spread
         blocked = _blocked(observations, models, cells)
         found = optima(cells, inside=inside, spread=spread, blocked_above=blocked)
@@ -214,7 +214,9 @@ def _surface(
     count, sizes = len(points.params), len(np.unique(np.round(np.log(points.params), 4)))
     needed = points.terms().size + 1
     if count < needed or sizes < 3 or len(np.unique(np.round(np.log(points.tokens), 2))) < 3:
-        notes.append(f"{count} models and horizons ({sizes} sizes) are too few for the law of the loss: {needed}, 3 sizes")
+        notes.append(
+            f"{count} models and horizons ({sizes} sizes) are too few for the law of the loss: {needed}, 3 sizes"
+        )
         return None, allocations, found, None
     fitted = surface.fit(points, draws=settings.draws, seed=settings.seed, delta=settings.delta)
     if fitted.named("alpha") > 0 and fitted.named("beta") > 0:

@@ -41,6 +41,7 @@ def document(fit: Fit, *, source: str) -> dict[str, Any]:
         },
         "surface": None if fit.surface is None else _surface(fit.surface),
         "settings_laws": None if fit.basin is None else _basin(fit.basin),
+        "on_par": _on_par(fit),
         "allocations": [
             {"approach": one.approach, "factor": one.factor, "exponent": one.exponent} for one in fit.allocations
         ],
@@ -75,6 +76,21 @@ def _surface(found: Surface) -> dict[str, Any]:
         "largest": list(found.largest),
         "draws": _rounded(found.draws),
     }
+
+
+def _on_par(fit: Fit) -> list[dict[str, float]]:
+    """Every kind of mixture beside its dense equal."""
+    if fit.surface is None or "sigma" not in fit.surface.names:
+        return []
+    kinds = {
+        (round(float(s), 3), round(float(g), 3))
+        for s, g in zip(fit.points.sparsity, fit.points.granularity, strict=True)
+    }
+    found = []
+    for sparsity, granularity in sorted(kinds - {(1.0, 1.0)}):
+        factor, low, high = fit.surface.on_par(sparsity, granularity)
+        found.append({"sparsity": sparsity, "granularity": granularity, "factor": factor, "low": low, "high": high})
+    return found
 
 
 _LAW = "L = E + A / N^alpha + B / D^beta"
@@ -173,10 +189,18 @@ def table(content: dict[str, Any]) -> str:
     counts = ", ".join(f"{count} {status}" for status, count in content["counts"].items() if count)
     lines.append(f"observations: {counts}; N {embeddings} embeddings; {len(content['points']['params'])} points")
     if surface := content["surface"]:
-        lines += ["", f"{surface['law']}  ({surface['points']} points, {surface['resampled']} drawn anew, 90 % intervals)"]
+        lines += [
+            "",
+            f"{surface['law']}  ({surface['points']} points, {surface['resampled']} drawn anew, 90 % intervals)",
+        ]
         for name, value in surface["coefficients"].items():
             lines.append("  " + _coefficient(name, value))
         lines.append(f"  scatter about the law {surface['spread']:.2%}")
+    for one in content["on_par"]:
+        lines.append(
+            f"a mixture with {one['sparsity']:.3g} times its active parameters, granularity {one['granularity']:.3g}, "
+            f"is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
+        )
     if laws := content["settings_laws"]:
         lines += ["", *_setting_laws(laws)]
     for one in content["allocations"]:

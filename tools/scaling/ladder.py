@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig
@@ -9,8 +10,15 @@ from megatron_qwen.estimate.parameters import count_parameters
 
 # Width over depth and feed-forward over width of Qwen2.5 by parameters without embeddings (released configurations).
 # Below the smallest its width over depth falls as it does from 1.5B to 0.5B, and no further than to 16.
-_DENSE = ((0.358e9, 37.3, 5.43), (1.31e9, 54.9, 5.83), (2.77e9, 56.9, 5.375), (6.53e9, 128.0, 5.29))
-_DENSE += ((13.2e9, 106.7, 2.7), (31.2e9, 80.0, 5.4), (70.2e9, 102.4, 3.61))
+_DENSE = (
+    (0.358e9, 37.3, 5.43),
+    (1.31e9, 54.9, 5.83),
+    (2.77e9, 56.9, 5.375),
+    (6.53e9, 128.0, 5.29),
+    (13.2e9, 106.7, 2.7),
+    (31.2e9, 80.0, 5.4),
+    (70.2e9, 102.4, 3.61),
+)
 _LEAST_ASPECT = 16.0
 # How much a shape may miss the wanted number before its ratios matter less than the number.
 _MISS, _ASPECT = 1.0, 0.03
@@ -97,7 +105,7 @@ def _ratios(params: float) -> tuple[float, float]:
     if x <= logs[0]:
         slope = math.log(_DENSE[1][1] / _DENSE[0][1]) / (logs[1] - logs[0])
         return max(_LEAST_ASPECT, _DENSE[0][1] * math.exp(slope * (x - logs[0]))), _DENSE[0][2]
-    for (low, a, f), (high, b, g) in zip(_DENSE[:-1], _DENSE[1:], strict=True):
+    for (low, a, f), (high, b, g) in pairwise(_DENSE):
         if x <= math.log(high):
             part = (x - math.log(low)) / (math.log(high) - math.log(low))
             return a ** (1 - part) * b**part, f ** (1 - part) * g**part

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tools.scaling.observations import Array
+from tools.scaling.observations import Array, Chosen
 
 DELTA = 1e-3
 _STEPS, _TOLERANCE = 300, 1e-9
@@ -42,7 +42,7 @@ class Terms:
             begin += len(block)
         return found
 
-    def only(self, chosen: Array) -> "Terms":
+    def only(self, chosen: Chosen) -> "Terms":
         """The same law over some of the points.
 
         Args:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from megatron_qwen.errors import DataError, Problem
 
 Array = NDArray[np.float64]
+Chosen = NDArray[np.bool_] | NDArray[np.int_]
 DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
 STATUSES = (DONE, DIVERGED, FAILED, UNFINISHED)
 _NEEDED = ("params", "tokens", "loss")
@@ -72,7 +73,9 @@ def read_csv(path: Path) -> list[Observation]:
         raise DataError(Problem(str(path), ",".join(columns) or None, fix))
     found, problems = [], []
     for number, row in enumerate(reader, start=2):
-        cells = {str(name).strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)}
+        cells = {
+            str(name).strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)
+        }
         wrong = list(_problems(f"{path}:{number}", cells))
         problems += wrong
         if not wrong:

@@ -1,10 +1,11 @@
-"""The best setting of every (N, D) by itself, with its uncertainty, and what is wrong with the grid it was sought on."""
+"""The best setting of every (N, D) by itself, its uncertainty, and what is wrong with the grid it was sought on."""
 
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tools.scaling.basin import Cells
+from tools.scaling.basin import Cells, shapes
 from tools.scaling.observations import Array
 
 EDGE_LOW, EDGE_HIGH, FLAT, FEW = "edge low", "edge high", "flat", "few settings"
@@ -36,7 +37,7 @@ class Optimum:
     settings: int
 
 
-def optima(cells: Cells, *, inside: Array, spread: float, blocked_above: Array) -> list[Optimum]:
+def optima(cells: Cells, *, inside: NDArray[np.bool_], spread: float, blocked_above: Array) -> list[Optimum]:
     """A quadratic in the logarithms for every (N, D), over its cells of the window.
 
     Args:
@@ -51,7 +52,9 @@ def optima(cells: Cells, *, inside: Array, spread: float, blocked_above: Array) 
         mine = cells.group == group
         every = cells.settings[mine]
         near = mine & inside
-        found += _of_group(cells, group, every, cells.settings[near], cells.log_loss[near], spread, blocked_above[group])
+        found += _of_group(
+            cells, group, every, cells.settings[near], cells.log_loss[near], spread, blocked_above[group]
+        )
     return found
 
 
@@ -113,7 +116,8 @@ def _quadratic(settings: Array, log_loss: Array, spread: float) -> tuple[Array, 
     columns = 1 + variables + len(pairs)
     middle = settings.mean(axis=0) if count else np.zeros(variables)
     x = settings - middle
-    design = np.column_stack((np.ones(count), x, *(x[:, i] * x[:, j] for i, j in pairs)))
+    squares = [x[:, i] * x[:, j] for i, j in pairs]
+    design = np.column_stack((np.ones(count), *squares, x))
     if not variables or count < columns or np.linalg.matrix_rank(design) < columns:
         return None
     beta, *_ = np.linalg.lstsq(design, log_loss, rcond=None)
@@ -122,25 +126,14 @@ def _quadratic(settings: Array, log_loss: Array, spread: float) -> tuple[Array, 
     # Few cells know little of their own scatter: that of all groups counts as five of theirs.
     variance = ((residual**2).sum() + 5 * spread**2) / (free + 5)
     covariance = variance * np.linalg.inv(design.T @ design)
-    errors = np.sqrt(np.diag(covariance))
     generator = np.random.default_rng(0)
     samples = generator.multivariate_normal(beta, covariance, size=_DRAWS, method="eigh")
-    vertices = np.array([vertex for sample in samples if (vertex := _vertex(sample, variables, pairs)) is not None])
-    centre = _vertex(beta, variables, pairs)
-    significant = [
-        bool(beta[1 + variables + k] > _SIGNIFICANT * errors[1 + variables + k]) for k, (i, j) in enumerate(pairs) if i == j
-    ]
-    if centre is None or len(vertices) < _DRAWS // 2:
-        vertices = vertices if len(vertices) else np.full((1, variables), np.nan)
-        lowest = settings[int(np.argmin(log_loss))] - middle
-        return lowest + middle, vertices + middle, [False] * variables
-    return centre + middle, vertices + middle, significant
-
-
-def _vertex(beta: Array, variables: int, pairs: list[tuple[int, int]]) -> Array | None:
-    curvature = np.zeros((variables, variables))
-    for value, (i, j) in zip(beta[1 + variables :], pairs, strict=True):
-        curvature[i, j] = curvature[j, i] = value * (2.0 if i == j else 1.0)
-    if np.linalg.eigvalsh(curvature)[0] <= 0:
-        return None
-    return np.asarray(-np.linalg.solve(curvature, beta[1 : 1 + variables]))
+    _, centres, minimum = shapes(samples[:, 1:], variables, 1)
+    vertices = centres[minimum, 0] + middle
+    _, centre, exists = shapes(beta[None, 1:], variables, 1)
+    errors = np.sqrt(np.diag(covariance))
+    along = [1 + place for place, (i, j) in enumerate(pairs) if i == j]
+    significant = [bool(beta[place] > _SIGNIFICANT * errors[place]) for place in along]
+    if not exists[0] or len(vertices) < _DRAWS // 2:
+        return settings[int(np.argmin(log_loss))], vertices if len(vertices) else settings, [False] * variables
+    return centre[0, 0] + middle, vertices, significant

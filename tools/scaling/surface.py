@@ -1,4 +1,4 @@
-"""The loss over N and D, or over active and all parameters, granularity and D: fit, intervals, and how well it predicts."""
+"""The loss over N and D, of mixtures over all parameters and granularity too: fit, intervals, how well it predicts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 from tools.scaling import law
 from tools.scaling.law import Terms
-from tools.scaling.observations import Array
+from tools.scaling.observations import Array, Chosen
 
 LOW, HIGH = 5.0, 95.0
 # With so many points for a coefficient points are drawn anew; with fewer, residuals are.
@@ -32,9 +32,11 @@ class Points:
     sparsity: Array
     granularity: Array
 
-    def only(self, chosen: Array) -> "Points":
+    def only(self, chosen: Chosen) -> "Points":
         """Some of them."""
-        return Points(*(getattr(self, name)[chosen] for name in ("params", "tokens", "log_loss", "sparsity", "granularity")))
+        return Points(
+            *(getattr(self, name)[chosen] for name in ("params", "tokens", "log_loss", "sparsity", "granularity"))
+        )
 
     @property
     def has_mixtures(self) -> bool:
@@ -91,6 +93,24 @@ class Surface:
         """L of points in versions of the data, [draws, n]."""
         return np.exp(self._terms(points).predict(self.draws))
 
+    def on_par(self, sparsity: float, granularity: float) -> tuple[float, float, float]:
+        """Parameters of the dense model on par with a mixture, over the mixture's active ones, and its 90 % interval.
+
+        A mixture of N active parameters has the loss of a dense model of N S^(sigma / alpha) G^(gamma / alpha), at any
+        D: what section 3.2 of the Qwen2.5 report (arXiv 2412.15115) used its scaling laws for.
+
+        Args:
+            sparsity: S, all parameters over active ones.
+            granularity: G, a dense feed-forward over an expert.
+        """
+        alpha, sigma, gamma = (self.names.index(name) for name in ("alpha", "sigma", "gamma"))
+
+        def factor(theta: Array) -> Array:
+            power = theta[:, sigma] * np.log(sparsity) + theta[:, gamma] * np.log(granularity)
+            return np.exp(power / theta[:, alpha])
+
+        return float(factor(self.coefficients[None])[0]), *self.interval(factor)
+
     def _terms(self, points: Points) -> Terms:
         if "sigma" in self.names:
             return law.mixture(points.params, points.tokens, points.sparsity, points.granularity)
@@ -138,10 +158,8 @@ def _raised(terms: Terms, found: Array, residual: Array) -> Array:
     from scipy.stats import norm, t
 
     step = 1e-6
-    slopes = np.stack(
-        [(terms.predict(found + step * unit) - terms.predict(found - step * unit)) / (2 * step) for unit in np.eye(terms.size)],
-        axis=1,
-    )
+    slopes = np.stack([terms.predict(found + step * unit) for unit in np.eye(terms.size)], axis=1)
+    slopes -= np.stack([terms.predict(found - step * unit) for unit in np.eye(terms.size)], axis=1)
     orthogonal, _ = np.linalg.qr(slopes / np.maximum(np.abs(slopes).max(axis=0), 1e-300))
     leverage = np.minimum((orthogonal**2).sum(axis=1), 0.95)
     free = max(1, len(residual) - terms.size)
