@@ -22,14 +22,26 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         "mq sweep",
-        description="Scaling laws: fits what trained models have shown, and prescribes the run of a larger one.",
+        description="Scaling laws: plans a study under a budget, fits what trained models have shown, and "
+        "prescribes the run of a larger one.",
         examples=[
+            "mq sweep plan study.yaml",
             "mq sweep fit runs.csv --output fit.json",
             "mq sweep prescribe fit.json --params 7e9 --tokens 1e12 --recipe qwen2_5_7b --gpus 512 --output run.yaml",
             "mq sweep prescribe fit.json --gpu-hours 20000 --recipe qwen2_5_7b --gpus 64 --gpu h200",
         ],
     )
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    plan = actions.add_parser(
+        "plan",
+        description="Expands a study into cells with parameters, FLOPs, hours, memory and a legal layout each, drops "
+        "what its budget does not allow, and writes the plan for review.",
+        examples=["mq sweep plan study.yaml", "mq sweep plan study.yaml --output plan.yaml --json"],
+        help="the cells of a study and what they cost",
+    )
+    plan.add_argument("study", type=Path, help="a study file (docs/scaling_laws.md)")
+    plan.add_argument("--output", type=Path, help="where the plan is written; beside the study as NAME.plan.yaml")
+    plan.add_argument("--json", action="store_true")
     fit = actions.add_parser(
         "fit",
         description="Fits learning rate, batch and loss over model size and tokens, with intervals and the error of "
@@ -77,8 +89,26 @@ def main(arguments: Sequence[str]) -> int:
     options, overrides = parser().parse_known_args(arguments)
     if overrides and options.action not in _TAKES_OVERRIDES:
         raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}. See mq sweep {options.action} --help.")
-    actions: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {"fit": _fit, "prescribe": _prescribe}
+    actions: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
+        "plan": _plan,
+        "fit": _fit,
+        "prescribe": _prescribe,
+    }
     return actions[options.action](options, overrides)
+
+
+def _plan(options: argparse.Namespace, _: list[str]) -> int:
+    from tools.scaling import plan
+    from tools.scaling.study import read_study
+
+    content = plan.document(plan.make_plan(read_study(options.study)))
+    output = options.output or options.study.with_suffix(".plan.yaml")
+    plan.write(output, content)
+    if options.json:
+        print(json.dumps(content, indent=1))
+    else:
+        print(plan.table(content), f"written: {output}", sep="\n")
+    return 0
 
 
 def _fit(options: argparse.Namespace, _: list[str]) -> int:

@@ -49,8 +49,10 @@ class Shape:
 
     @property
     def name(self) -> str:
-        """Such as ``l4_h128``."""
-        return f"l{self.model.num_layers}_h{self.model.hidden_size}"
+        """Such as ``l4_h128_f512``, or ``l4_h128_e8x64`` for eight experts of 64."""
+        model = self.model
+        width = f"e{model.num_moe_experts}x{model.moe_ffn_hidden_size}" if model.is_moe else f"f{model.ffn_hidden_size}"
+        return f"l{model.num_layers}_h{model.hidden_size}_{width}"
 
 
 def shape_of(model: ModelConfig) -> Shape:
