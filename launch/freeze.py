@@ -124,7 +124,7 @@ def job_settings(request: Request) -> JobSettings:
 
 def _mounted(request: Request) -> list[Path]:
     """Directories that the ranks need inside a container."""
-    data, load = request.config.data, request.config.checkpoint.load
+    data, checkpoint = request.config.data, request.config.checkpoint
     wanted = [request.run_dir]
     wanted += [Path(data.path).parent] if data.path and "://" not in data.path else []
     if data.blend:
@@ -135,7 +135,7 @@ def _mounted(request: Request) -> list[Path]:
                 if "://" not in source.path
             }
         )
-    wanted += [Path(path) for path in (data.tokenizer, load) if path]
+    wanted += [Path(path) for path in (data.tokenizer, checkpoint.load, checkpoint.branch_from) if path]
     return list(dict.fromkeys(wanted))
 
 

@@ -138,10 +138,11 @@ def absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(path: str | None) -> str | None:
         return path if path is None or "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
 
-    data, load = config.data, config.checkpoint.load
+    data, checkpoint = config.data, config.checkpoint
     paths = {name: absolute(getattr(data, name)) for name in ("path", "blend", "tokenizer")}
     config = config.with_section("data", **paths)
-    return config.with_section("checkpoint", load=absolute(load))
+    begins = {name: absolute(getattr(checkpoint, name)) for name in ("load", "branch_from")}
+    return config.with_section("checkpoint", **begins)
 
 
 def smallest_world(config: RunConfig) -> int:

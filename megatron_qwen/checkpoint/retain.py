@@ -1,22 +1,27 @@
 """Which checkpoints are kept."""
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwen.checkpoint.paths import MANIFEST, abandoned, committed
 
 
-def superseded(iterations: list[int], *, keep_last: int, keep_every: int | None) -> list[int]:
+def superseded(
+    iterations: list[int], *, keep_last: int, keep_every: int | None, keep_at: Sequence[int] = ()
+) -> list[int]:
     """Iterations that may go: not among the newest, and not kept for good."""
     newest = sorted(iterations, reverse=True)[:keep_last]
     return [
         iteration
         for iteration in iterations
-        if iteration not in newest and not (keep_every and iteration % keep_every == 0)
+        if iteration not in (*newest, *keep_at) and not (keep_every and iteration % keep_every == 0)
     ]
 
 
-def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) -> list[Path]:
+def prune(
+    root: Path, *, newest: int, keep_last: int, keep_every: int | None, keep_at: Sequence[int] = ()
+) -> list[Path]:
     """Deletes superseded checkpoints, manifest first so that none is ever half there, and returns them.
 
     Args:
@@ -25,9 +30,11 @@ def prune(root: Path, *, newest: int, keep_last: int, keep_every: int | None) ->
             checkpoint); they count for nothing and are left alone.
         keep_last: newest checkpoints to keep.
         keep_every: multiples of this many iterations are kept for good.
+        keep_at: iterations that are kept for good.
     """
     found = {iteration: path for iteration, path in committed(root) if iteration <= newest}
-    gone = [found[iteration] for iteration in superseded(list(found), keep_last=keep_last, keep_every=keep_every)]
+    old = superseded(list(found), keep_last=keep_last, keep_every=keep_every, keep_at=keep_at)
+    gone = [found[iteration] for iteration in old]
     for path in gone:
         (path / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(path)

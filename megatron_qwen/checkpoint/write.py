@@ -5,7 +5,7 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,21 @@ class CheckpointWriter:
         attempts: the run's attempts; one that is no longer the newest of them commits nothing.
         keep_last: newest checkpoints to keep.
         keep_every: multiples of this many iterations are kept for good.
+        keep_at: iterations that are kept for good.
     """
 
     def __init__(
-        self, root: Path, *, attempt: int, attempts: AttemptLog, keep_last: int, keep_every: int | None
+        self,
+        root: Path,
+        *,
+        attempt: int,
+        attempts: AttemptLog,
+        keep_last: int,
+        keep_every: int | None,
+        keep_at: Sequence[int] = (),
     ) -> None:
         self.root, self.attempt, self.attempts = root, attempt, attempts
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.keep_at = keep_last, keep_every, keep_at
         self._pending: _Pending | None = None
         # The core would start a manager process for this queue; threads of this process need none.
         filesystem_async._results_queue = queue.Queue()
@@ -213,7 +221,7 @@ class CheckpointWriter:
 
     def _prune(self, newest: int) -> None:
         try:
-            prune(self.root, newest=newest, keep_last=self.keep_last, keep_every=self.keep_every)
+            prune(self.root, newest=newest, keep_last=self.keep_last, keep_every=self.keep_every, keep_at=self.keep_at)
         except OSError as error:  # the checkpoint is committed; an old one that stays is no failure of it
             log.warning("a checkpoint that is no longer kept could not be deleted: %s", error)
 

@@ -21,7 +21,19 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
     found = [problem for section in SECTION_TYPES for problem in bound_problems(section, getattr(config, section))]
     if found:
         return found  # the rules divide by sizes that must be positive
-    for rule in (_shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute):
+    for rule in (
+        _shape,
+        _data,
+        _moe,
+        _tensor,
+        _pipeline,
+        _context,
+        _expert,
+        _precision,
+        _optimizer,
+        _checkpoint,
+        _recompute,
+    ):
         found += rule(config)
     if world_size is not None:
         found += _world(config, world_size)
@@ -238,6 +250,15 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         yield Problem("precision.emulate_fp8", "true", "is the torch backend's; set precision.backend=torch or auto.")
 
 
+def _checkpoint(config: RunConfig) -> Iterator[Problem]:
+    checkpoint = config.checkpoint
+    if checkpoint.load is not None and checkpoint.branch_from is not None:
+        fix = "goes instead of checkpoint.load; set one of them to null."
+        yield Problem("checkpoint.branch_from", checkpoint.branch_from, fix)
+    if wrong := [iteration for iteration in checkpoint.save_at if iteration < 1]:
+        yield Problem("checkpoint.save_at", wrong, "must be iterations from 1 on.")
+
+
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
     optim, parallel, iters = config.optim, config.parallel, config.training.train_iters
     if optim.min_learning_rate > optim.learning_rate:
@@ -334,3 +355,8 @@ def _rampup(config: RunConfig, step: int) -> Iterator[Problem]:
             "micro batch x DP",
             "every batch of the ramp must be whole.",
         )
+
+
+_RULES = (
+    _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _checkpoint, _recompute,
+)  # fmt: skip

@@ -244,6 +244,14 @@ class CheckpointConfig:
     keep_every: int | None = setting(
         None, doc="Checkpoints at multiples of this many iterations are kept for good.", minimum=1
     )
+    save_at: tuple[int, ...] = setting(
+        (), doc="Further iterations after which a checkpoint is written; these are kept for good."
+    )
+    branch_from: str | None = setting(
+        None,
+        doc="Checkpoint of another run to go on from where the run directory has none: weights, optimizer, iteration, "
+        "place in the data and generators. Schedule and length are this run's.",
+    )
     load: str | None = setting(
         None, doc="Checkpoint to start from where the run directory has none: weights and optimizer, at iteration 0."
     )

@@ -124,18 +124,19 @@ def _log_data(parts: Parts) -> None:
 
 
 def resume(parts: Parts, directory: RunDirectory) -> int:
-    """Loads the newest good checkpoint of the run, else the one to start from, else nothing.
+    """Loads the newest good checkpoint of the run, else the one to branch or to start from, else nothing.
 
     Returns:
         The iteration training goes on from.
     """
     settings = parts.config.checkpoint
     try:
-        candidates, own = find.resolve(directory.checkpoints), True
+        candidates, goes_on = find.resolve(directory.checkpoints), True
     except CheckpointError:
-        if settings.load is None:
+        beginning = settings.branch_from or settings.load
+        if beginning is None:
             return 0
-        candidates, own = find.resolve(Path(settings.load)), False
+        candidates, goes_on = find.resolve(Path(beginning)), settings.branch_from is not None
     chosen = find.newest_good(candidates, strict=settings.strict)
     # A model of another shape is refused by name here, before the core meets it.
     reader = CheckpointReader(chosen.path)
@@ -146,7 +147,7 @@ def resume(parts: Parts, directory: RunDirectory) -> int:
     )
     if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
         log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
-    if not own:
+    if not goes_on:
         return 0
     parts.progress.restore(saved["progress"])
     if "data" not in saved:
@@ -180,6 +181,7 @@ def build_callbacks(
         attempts=AttemptLog(directory.attempts),
         keep_last=config.checkpoint.keep_last,
         keep_every=config.checkpoint.keep_every,
+        keep_at=config.checkpoint.save_at,
     )
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks: list[Callback] = []

@@ -1,38 +1,22 @@
 """What hangs on the loop: metrics, ramps, profiles, background saves, validation, starting from another run."""
 
 import importlib.util
-import json
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
-from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.training_data import TrainingData
 from megatron_qwen.recipes.registry import RECIPES
-from megatron_qwen.rundir import RunDirectory
 from tests.conftest import run
-from tests.distributed import jobs
+from tests.training.attempts import attempt, configure
 
 LINE = {
     "iteration", "consumed_samples", "consumed_tokens", "lm_loss", "grad_norm", "learning_rate", "step_time_s",
     "tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device", "mfu", "skipped", "attempt",
 }  # fmt: skip
-
-
-def attempt(pool: Any, ranks: int, config: RunConfig, run_dir: Path) -> list[dict[str, Any]]:
-    """Runs one attempt; returns the records."""
-    RunDirectory(run_dir).claim(config)
-    assert pool[ranks].run(jobs.attempt, config, run_dir) == [0] * ranks
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-
-def configure(recipe: str, tokens: Path, *overrides: str) -> RunConfig:
-    return resolve(recipe, [f"data.path={tokens}", *overrides], RECIPES)
 
 
 def test_metrics_of_a_mixture_of_experts(pool, tokens, tmp_path):

@@ -35,6 +35,7 @@ class Checkpointing(Callback):
         """
         settings = trainer.parts.config.checkpoint
         self._due |= settings.save_interval > 0 and record.iteration % settings.save_interval == 0
+        self._due |= record.iteration in settings.save_at
         if self._due and not record.result.skipped:
             self._due = False
             self.save(trainer.parts, background=settings.async_save)
