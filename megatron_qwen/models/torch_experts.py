@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_qwen import device
+from megatron_qwen.models.arrival import arrived_weight
 
 # torch's kernel for products of groups wants the weights side by side: a copy of them, which the loop saves.
 _KERNEL_FROM_CAPABILITY = (9, 0)
@@ -36,8 +37,8 @@ class GroupedExperts(SequentialMLP):
             [n, h], and no bias.
         """
         assert not self.config.moe_apply_probs_on_input
-        first = [expert.linear_fc1.weight for expert in self.local_experts]
-        second = [expert.linear_fc2.weight for expert in self.local_experts]
+        first = [arrived_weight(expert.linear_fc1) for expert in self.local_experts]
+        second = [arrived_weight(expert.linear_fc2) for expert in self.local_experts]
         counts = tuple(tokens_per_expert.tolist())
         return _Experts.apply(permuted_local_hidden_states, permuted_probs, counts, *first, *second), None
 

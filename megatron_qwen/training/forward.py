@@ -10,6 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.batches import Batch
+from megatron_qwen.models.arrival import arrived_weight
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.models.loss import output_loss
 from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
@@ -40,7 +41,8 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
     ) -> Any:
         return output_loss(
             hidden_states,
-            output_layer.weight if output_weight is None else output_weight,
+            # Tied to the embedding of the same rank it has none of its own, and the embedding was called.
+            output_weight if output_layer.weight is None else arrived_weight(output_layer),
             context.labels,
             context.loss_mask,
             groups=groups,

@@ -126,6 +126,30 @@ def _kinds(part: Any) -> tuple[str, ...]:
     return ("param", *part.optimizer_state_keys)
 
 
+def with_buckets(config: RunConfig, bucket_size: int | None) -> Any:
+    """A run whose gradients lie in buckets of so many scalars; the core's own are larger than these models."""
+    from megatron_qwen.models import build
+    from megatron_qwen.training.setup import build_parts
+
+    plain = build.DistributedDataParallelConfig
+    if bucket_size is not None:
+        build.DistributedDataParallelConfig = partial(plain, bucket_size=bucket_size)  # type: ignore[misc,assignment]
+    try:
+        parts = build_parts(config)
+    finally:
+        build.DistributedDataParallelConfig = plain  # type: ignore[misc]
+    # The core has one bucket on the later stages of a pipeline.
+    buckets = len(parts.model.chunks[0].buffers[0].buckets)
+    assert bucket_size is None or buckets > 3 or parts.groups.pp.rank() > 0
+    return parts
+
+
+def train_in_buckets(config: RunConfig, steps: int, bucket_size: int) -> list[float]:
+    """Losses of some steps."""
+    parts = with_buckets(config, bucket_size)
+    return [step(parts).loss for _ in range(steps)]
+
+
 def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[tuple[str, int, float]]:
     """Of every kind of state: parameters that this rank gathered whole, and the largest difference from their shards.
 
@@ -133,17 +157,7 @@ def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[t
     """
     import torch.distributed as dist
 
-    from megatron_qwen.models import build
-    from megatron_qwen.training.setup import build_parts
-
-    plain = build.DistributedDataParallelConfig
-    if bucket_size is not None:  # the core's own is larger than these models
-        build.DistributedDataParallelConfig = partial(plain, bucket_size=bucket_size)  # type: ignore[misc,assignment]
-    try:
-        parts = build_parts(config)
-    finally:
-        build.DistributedDataParallelConfig = plain  # type: ignore[misc]
-    assert bucket_size is None or len(parts.model.chunks[0].buffers[0].buckets) > 3
+    parts = with_buckets(config, bucket_size)
     step(parts)
     compared = []
     for part in parts.optimizer.chained_optimizers:

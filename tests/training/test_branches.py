@@ -59,7 +59,7 @@ def test_a_branch_resumes_from_itself(stem, pool, tokens, tmp_path):
 def test_a_stem_that_is_not_there(pool, tokens, tmp_path):
     config = configure("tiny_dense", tokens, *WSD, f"checkpoint.branch_from={tmp_path}")
     RunDirectory(tmp_path / "run").claim(config)
-    with pytest.raises(RankError, match="CheckpointError: .*no committed checkpoint"):
+    with pytest.raises(RankError, match=r"CheckpointError: .*no committed checkpoint"):
         pool[2].run(jobs.attempt, config, tmp_path / "run")
 
 
