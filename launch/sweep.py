@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
         "source",
         type=Path,
         help="a CSV with params, tokens, loss, and as far as known learning_rate, batch_tokens, status, "
-        "embedding_params, total_params, granularity, flops, name",
+        "embedding_params, total_params, granularity, name",
     )
     fit.add_argument("--output", type=Path, help="where the fit is written; beside the CSV as NAME.fit.json")
     fit.add_argument("--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (out)")
@@ -98,11 +98,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _plan(options: argparse.Namespace, _: list[str]) -> int:
+    output = options.output or options.study.with_suffix(".plan.yaml")
+    if not output.parent.is_dir():
+        raise ConfigError(Problem("--output", output, "lies in a folder that does not exist; make it first."))
     from tools.scaling import plan
     from tools.scaling.study import read_study
 
     content = plan.document(plan.make_plan(read_study(options.study)))
-    output = options.output or options.study.with_suffix(".plan.yaml")
     plan.write(output, content)
     if options.json:
         print(json.dumps(content, indent=1))
@@ -115,8 +117,13 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     problems = [
         Problem(f"--{name}", value, "must be above 0.")
         for name, value in (("draws", options.draws), ("delta", options.delta), ("window", options.window))
-        if not value > 0
+        if not 0 < value < float("inf")
     ]
+    if options.seed < 0:
+        problems.append(Problem("--seed", options.seed, "must be at least 0."))
+    output = options.output or options.source.with_suffix(".fit.json")
+    if not output.parent.is_dir():
+        problems.append(Problem("--output", output, "lies in a folder that does not exist; make it first."))
     if problems:
         raise ConfigError(problems)
     from tools.scaling import fit_file
@@ -125,7 +132,6 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
 
     settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
     content = fit_file.document(fit(read_csv(options.source), settings), source=str(options.source.absolute()))
-    output = options.output or options.source.with_suffix(".fit.json")
     fit_file.write(output, content)
     if options.json:
         print(json.dumps(content, indent=1))

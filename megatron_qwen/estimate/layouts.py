@@ -167,6 +167,7 @@ def _judge(
     one = config.with_section("precision", use_precision_aware_optimizer=bool(lean))
     memory, need = _memory(one, world_size)
     may = lean is None and config.precision.dtype == "bf16" and config.precision.backend != "torch"
+    may = may and not config.performance.optimizer_offload_fraction
     if need > device.memory_gib and may:
         one = config.with_section("precision", use_precision_aware_optimizer=True)
         memory, need = _memory(one, world_size)

@@ -19,6 +19,10 @@ WINDOW = 0.01
 # A cell of the window that is seen so many windows above the best of its group is no part of the basin: it blew up.
 _SEEN = 4.0
 _ROUNDS = 20
+# Standard deviation of ln N, and of ln D about its line over ln N, below which a study does not tell what they do.
+TOLD_APART = 0.2
+# From so many (N, D) on, versions of the data keep what the cells of one have in common.
+_GROUPS = 6
 
 
 @dataclass(frozen=True)
@@ -186,14 +190,13 @@ def _nearest(height: Array, window: float, cells: Cells, at: Array) -> NDArray[n
 
 
 def _distinguishable(cells: Cells) -> tuple[str, ...]:
-    """What the centre can depend on: not on ln D where it moves with ln N in all groups, not on what has one value."""
-    names = ["1", "ln_N", "ln_D"]
-    for drop in ("ln_D", "ln_N"):
+    """What the centre can depend on: what differs between the groups, and not only along with what is there already."""
+    names = ["1"]
+    for name, values in (("ln_N", cells.log_params), ("ln_D", cells.log_tokens)):
         block = _features(tuple(names), cells.log_params, cells.log_tokens)
-        scale = block - np.concatenate((np.zeros(1), block[:, 1:].mean(axis=0)))
-        if np.linalg.matrix_rank(scale, tol=1e-3 * np.sqrt(len(block))) == len(names):
-            break
-        names.remove(drop)
+        rest = values - block @ np.linalg.lstsq(block, values, rcond=None)[0]
+        if rest.std() > TOLD_APART:
+            names.append(name)
     return tuple(names)
 
 
@@ -261,10 +264,20 @@ def _draws(
     cells: Cells, design: Array, fitted: Array, residual: Array, spread: float, draws: int, seed: int, features: int
 ) -> tuple[Array, float]:
     """Centres in versions of the data, and the share of those without one."""
+    nothing = np.zeros((0, features, cells.settings.shape[1]))
+    if spread == 0.0 and len(residual) <= design.shape[1] + len(np.unique(cells.group)):
+        return nothing, 0.0  # as many coefficients as cells: nothing is left to tell how sure they are
     generator = np.random.default_rng(seed)
-    size = float(np.sqrt((residual**2).mean())) if len(residual) else 0.0
+    size = float(np.sqrt((residual**2).mean()))
+    groups = len(np.unique(cells.group))
     raised = (residual - residual.mean()) * (spread / size if size > 0 else 0.0)
-    versions = fitted[:, None] + raised[generator.integers(0, len(raised), (len(raised), draws))]
+    if groups >= _GROUPS:
+        # The optimum of a group may lie beside the law: its residuals change sign together (Cameron, Gelbach and
+        # Miller 2008, the wild cluster bootstrap).
+        signs = generator.choice((-1.0, 1.0), size=(cells.groups, draws)) * np.sqrt(groups / (groups - 1))
+        versions = fitted[:, None] + raised[:, None] * signs[cells.group]
+    else:
+        versions = fitted[:, None] + raised[generator.integers(0, len(raised), (len(raised), draws))]
     centred = versions - cells.mean(versions)[cells.group]
     betas = np.linalg.lstsq(design, centred, rcond=None)[0].T
     _, centres, minimum = shapes(betas, cells.settings.shape[1], features)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tools.scaling.observations import Array
-from tools.scaling.surface import Points, Surface
+from tools.scaling.surface import Points, Surface, fittable
 
 _PROFILES = 9
 
@@ -43,6 +43,7 @@ class Allocation:
         exponent: of C.
         flops: of the points it was fitted to, [n].
         params: best N there, [n].
+        interval: 90 % of the exponent; None where there are no versions of the data.
     """
 
     approach: str
@@ -50,6 +51,7 @@ class Allocation:
     exponent: float
     flops: Array
     params: Array
+    interval: tuple[float, float] | None = None
 
 
 def profiles(points: Points) -> list[Profile]:
@@ -133,19 +135,28 @@ def envelope(points: Points) -> NDArray[np.int_]:
 
 
 def from_envelope(points: Points) -> Allocation | None:
-    """Approach 1 over final losses: a power law through N of the points on the envelope."""
-    kept = envelope(points)
-    chosen = points.only(kept)
+    """Approach 1 over final losses: a power law through N of the dense points on the envelope."""
+    dense = points.only(points.sparsity <= 1)
+    chosen = dense.only(envelope(dense))
+    if not len(dense.params) or not fittable(dense) or len(np.unique(chosen.params)) < 3:
+        return None
     return _power_law("envelope", 6 * chosen.params * chosen.tokens, chosen.params)
 
 
-def from_surface(surface: Surface) -> Allocation:
-    """Approach 3: where A / N^alpha + B / D^beta is least under 6 N D = C, in closed form."""
+def from_surface(surface: Surface) -> Allocation | None:
+    """Approach 3: where A / N^alpha + B / D^beta is least under 6 N D = C, in closed form; None if nowhere."""
     alpha, beta = surface.named("alpha"), surface.named("beta")
+    if not (alpha > 0 and beta > 0):
+        return None
     ln_factor = (np.log(alpha / beta) + surface.named("ln_A") - surface.named("ln_B")) / (alpha + beta)
     exponent = beta / (alpha + beta)
+    ln_factor -= exponent * np.log(6.0)
+    if not abs(ln_factor) < 700:
+        return None
+    first, second = surface.names.index("alpha"), surface.names.index("beta")
+    interval = surface.interval(lambda theta: theta[:, second] / (theta[:, first] + theta[:, second]))
     empty = np.array([])
-    return Allocation("surface", float(np.exp(ln_factor) * 6.0**-exponent), float(exponent), empty, empty)
+    return Allocation("surface", float(np.exp(ln_factor)), float(exponent), empty, empty, interval)
 
 
 def _power_law(approach: str, flops: Array, params: Array) -> Allocation | None:

@@ -16,6 +16,8 @@ from tools.scaling.optimum import Optimum, optima
 from tools.scaling.surface import Points, Prediction, Surface
 
 VARIABLES = ("learning_rate", "batch_tokens")
+# In ln D.
+_SAME_HORIZON = 0.03
 
 
 @dataclass(frozen=True)
@@ -80,17 +82,22 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     if not done:
         raise DataError(Problem("observations", len(observations), "hold none that is done; there is nothing to fit."))
     notes = [f"{counts[status]} {status}, not fitted" for status in STATUSES if status != DONE and counts[status]]
+    if unknown := sum(one.total_params is not None and one.granularity is None for one in done):
+        notes.append(f"{unknown} mixtures have no granularity: it is left out of the law")
+        done = [replace(one, granularity=None) for one in done]
     varied = _varied(done)
     basin: Basin | None = None
     found: list[Optimum] = []
     if varied:
-        cells, models = _cells(done, varied)
+        complete = [one for one in done if all(getattr(one, name) is not None for name in varied)]
+        if len(complete) < len(done):
+            notes.append(f"{len(done) - len(complete)} observations without {' or '.join(varied)}, not fitted")
+        cells, models = _cells(complete, varied)
         basin = basins.fit(cells, draws=settings.draws, seed=settings.seed, window=settings.window)
         inside = np.full(len(cells.log_loss), True) if basin is None else basin.inside
         spread = 0.0 if basin is None else basin.spread
-        blocked = _blocked(observations, models, cells)
-        found = optima(cells, inside=inside, spread=spread, blocked_above=blocked)
-        points, source = _best(cells, models, basin)
+        found = optima(cells, inside=inside, spread=spread, blocked_above=_blocked(observations, models, cells))
+        points, source = _best(cells, models, basin, notes)
         notes += _basin_notes(cells, basin)
     else:
         points = _points(done, np.log(column(done, "loss")))
@@ -102,7 +109,7 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
 def _counted_as_asked(observations: Sequence[Observation], settings: Settings) -> list[Observation]:
     if not settings.embeddings:
         return list(observations)
-    if missing := sum(one.embedding_params is None for one in observations):
+    if missing := sum(one.embedding_params is None for one in observations if one.status == DONE):
         fix = f"is empty for {missing} observations; N with embeddings needs it."
         raise DataError(Problem("embedding_params", None, fix))
     counted = []
@@ -115,35 +122,40 @@ def _counted_as_asked(observations: Sequence[Observation], settings: Settings) -
 
 def _varied(done: Sequence[Observation]) -> tuple[str, ...]:
     """Settings that differ within some (N, D)."""
+    models = _models(done)
     found = []
     for name in VARIABLES:
-        values = column(done, name)
-        if np.isnan(values).any():
-            continue
-        seen: dict[object, set[float]] = {}
-        for one, value in zip(done, values, strict=True):
-            seen.setdefault(_model(one), set()).add(round(float(np.log(value)), 6))
-        if any(len(each) > 1 for each in seen.values()):
+        known = [[value for one in group if (value := getattr(one, name)) is not None] for group in models]
+        if any(len({round(float(np.log(value)), 6) for value in values}) > 1 for values in known):
             found.append(name)
     return tuple(found)
 
 
-def _model(one: Observation) -> tuple[float, ...]:
-    """What makes two observations the same model and horizon; tokens may differ by a step of the batch."""
-    return (
-        round(float(np.log(one.params)), 4),
-        round(float(np.log(one.tokens)) * 100) / 100,
-        round(float(np.log(one.total_params or one.params)), 4),
-        round(float(np.log(one.granularity or 1.0)), 4),
-    )
+def _shape(one: Observation) -> tuple[float, ...]:
+    """What makes two observations the same model."""
+    sizes = (one.params, one.total_params or one.params, one.granularity or 1.0)
+    return tuple(round(float(np.log(size)), 4) for size in sizes)
+
+
+def _models(observations: Sequence[Observation]) -> list[list[Observation]]:
+    """Observations of the same model and horizon; tokens may differ by what whole steps of a batch make of them."""
+    shapes: dict[object, list[Observation]] = {}
+    for one in observations:
+        shapes.setdefault(_shape(one), []).append(one)
+    groups: list[list[Observation]] = []
+    for members in shapes.values():
+        first = -np.inf
+        for one in sorted(members, key=lambda one: one.tokens):
+            if np.log(one.tokens) - first > _SAME_HORIZON:
+                groups.append([])
+                first = np.log(one.tokens)
+            groups[-1].append(one)
+    return groups
 
 
 def _cells(done: Sequence[Observation], varied: tuple[str, ...]) -> tuple[Cells, list[list[Observation]]]:
     """Cells by group, and the observations of each group."""
-    groups: dict[object, list[Observation]] = {}
-    for one in done:
-        groups.setdefault(_model(one), []).append(one)
-    members = list(groups.values())
+    members = _models(done)
     order = [one for group in members for one in group]
     number = np.repeat(np.arange(len(members)), [len(group) for group in members])
     return Cells(
@@ -158,25 +170,28 @@ def _cells(done: Sequence[Observation], varied: tuple[str, ...]) -> tuple[Cells,
 
 def _blocked(observations: Sequence[Observation], models: list[list[Observation]], cells: Cells) -> Array:
     """Whether something larger than all that is done has diverged, [groups, v]."""
-    keys = {_model(group[0]): index for index, group in enumerate(models)}
     blocked = np.zeros((len(models), len(cells.variables)), dtype=bool)
-    for one in observations:
-        if one.status != DIVERGED or (index := keys.get(_model(one))) is None:
-            continue
+    diverged = [one for one in observations if one.status == DIVERGED]
+    for index, group in enumerate(models):
         highest = cells.settings[cells.group == index].max(axis=0)
-        for v, name in enumerate(cells.variables):
-            value = getattr(one, name)
-            blocked[index, v] |= value is not None and np.log(value) > highest[v] + 1e-9
+        for one in diverged:
+            if _shape(one) != _shape(group[0]) or abs(np.log(one.tokens) - cells.log_tokens[index]) > _SAME_HORIZON:
+                continue
+            for v, name in enumerate(cells.variables):
+                value = getattr(one, name)
+                blocked[index, v] |= value is not None and np.log(value) > highest[v] + 1e-9
     return blocked
 
 
-def _best(cells: Cells, models: list[list[Observation]], basin: Basin | None) -> tuple[Points, str]:
+def _best(cells: Cells, models: list[list[Observation]], basin: Basin | None, notes: list[str]) -> tuple[Points, str]:
     """Loss of every (N, D) at its best setting."""
     heads = [group[0] for group in models]
     lowest = np.full(cells.groups, np.inf)
     np.minimum.at(lowest, cells.group, cells.log_loss)
     if basin is None:
         return _points(heads, lowest, tokens=np.exp(cells.log_tokens)), "the lowest cell of every model and horizon"
+    if lost := int(np.isnan(basin.level).sum()):
+        notes.append(f"{lost} models and horizons have no cell near the best settings: their lowest cell is used")
     level = np.where(np.isnan(basin.level), lowest, basin.level)
     return _points(heads, level, tokens=np.exp(cells.log_tokens)), "the fitted basin at its centre"
 
@@ -201,8 +216,13 @@ def _basin_notes(cells: Cells, basin: Basin | None) -> list[str]:
     ]
     if missing := [name for name in ("ln_N", "ln_D") if name not in basin.features]:
         notes.append(f"the study does not tell how the best {names} move with {' and '.join(missing)}")
+    if not len(basin.draws):
+        notes.append(
+            f"there are no more cells than the basin over {names} has coefficients: nothing tells how sure it is"
+        )
     if basin.without_minimum > 0.01:
-        notes.append(f"{basin.without_minimum:.0%} of the versions of the data have no minimum over {names}")
+        share = f"{basin.without_minimum:.0%} of the versions of the data have no minimum over {names}"
+        notes.append(share + (": intervals of the best do not hold" if basin.without_minimum > 0.1 else ""))
     return notes
 
 
@@ -211,16 +231,21 @@ def _surface(
 ) -> tuple[Surface | None, list[Allocation], list[Profile], Prediction | None]:
     found = compute_optimal.profiles(points)
     allocations = [one for one in (compute_optimal.from_envelope(points), compute_optimal.from_profiles(found)) if one]
-    count, sizes = len(points.params), len(np.unique(np.round(np.log(points.params), 4)))
     needed = points.terms().size + 1
-    if count < needed or sizes < 3 or len(np.unique(np.round(np.log(points.tokens), 2))) < 3:
+    if len(points.params) < needed or not surface.fittable(points):
         notes.append(
-            f"{count} models and horizons ({sizes} sizes) are too few for the law of the loss: {needed}, 3 sizes"
+            f"{len(points.params)} points do not make a law of the loss: it takes {needed}, three sizes and three "
+            "horizons, and tokens that do not go with the size in one line"
         )
         return None, allocations, found, None
     fitted = surface.fit(points, draws=settings.draws, seed=settings.seed, delta=settings.delta)
-    if fitted.named("alpha") > 0 and fitted.named("beta") > 0:
-        allocations.append(compute_optimal.from_surface(fitted))
+    if not (fitted.named("alpha") > 0 and fitted.named("beta") > 0):
+        notes.append("the loss does not fall with both size and tokens: there is no law of it")
+        return None, allocations, found, None
+    if points.has_mixtures and (missing := {"sigma", "gamma"} - set(fitted.names)):
+        notes.append(f"the mixtures do not tell {' and '.join(sorted(missing))}")
+    if allocation := compute_optimal.from_surface(fitted):
+        allocations.append(allocation)
     left_out = surface.leave_largest_out(points, delta=settings.delta)
     if left_out is None:
         notes.append("too few sizes to leave the largest out and predict it")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def document(fit: Fit, *, source: str) -> dict[str, Any]:
         "settings_laws": None if fit.basin is None else _basin(fit.basin),
         "on_par": _on_par(fit),
         "allocations": [
-            {"approach": one.approach, "factor": one.factor, "exponent": one.exponent} for one in fit.allocations
+            {"approach": one.approach, "factor": one.factor, "exponent": one.exponent, "interval": one.interval}
+            for one in fit.allocations
         ],
         "profiles": [
             {
@@ -65,7 +67,7 @@ def document(fit: Fit, *, source: str) -> dict[str, Any]:
 def _surface(found: Surface) -> dict[str, Any]:
     low, high = np.percentile(found.draws, [5, 95], axis=0)
     return {
-        "law": "L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta" if "sigma" in found.names else _LAW,
+        "law": _law(found.names),
         "coefficients": {
             name: {"value": float(value), "low": float(a), "high": float(b)}
             for name, value, a, b in zip(found.names, found.coefficients, low, high, strict=True)
@@ -80,7 +82,7 @@ def _surface(found: Surface) -> dict[str, Any]:
 
 def _on_par(fit: Fit) -> list[dict[str, float]]:
     """Every kind of mixture beside its dense equal."""
-    if fit.surface is None or "sigma" not in fit.surface.names:
+    if fit.surface is None or not {"sigma", "gamma"} & set(fit.surface.names):
         return []
     kinds = {
         (round(float(s), 3), round(float(g), 3))
@@ -93,7 +95,10 @@ def _on_par(fit: Fit) -> list[dict[str, float]]:
     return found
 
 
-_LAW = "L = E + A / N^alpha + B / D^beta"
+def _law(names: Sequence[str]) -> str:
+    factors = {"alpha": "N^alpha", "sigma": "S^sigma", "gamma": "G^gamma"}
+    size = " ".join(text for name, text in factors.items() if name in names)
+    return f"L = E + A / {size if ' ' not in size else f'({size})'} + B / D^beta"
 
 
 def _basin(found: Basin) -> dict[str, Any]:
@@ -204,7 +209,8 @@ def table(content: dict[str, Any]) -> str:
     if laws := content["settings_laws"]:
         lines += ["", *_setting_laws(laws)]
     for one in content["allocations"]:
-        lines.append(f"best N by {one['approach']}: {one['factor']:.3g} C^{one['exponent']:.3f}")
+        sure = "" if one["interval"] is None else f" ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
+        lines.append(f"best N by {one['approach']}: {one['factor']:.3g} C^{one['exponent']:.3f}{sure}")
     if content["optima"]:
         lines += ["", *_optima(content)]
     lines += [f"note: {note}" for note in content["notes"]]

@@ -67,18 +67,20 @@ def chinchilla(params: Array, tokens: Array) -> Terms:
     return Terms(features, ("ln_E", "ln_A", "alpha", "ln_B", "beta"))
 
 
-def mixture(active: Array, tokens: Array, sparsity: Array, granularity: Array) -> Terms:
+def mixture(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
     """L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta: for a dense model, S = G = 1, it is ``chinchilla``.
 
     Args:
         active: N, parameters that a token meets, [n].
         tokens: D, [n].
-        sparsity: S, all parameters over active ones, [n].
-        granularity: G, a dense feed-forward over an expert, [n].
+        sparsity: S, all parameters over active ones, [n]; None leaves the factor out.
+        granularity: G, a dense feed-forward over an expert, [n]; None leaves the factor out.
     """
     one = np.ones((1, len(active)))
-    size = np.vstack((one, -np.log(active), -np.log(sparsity), -np.log(granularity)))
-    names = ("ln_E", "ln_A", "alpha", "sigma", "gamma", "ln_B", "beta")
+    further = {"sigma": sparsity, "gamma": granularity}
+    kept = {name: values for name, values in further.items() if values is not None}
+    size = np.vstack((one, -np.log(active), *(-np.log(values)[None] for values in kept.values())))
+    names = ("ln_E", "ln_A", "alpha", *kept, "ln_B", "beta")
     return Terms((one, size, np.vstack((one, -np.log(tokens)))), names)
 
 

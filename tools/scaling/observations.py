@@ -1,5 +1,6 @@
 """Trained models with their losses, as a CSV has them: what every fit begins with."""
 
+import contextlib
 import csv
 import math
 from collections.abc import Iterable
@@ -16,7 +17,9 @@ Chosen = NDArray[np.bool_] | NDArray[np.int_]
 DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
 STATUSES = (DONE, DIVERGED, FAILED, UNFINISHED)
 _NEEDED = ("params", "tokens", "loss")
-_NUMBERS = (*_NEEDED, "learning_rate", "batch_tokens", "embedding_params", "total_params", "granularity", "flops")
+_NUMBERS = (*_NEEDED, "learning_rate", "batch_tokens", "embedding_params", "total_params", "granularity")
+# Beyond it products of a size and its tokens overflow; far above anything that is trained.
+_LARGEST = 1e30
 _SHOWN_PROBLEMS = 20
 
 
@@ -34,7 +37,6 @@ class Observation:
         embedding_params: of the input embedding and the output matrix.
         total_params: all parameters of a mixture, counted as ``params`` are; None is a dense model.
         granularity: size of a dense feed-forward over that of an expert; None is a dense model.
-        flops: C; None is 6 N D.
         name: of the cell.
     """
 
@@ -47,13 +49,7 @@ class Observation:
     embedding_params: float | None = None
     total_params: float | None = None
     granularity: float | None = None
-    flops: float | None = None
     name: str = ""
-
-    @property
-    def compute(self) -> float:
-        """FLOPs of the training."""
-        return self.flops if self.flops is not None else 6.0 * self.params * self.tokens
 
 
 def read_csv(path: Path) -> list[Observation]:
@@ -67,12 +63,18 @@ def read_csv(path: Path) -> list[Observation]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem(str(path), None, f"cannot be read as text ({error}).")) from None
     reader = csv.DictReader(text.splitlines())
-    columns = [name.strip() for name in reader.fieldnames or []]
+    try:
+        columns = [name.strip() for name in reader.fieldnames or []]
+        rows = list(reader)
+    except csv.Error as error:
+        raise DataError(Problem(f"{path}:{reader.line_num}", None, f"is no line of a CSV ({error}).")) from None
+    if twice := sorted({name for name in columns if columns.count(name) > 1}):
+        raise DataError(Problem(str(path), ", ".join(twice), "is a column twice; keep one."))
     if missing := [name for name in _NEEDED if name not in columns]:
         fix = f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; the first line names them."
         raise DataError(Problem(str(path), ",".join(columns) or None, fix))
     found, problems = [], []
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(rows, start=2):
         cells = {
             str(name).strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)
         }
@@ -101,14 +103,18 @@ def _problems(where: str, cells: dict[str, str]) -> Iterable[Problem]:
                 yield Problem(f"{where}: {name}", None, "is empty.")
             continue
         try:
-            value = float(text)
+            value = float("" if "_" in text else text)
         except ValueError:
             yield Problem(f"{where}: {name}", text, "is no number.")
             continue
         if name == "loss" and status != DONE:
             continue  # whatever a run that went wrong has printed
-        if not (math.isfinite(value) and (value > 0 or (name == "embedding_params" and value == 0))):
-            yield Problem(f"{where}: {name}", text, "must be a finite number above 0.")
+        if not (0 < value <= _LARGEST or (name == "embedding_params" and value == 0)):
+            yield Problem(f"{where}: {name}", text, f"must be a number above 0 and at most {_LARGEST:g}.")
+    sizes = {name: cells.get(name, "") for name in ("params", "total_params")}
+    with contextlib.suppress(ValueError):
+        if float(sizes["total_params"]) < float(sizes["params"]):
+            yield Problem(f"{where}: total_params", sizes["total_params"], "is less than params, which are among them.")
 
 
 def _observation(cells: dict[str, str]) -> Observation:

@@ -123,6 +123,8 @@ def _quadratic(settings: Array, log_loss: Array, spread: float) -> tuple[Array, 
     beta, *_ = np.linalg.lstsq(design, log_loss, rcond=None)
     residual = log_loss - design @ beta
     free = count - columns
+    if free < 1 and spread == 0.0:
+        return None
     # Few cells know little of their own scatter: that of all groups counts as five of theirs.
     variance = ((residual**2).sum() + 5 * spread**2) / (free + 5)
     covariance = variance * np.linalg.inv(design.T @ design)

@@ -18,6 +18,8 @@ from tools.scaling.surface import Points
 WARN_FACTOR, REFUSE_FACTOR = 10.0, 1000.0
 # A batch may be rounded so far to fit a layout.
 _ROUNDING = 0.1
+# Beyond these a law has left what can be trained.
+_PLAUSIBLE = {"learning_rate": (1e-8, 10.0), "batch_tokens": (1.0, 1e10)}
 _LAYOUT = ("tensor_model", "pipeline_model", "context", "expert_model")
 _SIZES, _WARMUP_SHARE = 15, 0.05
 
@@ -125,6 +127,9 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
             Problem("--gpu-hours", wish.gpu_hours, "needs a law of the loss, which the fit lacks; see its notes.")
         )
     assert wish.gpu_hours is not None
+    shape, params = _shape(fit, wish.base, float(fit.points.params.max()))
+    if why := _another_kind(fit, _point(shape, params, params)):
+        raise ConfigError(Problem("--recipe", wish.base.recipe, f"cannot be sized by this fit: {why}."))
     smallest, largest = float(fit.points.params.min()), float(fit.points.params.max()) * wish.refuse_factor
     best, least, seen = None, math.inf, set()
     for wanted in np.exp(np.linspace(math.log(smallest), math.log(largest), 2 * _SIZES)):
@@ -144,7 +149,11 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
     if best is None:
         fix = f"x {wish.device.name} hold no size of this family with its layouts; take more, or another recipe."
         raise ConfigError(Problem("--gpus", wish.gpus, fix))
-    return _for_shape(fit, wish, *best, chosen=f"least predicted loss for {wish.gpu_hours:g} GPU-hours")
+    chosen = f"least predicted loss for {wish.gpu_hours:g} GPU-hours"
+    shape, params, tokens = best
+    first = _for_shape(fit, wish, shape, params, tokens, chosen=chosen)
+    # The speed was that of the recipe's batch; the law's batch has another layout.
+    return _for_shape(fit, wish, shape, params, tokens * wish.gpu_hours / (first.hours * wish.gpus), chosen=chosen)
 
 
 def _with_shape(base: RunConfig, shape: Shape) -> RunConfig:
@@ -171,9 +180,9 @@ def _for_shape(fit: FitFile, wish: Wish, shape: Shape, params: float, tokens: fl
         f"model.{name}": f"{params:.4g} parameters ({chosen}) in the family's ratios"
         for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
     }
-    config = _learning_rate(fit, config, params, tokens, origins, warnings)
+    config = _own_length(config, warnings)
     layout = _batch_and_layout(fit, wish, config, params, tokens, origins, warnings)
-    config = layout.config
+    config = _learning_rate(fit, layout.config, params, tokens, origins, warnings)
     sequences = config.training.global_batch_size
     iterations = max(1, math.ceil(tokens / (sequences * config.data.seq_length)))
     warmup = min(config.optim.lr_warmup_iters, int(_WARMUP_SHARE * iterations))
@@ -186,6 +195,10 @@ def _for_shape(fit: FitFile, wish: Wish, shape: Shape, params: float, tokens: fl
         ]
     if warmup < wish.base.optim.lr_warmup_iters:
         origins["optim.lr_warmup_iters"] = f"{_WARMUP_SHARE:.0%} of the run, less than the recipe's"
+    realised = iterations * sequences * config.data.seq_length
+    for name, wanted, value in (("parameters", wish.params, params), ("tokens", wish.tokens, realised)):
+        if wanted is not None and abs(math.log(value / wanted)) > _ROUNDING:
+            warnings.append(f"{value:.4g} {name} are the nearest to the {wanted:.4g} asked for")
     loss, interval = _loss(fit, point, warnings)
     hours = iterations * layout.time.seconds / 3600
     return Prescription(config, origins, layout, shape, params, tokens, loss, interval, hours, beyond, warnings)
@@ -200,7 +213,10 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
             "Fit larger models, or raise --refuse-factor."
         )
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
-    warnings = []
+    warnings = [note for note in fit.notes if "does not tell" in note or "do not tell" in note or "no minimum" in note]
+    if beyond < 1 / wish.refuse_factor:
+        fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it says nothing."
+        raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
     if beyond > WARN_FACTOR:
         warnings.append(f"extrapolates {beyond:.3g} times beyond the compute of {fitted}")
     ratio, ratios = tokens / params, fit.points.tokens / fit.points.params
@@ -211,30 +227,60 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
     return warnings
 
 
+def _own_length(config: RunConfig, warnings: list[str]) -> RunConfig:
+    """The recipe without what was meant for its own length."""
+    if config.training.rampup_batch_size is not None:
+        warnings.append("the recipe's ramp of the batch is left out: the tokens are counted at the full batch")
+        config = config.with_section("training", rampup_batch_size=None)
+    if config.optim.lr_decay_iters is not None or config.optim.lr_wsd_decay_iters is not None:
+        warnings.append("the recipe's decay was for its own length: it is the last tenth (wsd) or the whole run now")
+    return config.with_section("optim", lr_decay_iters=None, lr_wsd_decay_iters=None)
+
+
 def _learning_rate(
     fit: FitFile, config: RunConfig, params: float, tokens: float, origins: dict[str, str], warnings: list[str]
 ) -> RunConfig:
-    answer = _setting(fit, "learning_rate", params, tokens)
+    batch = config.training.global_batch_size * config.data.seq_length
+    answer = _setting(fit, "learning_rate", params, tokens, batch=batch)
     if answer is None:
         warnings.append("the fit does not say which learning rate is best: the recipe's stays")
         return config
     value, low, high = answer
     share = config.optim.min_learning_rate / config.optim.learning_rate
-    origins["optim.learning_rate"] = f"law of the best learning rate, {low:.2e} to {high:.2e} (90 %)"
+    origins["optim.learning_rate"] = f"law of the best learning rate at this batch, {low:.2e} to {high:.2e} (90 %)"
     origins["optim.min_learning_rate"] = f"{share:.2g} of the peak, as in the recipe"
     return config.with_section("optim", learning_rate=_short(value), min_learning_rate=_short(value * share))
 
 
-def _setting(fit: FitFile, name: str, params: float, tokens: float) -> tuple[float, float, float] | None:
-    """The best value of a setting and its 90 % interval."""
+def _setting(
+    fit: FitFile, name: str, params: float, tokens: float, *, batch: float | None = None
+) -> tuple[float, float, float] | None:
+    """The best value of a setting and its 90 % interval; None where the fit has none that a run could take.
+
+    Args:
+        fit: the laws.
+        name: learning_rate or batch_tokens.
+        params: N.
+        tokens: D.
+        batch: tokens of a step where they are not free: the best rate is then that of this batch.
+    """
     basin = fit.basin
     if basin is None or name not in basin.variables or not len(basin.draws):
         return None
     v = basin.variables.index(name)
     at = (math.log(params), math.log(tokens))
-    centre = float(basin.best(np.array([at[0]]), np.array([at[1]]))[0, v])
-    low, high = np.percentile(basin.best_draws(*at)[:, v], [5, 95])
-    return math.exp(centre), math.exp(low), math.exp(high)
+    centre = basin.best(np.array([at[0]]), np.array([at[1]]))[0]
+    draws = basin.best_draws(*at)
+    if batch is not None and "batch_tokens" in basin.variables:
+        z = basin.variables.index("batch_tokens")
+        tilt = basin.curvature[v, z] / basin.curvature[v, v]
+        centre = centre - tilt * (math.log(batch) - centre[z])
+        draws = draws - tilt * (math.log(batch) - draws[:, [z]])
+    low, high = np.percentile(draws[:, v], [5, 95])
+    least, most = _PLAUSIBLE[name]
+    if not (least < float(np.exp(np.clip(centre[v], -99, 99))) < most):
+        return None
+    return math.exp(centre[v]), float(np.exp(np.clip(low, -99, 99))), float(np.exp(np.clip(high, -99, 99)))
 
 
 def _short(value: float) -> float:
@@ -299,8 +345,29 @@ def _loss(fit: FitFile, point: Points, warnings: list[str]) -> tuple[float | Non
     if fit.surface is None:
         warnings.append("the fit has no law of the loss: none is predicted")
         return None, None
+    if why := _another_kind(fit, point):
+        warnings.append(f"{why}: no loss is predicted, and the laws of the settings are of other models")
+        return None, None
     generator = np.random.default_rng(0)
     draws = np.log(fit.surface.loss_draws(point)[:, 0])
-    seen = draws + fit.surface.spread * generator.standard_normal(len(draws))
+    # A run scatters about the best of its settings as the cells of the study did.
+    spread = math.hypot(fit.surface.spread, fit.basin.spread if fit.basin is not None else 0.0)
+    seen = draws + spread * generator.standard_normal(len(draws))
     low, high = np.exp(np.percentile(seen, [5, 95]))
     return float(fit.surface.loss(point)[0]), (float(low), float(high))
+
+
+def _another_kind(fit: FitFile, point: Points) -> str | None:
+    """Why the law does not speak of this model, or None."""
+    for name, what, of in (
+        ("sparsity", "all parameters over active ones", "sigma"),
+        ("granularity", "granularity", "gamma"),
+    ):
+        value, fitted = float(getattr(point, name)[0]), getattr(fit.points, name)
+        low, high = float(fitted.min()), float(fitted.max())
+        known = fit.surface is not None and of in fit.surface.names
+        if not known and abs(math.log(value / float(np.median(fitted)))) > _ROUNDING:
+            return f"{what} of {value:.3g} was not varied in the study ({low:.3g} to {high:.3g})"
+        if not low / 2 <= value <= high * 2:
+            return f"{what} of {value:.3g} lies outside the {low:.3g} to {high:.3g} of the study"
+    return None

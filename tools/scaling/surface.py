@@ -10,8 +10,12 @@ from tools.scaling.law import Terms
 from tools.scaling.observations import Array, Chosen
 
 LOW, HIGH = 5.0, 95.0
+# Standard deviation that ln N must have, and ln D about its line over ln N.
+LEAST_SPREAD = 0.3
 # With so many points for a coefficient points are drawn anew; with fewer, residuals are.
 _MANY = 20
+# Standard deviation of ln S and ln G below which points do not tell what they do.
+_TOLD_APART = 0.05
 
 
 @dataclass(frozen=True)
@@ -43,11 +47,25 @@ class Points:
         """Whether any is a mixture of experts."""
         return bool((self.sparsity > 1).any())
 
-    def terms(self) -> Terms:
-        """The law over them."""
-        if self.has_mixtures:
-            return law.mixture(self.params, self.tokens, self.sparsity, self.granularity)
-        return law.chinchilla(self.params, self.tokens)
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """Which of sigma and gamma the points tell: what differs, and not only along with the other."""
+        first, second = np.log(self.sparsity), np.log(self.granularity)
+        found = ("sigma",) if first.std() > _TOLD_APART else ()
+        base = np.stack((np.ones_like(first), first)[: 1 + len(found)], axis=1)
+        rest = second - base @ np.linalg.lstsq(base, second, rcond=None)[0]
+        return (*found, "gamma") if rest.std() > _TOLD_APART else found
+
+    def terms(self, factors: tuple[str, ...] | None = None) -> Terms:
+        """The law over them.
+
+        Args:
+            factors: of mixtures; None are those that the points tell.
+        """
+        factors = self.factors if factors is None else factors
+        sparsity = self.sparsity if "sigma" in factors else None
+        granularity = self.granularity if "gamma" in factors else None
+        return law.mixture(self.params, self.tokens, sparsity, granularity)
 
 
 @dataclass(frozen=True)
@@ -103,18 +121,17 @@ class Surface:
             sparsity: S, all parameters over active ones.
             granularity: G, a dense feed-forward over an expert.
         """
-        alpha, sigma, gamma = (self.names.index(name) for name in ("alpha", "sigma", "gamma"))
+        logs = {"sigma": np.log(sparsity), "gamma": np.log(granularity)}
+        alpha = self.names.index("alpha")
 
         def factor(theta: Array) -> Array:
-            power = theta[:, sigma] * np.log(sparsity) + theta[:, gamma] * np.log(granularity)
-            return np.exp(power / theta[:, alpha])
+            power = sum(theta[:, self.names.index(name)] * log for name, log in logs.items() if name in self.names)
+            return np.exp(np.clip(power / theta[:, alpha], -50, 50))
 
         return float(factor(self.coefficients[None])[0]), *self.interval(factor)
 
     def _terms(self, points: Points) -> Terms:
-        if "sigma" in self.names:
-            return law.mixture(points.params, points.tokens, points.sparsity, points.granularity)
-        return law.chinchilla(points.params, points.tokens)
+        return points.terms(tuple(name for name in ("sigma", "gamma") if name in self.names))
 
 
 def fit(points: Points, *, draws: int, seed: int, delta: float = law.DELTA) -> Surface:
@@ -179,6 +196,15 @@ def _smoothly(residual: Array, shape: tuple[int, int], generator: np.random.Gene
     return np.asarray(drawn * (spread / np.hypot(spread, width) if spread > 0 else 1.0))
 
 
+def fittable(points: Points) -> bool:
+    """Whether N and D differ enough, and not only together, for the law to have an exponent for each."""
+    n, d = np.log(points.params), np.log(points.tokens)
+    if len(np.unique(n.round(4))) < 3 or len(np.unique(d.round(2))) < 3 or n.std() < LEAST_SPREAD:
+        return False
+    slope, constant = np.polyfit(n, d, 1)
+    return float((d - slope * n - constant).std()) > LEAST_SPREAD
+
+
 @dataclass(frozen=True)
 class Prediction:
     """How a fit without the largest models foretells them.
@@ -206,11 +232,8 @@ def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction
     largest = points.params.max()
     out = points.params >= largest * (1 - 1e-9)
     rest = points.only(~out)
-    if len(rest.params) < rest.terms().size or len(np.unique(rest.params)) < 3:
-        return None
-    left = points.only(out)
-    terms = rest.terms()
-    if left.has_mixtures and not rest.has_mixtures:
+    left, terms = points.only(out), rest.terms()
+    if len(rest.params) <= terms.size or not fittable(rest) or points.factors != rest.factors:
         return None
     found = law.fit(terms, rest.log_loss, delta=delta)
     surface = Surface(terms.names, found, found[None], "points", 0.0, len(rest.params), (0.0, 0.0, 0.0))
