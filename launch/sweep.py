@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,13 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         "mq sweep",
-        description="Scaling laws: plans a study under a budget, fits what trained models have shown, and "
+        description="Scaling laws: plans a study under a budget, runs it, fits what trained models have shown, and "
         "prescribes the run of a larger one.",
         examples=[
             "mq sweep plan study.yaml",
+            "mq sweep submit study.plan.yaml --at-once 2",
+            "mq sweep status runs/study",
+            "mq sweep fit runs/study",
             "mq sweep fit runs.csv --output fit.json",
             "mq sweep prescribe fit.json --params 7e9 --tokens 1e12 --recipe qwen2_5_7b --gpus 512 --output run.yaml",
             "mq sweep prescribe fit.json --gpu-hours 20000 --recipe qwen2_5_7b --gpus 64 --gpu h200",
@@ -42,18 +46,23 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("study", type=Path, help="a study file (docs/scaling_laws.md)")
     plan.add_argument("--output", type=Path, help="where the plan is written; beside the study as NAME.plan.yaml")
     plan.add_argument("--json", action="store_true")
+    _add_running(actions)
     fit = actions.add_parser(
         "fit",
         description="Fits learning rate, batch and loss over model size and tokens, with intervals and the error of "
         "predicting the largest size from the others.",
-        examples=["mq sweep fit runs.csv", "mq sweep fit runs.csv --embeddings in --draws 4000 --json"],
-        help="laws from a CSV",
+        examples=[
+            "mq sweep fit runs/study",
+            "mq sweep fit runs.csv",
+            "mq sweep fit runs.csv --embeddings in --draws 4000 --json",
+        ],
+        help="laws from a study or a CSV",
     )
     fit.add_argument(
         "source",
         type=Path,
-        help="a CSV with params, tokens, loss, and as far as known learning_rate, batch_tokens, status, "
-        "embedding_params, total_params, granularity, name",
+        help="the directory of a study, or a CSV with params, tokens, loss, and as far as known learning_rate, "
+        "batch_tokens, status, embedding_params, total_params, granularity, name",
     )
     fit.add_argument("--output", type=Path, help="where the fit is written; beside the CSV as NAME.fit.json")
     fit.add_argument("--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (out)")
@@ -84,6 +93,40 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_running(actions: Any) -> None:
+    """What runs a study."""
+    submit = actions.add_parser(
+        "submit",
+        description="Runs a plan to its end: hands over what is ready, a few runs at a time, branches once their stem "
+        "has come so far, and notes what became of each. Killed, `resume` goes on; jobs under way are not disturbed.",
+        examples=["mq sweep submit study.plan.yaml", "mq sweep submit study.plan.yaml --cluster cpu --at-once 8"],
+        help="run a plan",
+    )
+    submit.add_argument("plan", type=Path, help="what mq sweep plan has written")
+    submit.add_argument("--study", type=Path, help="its directory (runs/ and the name of the plan)")
+    resume = actions.add_parser(
+        "resume",
+        description="Goes on with a study whose controller has ended. Failed runs that were refused are tried again.",
+        examples=["mq sweep resume runs/study"],
+        help="go on with a study",
+    )
+    resume.add_argument("study", type=Path, help="the directory of the study")
+    for each in (submit, resume):
+        each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
+        each.add_argument("--nodes", type=int, default=1, help="of a run (1)")
+        each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
+        each.add_argument("--at-once", type=int, default=1, help="runs that may wait or run together (1)")
+        each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (10)")
+    status = actions.add_parser(
+        "status",
+        description="How every run of a study stands, from its directory and the scheduler.",
+        examples=["mq sweep status runs/study", "mq sweep status runs/study --json"],
+        help="how a study stands",
+    )
+    status.add_argument("study", type=Path, help="the directory of the study")
+    status.add_argument("--json", action="store_true")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Does what was asked for."""
     options, overrides = parser().parse_known_args(arguments)
@@ -91,6 +134,9 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(f"unrecognized arguments: {' '.join(overrides)}. See mq sweep {options.action} --help.")
     actions: dict[str, Callable[[argparse.Namespace, list[str]], int]] = {
         "plan": _plan,
+        "submit": _submit,
+        "resume": _submit,
+        "status": _status,
         "fit": _fit,
         "prescribe": _prescribe,
     }
@@ -113,6 +159,61 @@ def _plan(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _submit(options: argparse.Namespace, _: list[str]) -> int:
+    """Exit 1 where a run failed; one that diverged is a result."""
+    problems = [
+        Problem(f"--{name.replace('_', '-')}", value, "must be above 0.")
+        for name in ("nodes", "ranks_per_node", "at_once", "poll")
+        if (value := getattr(options, name)) is not None and not 0 < value < float("inf")
+    ]
+    if problems:
+        raise ConfigError(problems)
+    from launch.sweeps.controller import Controller, Place, table
+    from launch.sweeps.database import Database
+    from launch.sweeps.study_directory import StudyDirectory
+    from tools.scaling.plan_file import read_plan
+
+    if options.action == "submit":
+        plan = read_plan(options.plan)
+        study = StudyDirectory(options.study or Path("runs") / str(plan.content["name"]))
+        study.claim(plan)
+    else:
+        study = StudyDirectory(options.study)
+        study.plan()
+    database = Database(study.database)
+    try:
+        database.take()
+        place = Place(options.cluster, options.nodes, options.ranks_per_node, options.at_once)
+        controller = Controller(study, database, place, lambda line: print(line, flush=True))
+        try:
+            rows = controller.run(poll_s=options.poll)
+        finally:
+            database.leave()
+    finally:
+        database.close()
+    print(table(rows, "has ended", study.path))
+    return 1 if any(row.status == "failed" for row in rows.values()) else 0
+
+
+def _status(options: argparse.Namespace, _: list[str]) -> int:
+    from launch.sweeps.controller import look, table
+    from launch.sweeps.database import Database
+    from launch.sweeps.study_directory import StudyDirectory
+
+    study = StudyDirectory(options.study)
+    plan = study.plan()
+    database = Database(study.database)
+    try:
+        rows, controller = look(study, study.all_runs(plan), database.rows()), database.controller()
+    finally:
+        database.close()
+    if options.json:
+        print(json.dumps({"controller": controller, "runs": [asdict(row) for row in rows.values()]}, indent=1))
+    else:
+        print(table(rows, controller, study.path))
+    return 0
+
+
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
     problems = [
         Problem(f"--{name}", value, "must be above 0.")
@@ -121,23 +222,59 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     ]
     if options.seed < 0:
         problems.append(Problem("--seed", options.seed, "must be at least 0."))
-    output = options.output or options.source.with_suffix(".fit.json")
+    source: Path = options.source
+    output = options.output or (source / "fit.json" if source.is_dir() else source.with_suffix(".fit.json"))
     if not output.parent.is_dir():
         problems.append(Problem("--output", output, "lies in a folder that does not exist; make it first."))
     if problems:
         raise ConfigError(problems)
     from tools.scaling import fit_file
     from tools.scaling.fit import Settings, fit
-    from tools.scaling.observations import read_csv
 
+    observations, notes = _observations(source)
     settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
-    content = fit_file.document(fit(read_csv(options.source), settings), source=str(options.source.absolute()))
+    content = fit_file.document(fit(observations, settings), source=str(source.absolute()))
+    content["notes"] = [*notes, *content["notes"]]
     fit_file.write(output, content)
     if options.json:
         print(json.dumps(content, indent=1))
     else:
         print(fit_file.table(content), f"written: {output}", sep="\n")
     return 0
+
+
+def _observations(source: Path) -> tuple[list[Any], list[str]]:
+    """Of a study's runs, which are also written beside its plan as a CSV; or of a CSV."""
+    from launch.sweeps.controller import ENDED, look
+    from launch.sweeps.study_directory import StudyDirectory
+    from tools.scaling.observations import read_csv, write_csv
+    from tools.scaling.plan_file import measured, observe
+
+    if not source.is_dir():
+        return read_csv(source), []
+    study = StudyDirectory(source)
+    plan = study.plan()
+    observations, outcomes = observe(plan, study.runs)
+    # What never began has no directory: its stem diverged, or it was refused.
+    rows = look(study, study.all_runs(plan), _noted(study))
+    never = {name: row.status for name, row in rows.items() if row.status in ENDED}
+    observations = [replace(one, status=never.get(one.name, one.status)) for one in observations]
+    write_csv(study.path / "observations.csv", observations)
+    kind = measured(outcomes)
+    return observations, [f"losses are {kind}"] if kind else []
+
+
+def _noted(study: Any) -> dict[str, Any]:
+    """What the study's database says; nothing where there is none."""
+    from launch.sweeps.database import Database
+
+    if not study.database.is_file():
+        return {}
+    database = Database(study.database)
+    try:
+        return database.rows()
+    finally:
+        database.close()
 
 
 def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:

@@ -203,7 +203,7 @@ def cells(study: StudyFile, placed: list[Placed]) -> Iterator[Cell]:
         warmup = max(1, round(study.warmup_share * horizons[0]))
         for rate in study.learning_rates:
             for seed in study.seeds:
-                stem = f"{one.shape.name}_b{one.sequences}_lr{rate:.3g}_s{seed}"
+                stem = f"{one.shape.name}_b{one.sequences}_lr{rate:.3g}_s{seed}".replace("+", "")
                 for number, iterations in enumerate(horizons):
                     wsd = study.schedule == "wsd"
                     decay = max(1, round(study.decay_share * iterations)) if wsd else 0

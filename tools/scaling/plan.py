@@ -205,6 +205,7 @@ def _cell(plan: Plan, cell: Cell) -> dict[str, Any]:
         "name": cell.name,
         "model": shape.name,
         "learning_rate": _short(cell.learning_rate),
+        "min_learning_rate": _short(cell.config().optim.min_learning_rate),
         "sequences": cell.placed.sequences,
         "seed": cell.seed,
         "iterations": cell.iterations,

@@ -60,7 +60,7 @@ class StudyFile:
     Args:
         name: of the study; its cells carry it.
         base: recipe with overrides.
-        recipe: as the file names it.
+        recipe: its name, or the full path of a run.yaml.
         overrides: as the file has them.
         params: wanted parameters a token meets, without embeddings; empty with ``models``.
         models: fields of the shape of each model; empty with ``params``.
@@ -114,7 +114,7 @@ def read_study(path: Path) -> StudyFile:
     per_param, tokens = reader.one_of("horizons", ("tokens_per_param", "tokens"))
     study = {
         "name": str(content.get("name") or path.stem),
-        "recipe": str(content.get("recipe")),
+        "recipe": reader.recipe(path),
         "overrides": tuple(map(str, content.get("overrides") or ())),
         "params": params,
         "models": models,
@@ -158,8 +158,16 @@ class _Reader:
                 hint = did_you_mean(str(name), known) or f" {', '.join(known)} are."
                 self.wrong(f"{section}.{name}" if section else str(name), None, f"no such field.{hint}")
 
+    def recipe(self, path: Path) -> str:
+        """The recipe's name, or the full path of a run.yaml, which is looked for beside the study first."""
+        named = str(self.content.get("recipe"))
+        if named in RECIPES:
+            return named
+        beside = path.parent / named
+        return str((beside if beside.is_file() else Path(named)).absolute())
+
     def base(self, path: Path) -> RunConfig | None:
-        """The recipe with its overrides; a run.yaml is looked for beside the study first."""
+        """The recipe with its overrides."""
         recipe, overrides = self.content.get("recipe"), self.content.get("overrides") or []
         if not isinstance(recipe, str):
             self.wrong("recipe", recipe, "must name a recipe or a run.yaml.")
@@ -167,9 +175,8 @@ class _Reader:
         if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
             self.wrong("overrides", overrides, "must be a list of section.field=value.")
             return None
-        beside = path.parent / recipe
         try:
-            return resolve(str(beside) if recipe not in RECIPES and beside.is_file() else recipe, overrides, RECIPES)
+            return resolve(self.recipe(path), overrides, RECIPES)
         except ConfigError as error:
             self.problems += error.problems
             return None

@@ -1,0 +1,140 @@
+"""A study's directory: its plan, its database and the run directories of its stems and cells."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.errors import ConfigError, Problem
+from tools.scaling.plan_file import PlanFile, read_plan
+
+STEM, CELL = "stem", "cell"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a study.
+
+    Args:
+        name: of its directory and its job.
+        kind: stem or cell.
+        iterations: at which it is done.
+        stem: name of the run that it branches off, or None.
+        begins: iteration of the stem at which it begins.
+        overrides: of the recipe.
+    """
+
+    name: str
+    kind: str
+    iterations: int
+    stem: str | None
+    begins: int
+    overrides: tuple[str, ...]
+
+
+class StudyDirectory:
+    """Where a study lies.
+
+    Args:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.absolute()
+        self.plan_yaml = self.path / "plan.yaml"
+        self.database = self.path / "state.sqlite"
+        self.runs = self.path / "runs"
+
+    def claim(self, plan: PlanFile) -> None:
+        """Copies the plan, or checks that the one there is the same.
+
+        Raises:
+            ConfigError: another plan owns the directory, or something else does.
+        """
+        if self.plan_yaml.is_file():
+            if self.plan_yaml.read_bytes() != plan.path.read_bytes():
+                fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
+                raise ConfigError(Problem("PLAN", plan.path, fix))
+            return
+        if self.path.exists() and any(self.path.iterdir()):
+            raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
+        self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = self.path / ".plan.yaml.new"
+        shutil.copyfile(plan.path, fresh)
+        fresh.replace(self.plan_yaml)
+
+    def plan(self) -> PlanFile:
+        """The plan that it runs.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if not self.plan_yaml.is_file():
+            raise ConfigError(Problem("STUDY", self.path, "holds no plan.yaml: it is no study that was submitted."))
+        return read_plan(self.plan_yaml)
+
+    def all_runs(self, plan: PlanFile) -> list[Run]:
+        """Stems, then cells, in the order of the plan."""
+        content = plan.content
+        cells = {str(cell["name"]): cell for cell in content["cells"]}
+        members: dict[str, dict[str, Any]] = {}
+        for cell in cells.values():
+            if "stem" in cell:
+                members.setdefault(str(cell["stem"]), cell)
+        shared = [str(word) for word in content.get("overrides") or ()]
+        found = [
+            Run(
+                str(stem["name"]),
+                STEM,
+                int(stem["iterations"]),
+                None,
+                0,
+                (*shared, *_model(plan, members[str(stem["name"])]), *_stem(stem, members[str(stem["name"])])),
+            )
+            for stem in content["stems"]
+        ]
+        for name, cell in cells.items():
+            words = (*shared, *_model(plan, cell), *self._cell(cell))
+            stem = str(cell["stem"]) if "stem" in cell else None
+            found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words))
+        return found
+
+    def _cell(self, cell: dict[str, Any]) -> list[str]:
+        words = [*_settings(cell), f"training.train_iters={cell['iterations']}", "checkpoint.keep_last=1"]
+        if "stem" not in cell:
+            return [*words, "optim.lr_decay_style=cosine"]
+        begin = self.runs / str(cell["stem"]) / "checkpoints" / f"iter_{int(cell['from']):07d}"
+        decay = int(cell["iterations"]) - int(cell["from"])
+        branch = ["optim.lr_decay_style=wsd", f"optim.lr_wsd_decay_iters={decay}", f"checkpoint.branch_from={begin}"]
+        return [*words, *branch]
+
+
+def _settings(cell: dict[str, Any]) -> list[str]:
+    return [
+        f"optim.learning_rate={cell['learning_rate']}",
+        f"optim.min_learning_rate={cell['min_learning_rate']}",
+        f"optim.lr_warmup_iters={cell['warmup']}",
+        "optim.lr_decay_iters=null",
+        "optim.lr_wsd_decay_iters=null",
+        f"training.seed={cell['seed']}",
+    ]
+
+
+def _stem(stem: dict[str, Any], cell: dict[str, Any]) -> list[str]:
+    saves = ",".join(map(str, stem["save_at"]))
+    constant = ["optim.lr_decay_style=constant", f"training.train_iters={stem['iterations']}"]
+    return [*_settings(cell), *constant, f"checkpoint.save_at=[{saves}]", "checkpoint.keep_last=1"]
+
+
+def _model(plan: PlanFile, cell: dict[str, Any]) -> list[str]:
+    return [f"{name}={_text(value)}" for name, value in plan.model(cell)["overrides"].items()]
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_text, value))}]"
+    return str(value)

@@ -1,0 +1,105 @@
+"""What became of a run of a study, by its run directory alone."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megatron_qwen.attempts import AttemptLog
+from megatron_qwen.errors import EXIT_NUMERICS
+from megatron_qwen.rundir import RunDirectory, RunState
+from tools.run_records import read_lines
+from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED, Array
+
+# The final loss is the mean over this share of the steps, where no validation was measured at the end.
+TAIL = 0.05
+# A run diverged where that mean lies so much above the lowest mean of as many steps before it.
+RISE = 0.1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run stands.
+
+    Args:
+        status: done, diverged, failed or unfinished.
+        loss: final, in nats a token; NaN without one.
+        measured: what ``loss`` is.
+        iteration: last finished step.
+        why: one line.
+    """
+
+    status: str
+    loss: float
+    measured: str
+    iteration: int
+    why: str
+
+
+def outcome(run_dir: Path, *, iterations: int) -> Outcome:
+    """Reads a run directory.
+
+    Divergence is a result: numbers that were not finite, or a loss that ends more than a tenth above where it has been.
+
+    Args:
+        run_dir: of the run; need not exist.
+        iterations: length of the run.
+    """
+    directory = RunDirectory(run_dir)
+    steps = _steps(directory)
+    last = max(steps, default=0)
+    state = directory.state()
+    if _numerics(directory):
+        return Outcome(DIVERGED, math.nan, "", last, "numbers that were not finite stopped it")
+    if state in (RunState.STOPPED, RunState.CANCELLED):
+        attempts = AttemptLog(directory.attempts).read()
+        reason = attempts[-1].reason if attempts else None
+        return Outcome(FAILED, math.nan, "", last, f"{state.value}: {reason or 'see its logs'}")
+    if state is not RunState.DONE or last < iterations:
+        return Outcome(UNFINISHED, math.nan, "", last, "not begun" if state is None else state.value)
+    means = _means(steps)
+    if why := _went_astray(means):
+        return Outcome(DIVERGED, math.nan, "", last, why)
+    validation = steps[last].get("validation_loss")
+    if isinstance(validation, int | float) and math.isfinite(validation):
+        return Outcome(DONE, float(validation), "validation", last, "")
+    return Outcome(DONE, float(means[-1]), f"mean of the last {TAIL:.0%} of the steps", last, "")
+
+
+def astray_by(run_dir: Path, iteration: int) -> str | None:
+    """Why a run had diverged when it came to an iteration, or None: what branches off there is lost with it."""
+    steps = {number: record for number, record in _steps(RunDirectory(run_dir)).items() if number <= iteration}
+    return _went_astray(_means(steps)) if steps else None
+
+
+def _means(steps: dict[int, dict[str, object]]) -> Array:
+    """Means of the loss over as many steps as make up the final loss, at every step from there on."""
+    losses = np.array([_number(steps[iteration].get("lm_loss")) for iteration in sorted(steps)])
+    width = max(1, round(TAIL * len(losses)))
+    return np.convolve(losses, np.full(width, 1 / width), mode="valid")
+
+
+def _went_astray(means: Array) -> str | None:
+    if not np.isfinite(means[-1]):
+        return "its loss was not finite"
+    lowest = float(np.nanmin(means))
+    return f"its loss came to {means[-1]:.3f}, having been {lowest:.3f}" if means[-1] > lowest * (1 + RISE) else None
+
+
+def _steps(directory: RunDirectory) -> dict[int, dict[str, object]]:
+    """Records by iteration; of a step that was done again the newest."""
+    found: dict[int, dict[str, object]] = {}
+    for record in read_lines(directory.metrics):
+        if isinstance(iteration := record.get("iteration"), int):
+            found[iteration] = record
+    return found
+
+
+def _numerics(directory: RunDirectory) -> bool:
+    attempts = AttemptLog(directory.attempts).read()
+    return bool(attempts) and (attempts[-1].reason == "numerics" or attempts[-1].exit_code == EXIT_NUMERICS)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
