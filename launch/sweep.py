@@ -106,16 +106,17 @@ def _add_running(actions: Any) -> None:
     submit.add_argument("--study", type=Path, help="its directory (runs/ and the name of the plan)")
     resume = actions.add_parser(
         "resume",
-        description="Goes on with a study whose controller has ended. Failed runs that were refused are tried again.",
+        description="Goes on with a study whose controller has ended, where its runs went before unless told "
+        "otherwise. Runs that were refused, or whose jobs were lost, are tried again.",
         examples=["mq sweep resume runs/study"],
         help="go on with a study",
     )
     resume.add_argument("study", type=Path, help="the directory of the study")
     for each in (submit, resume):
         each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
-        each.add_argument("--nodes", type=int, default=1, help="of a run (1)")
+        each.add_argument("--nodes", type=int, help="of a run (1)")
         each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
-        each.add_argument("--at-once", type=int, default=1, help="runs that may wait or run together (1)")
+        each.add_argument("--at-once", type=int, help="runs that may wait or run together (1)")
         each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (10)")
     status = actions.add_parser(
         "status",
@@ -168,7 +169,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
     ]
     if problems:
         raise ConfigError(problems)
-    from launch.sweeps.controller import Controller, Place, table
+    from launch.sweeps.controller import Controller, table
     from launch.sweeps.database import Database
     from launch.sweeps.study_directory import StudyDirectory
     from tools.scaling.plan_file import read_plan
@@ -183,7 +184,10 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
     database = Database(study.database)
     try:
         database.take()
-        place = Place(options.cluster, options.nodes, options.ranks_per_node, options.at_once)
+        place = _place(options, database.remember())
+        database.remember(json.dumps(asdict(place)))
+        if options.action == "resume":
+            database.try_again()
         controller = Controller(study, database, place, lambda line: print(line, flush=True))
         try:
             rows = controller.run(poll_s=options.poll)
@@ -193,6 +197,16 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
         database.close()
     print(table(rows, "has ended", study.path))
     return 1 if any(row.status == "failed" for row in rows.values()) else 0
+
+
+def _place(options: argparse.Namespace, kept: str | None) -> Any:
+    """What is typed, else where the study's runs went so far, else one run at a time on one node."""
+    from launch.sweeps.controller import Place
+
+    fields = ("cluster", "nodes", "ranks_per_node", "at_once")
+    standing = {"cluster": None, "nodes": 1, "ranks_per_node": None, "at_once": 1} | json.loads(kept or "{}")
+    typed = {name: value for name in fields if (value := getattr(options, name)) is not None}
+    return Place(**(standing | typed))
 
 
 def _status(options: argparse.Namespace, _: list[str]) -> int:
@@ -256,7 +270,7 @@ def _observations(source: Path) -> tuple[list[Any], list[str]]:
     plan = study.plan()
     observations, outcomes = observe(plan, study.runs)
     # What never began has no directory: its stem diverged, or it was refused.
-    rows = look(study, study.all_runs(plan), _noted(study))
+    rows = look(study, study.all_runs(plan), _noted(study), ask=False)
     never = {name: row.status for name, row in rows.items() if row.status in ENDED}
     observations = [replace(one, status=never.get(one.name, one.status)) for one in observations]
     write_csv(study.path / "observations.csv", observations)

@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS controller (
     id INTEGER PRIMARY KEY CHECK (id = 1), host TEXT NOT NULL, pid INTEGER NOT NULL, begun REAL NOT NULL,
     seen REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS place (id INTEGER PRIMARY KEY CHECK (id = 1), content TEXT NOT NULL);
 """
 
 
@@ -55,6 +56,18 @@ class Row:
     submissions: int = 0
 
 
+@contextmanager
+def _said(path: Path) -> Iterator[None]:
+    """Turns what SQLite complains of into one message."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:  # locked, read-only, no such folder
+        raise ConfigError(Problem("state", path, f"cannot be used ({error}).")) from None
+    except sqlite3.DatabaseError as error:
+        fix = f"is no database that can be read ({error}); move it away, it is made anew from the runs."
+        raise ConfigError(Problem("state", path, fix)) from None
+
+
 class Database:
     """The file; every change is one transaction.
 
@@ -64,13 +77,9 @@ class Database:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
-        try:
+        with _said(path):
+            self._connection = sqlite3.connect(path, timeout=30.0, isolation_level=None)
             self._connection.executescript(_SCHEMA)
-        except sqlite3.DatabaseError as error:
-            self._connection.close()
-            fix = f"is no database that can be read ({error}); move it away, it is made anew from the runs."
-            raise ConfigError(Problem("state", path, fix)) from None
 
     def close(self) -> None:
         """Lets go of the file."""
@@ -78,18 +87,36 @@ class Database:
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield self._connection
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+        with _said(self.path):
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
 
     def rows(self) -> dict[str, Row]:
         """All runs by name."""
         columns = "name, kind, status, why, loss, iteration, submissions"
-        return {row[0]: Row(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
+        with _said(self.path):
+            return {row[0]: Row(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
+
+    def try_again(self) -> None:
+        """Forgets refusals and lost jobs: a person wants the study to go on."""
+        with self._writing() as connection:
+            connection.execute("UPDATE runs SET submissions = 0")
+            connection.execute("UPDATE runs SET status = ?, why = '' WHERE status = 'failed'", (READY,))
+
+    def remember(self, place: str | None = None) -> str | None:
+        """Where runs go, as JSON: keeps it, or answers with what was kept."""
+        if place is not None:
+            with self._writing() as connection:
+                connection.execute("INSERT OR REPLACE INTO place (id, content) VALUES (1, ?)", (place,))
+            return place
+        with _said(self.path):
+            found = self._connection.execute("SELECT content FROM place").fetchone()
+        return None if found is None else str(found[0])
 
     def write(self, rows: list[Row]) -> None:
         """Replaces rows."""
@@ -139,7 +166,8 @@ class Database:
 
     def controller(self) -> str | None:
         """Who is at work, in words; None where nobody is."""
-        found = self._connection.execute("SELECT host, pid, begun, seen FROM controller").fetchone()
+        with _said(self.path):
+            found = self._connection.execute("SELECT host, pid, begun, seen FROM controller").fetchone()
         return None if found is None or self._is_dead(*found) else f"process {found[1]} on {found[0]}"
 
     @staticmethod

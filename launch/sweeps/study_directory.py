@@ -1,5 +1,6 @@
 """A study's directory: its plan, its database and the run directories of its stems and cells."""
 
+import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ class StudyDirectory:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path.absolute()
+        self.path = path.resolve()  # one name for it: jobs are told by where their run lies
         self.plan_yaml = self.path / "plan.yaml"
         self.database = self.path / "state.sqlite"
         self.runs = self.path / "runs"
@@ -56,12 +57,17 @@ class StudyDirectory:
                 fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
-        if self.path.exists() and any(self.path.iterdir()):
+        begun = {self.runs.name, ".plan.yaml.new", self.database.name}  # by a command that was killed here
+        if self.path.exists() and {one.name for one in self.path.iterdir()} - begun:
             raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = self.path / ".plan.yaml.new"
         shutil.copyfile(plan.path, fresh)
         fresh.replace(self.plan_yaml)
+
+    def job_name(self, run: "Run") -> str:
+        """Name of a run's job: another study of the same models has others."""
+        return f"{run.name[:90]}.{hashlib.sha256(str(self.path).encode()).hexdigest()[:6]}"
 
     def plan(self) -> PlanFile:
         """The plan that it runs.

@@ -14,6 +14,8 @@ from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED, Array
 
 # The final loss is the mean over this share of the steps, where no validation was measured at the end.
 TAIL = 0.05
+# But at least over so many: a single step is noise.
+_LEAST_STEPS = 5
 # A run diverged where that mean lies so much above the lowest mean of as many steps before it.
 RISE = 0.1
 
@@ -56,11 +58,14 @@ def outcome(run_dir: Path, *, iterations: int) -> Outcome:
         attempts = AttemptLog(directory.attempts).read()
         reason = attempts[-1].reason if attempts else None
         return Outcome(FAILED, math.nan, "", last, f"{state.value}: {reason or 'see its logs'}")
-    if state is not RunState.DONE or last < iterations:
+    if state is not RunState.DONE:
         return Outcome(UNFINISHED, math.nan, "", last, "not begun" if state is None else state.value)
+    if last < iterations:
+        why = f"is done, but its metrics end at iteration {last} of {iterations}"
+        return Outcome(FAILED, math.nan, "", last, why)
     means = _means(steps)
-    if why := _went_astray(means):
-        return Outcome(DIVERGED, math.nan, "", last, why)
+    if (astray := _went_astray(means)) is not None:
+        return Outcome(DIVERGED, math.nan, "", last, astray)
     validation = steps[last].get("validation_loss")
     if isinstance(validation, int | float) and math.isfinite(validation):
         return Outcome(DONE, float(validation), "validation", last, "")
@@ -76,8 +81,12 @@ def astray_by(run_dir: Path, iteration: int) -> str | None:
 def _means(steps: dict[int, dict[str, object]]) -> Array:
     """Means of the loss over as many steps as make up the final loss, at every step from there on."""
     losses = np.array([_number(steps[iteration].get("lm_loss")) for iteration in sorted(steps)])
-    width = max(1, round(TAIL * len(losses)))
-    return np.convolve(losses, np.full(width, 1 / width), mode="valid")
+    width = max(min(_LEAST_STEPS, len(losses)), round(TAIL * len(losses)))
+    windows = np.lib.stride_tricks.sliding_window_view(losses, width)
+    counted = np.isfinite(windows).sum(axis=1)  # a step that was skipped has no loss; one of many is no divergence
+    return np.where(
+        counted > 0, np.nansum(np.where(np.isfinite(windows), windows, 0.0), axis=1), np.nan
+    ) / counted.clip(1)
 
 
 def _went_astray(means: Array) -> str | None:

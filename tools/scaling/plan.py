@@ -84,6 +84,10 @@ def make_plan(study: StudyFile) -> Plan:
         for one in placed
         if one.why_not is not None
     ]
+    names = [cell.name for cell in everything]
+    if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        fix = "is two cells: learning rates or batches that are nearly equal; space them further."
+        raise ConfigError([Problem("study", name, fix) for name in twice[:5]])
     kept, late = _within_budget(study, placed, everything)
     if not kept:
         reasons = "; ".join(f"{one.what}: {one.reason}" for one in (*dropped, *late)[:5])

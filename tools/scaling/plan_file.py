@@ -1,5 +1,7 @@
 """A plan read back, and the observations in the runs it names."""
 
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,10 @@ _NEEDED = {
     ),
     "stems": ("name", "iterations", "save_at"),
 }
+
+_WHOLE = ("sequences", "params", "total_params", "embedding_params", "seed", "iterations", "warmup", "tokens", "from")
+_NUMBERS = ("learning_rate", "min_learning_rate")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
@@ -54,23 +60,65 @@ def read_plan(path: Path) -> PlanFile:
     content = read_mapping(path)
     if content.get("format") != FORMAT:
         raise ConfigError(Problem(str(path), content.get("format"), "is no plan that mq sweep plan has written."))
-    problems = []
+    if problems := list(_problems(str(path), content)):
+        raise ConfigError(problems)
+    return PlanFile(path, content)
+
+
+def _problems(where: str, content: dict[str, Any]) -> Iterator[Problem]:
+    for name in ("name", "recipe"):
+        if not isinstance(content.get(name), str):
+            yield Problem(f"{where}: {name}", content.get(name), "must be text.")
+    if not _NAME.fullmatch(str(content.get("name"))):
+        yield Problem(f"{where}: name", content.get("name"), "must be letters, digits, '.', '_' and '-'.")
+    wrong = False
     for part, fields in _NEEDED.items():
         rows = content.get(part)
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            problems.append(Problem(f"{path}: {part}", None, "must be a list of mappings."))
+            wrong = True
+            yield Problem(f"{where}: {part}", None, "must be a list of mappings.")
             continue
         for number, row in enumerate(rows):
-            if missing := [name for name in fields if name not in row]:
-                problems.append(Problem(f"{path}: {part}[{number}]", None, f"lacks {', '.join(missing)}."))
-    if not problems:
-        known = {(one["name"], one["sequences"]) for one in content["models"]}
-        for number, cell in enumerate(content["cells"]):
-            if (cell["model"], cell["sequences"]) not in known:
-                problems.append(Problem(f"{path}: cells[{number}].model", cell["model"], "is none of its models."))
-    if problems:
-        raise ConfigError(problems)
-    return PlanFile(path, content)
+            for one in _row_problems(f"{where}: {part}[{number}]", row, fields):
+                wrong = True
+                yield one
+    if not wrong:
+        yield from _references(where, content)
+
+
+def _row_problems(where: str, row: dict[str, Any], fields: Sequence[str]) -> Iterator[Problem]:
+    if "stem" in row:
+        fields = (*fields, "from")
+    if missing := [name for name in fields if name not in row]:
+        yield Problem(where, None, f"lacks {', '.join(missing)}.")
+        return
+    for name in fields:
+        value = row[name]
+        if name == "name" and not _NAME.fullmatch(str(value)):
+            yield Problem(f"{where}.name", value, "must be letters, digits, '.', '_' and '-', at most 100.")
+        elif name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            yield Problem(f"{where}.{name}", value, "must be a whole number of at least 0.")
+        elif name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            yield Problem(f"{where}.{name}", value, "must be a number.")
+        elif name == "overrides" and not isinstance(value, dict):
+            yield Problem(f"{where}.{name}", None, "must be a mapping.")
+        elif name == "save_at" and not (isinstance(value, list) and all(isinstance(one, int) for one in value)):
+            yield Problem(f"{where}.{name}", value, "must be a list of iterations.")
+
+
+def _references(where: str, content: dict[str, Any]) -> Iterator[Problem]:
+    models = {(one["name"], one["sequences"]) for one in content["models"]}
+    stems = {str(stem["name"]) for stem in content["stems"]}
+    names = [str(one["name"]) for one in (*content["stems"], *content["cells"])]
+    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
+        yield Problem(f"{where}: name", name, "is the name of several runs.")
+    for number, cell in enumerate(content["cells"]):
+        if (cell["model"], cell["sequences"]) not in models:
+            yield Problem(f"{where}: cells[{number}].model", cell["model"], "is none of its models.")
+        if "stem" in cell and str(cell["stem"]) not in stems:
+            yield Problem(f"{where}: cells[{number}].stem", cell["stem"], "is none of its stems.")
+    for lonely in sorted(stems - {str(cell.get("stem")) for cell in content["cells"]}):
+        yield Problem(f"{where}: stems", lonely, "has no cell that branches off it.")
 
 
 def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, Outcome]]:

@@ -82,8 +82,22 @@ def test_by_the_policy(state, reason, code, status, tmp_path):
     assert math.isnan(found.loss)
 
 
-def test_done_too_early_is_not_done(tmp_path):
-    assert outcome(directory(tmp_path, FALLING[:40]), iterations=100).status == "unfinished"
+def test_done_with_metrics_that_end_early_has_failed(tmp_path):
+    """Nothing would be gained by running it again, and it is no result."""
+    found = outcome(directory(tmp_path, FALLING[:40]), iterations=100)
+    assert found.status == "failed"
+    assert "40 of 100" in found.why
+
+
+def test_a_skipped_step_is_no_divergence(tmp_path):
+    losses = [*FALLING[:-2], math.nan, FALLING[-1]]
+    found = outcome(directory(tmp_path, losses), iterations=100)
+    assert found.status == "done"
+    assert found.loss == pytest.approx(np.nanmean(losses[-5:]))
+
+
+def test_a_noisy_last_step_of_a_short_run_is_no_divergence(tmp_path):
+    assert outcome(directory(tmp_path, [5.0, 4.0, 3.0, 3.0, 3.0, 2.9, 3.4]), iterations=7).status == "done"
 
 
 def test_what_never_began(tmp_path):
