@@ -11,8 +11,7 @@ from typing import Any
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware, hardware
-from megatron_qwen.estimate.hardware_file import read_hardware
+from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
 
@@ -294,7 +293,7 @@ def _noted(study: Any) -> dict[str, Any]:
 def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
     _require_wish(options)
     base = resolve(options.recipe, overrides, RECIPES)
-    device = _device(options.gpu)
+    device = find_hardware(options.gpu)
     if reason := why_not(base, device):
         raise ConfigError(Problem(base.recipe, None, reason))
     if base.data.blend is not None:
@@ -330,11 +329,6 @@ def _require_wish(options: argparse.Namespace) -> None:
         problems.append(Problem("mq sweep prescribe", None, "needs --params and --tokens, or --gpu-hours alone."))
     if problems:
         raise ConfigError(problems)
-
-
-def _device(name: str) -> Hardware:
-    is_file = name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
-    return read_hardware(Path(name)) if is_file else hardware(name)
 
 
 def _document(found: Any) -> dict[str, Any]:

@@ -11,8 +11,8 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware, hardware
-from megatron_qwen.estimate.hardware_file import read_hardware
+from megatron_qwen.estimate.hardware import Hardware
+from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.layouts import Candidate, Rejected, layouts
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.estimate.step_time import Assumptions
@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str]) -> int:
     """Prints the plan; exit 2 where no layout fits."""
     options, overrides = parser().parse_known_args(arguments)
-    device = _device(options.gpu)
+    device = find_hardware(options.gpu)
     if options.calibrate:
         print(calibration_report(options.calibrate, device, as_json=options.json))
         return 0
@@ -85,12 +85,6 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def _device(name: str) -> Hardware:
-    """A kind by its name, or what a hardware file says."""
-    is_file = name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
-    return read_hardware(Path(name)) if is_file else hardware(name)
-
-
 def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     config = resolve(options.source, list(overrides), RECIPES)
     if options.sequence_length is not None:
@@ -102,7 +96,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     if config.data.blend is not None:
         fix = "has stages of their own length and batch; plan each with data.seq_length and training.global_batch_size."
         raise ConfigError(Problem("data.blend", config.data.blend, fix))
-    if reason := why_not(config, _device(options.gpu)):
+    if reason := why_not(config, find_hardware(options.gpu)):
         raise ConfigError(Problem(config.recipe, None, reason))
     return config
 

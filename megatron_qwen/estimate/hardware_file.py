@@ -8,7 +8,7 @@ from megatron_qwen.config.fields import WrongType, coerce
 from megatron_qwen.config.render import dump
 from megatron_qwen.config.strict_yaml import read_mapping
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware, ProductRate
+from megatron_qwen.estimate.hardware import Hardware, ProductRate, hardware
 
 _MAY_BE_ZERO = {"host_us_per_layer", "exposed_traffic", "launch_us"}
 _DIRECTIONS, _LEAST = 2, 1e-12
@@ -20,6 +20,16 @@ def write_hardware(path: Path, device: Hardware) -> None:
     content["attention_tflops"] = list(device.attention_tflops)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dump(content), encoding="utf-8")
+
+
+def find_hardware(name: str) -> Hardware:
+    """A kind of device by its name, or what a hardware file says.
+
+    Raises:
+        ConfigError: there is neither.
+    """
+    is_file = name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
+    return read_hardware(Path(name)) if is_file else hardware(name)
 
 
 def read_hardware(path: Path) -> Hardware:

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_qwen import device
 from megatron_qwen.models.arrival import arrived_weight
+from megatron_qwen.models.torch_functions import swiglu, swiglu_gradient
 
 # torch's kernel for products of groups wants the weights side by side: a copy of them, which the loop saves.
 _KERNEL_FROM_CAPABILITY = (9, 0)
@@ -57,7 +58,7 @@ class _Experts(torch.autograd.Function):
         gate_up = products(rows, first, counts)
         ctx.save_for_backward(rows, probs, gate_up, *matrices)
         ctx.counts = counts
-        return products(_weighed(_swiglu(gate_up), probs), second, counts)
+        return products(_weighed(swiglu(gate_up), probs), second, counts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -65,26 +66,17 @@ class _Experts(torch.autograd.Function):
         counts = ctx.counts
         first, second = matrices[: len(counts)], matrices[len(counts) :]
         gradient = gradients[0].contiguous()
-        active = _swiglu(gate_up)
+        active = swiglu(gate_up)
         grad_second = weight_gradients(gradient, _weighed(active, probs), counts)
         grad_weighed = products(gradient, [weight.t() for weight in second], counts)
         grad_probs = (grad_weighed * active).sum(dim=-1, dtype=torch.float32).to(probs.dtype)
         grad_active = _weighed(grad_weighed, probs)
         del active, grad_weighed
-        grad_gate_up = torch.empty_like(gate_up)
-        (gate, up), (grad_gate, grad_up) = gate_up.chunk(2, dim=-1), grad_gate_up.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), grad_active, out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(grad_active * up, gate, grad_input=grad_gate)
+        grad_gate_up = swiglu_gradient(gate_up, grad_active)
         del grad_active
         grad_first = weight_gradients(grad_gate_up, rows, counts)
         grad_rows = products(grad_gate_up, [weight.t() for weight in first], counts)
         return grad_rows, grad_probs, None, *grad_first, *grad_second
-
-
-def _swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """[n, 2 f] -> [n, f]."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate).mul_(up)
 
 
 def _weighed(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:

@@ -17,19 +17,28 @@ class SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         """[..., 2 f] -> [..., f]."""
         ctx.save_for_backward(x)
-        gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return swiglu(x)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
         """[..., f] -> [..., 2 f]."""
-        (x,) = ctx.saved_tensors
-        gate, up = x.chunk(2, dim=-1)
-        result = torch.empty_like(x)
-        grad_gate, grad_up = result.chunk(2, dim=-1)
-        torch.mul(F.silu(gate), gradients[0], out=grad_up)
-        torch.ops.aten.silu_backward.grad_input(gradients[0] * up, gate, grad_input=grad_gate)
-        return result
+        return swiglu_gradient(ctx.saved_tensors[0], gradients[0])
+
+
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """silu(gate) x up, [..., 2 f] -> [..., f]; without autograd."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def swiglu_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Gradient of its input [..., 2 f], in one buffer, by that of its output [..., f]."""
+    gate, up = x.chunk(2, dim=-1)
+    result = torch.empty_like(x)
+    grad_gate, grad_up = result.chunk(2, dim=-1)
+    torch.mul(F.silu(gate), gradient, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(gradient * up, gate, grad_input=grad_gate)
+    return result
 
 
 class RMSNormFunction(torch.autograd.Function):

@@ -55,20 +55,8 @@ class Terms:
         return _parts(self, np.atleast_2d(coefficients))[0].reshape(*coefficients.shape[:-1], -1)
 
 
-def chinchilla(params: Array, tokens: Array) -> Terms:
-    """L = E + A / N^alpha + B / D^beta over points.
-
-    Args:
-        params: N, [n].
-        tokens: D, [n].
-    """
-    one = np.ones((1, len(params)))
-    features = (one, np.vstack((one, -np.log(params))), np.vstack((one, -np.log(tokens))))
-    return Terms(features, ("ln_E", "ln_A", "alpha", "ln_B", "beta"))
-
-
 def mixture(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
-    """L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta: for a dense model, S = G = 1, it is ``chinchilla``.
+    """L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta: for dense models L = E + A / N^alpha + B / D^beta.
 
     Args:
         active: N, parameters that a token meets, [n].

@@ -23,8 +23,8 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import did_you_mean, resolve
 from megatron_qwen.config.strict_yaml import read_mapping
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware, hardware
-from megatron_qwen.estimate.hardware_file import read_hardware
+from megatron_qwen.estimate.hardware import Hardware
+from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
 
@@ -308,7 +308,7 @@ class _Reader:
 
     def _kind(self, name: str, base: RunConfig | None) -> Hardware | None:
         try:
-            kind = read_hardware(Path(name)) if name.endswith((".yaml", ".yml")) else hardware(name)
+            kind = find_hardware(name)
         except ConfigError as error:
             self.problems += error.problems
             return None
