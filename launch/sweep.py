@@ -4,11 +4,12 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.cli import Parser, run_program
+from launch.sweeps.arguments import parser
+from megatron_qwen.cli import run_program
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware_file import find_hardware
@@ -16,115 +17,6 @@ from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
 
 _TAKES_OVERRIDES = ("prescribe",)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = Parser(
-        "mq sweep",
-        description="Scaling laws: plans a study under a budget, runs it, fits what trained models have shown, and "
-        "prescribes the run of a larger one.",
-        examples=[
-            "mq sweep plan study.yaml",
-            "mq sweep submit study.plan.yaml --at-once 2",
-            "mq sweep status runs/study",
-            "mq sweep fit runs/study",
-            "mq sweep fit runs.csv --output fit.json",
-            "mq sweep prescribe fit.json --params 7e9 --tokens 1e12 --recipe qwen2_5_7b --gpus 512 --output run.yaml",
-            "mq sweep prescribe fit.json --gpu-hours 20000 --recipe qwen2_5_7b --gpus 64 --gpu h200",
-        ],
-    )
-    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
-    plan = actions.add_parser(
-        "plan",
-        description="Expands a study into cells with parameters, FLOPs, hours, memory and a legal layout each, drops "
-        "what its budget does not allow, and writes the plan for review.",
-        examples=["mq sweep plan study.yaml", "mq sweep plan study.yaml --output plan.yaml --json"],
-        help="the cells of a study and what they cost",
-    )
-    plan.add_argument("study", type=Path, help="a study file (docs/scaling_laws.md)")
-    plan.add_argument("--output", type=Path, help="where the plan is written; beside the study as NAME.plan.yaml")
-    plan.add_argument("--json", action="store_true")
-    _add_running(actions)
-    fit = actions.add_parser(
-        "fit",
-        description="Fits learning rate, batch and loss over model size and tokens, with intervals and the error of "
-        "predicting the largest size from the others.",
-        examples=[
-            "mq sweep fit runs/study",
-            "mq sweep fit runs.csv",
-            "mq sweep fit runs.csv --embeddings in --draws 4000 --json",
-        ],
-        help="laws from a study or a CSV",
-    )
-    fit.add_argument(
-        "source",
-        type=Path,
-        help="the directory of a study, or a CSV with params, tokens, loss, and as far as known learning_rate, "
-        "batch_tokens, status, embedding_params, total_params, granularity, name",
-    )
-    fit.add_argument("--output", type=Path, help="where the fit is written; beside the CSV as NAME.fit.json")
-    fit.add_argument("--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (out)")
-    fit.add_argument("--draws", type=int, default=1000, help="versions of the data behind every interval (1000)")
-    fit.add_argument("--seed", type=int, default=0, help="of their drawing (0)")
-    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln L (0.001)")
-    within = "how far above the best, in ln L, settings are described by a quadratic (0.01)"
-    fit.add_argument("--window", type=float, default=0.01, help=within)
-    fit.add_argument("--json", action="store_true")
-    prescribe = actions.add_parser(
-        "prescribe",
-        description="The run.yaml for a size and its tokens, or for a budget: shape, learning rate, batch, layout and "
-        "predicted loss, every number with its origin.",
-        examples=["mq sweep prescribe fit.json --params 7e9 --tokens 1e12 --recipe qwen2_5_7b --gpus 512 --gpu h100"],
-        help="a run.yaml from a fit",
-    )
-    prescribe.add_argument("fit", type=Path, help="what mq sweep fit has written")
-    prescribe.add_argument("--recipe", required=True, help="recipe or run.yaml of the family; then section.field=value")
-    prescribe.add_argument("--params", type=float, help="parameters, counted as the fit counts them")
-    prescribe.add_argument("--tokens", type=float, help="tokens to train on")
-    prescribe.add_argument("--gpu-hours", type=float, help="a budget, instead of --params and --tokens")
-    prescribe.add_argument("--gpus", type=int, required=True, help="devices")
-    prescribe.add_argument("--gpu", default="h100", help="kind of device, or a file that mq bench ceilings wrote")
-    beyond = "compute over the largest fitted one that is refused (1000)"
-    prescribe.add_argument("--refuse-factor", type=float, default=1000.0, help=beyond)
-    prescribe.add_argument("--output", type=Path, help="where run.yaml is written; it is printed otherwise")
-    prescribe.add_argument("--json", action="store_true")
-    return parser
-
-
-def _add_running(actions: Any) -> None:
-    """What runs a study."""
-    submit = actions.add_parser(
-        "submit",
-        description="Runs a plan to its end: hands over what is ready, a few runs at a time, branches once their stem "
-        "has come so far, and notes what became of each. Killed, `resume` goes on; jobs under way are not disturbed.",
-        examples=["mq sweep submit study.plan.yaml", "mq sweep submit study.plan.yaml --cluster cpu --at-once 8"],
-        help="run a plan",
-    )
-    submit.add_argument("plan", type=Path, help="what mq sweep plan has written")
-    submit.add_argument("--study", type=Path, help="its directory (runs/ and the name of the plan)")
-    resume = actions.add_parser(
-        "resume",
-        description="Goes on with a study whose controller has ended, where its runs went before unless told "
-        "otherwise. Runs that were refused, or whose jobs were lost, are tried again.",
-        examples=["mq sweep resume runs/study"],
-        help="go on with a study",
-    )
-    resume.add_argument("study", type=Path, help="the directory of the study")
-    for each in (submit, resume):
-        each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
-        each.add_argument("--nodes", type=int, help="of a run (1)")
-        each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
-        each.add_argument("--at-once", type=int, help="runs that may wait or run together (1)")
-        each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (10)")
-    status = actions.add_parser(
-        "status",
-        description="How every run of a study stands, from its directory and the scheduler.",
-        examples=["mq sweep status runs/study", "mq sweep status runs/study --json"],
-        help="how a study stands",
-    )
-    status.add_argument("study", type=Path, help="the directory of the study")
-    status.add_argument("--json", action="store_true")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -138,6 +30,7 @@ def main(arguments: Sequence[str]) -> int:
         "resume": _submit,
         "status": _status,
         "fit": _fit,
+        "report": _report,
         "prescribe": _prescribe,
     }
     return actions[options.action](options, overrides)
@@ -235,19 +128,19 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     ]
     if options.seed < 0:
         problems.append(Problem("--seed", options.seed, "must be at least 0."))
-    source: Path = options.source
-    output = options.output or (source / "fit.json" if source.is_dir() else source.with_suffix(".fit.json"))
+    output = options.output or _beside(options.source, "fit.json")
     if not output.parent.is_dir():
         problems.append(Problem("--output", output, "lies in a folder that does not exist; make it first."))
     if problems:
         raise ConfigError(problems)
+    from launch.sweeps import results
     from tools.scaling import fit_file
     from tools.scaling.fit import Settings, fit
 
-    observations, notes = _observations(source)
+    found = results.read(options.source)
     settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
-    content = fit_file.document(fit(observations, settings), source=str(source.absolute()))
-    content["notes"] = [*notes, *content["notes"]]
+    content = fit_file.document(fit(found.observations, settings), source=str(options.source.absolute()))
+    content["notes"] = [*found.notes, *content["notes"]]
     fit_file.write(output, content)
     if options.json:
         print(json.dumps(content, indent=1))
@@ -256,38 +149,42 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
-def _observations(source: Path) -> tuple[list[Any], list[str]]:
-    """Of a study's runs, which are also written beside its plan as a CSV; or of a CSV."""
-    from launch.sweeps.controller import ENDED, look
-    from launch.sweeps.study_directory import StudyDirectory
-    from tools.scaling.observations import read_csv, write_csv
-    from tools.scaling.plan_file import measured, observe
-
-    if not source.is_dir():
-        return read_csv(source), []
-    study = StudyDirectory(source)
-    plan = study.plan()
-    observations, outcomes = observe(plan, study.runs)
-    # What never began has no directory: its stem diverged, or it was refused.
-    rows = look(study, study.all_runs(plan), _noted(study), ask=False)
-    never = {name: row.status for name, row in rows.items() if row.status in ENDED}
-    observations = [replace(one, status=never.get(one.name, one.status)) for one in observations]
-    write_csv(study.path / "observations.csv", observations)
-    kind = measured(outcomes)
-    return observations, [f"losses are {kind}"] if kind else []
+def _beside(source: Path, name: str) -> Path:
+    """In a study's directory; beside a CSV with its name before."""
+    return source / name if source.is_dir() else source.with_suffix(f".{name}")
 
 
-def _noted(study: Any) -> dict[str, Any]:
-    """What the study's database says; nothing where there is none."""
-    from launch.sweeps.database import Database
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    """Fits anew, as the fit that lies there was made: a page and a fit that differ would mislead."""
+    page = options.output or _beside(options.source, "report.html")
+    figures = options.figures or _beside(options.source, "figures")
+    if not page.parent.is_dir():
+        raise ConfigError(Problem("--output", page, "lies in a folder that does not exist; make it first."))
+    from launch.sweeps import results
+    from tools.scaling import fit_file
+    from tools.scaling.fit import Settings, fit
+    from tools.scaling.observations import DONE
+    from tools.scaling.report import content, write
 
-    if not study.database.is_file():
-        return {}
-    database = Database(study.database)
-    try:
-        return database.rows()
-    finally:
-        database.close()
+    found = results.read(options.source)
+    fit_json = _beside(options.source, "fit.json")
+    settings = fit_file.FitFile(fit_json).settings if fit_json.is_file() else Settings()
+    fitted, document = None, {}
+    notes = [*found.notes, "no cell is done yet: there is nothing to fit"]
+    if any(one.status == DONE for one in found.observations):
+        fitted = fit(found.observations, settings)
+        document = fit_file.document(fitted, source=str(options.source.absolute()))
+        document["notes"] = notes = [*found.notes, *document["notes"]]
+        fit_file.write(fit_json, document)
+    shown = content.Content(options.source.absolute().stem, found.observations, fitted, document, notes, found.reasons)
+    if found.study is not None and found.plan is not None:
+        links = {} if options.standalone else content.links(found.observations, found.study.runs, page)
+        shown = content.of_a_study(shown, found.plan, found.study.runs, links)
+    written = write.write(shown, page, figures)
+    if document:
+        print(fit_file.table(document))
+    print("\n".join(f"written: {path}" for path in written))
+    return 0
 
 
 def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:

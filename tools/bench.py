@@ -25,6 +25,7 @@ _NAMES = {
     "ceilings": "products, attention and copies of this machine beside its data sheet",
     "predictions": "predicted tokens/s against published and measured ones, within a ratio of 0.85",
     "sweep_fit": "the fit of 10,000 cells with 1,000 versions of the data against 60 s",
+    "sweep_report": "opening the page of a study of 1,000 cells against 2 s, and its size against 5 MB",
     "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
 }
 

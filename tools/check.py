@@ -58,6 +58,7 @@ DEBIAN_PACKAGES = {
     "slurmdbd": "slurmdbd",
     "mariadbd": "mariadb-server",
     "shellcheck": "shellcheck",
+    "chromium": "chromium",
 }
 
 
@@ -82,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         "mq test",
         description="Runs every check that this machine can run: formatting, lint, types, import layers, then "
         "the tests. What it cannot run (no GPU, no privileges) pytest names with its reason. As root on Debian it "
-        "installs what the tests run against: Slurm, munge, MariaDB, shellcheck.",
+        "installs what the tests run against: Slurm, munge, MariaDB, shellcheck, Chromium.",
         examples=["mq test", "mq test tests/data", "mq test -k resume -x", "mq test --only-static"],
     )
     parser.add_argument("--only-static", action="store_true", help="everything but the tests")

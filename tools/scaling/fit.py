@@ -69,6 +69,11 @@ class Fit:
     left_out: Prediction | None
     notes: list[str]
 
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Settings that were varied."""
+        return tuple(dict.fromkeys(one.variable for one in self.optima))
+
 
 def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     """Fits everything that the observations allow; what they do not allow is said in the notes.

@@ -199,7 +199,8 @@ def table(content: dict[str, Any]) -> str:
             f"{surface['law']}  ({surface['points']} points, {surface['resampled']} drawn anew, 90 % intervals)",
         ]
         for name, value in surface["coefficients"].items():
-            lines.append("  " + _coefficient(name, value))
+            shown, middle, low, high = coefficient(name, value)
+            lines.append(f"  {shown:<6}{middle:>12.5g}   {low:.5g} to {high:.5g}")
         lines.append(f"  scatter about the law {surface['spread']:.2%}")
     for one in content["on_par"]:
         lines.append(
@@ -207,7 +208,7 @@ def table(content: dict[str, Any]) -> str:
             f"is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
         )
     if laws := content["settings_laws"]:
-        lines += ["", *_setting_laws(laws)]
+        lines += ["", *setting_laws(laws)]
     for one in content["allocations"]:
         sure = "" if one["interval"] is None else f" ({one['interval'][0]:.3f} to {one['interval'][1]:.3f})"
         lines.append(f"best N by {one['approach']}: {one['factor']:.3g} C^{one['exponent']:.3f}{sure}")
@@ -217,14 +218,16 @@ def table(content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _coefficient(name: str, value: dict[str, float]) -> str:
+def coefficient(name: str, value: dict[str, float]) -> tuple[str, float, float, float]:
+    """A coefficient as people name it, with its interval: A, where the fit has ln A."""
+    middle, low, high = (value[key] for key in ("value", "low", "high"))
     if name.startswith("ln_"):
-        low, middle, high = (math.exp(min(value[key], 700.0)) for key in ("low", "value", "high"))
-        return f"{name.removeprefix('ln_'):<6}{middle:>12.5g}   {low:.5g} to {high:.5g}"
-    return f"{name:<6}{value['value']:>12.4f}   {value['low']:.4f} to {value['high']:.4f}"
+        middle, low, high = (math.exp(min(one, 700.0)) for one in (middle, low, high))
+    return name.removeprefix("ln_"), middle, low, high
 
 
-def _setting_laws(laws: dict[str, Any]) -> list[str]:
+def setting_laws(laws: dict[str, Any]) -> list[str]:
+    """The best settings as power laws, a line each."""
     centre, draws = np.array(laws["centre"]), np.array(laws["draws"])
     lines = []
     for v, name in enumerate(laws["variables"]):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,13 +128,18 @@ def _observation(cells: dict[str, str]) -> Observation:
 
 def write_csv(path: Path, observations: Iterable[Observation]) -> None:
     """Writes what ``read_csv`` reads."""
-    names = [field.name for field in fields(Observation)]
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(names)
-        for one in observations:
-            values = (getattr(one, name) for name in names)
-            writer.writerow("" if value is None or value != value else value for value in values)
+        write_observations(file, observations)
+
+
+def write_observations(file: TextIO, observations: Iterable[Observation]) -> None:
+    """The same to an open file."""
+    names = [field.name for field in fields(Observation)]
+    writer = csv.writer(file)
+    writer.writerow(names)
+    for one in observations:
+        values = (getattr(one, name) for name in names)
+        writer.writerow("" if value is None or value != value else value for value in values)
 
 
 def column(observations: Iterable[Observation], name: str) -> Array:

@@ -125,6 +125,22 @@ def test_fit_reads_the_study(finished, tmp_path):
     assert (study / "fit.json").is_file()
 
 
+def test_report(finished):
+    study, _, _ = finished
+    done = run("launch.sweep", "report", study, check=True)
+    page = (study / "report.html").read_text()
+    assert f"written: {study / 'report.html'}" in done.stdout
+    for name, row in rows(study).items():
+        if row[1] == "cell":
+            assert name in page
+            assert (f'href="runs/{name}"' in page) == (study / "runs" / name).exists()
+    assert "optim.min_learning_rate" in page  # why the cell failed
+    assert "device-hours spent" in page
+    assert (study / "figures" / "loss_over_compute.png").is_file()
+    run("launch.sweep", "report", study, "--standalone", "--output", study / "alone.html", check=True)
+    assert 'href="runs/' not in (study / "alone.html").read_text()
+
+
 def test_status(finished):
     study, _, _ = finished
     shown = json.loads(run("launch.sweep", "status", study, "--json", check=True).stdout)
@@ -176,6 +192,8 @@ def test_another_plan_does_not_take_the_directory(finished, tokens, tmp_path):
         (["resume", "nowhere"], "holds no plan.yaml"),
         (["status", "nowhere"], "holds no plan.yaml"),
         (["submit", "nowhere.yaml"], "cannot be read"),
+        (["report", "nowhere.csv"], "cannot be read"),
+        (["report", "nowhere.csv", "--output", "no/such/page.html"], "does not exist; make it first"),
         (["resume", "nowhere", "--at-once", "0", "--poll", "nan"], "--at-once"),
     ],
 )
