@@ -95,8 +95,7 @@ def _array(options: argparse.Namespace, overrides: list[str]) -> int:
         time_limit=options.time_limit,
         ranks_per_node=options.ranks_per_node,
     )
-    shared = [*content.overrides, *overrides]
-    submitted = submit.submit_array(base, content.runs, shared, at_once=options.at_once)
+    submitted = submit.submit_array(submit.requests_of(content, base, overrides), at_once=options.at_once)
     if options.json:
         print(submit.as_json(submitted))
     else:

@@ -93,7 +93,7 @@ def make(
     named = name or (source if source in RECIPES else Path(source).resolve().parent.name)
     if not _NAME.fullmatch(named):
         problems.append(Problem("--name", repr(named), NAME_RULE))
-    chosen = cluster or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
+    chosen = chosen_cluster(cluster, dry=dry)
     described: Cluster | None = None
     config: RunConfig | None = None
     try:
@@ -119,6 +119,11 @@ def make(
     assert config is not None
     where = run_dir if run_dir is not None else Path(described.run_root) / named
     return Request(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+
+
+def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
+    """The cluster that is meant: the one named, else the example on a machine with Slurm, else this machine."""
+    return named or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
 
 
 def with_name(request: Request, name: str, config: RunConfig) -> Request:

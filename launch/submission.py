@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,17 @@ def submit(request: Request, *, after: str | None = None) -> str:
     return _submit(request, [_job(request)], RunDirectory(request.run_dir).submission, after=after)[0]
 
 
-def submit_array(requests: Sequence[Request], folder: Path, *, at_once: int) -> list[str]:
+def submit_array(requests: Sequence[Request], folder: Path, *, at_once: int, name: str) -> list[str]:
     """Submits runs as one array and returns the ids of its tasks, in order.
 
     Args:
         requests: runs that differ in name, directory and configuration only.
         folder: where scripts, pickles and the controllers' logs go.
         at_once: tasks that may run together.
+        name: of the array.
     """
-    return _submit(requests[0], [_job(request) for request in requests], folder, at_once=at_once)
+    named = replace(requests[0], name=name)
+    return _submit(named, [_job(request) for request in requests], folder, at_once=at_once)
 
 
 def _job(request: Request) -> Job:

@@ -156,35 +156,27 @@ def _alone(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def submit_array(base: Request, runs: dict[str, list[str]], overrides: list[str], *, at_once: int) -> list[Submitted]:
+def submit_array(requests: Sequence[Request], *, at_once: int, name: str | None = None) -> list[Submitted]:
     """Submits runs beside one another as one array.
 
     Args:
-        base: what they share; its run directory's parent takes theirs.
-        runs: overrides by name.
-        overrides: of all of them.
+        requests: runs that differ in name, directory and configuration only.
         at_once: runs that may run together.
+        name: of the array; None is the first run's.
 
     Raises:
         ConfigError: with everything that is wrong with any of them; nothing is submitted then.
     """
+    base, problems = requests[0], []
     if base.cluster.scheduler != "slurm":
         raise ConfigError(Problem("--cluster", base.cluster_name, "an array needs Slurm; submit the runs one by one."))
-    requests, problems = [], []
-    for name, own in runs.items():
-        try:
-            config = absolute_paths(resolve(base.config.recipe, [*overrides, *own], RECIPES))
-            requests.append(with_name(base, name, config))
-        except ConfigError as error:
-            problems += [Problem(f"run {name}: {item.where}", item.value, item.fix) for item in error.problems]
-    if problems:
-        raise ConfigError(problems)
     checked = [check(request, on_site=index == 0) for index, request in enumerate(requests)]
+    queue = slurm.queue()
     for request, found in zip(requests, checked, strict=True):
         wrong = [item.problem for item in found.findings if item.severity != "warning"]
         wrong += RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=found.data_digest)
         problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
-        if run_jobs.active(RunDirectory(request.run_dir), slurm.queue() if request.run_dir.exists() else {}):
+        if run_jobs.active(RunDirectory(request.run_dir), queue):
             problems.append(Problem("run", request.name, "is under way already."))
     if problems:
         raise ConfigError(problems)
@@ -193,7 +185,8 @@ def submit_array(base: Request, runs: dict[str, list[str]], overrides: list[str]
         _prepare(request, found, new_code=False)
     with _queued(directories, forgive=True):
         # In the first run's directory, which nobody else can write: pickles are read from there.
-        jobs = submission.submit_array(requests, directories[0].submission, at_once=at_once)
+        folder = directories[0].submission
+        jobs = submission.submit_array(requests, folder, at_once=at_once, name=name or base.name)
     for request, job in zip(requests, jobs, strict=True):
         freeze.note_jobs(request, [job])
     return [Submitted(request.name, request.run_dir, (job,), ()) for request, job in zip(requests, jobs, strict=True)]
@@ -236,6 +229,29 @@ def read_array(path: Path) -> ArrayFile:
         raise ConfigError(problems)
     assert isinstance(runs, dict)
     return ArrayFile(content["recipe"], list(shared), {str(name): list(words or []) for name, words in runs.items()})
+
+
+def requests_of(content: ArrayFile, base: Request, overrides: list[str]) -> list[Request]:
+    """A request for each run of an array.
+
+    Args:
+        content: of the file.
+        base: what the runs share; its run directory's parent takes theirs.
+        overrides: of all runs, beside the file's.
+
+    Raises:
+        ConfigError: with everything that is wrong with any of them.
+    """
+    requests, problems = [], []
+    for name, own in content.runs.items():
+        try:
+            words = [*content.overrides, *overrides, *own]
+            requests.append(with_name(base, name, absolute_paths(resolve(content.recipe, words, RECIPES))))
+        except ConfigError as error:
+            problems += [Problem(f"run {name}: {item.where}", item.value, item.fix) for item in error.problems]
+    if problems:
+        raise ConfigError(problems)
+    return requests
 
 
 def _words(value: Any) -> bool:

@@ -61,8 +61,6 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
     ]
     if problems:
         raise ConfigError(problems)
-    from launch.sweeps.controller import Controller, table
-    from launch.sweeps.database import Database
     from launch.sweeps.study_directory import StudyDirectory
     from tools.scaling.plan_file import read_plan
 
@@ -73,6 +71,16 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
     else:
         study = StudyDirectory(options.study)
         study.plan()
+    with study.alone():
+        return _run(options, study)
+
+
+def _run(options: argparse.Namespace, study: Any) -> int:
+    """As the study's one controller on this file system."""
+    from launch.sweeps.controller import Controller
+    from launch.sweeps.database import Database
+    from launch.sweeps.look import table
+
     database = Database(study.database)
     try:
         database.take()
@@ -93,17 +101,17 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
 
 def _place(options: argparse.Namespace, kept: str | None) -> Any:
     """What is typed, else where the study's runs went so far, else one run at a time on one node."""
-    from launch.sweeps.controller import Place
+    from launch.sweeps.handover import Place
 
     fields = ("cluster", "nodes", "ranks_per_node", "at_once")
-    standing = {"cluster": None, "nodes": 1, "ranks_per_node": None, "at_once": 1} | json.loads(kept or "{}")
+    standing = {"cluster": None, "nodes": 1, "ranks_per_node": None, "at_once": None} | json.loads(kept or "{}")
     typed = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return Place(**(standing | typed))
 
 
 def _status(options: argparse.Namespace, _: list[str]) -> int:
-    from launch.sweeps.controller import look, table
     from launch.sweeps.database import Database
+    from launch.sweeps.look import look, table
     from launch.sweeps.study_directory import StudyDirectory
 
     study = StudyDirectory(options.study)

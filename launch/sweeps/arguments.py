@@ -117,7 +117,7 @@ def _add_running(actions: Any) -> None:
         each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
         each.add_argument("--nodes", type=int, help="of a run (1)")
         each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
-        each.add_argument("--at-once", type=int, help="runs that may wait or run together (1)")
+        each.add_argument("--at-once", type=int, help="runs that wait or run together (1; on Slurm 32)")
         each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (10)")
     status = actions.add_parser(
         "status",

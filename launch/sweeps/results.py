@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from launch.sweeps.controller import ENDED, look
 from launch.sweeps.database import Database, Row
+from launch.sweeps.look import ENDED, look
 from launch.sweeps.study_directory import StudyDirectory
 from tools.scaling.observations import Observation, read_csv, write_csv
 from tools.scaling.plan_file import PlanFile, measured, observe

@@ -1,13 +1,19 @@
 """A study's directory: its plan, its database and the run directories of its stems and cells."""
 
+import fcntl
 import hashlib
+import json
 import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_qwen.errors import ConfigError, Problem
-from tools.scaling.plan_file import PlanFile, read_plan
+from megatron_qwen.json_lines import objects
+from tools.scaling.plan_file import PlanFile, merged, read_plan
 
 STEM, CELL = "stem", "cell"
 
@@ -23,6 +29,7 @@ class Run:
         stem: name of the run that it branches off, or None.
         begins: iteration of the stem at which it begins.
         overrides: of the recipe.
+        shape: model and batch, which runs of one array share.
     """
 
     name: str
@@ -31,6 +38,7 @@ class Run:
     stem: str | None
     begins: int
     overrides: tuple[str, ...]
+    shape: str
 
 
 class StudyDirectory:
@@ -45,6 +53,24 @@ class StudyDirectory:
         self.plan_yaml = self.path / "plan.yaml"
         self.database = self.path / "state.sqlite"
         self.runs = self.path / "runs"
+        self.arrays_jsonl = self.path / "arrays.jsonl"
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps two controllers apart, also where the database that names the first was deleted.
+
+        Raises:
+            ConfigError: another one is at work.
+        """
+        with (self.path / ".controller.lock").open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fix = "has another controller of this study at work; its runs go on with it. See `mq sweep status`."
+                raise ConfigError(Problem("STUDY", self.path, fix)) from None
+            except OSError as error:
+                print(f"warning: {self.path} has no locks ({error.strerror}): run one controller only", file=sys.stderr)
+            yield
 
     def claim(self, plan: PlanFile) -> None:
         """Copies the plan, or checks that the one there is the same.
@@ -57,7 +83,12 @@ class StudyDirectory:
                 fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
-        begun = {self.runs.name, ".plan.yaml.new", self.database.name}  # by a command that was killed here
+        begun = {
+            self.runs.name,
+            ".plan.yaml.new",
+            self.database.name,
+            ".controller.lock",
+        }  # by a command that was killed here
         if self.path.exists() and {one.name for one in self.path.iterdir()} - begun:
             raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -67,7 +98,22 @@ class StudyDirectory:
 
     def job_name(self, run: "Run") -> str:
         """Name of a run's job: another study of the same models has others."""
-        return f"{run.name[:90]}.{hashlib.sha256(str(self.path).encode()).hexdigest()[:6]}"
+        return f"{run.name[:90]}.{self._mark()}"
+
+    def _mark(self) -> str:
+        return hashlib.sha256(str(self.path).encode()).hexdigest()[:6]
+
+    def note_array(self, runs: Sequence[Run]) -> str:
+        """Notes which runs are about to go as one array, and names it: who is killed then finds it by its name."""
+        name = f"{self.path.name[:80]}.{self._mark()}.a{len(self.arrays()) + 1}"
+        with self.arrays_jsonl.open("a") as file:
+            file.write(json.dumps({"name": name, "runs": [run.name for run in runs]}) + "\n")
+        return name
+
+    def arrays(self) -> dict[str, list[str]]:
+        """Runs of every array, by its name."""
+        text = self.arrays_jsonl.read_bytes() if self.arrays_jsonl.is_file() else b""
+        return {str(line["name"]): list(map(str, line["runs"])) for line in objects(text.splitlines())}
 
     def plan(self) -> PlanFile:
         """The plan that it runs.
@@ -77,7 +123,18 @@ class StudyDirectory:
         """
         if not self.plan_yaml.is_file():
             raise ConfigError(Problem("STUDY", self.path, "holds no plan.yaml: it is no study that was submitted."))
-        return read_plan(self.plan_yaml)
+        return merged(read_plan(self.plan_yaml), [read_plan(path) for path in self.rounds()])
+
+    def rounds(self) -> list[Path]:
+        """Plans of the rounds that an adaptive study has added, the first first."""
+        found: list[Path] = []
+        while (path := self.path / f"round{len(found) + 1}.yaml").is_file():
+            found.append(path)
+        return found
+
+    def next_round(self) -> Path:
+        """Where the plan of the next one goes."""
+        return self.path / f"round{len(self.rounds()) + 1}.yaml"
 
     def all_runs(self, plan: PlanFile) -> list[Run]:
         """Stems, then cells, in the order of the plan."""
@@ -96,13 +153,14 @@ class StudyDirectory:
                 None,
                 0,
                 (*shared, *_model(plan, members[str(stem["name"])]), *_stem(stem, members[str(stem["name"])])),
+                _shape(members[str(stem["name"])]),
             )
             for stem in content["stems"]
         ]
         for name, cell in cells.items():
             words = (*shared, *_model(plan, cell), *self._cell(cell))
             stem = str(cell["stem"]) if "stem" in cell else None
-            found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words))
+            found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell)))
         return found
 
     def _cell(self, cell: dict[str, Any]) -> list[str]:
@@ -113,6 +171,10 @@ class StudyDirectory:
         decay = int(cell["iterations"]) - int(cell["from"])
         branch = ["optim.lr_decay_style=wsd", f"optim.lr_wsd_decay_iters={decay}", f"checkpoint.branch_from={begin}"]
         return [*words, *branch]
+
+
+def _shape(cell: dict[str, Any]) -> str:
+    return f"{cell['model']}_b{cell['sequences']}"
 
 
 def _settings(cell: dict[str, Any]) -> list[str]:

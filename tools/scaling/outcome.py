@@ -39,14 +39,17 @@ class Outcome:
     why: str
 
 
-def outcome(run_dir: Path, *, iterations: int) -> Outcome:
+def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins: int = 0) -> Outcome:
     """Reads a run directory.
 
-    Divergence is a result: numbers that were not finite, or a loss that ends more than a tenth above where it has been.
+    Divergence is a result: numbers that were not finite, or a loss that ends more than a tenth above where it has
+    been, in the run or in the stem that it went on from.
 
     Args:
         run_dir: of the run; need not exist.
         iterations: length of the run.
+        stem: directory of the run that it branched off, or None.
+        begins: iteration of the stem at which it did.
     """
     directory = RunDirectory(run_dir)
     steps = _steps(directory)
@@ -64,7 +67,8 @@ def outcome(run_dir: Path, *, iterations: int) -> Outcome:
         why = f"is done, but its metrics end at iteration {last} of {iterations}"
         return Outcome(FAILED, math.nan, "", last, why)
     means = _means(steps)
-    if (astray := _went_astray(means)) is not None:
+    before = {} if stem is None else _until(stem, begins)
+    if (astray := _went_astray(_means(before | steps) if before else means)) is not None:
         return Outcome(DIVERGED, math.nan, "", last, astray)
     validation = steps[last].get("validation_loss")
     if isinstance(validation, int | float) and math.isfinite(validation):
@@ -74,8 +78,12 @@ def outcome(run_dir: Path, *, iterations: int) -> Outcome:
 
 def astray_by(run_dir: Path, iteration: int) -> str | None:
     """Why a run had diverged when it came to an iteration, or None: what branches off there is lost with it."""
-    steps = {number: record for number, record in _steps(RunDirectory(run_dir)).items() if number <= iteration}
+    steps = _until(run_dir, iteration)
     return _went_astray(_means(steps)) if steps else None
+
+
+def _until(run_dir: Path, iteration: int) -> dict[int, dict[str, object]]:
+    return {number: record for number, record in _steps(RunDirectory(run_dir)).items() if number <= iteration}
 
 
 def _means(steps: dict[int, dict[str, object]]) -> Array:

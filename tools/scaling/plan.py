@@ -175,6 +175,8 @@ def document(plan: Plan) -> dict[str, Any]:
             for one in plan.dropped
         ],
         "warnings": plan.warnings,
+        "adaptive_rounds": study.adaptive_rounds,
+        "study": study.content,
     }
 
 

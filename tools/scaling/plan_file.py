@@ -65,12 +65,31 @@ def read_plan(path: Path) -> PlanFile:
     return PlanFile(path, content)
 
 
+def merged(plan: PlanFile, rounds: Sequence[PlanFile]) -> PlanFile:
+    """A plan with what later rounds added to it."""
+    if not rounds:
+        return plan
+    content = dict(plan.content)
+    for one in rounds:
+        known = {(model["name"], model["sequences"]) for model in content["models"]}
+        fresh = [model for model in one.content["models"] if (model["name"], model["sequences"]) not in known]
+        content["models"] = [*content["models"], *fresh]
+        for part in ("stems", "cells", "dropped", "warnings"):
+            content[part] = [*(content.get(part) or ()), *(one.content.get(part) or ())]
+        content["device_hours"] = content.get("device_hours", 0.0) + one.content.get("device_hours", 0.0)
+    if problems := list(_problems(str(rounds[-1].path), content)):
+        raise ConfigError(problems)
+    return PlanFile(plan.path, content)
+
+
 def _problems(where: str, content: dict[str, Any]) -> Iterator[Problem]:
     for name in ("name", "recipe"):
         if not isinstance(content.get(name), str):
             yield Problem(f"{where}: {name}", content.get(name), "must be text.")
     if not _NAME.fullmatch(str(content.get("name"))):
         yield Problem(f"{where}: name", content.get("name"), "must be letters, digits, '.', '_' and '-'.")
+    if content.get("adaptive_rounds") and not isinstance(content.get("study"), dict):
+        yield Problem(f"{where}: study", None, "is missing: an adaptive study is widened from it.")
     wrong = False
     for part, fields in _NEEDED.items():
         rows = content.get(part)
@@ -131,7 +150,9 @@ def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, Ou
     observations, outcomes = [], {}
     for cell in plan.content["cells"]:
         model = plan.model(cell)
-        found = outcome(runs / str(cell["name"]), iterations=int(cell["iterations"]))
+        stem = runs / str(cell["stem"]) if "stem" in cell else None
+        begins = int(cell.get("from", 0))
+        found = outcome(runs / str(cell["name"]), iterations=int(cell["iterations"]), stem=stem, begins=begins)
         outcomes[str(cell["name"])] = found
         mixture = model["total_params"] != model["params"]
         observations.append(

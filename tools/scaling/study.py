@@ -8,6 +8,7 @@ horizons: {tokens_per_param: [20, 40, 80]}     # or tokens: [...]
 learning_rate: {low: 5e-4, high: 1.6e-2, count: 6}
 batch_tokens: {values: [8192]}
 schedule: wsd
+adaptive_rounds: 2                             # widen grids whose optimum lies at an edge or is flat
 device: {gpu: h100, count: 8}                  # or {tflops: 0.15, count: 1, memory_gib: 20}: what was measured
 budget_hours: 200                              # device-hours
 ```
@@ -30,6 +31,7 @@ from megatron_qwen.recipes.registry import RECIPES
 
 SCHEDULES = ("wsd", "cosine")
 _MOST_VALUES = 1000
+_MOST_ROUNDS = 20
 _SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
     "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
@@ -74,6 +76,8 @@ class StudyFile:
         seeds: of the initial weights and the data's order.
         device: of a cell.
         budget_hours: device-hours of the whole; None is no limit.
+        adaptive_rounds: how often grids are widened where their optimum lies at an edge or is flat.
+        content: what it was read from, its name and recipe made independent of its place.
     """
 
     name: str
@@ -92,11 +96,13 @@ class StudyFile:
     seeds: tuple[int, ...]
     device: Device
     budget_hours: float | None
+    adaptive_rounds: int
+    content: dict[str, Any]
 
 
 _FIELDS = (
     "name", "recipe", "overrides", "shapes", "horizons", "learning_rate", "batch_tokens", "schedule", "decay_share",
-    "warmup_share", "seeds", "device", "budget_hours",
+    "warmup_share", "seeds", "device", "budget_hours", "adaptive_rounds",
 )  # fmt: skip
 
 
@@ -106,7 +112,19 @@ def read_study(path: Path) -> StudyFile:
     Raises:
         ConfigError: with everything that is wrong with it.
     """
-    content = read_mapping(path)
+    return parse_study(path, read_mapping(path))
+
+
+def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
+    """A study from its mapping.
+
+    Args:
+        path: of the file it stood in; a run.yaml is looked for beside it.
+        content: of the file.
+
+    Raises:
+        ConfigError: with everything that is wrong with it.
+    """
     reader = _Reader(str(path), content)
     reader.unknown("", content, _FIELDS)
     base = reader.base(path)
@@ -128,6 +146,8 @@ def read_study(path: Path) -> StudyFile:
         "seeds": reader.seeds(base),
         "device": reader.device(base),
         "budget_hours": reader.number("budget_hours", None),
+        "adaptive_rounds": reader.rounds(),
+        "content": content | {"name": str(content.get("name") or path.stem), "recipe": reader.recipe(path)},
     }
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -274,6 +294,14 @@ class _Reader:
         if value not in known:
             self.wrong(name, value, f"must be one of {', '.join(known)}.")
         return str(value)
+
+    def rounds(self) -> int:
+        """A small whole number, 0 by default."""
+        value = self.content.get("adaptive_rounds", 0)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_ROUNDS:
+            self.wrong("adaptive_rounds", value, f"must be a whole number from 0 to {_MOST_ROUNDS}.")
+            return 0
+        return value
 
     def seeds(self, base: RunConfig | None) -> tuple[int, ...]:
         """Whole numbers; the recipe's where none is given."""

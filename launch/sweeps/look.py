@@ -1,0 +1,157 @@
+"""How the runs of a study stand: by their directories, the scheduler, and what the database says of those without."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+
+from launch import run_jobs
+from launch.run_jobs import Submission
+from launch.sweeps.database import ACTIVE, READY, WAITING, Row
+from launch.sweeps.study_directory import Run, StudyDirectory
+from megatron_qwen import slurm
+from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.rundir import RunDirectory, RunState
+from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
+from tools.scaling.outcome import astray_by, outcome
+
+ENDED = (DONE, DIVERGED, FAILED)
+# A run whose job is gone without a word is handed over again; one that is lost so often is not.
+_MOST_SUBMISSIONS = 3
+_OF_THE_STEM = "its stem"
+
+
+def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, ask: bool = True) -> dict[str, Row]:
+    """How every run stands, by its directory and the scheduler.
+
+    Args:
+        study: the directory.
+        runs: of the study, stems first.
+        known: what the database says.
+        ask: whether to ask the scheduler; without it what is under way looks ready.
+    """
+    alive = _alive(study, runs) if ask else {}
+    rows: dict[str, Row] = {}
+    for run in runs:
+        directory = RunDirectory(study.runs / run.name)
+        old = known.get(run.name)
+        if old is None:
+            old = Row(run.name, run.kind, READY, submissions=len(run_jobs.submissions(directory)))
+        if run.name in alive:  # asked before its files are read: what has ended since has said how
+            rows[run.name] = replace(old, status=ACTIVE, why=alive[run.name])
+            continue
+        if old.status in (DONE, DIVERGED) and directory.state() in (RunState.DONE, RunState.STOPPED):
+            rows[run.name] = old
+            continue
+        stem = None if run.stem is None else study.runs / run.stem
+        found = outcome(directory.path, iterations=run.iterations, stem=stem, begins=run.begins)
+        # What got further than the time before was not lost in vain.
+        row = replace(
+            old, iteration=found.iteration, submissions=1 if found.iteration > old.iteration else old.submissions
+        )
+        if found.status != UNFINISHED:
+            loss = found.loss if found.status == DONE else None
+            rows[run.name] = replace(row, status=found.status, why=found.why, loss=loss)
+        elif row.submissions >= _MOST_SUBMISSIONS:
+            rows[run.name] = replace(row, status=FAILED, why=f"its job was lost {row.submissions} times")
+        elif old.status == FAILED and not old.why.startswith(_OF_THE_STEM):
+            rows[run.name] = row  # refused; `resume` tries again
+        else:
+            rows[run.name] = _waiting(study, run, row, rows)
+    return rows
+
+
+def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
+    """Runs whose job waits or runs, with what a person must know of it.
+
+    Also those whose job a controller was killed before it could note: it is found by its name.
+    """
+    directories = {run.name: RunDirectory(study.runs / run.name) for run in runs}
+    directories = {name: one for name, one in directories.items() if one.path.exists()}
+    noted = {name: each[-1] for name, one in directories.items() if (each := run_jobs.submissions(one))}
+    # A run of Slurm's is not taken for lost because its programs are not here: they must answer.
+    asked = slurm.is_there() or any(one.scheduler == "slurm" for one in noted.values())
+    queue = slurm.queue() if asked else {}
+    unnoted = _unnoted(study, runs, queue, noted)
+    local = [line for line in _command_lines() if str(study.runs) in line]
+    found: dict[str, str] = {}
+    for run in runs:
+        directory = directories.get(run.name)
+        if run.name in unnoted:
+            found[run.name] = ""
+        elif directory is None:
+            continue
+        elif jobs := run_jobs.active(directory, queue):
+            found[run.name] = _held(jobs, queue)
+        elif any(str(directory.submission) in line for line in local):
+            found[run.name] = ""
+    return found
+
+
+def _unnoted(
+    study: StudyDirectory, runs: Sequence[Run], queue: dict[str, slurm.QueuedJob], noted: dict[str, Submission]
+) -> set[str]:
+    """Runs that have a job by its name, or are members of an array by its, which their directories do not name."""
+    alive = {job.name: job.job_id.partition("_")[0] for job in queue.values() if job.state not in slurm.ENDED}
+    found = {run.name for run in runs if run.name not in noted and study.job_name(run) in alive}
+    for array, members in study.arrays().items():
+        if array in alive:
+            known = {name: noted[name].jobs[0].partition("_")[0] for name in members if name in noted}
+            found |= {name for name in members if known.get(name) != alive[array]}
+    return found
+
+
+def _held(jobs: Sequence[str], queue: dict[str, slurm.QueuedJob]) -> str:
+    held = [job for job in jobs if job in queue and queue[job].is_held]
+    return f"held by Slurm ({queue[held[0]].reason}): scontrol release {' '.join(held)}" if held else ""
+
+
+def _command_lines() -> list[str]:
+    """Of the processes of this machine that live."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        if process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(" ".join(process.info["cmdline"] or ()))
+    return found
+
+
+def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) -> Row:
+    """A run that is not under way: ready, or waiting for its stem, or never to be."""
+    if run.stem is None or RunDirectory(study.runs / run.name).run_yaml.is_file():
+        return replace(row, status=READY, why="")
+    stem = rows[run.stem]
+    if _branch_is_there(study, run):
+        if why := astray_by(study.runs / run.stem, run.begins):
+            return replace(row, status=DIVERGED, why=f"{_OF_THE_STEM} diverged before it: {why}")
+        return replace(row, status=READY, why="")
+    if stem.status == DIVERGED:
+        return replace(row, status=DIVERGED, why=f"{_OF_THE_STEM} diverged: {stem.why}")
+    if stem.status == FAILED:
+        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} failed: {stem.why}"[:500])
+    if stem.status == DONE:
+        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} kept no checkpoint of iteration {run.begins}")
+    return replace(row, status=WAITING, why=f"for iteration {run.begins} of {run.stem}")
+
+
+def _branch_is_there(study: StudyDirectory, run: Run) -> bool:
+    assert run.stem is not None
+    root = RunDirectory(study.runs / run.stem).checkpoints
+    return run.begins in {iteration for iteration, _ in committed(root)}
+
+
+def table(rows: dict[str, Row], controller: str | None, path: Path) -> str:
+    """How a study stands, for a terminal."""
+    counts = Counter((row.kind, row.status) for row in rows.values())
+    lines = [f"{path}: controller {controller or 'not at work; `mq sweep resume` starts it'}"]
+    for kind in ("stem", "cell"):
+        each = {status: count for (which, status), count in counts.items() if which == kind}
+        if each:
+            lines.append(f"{kind}s: " + ", ".join(f"{count} {status}" for status, count in sorted(each.items())))
+    lines += [
+        f"{row.name}: {row.status} at iteration {row.iteration}{f' ({row.why})' if row.why else ''}"
+        for row in rows.values()
+        if row.status in (ACTIVE, DIVERGED, FAILED)
+    ]
+    return "\n".join(lines)
