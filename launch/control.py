@@ -25,7 +25,11 @@ def cancel(runs: Sequence[RunDirectory]) -> list[str]:
         if not jobs:
             lines.append(f"{run.path.name}: no job waits or runs")
             continue
-        if run_jobs.submissions(run)[-1].scheduler == "local":
+        newest = run_jobs.submissions(run)[-1]
+        if newest.elsewhere is not None:  # its process number is another's here
+            lines.append(f"{run.path.name}: runs on {newest.elsewhere}; cancel it there")
+            continue
+        if newest.scheduler == "local":
             for job in jobs:
                 run_jobs.tell_local(job, signal.SIGTERM)
         else:

@@ -1,7 +1,9 @@
 """The jobs of a run: which ids it has had, and what the scheduler says of them."""
 
 import json
+import os
 import signal
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,8 @@ from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 
 _CONTROLLER = "submitit.core._submit"
+# A run on another machine that was silent for so long is over; starting up, it is silent for a minute or two.
+_SILENT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Submission:
         ranks_per_node: as given, or None.
         time_limit: of a job.
         chain: jobs in a row, or None.
+        host: machine it was submitted on; the one that a local controller runs on.
     """
 
     jobs: tuple[str, ...]
@@ -34,6 +39,12 @@ class Submission:
     ranks_per_node: int | None = None
     time_limit: str | None = None
     chain: int | None = None
+    host: str | None = None
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The other machine on which a run without Slurm was started; None for this one, and for Slurm's."""
+        return self.host if self.scheduler == "local" and self.host not in (None, os.uname().nodename) else None
 
 
 def submissions(directory: RunDirectory) -> list[Submission]:
@@ -51,6 +62,7 @@ def submissions(directory: RunDirectory) -> list[Submission]:
                     entry.get("ranks_per_node"),
                     entry.get("time_limit"),
                     entry.get("chain"),
+                    entry.get("host"),
                 )
             )
         except (ValueError, KeyError, TypeError):
@@ -78,12 +90,22 @@ def active(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[s
     newest = submissions(directory)[-1:]
     if not newest:
         return []
+    if newest[0].elsewhere is not None:
+        return list(newest[0].jobs) if _has_moved(directory) else []
     if newest[0].scheduler == "local":
         return [job for job in newest[0].jobs if is_local_job(job, directory)]
     # A job that is being cleaned up after the run's end is over; one that is requeued looks the same to Slurm.
     over = directory.state() in (RunState.DONE, RunState.STOPPED, RunState.CANCELLED)
     gone = slurm.ENDED | {"COMPLETING"} if over else slurm.ENDED
     return [job for job in newest[0].jobs if job in queue and queue[job].state not in gone]
+
+
+def _has_moved(directory: RunDirectory) -> bool:
+    """Whether a run has shown a sign of life lately: all that another machine can see of its processes."""
+    if directory.state() not in (RunState.QUEUED, RunState.RUNNING, RunState.REQUEUED):
+        return False
+    signs = [path.stat().st_mtime for path in (directory.jobs, directory.heartbeat) if path.is_file()]
+    return time.time() - max(signs, default=0.0) < _SILENT_S
 
 
 def tell_local(process: str, number: signal.Signals) -> None:

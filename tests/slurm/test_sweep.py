@@ -142,8 +142,9 @@ def test_none_ran_twice_but_what_the_dead_node_had(finished):
         attempts = study.attempts(name)
         assert attempts[-1].exit_code == 0 or name == study.wild, (name, attempts)
         for lost in attempts[:-1]:
-            assert node in lost.nodes, (name, attempts)
-            again += 1
+            # After a node has died Slurm 22.05 sometimes refuses the first step: nothing was done then.
+            assert node in lost.nodes or not lost.gained, (name, attempts)
+            again += node in lost.nodes
     assert again >= 1
 
 
