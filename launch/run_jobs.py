@@ -13,8 +13,8 @@ from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 
 _CONTROLLER = "submitit.core._submit"
-# A run on another machine that was silent for so long is over; starting up, it is silent for a minute or two.
-_SILENT_S = 600.0
+# A run on another machine that was silent for so long is over: longer than any start, validation or save.
+_SILENT_S = 1800.0
 
 
 @dataclass(frozen=True)

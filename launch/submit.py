@@ -3,7 +3,7 @@
 import fcntl
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,13 +156,16 @@ def _alone(run_dir: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def submit_array(requests: Sequence[Request], *, at_once: int, name: str | None = None) -> list[Submitted]:
+def submit_array(
+    requests: Sequence[Request], *, at_once: int, name: str | None = None, between: Callable[[], None] = lambda: None
+) -> list[Submitted]:
     """Submits runs beside one another as one array.
 
     Args:
         requests: runs that differ in name, directory and configuration only.
         at_once: runs that may run together.
         name: of the array; None is the first run's.
+        between: is called before each run is looked at and before it is prepared, which can take long.
 
     Raises:
         ConfigError: with everything that is wrong with any of them; nothing is submitted then.
@@ -170,7 +173,10 @@ def submit_array(requests: Sequence[Request], *, at_once: int, name: str | None 
     base, problems = requests[0], []
     if base.cluster.scheduler != "slurm":
         raise ConfigError(Problem("--cluster", base.cluster_name, "an array needs Slurm; submit the runs one by one."))
-    checked = [check(request, on_site=index == 0) for index, request in enumerate(requests)]
+    checked: list[Preflight] = []
+    for request in requests:
+        between()
+        checked.append(check(request, on_site=not checked))
     queue = slurm.queue()
     for request, found in zip(requests, checked, strict=True):
         wrong = [item.problem for item in found.findings if item.severity != "warning"]
@@ -182,6 +188,7 @@ def submit_array(requests: Sequence[Request], *, at_once: int, name: str | None 
         raise ConfigError(problems)
     directories = [RunDirectory(request.run_dir) for request in requests]
     for request, found in zip(requests, checked, strict=True):
+        between()
         _prepare(request, found, new_code=False)
     with _queued(directories, forgive=True):
         # In the first run's directory, which nobody else can write: pickles are read from there.

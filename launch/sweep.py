@@ -84,12 +84,12 @@ def _run(options: argparse.Namespace, study: Any) -> int:
     database = Database(study.database)
     try:
         database.take()
-        place = _place(options, database.remember())
-        database.remember(json.dumps(asdict(place)))
-        if options.action == "resume":
-            database.try_again()
-        controller = Controller(study, database, place, lambda line: print(line, flush=True))
         try:
+            place = _place(options, database.remember())
+            controller = Controller(study, database, place, lambda line: print(line, flush=True))
+            database.remember(json.dumps(asdict(place)))
+            if options.action == "resume":
+                database.try_again()
             rows = controller.run(poll_s=options.poll)
         finally:
             database.leave()
@@ -166,8 +166,14 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     """Fits anew, as the fit that lies there was made: a page and a fit that differ would mislead."""
     page = options.output or _beside(options.source, "report.html")
     figures = options.figures or _beside(options.source, "figures")
-    if not page.parent.is_dir():
-        raise ConfigError(Problem("--output", page, "lies in a folder that does not exist; make it first."))
+    fit_json = options.fit or _beside(options.source, "fit.json")
+    problems = [
+        Problem(name, path, "lies in a folder that does not exist; make it first.")
+        for name, path in (("--output", page), ("--fit", fit_json))
+        if not path.parent.is_dir()
+    ]
+    if problems:
+        raise ConfigError(problems)
     from launch.sweeps import results
     from tools.scaling import fit_file
     from tools.scaling.fit import Settings, fit
@@ -175,7 +181,6 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     from tools.scaling.report import content, write
 
     found = results.read(options.source)
-    fit_json = _beside(options.source, "fit.json")
     settings = fit_file.FitFile(fit_json).settings if fit_json.is_file() else Settings()
     fitted, document = None, {}
     notes = [*found.notes, "no cell is done yet: there is nothing to fit"]
@@ -191,6 +196,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     written = write.write(shown, page, figures)
     if document:
         print(fit_file.table(document))
+        written.append(fit_json)
     print("\n".join(f"written: {path}" for path in written))
     return 0
 

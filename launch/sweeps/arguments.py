@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("source", type=Path, help="the directory of a study, or a CSV as for fit")
     report.add_argument("--output", type=Path, help="the page; report.html of the study, NAME.report.html for a CSV")
     report.add_argument("--figures", type=Path, help="folder of charts and data; figures of the study, NAME.figures")
+    report.add_argument("--fit", type=Path, help="made with its settings if it is there; fit.json, NAME.fit.json")
     report.add_argument(
         "--standalone", action="store_true", help="no links to runs: for a page that travels without them"
     )

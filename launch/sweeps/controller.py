@@ -2,18 +2,18 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from launch.sweeps.database import ACTIVE, READY, Database, Row
 from launch.sweeps.handover import HandOver, Place
 from launch.sweeps.look import ENDED, look
+from launch.sweeps.results import observed
 from launch.sweeps.study_directory import StudyDirectory
 from megatron_qwen import slurm
 from tools.scaling import adapt
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import DONE
 from tools.scaling.plan import document, write
-from tools.scaling.plan_file import observe
+from tools.scaling.plan_file import PlanFile, merged
 
 _BEAT_S = 20.0
 # Versions of the data by which a round judges how flat an optimum is.
@@ -54,24 +54,25 @@ class Controller:
 
     def _widened(self, rows: dict[str, Row]) -> bool:
         """Whether an adaptive study has runs to add, now that all have ended; they are noted before any begins."""
-        if len(self.study.rounds()) >= self.rounds:
+        number = len(self.study.rounds()) + 1
+        if number > self.rounds:
             return False
         plan = self.study.plan()
-        # A branch of a stem that diverged has no directory that says so.
-        observations = [replace(one, status=rows[one.name].status) for one in observe(plan, self.study.runs)[0]]
+        observations, _ = observed(plan, self.study, rows)
         if not any(one.status == DONE for one in observations):
             return False
-        found = adapt.next_round(plan, fit(observations, Settings(draws=_DRAWS)))
+        found = adapt.next_round(plan, observations, fit(observations, Settings(draws=_DRAWS)))
         if found is None:
             return False
-        path = self.study.next_round()
-        write(path, document(found))
-        for reason in found.warnings:
-            self.say(f"round {len(self.study.rounds())}: {reason}")
-        for one in found.dropped:
-            self.say(f"round {len(self.study.rounds())}: {one.what} left out: {one.reason}")
+        for line in (*found.warnings, *(f"{one.what} left out: {one.reason}" for one in found.dropped)):
+            self.say(f"round {number}: {line}")
+        if not found.cells:
+            return False
+        content, path = document(found), self.study.next_round()
+        merged(plan, [PlanFile(path, content)])  # a round that does not go with the plan is not written
+        write(path, content)
         self.runs = self.study.all_runs(self.study.plan())
-        return bool(found.cells)
+        return True
 
     def _wait(self, seconds: float) -> None:
         """Sleeps, and says meanwhile that it is alive."""

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import batched, groupby
 
 from launch import cluster as clusters
 from launch import preflight, submit
@@ -63,6 +63,8 @@ class HandOver:
         scheduler = clusters.load(chosen_cluster(place.cluster)).scheduler
         self.as_arrays = scheduler == "slurm"
         self.at_once = place.at_once or _AT_ONCE[scheduler]
+        # Fewer where Slurm has refused so many at once: sites limit arrays and jobs of a user.
+        self._most = self.at_once
 
     def groups(self, runs: Sequence[Run]) -> list[list[Run]]:
         """Runs that go together, in the order of their first."""
@@ -70,7 +72,8 @@ class HandOver:
             return [[run] for run in runs]
         order = {shape: place for place, shape in enumerate(dict.fromkeys((run.kind, run.shape) for run in runs))}
         ordered = sorted(runs, key=lambda run: order[run.kind, run.shape])
-        return [list(members) for _, members in groupby(ordered, key=lambda run: (run.kind, run.shape))]
+        found = [list(members) for _, members in groupby(ordered, key=lambda run: (run.kind, run.shape))]
+        return [part for group in found for part in map(list, batched(group, self._most))]
 
     def __call__(self, runs: Sequence[Run], rows: dict[str, Row]) -> list[Row]:
         """Submits a group; what is wrong with a run is its own failure, what is wrong with the place is waited for.
@@ -85,6 +88,7 @@ class HandOver:
         found: dict[str, Row] = {}
         requests: dict[str, Request] = {}
         for run in runs:
+            self.database.beat()
             row = rows[run.name]
             if outcome(self.study.runs / run.name, iterations=run.iterations).status != UNFINISHED:
                 found[run.name] = row  # it has just ended: the next look says how
@@ -128,6 +132,8 @@ class HandOver:
         try:
             submitted = self._as_one(runs[0], requests) if len(runs) == 1 else self._as_array(runs, requests)
         except (slurm.SlurmError, subprocess.TimeoutExpired, OSError) as error:
+            # Not now: of what has taken too long to answer it is not known whether it was taken.
+            self._most = max(1, len(runs) // 2)
             return self._later(before, _line(error))
         except UserError as error:
             if len(runs) > 1:  # one by one each has its own say
@@ -135,6 +141,7 @@ class HandOver:
             if any(problem.where == "run" for problem in error.problems):  # another command has it in hand
                 return self._later(before, _line(error))
             return {name: replace(row, status=FAILED, why=_line(error)[:500]) for name, row in before.items()}
+        self._most = min(self.at_once, 2 * self._most)
         return noted if submitted else before
 
     def _as_one(self, run: Run, requests: dict[str, Request]) -> bool:
@@ -148,7 +155,10 @@ class HandOver:
 
     def _as_array(self, runs: list[Run], requests: dict[str, Request]) -> bool:
         name = self.study.note_array(runs)
-        for one in submit.submit_array(list(requests.values()), at_once=len(runs), name=name):
+        submitted = submit.submit_array(
+            list(requests.values()), at_once=len(runs), name=name, between=self.database.beat
+        )
+        for one in submitted:
             self.say(f"{one.run_dir.name}: handed over as job {', '.join(one.jobs)}")
         return True
 

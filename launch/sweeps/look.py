@@ -8,7 +8,6 @@ from pathlib import Path
 import psutil
 
 from launch import run_jobs
-from launch.run_jobs import Submission
 from launch.sweeps.database import ACTIVE, READY, WAITING, Row
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
@@ -54,7 +53,7 @@ def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, a
         if found.status != UNFINISHED:
             loss = found.loss if found.status == DONE else None
             rows[run.name] = replace(row, status=found.status, why=found.why, loss=loss)
-        elif row.submissions >= _MOST_SUBMISSIONS:
+        elif ask and row.submissions >= _MOST_SUBMISSIONS:
             rows[run.name] = replace(row, status=FAILED, why=f"its job was lost {row.submissions} times")
         elif old.status == FAILED and not old.why.startswith(_OF_THE_STEM):
             rows[run.name] = row  # refused; `resume` tries again
@@ -70,9 +69,10 @@ def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
     """
     directories = {run.name: RunDirectory(study.runs / run.name) for run in runs}
     directories = {name: one for name, one in directories.items() if one.path.exists()}
-    noted = {name: each[-1] for name, one in directories.items() if (each := run_jobs.submissions(one))}
+    submissions = {name: run_jobs.submissions(one) for name, one in directories.items()}
+    noted = {name: {job for one in each for job in one.jobs} for name, each in submissions.items()}
     # A run of Slurm's is not taken for lost because its programs are not here: they must answer.
-    asked = slurm.is_there() or any(one.scheduler == "slurm" for one in noted.values())
+    asked = slurm.is_there() or any(each and each[-1].scheduler == "slurm" for each in submissions.values())
     queue = slurm.queue() if asked else {}
     unnoted = _unnoted(study, runs, queue, noted)
     local = [line for line in _command_lines() if str(study.runs) in line]
@@ -91,15 +91,17 @@ def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _unnoted(
-    study: StudyDirectory, runs: Sequence[Run], queue: dict[str, slurm.QueuedJob], noted: dict[str, Submission]
+    study: StudyDirectory, runs: Sequence[Run], queue: dict[str, slurm.QueuedJob], noted: dict[str, set[str]]
 ) -> set[str]:
     """Runs that have a job by its name, or are members of an array by its, which their directories do not name."""
-    alive = {job.name: job.job_id.partition("_")[0] for job in queue.values() if job.state not in slurm.ENDED}
-    found = {run.name for run in runs if run.name not in noted and study.job_name(run) in alive}
+    alive: dict[str, set[str]] = {}
+    for job in queue.values():
+        if job.state not in slurm.ENDED:
+            alive.setdefault(job.name, set()).add(job.job_id)
+    found = {run.name for run in runs if alive.get(study.job_name(run), set()) - noted.get(run.name, set())}
     for array, members in study.arrays().items():
-        if array in alive:
-            known = {name: noted[name].jobs[0].partition("_")[0] for name in members if name in noted}
-            found |= {name for name in members if known.get(name) != alive[array]}
+        for number in {job.partition("_")[0] for job in alive.get(array, ())}:
+            found |= {name for name in members if number not in {job.partition("_")[0] for job in noted.get(name, ())}}
     return found
 
 

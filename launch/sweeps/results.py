@@ -4,9 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from launch.sweeps.database import Database, Row
-from launch.sweeps.look import ENDED, look
+from launch.sweeps.look import look
 from launch.sweeps.study_directory import StudyDirectory
-from tools.scaling.observations import Observation, read_csv, write_csv
+from tools.scaling.observations import DIVERGED, FAILED, UNFINISHED, Observation, read_csv, write_csv
+from tools.scaling.outcome import Outcome
 from tools.scaling.plan_file import PlanFile, measured, observe
 
 
@@ -39,15 +40,24 @@ def read(source: Path) -> Results:
         return Results(read_csv(source), [])
     study = StudyDirectory(source)
     plan = study.plan()
-    observations, outcomes = observe(plan, study.runs)
-    # What never began has no directory: its stem diverged, or it was refused.
     rows = look(study, study.all_runs(plan), _noted(study), ask=False)
-    never = {name: row.status for name, row in rows.items() if row.status in ENDED}
-    observations = [replace(one, status=never.get(one.name, one.status)) for one in observations]
+    observations, outcomes = observed(plan, study, rows)
     write_csv(study.path / "observations.csv", observations)
     kind = measured(outcomes)
     reasons = {name: row.why for name, row in rows.items() if row.why}
     return Results(observations, [f"losses are {kind}"] if kind else [], reasons, study, plan)
+
+
+def observed(
+    plan: PlanFile, study: StudyDirectory, rows: dict[str, Row]
+) -> tuple[list[Observation], dict[str, Outcome]]:
+    """All cells; of those that never began, as their stem diverged or they were refused, the rows say so."""
+    observations, outcomes = observe(plan, study.runs)
+    never = {name: row.status for name, row in rows.items() if row.status in (DIVERGED, FAILED)}
+    return [
+        replace(one, status=never.get(one.name, one.status)) if one.status == UNFINISHED else one
+        for one in observations
+    ], outcomes
 
 
 def _noted(study: StudyDirectory) -> dict[str, Row]:

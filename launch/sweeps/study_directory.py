@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import json
+import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,9 +107,15 @@ class StudyDirectory:
 
     def note_array(self, runs: Sequence[Run]) -> str:
         """Notes which runs are about to go as one array, and names it: who is killed then finds it by its name."""
-        name = f"{self.path.name[:80]}.{self._mark()}.a{len(self.arrays()) + 1}"
+        text = self.arrays_jsonl.read_bytes() if self.arrays_jsonl.is_file() else b""
+        # Slurm's lists are read by their separators: a name holds none, whatever the directory is called.
+        study = re.sub(r"[^A-Za-z0-9._-]", "_", self.path.name)[:80]
+        name = f"{study}.{self._mark()}.a{len(text.splitlines()) + 1}"
+        torn = "" if not text or text.endswith(b"\n") else "\n"  # by a full disk
         with self.arrays_jsonl.open("a") as file:
-            file.write(json.dumps({"name": name, "runs": [run.name for run in runs]}) + "\n")
+            file.write(f"{torn}{json.dumps({'name': name, 'runs': [run.name for run in runs]})}\n")
+            file.flush()
+            os.fsync(file.fileno())
         return name
 
     def arrays(self) -> dict[str, list[str]]:

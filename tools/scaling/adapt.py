@@ -1,17 +1,19 @@
 """More cells where the optimum lies at the edge of its grid, or is too flat to call: the next round of a study.
 
 A grid is widened by one value, in the ratio of its outermost two, at the end beyond which the optimum lies; at both
-ends where it is flat, as the curvature shows better the wider the grid. All horizons of the model get the value: under
-wsd they share the stem that costs most, and a grid with holes would move the optima of the others.
+ends where it is flat, as the curvature shows better the wider the grid, but not beyond what has diverged. All horizons
+of the model get the value: under wsd they share the stem that costs most, and a grid with holes would move the optima
+of the others.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from tools.scaling.cells import Cell, Placed, cells, place, shapes
-from tools.scaling.fit import Fit
+from tools.scaling.fit import SAME_HORIZON, Fit
 from tools.scaling.ladder import Shape
+from tools.scaling.observations import DIVERGED, DONE, Observation
 from tools.scaling.optimum import EDGE_HIGH, EDGE_LOW, FLAT, Optimum
 from tools.scaling.plan import Dropped, Plan
 from tools.scaling.plan_file import PlanFile
@@ -30,37 +32,42 @@ class _Grid:
     shape: Shape
     rates: list[float]
     batches: list[float]
-    horizons: set[int]
+    tokens: list[float]
     new_rates: list[float] = field(default_factory=list)
     new_batches: list[float] = field(default_factory=list)
     why: list[str] = field(default_factory=list)
 
 
-def next_round(plan: PlanFile, fit: Fit) -> Plan | None:
+def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) -> Plan | None:
     """The cells that the flags of a fit ask for, within what is left of the budget; None where they ask for none.
 
     Args:
         plan: with all rounds so far.
-        fit: of all its cells.
+        observations: of all its cells.
+        fit: of them.
     """
-    study = parse_study(plan.path, plan.content["study"])
-    length = study.base.data.seq_length
+    content = plan.content
+    study = parse_study(plan.path, content["study"])
+    names = {str(run["name"]) for run in (*content["stems"], *content["cells"])}
+    budget = content.get("budget_hours")
+    spent = sum(float(run.get("device_hours") or 0.0) for run in (*content["stems"], *content["cells"]))
+    left = math.inf if budget is None else float(budget) - spent
     kept: list[Cell] = []
     placed: list[Placed] = []
     late: list[Dropped] = []
     reasons: list[str] = []
-    left = math.inf if study.budget_hours is None else study.budget_hours - float(plan.content["device_hours"])
     for shape in shapes(study):
-        grid = _grid(plan, shape, length)
+        grid = _grid(plan, shape, study.base.data.seq_length)
         if grid is None:
             continue
-        _widen(grid, _of_model(fit, shape), study)
-        if not grid.why:
-            continue
-        there, found = _cells(study, grid)
-        cost = Plan(study, there, found, [], []).device_hours
+        mine = [one for one in observations if _is(shape, one)]
+        _widen(grid, _of_model(fit, shape), mine, study)
+        there, found, unfit = _cells(study, grid)
+        late += unfit
+        found = [cell for cell in found if cell.name not in names and cell.stem not in names]
         if not found:
             continue
+        cost = Plan(study, there, found, [], []).device_hours
         if cost > left:
             reason = f"{'; '.join(grid.why)}, but {max(0.0, left):.3g} device-hours of the budget are left"
             late.append(Dropped(f"{shape.name}, a wider grid", len(found), cost, reason))
@@ -78,21 +85,33 @@ def _grid(plan: PlanFile, shape: Shape, length: int) -> _Grid | None:
         return None
     rates = sorted({float(cell["learning_rate"]) for cell in mine})
     batches = sorted({float(cell["sequences"] * length) for cell in mine})
-    return _Grid(shape, rates, batches, {int(str(cell["name"]).rpartition("_t")[2]) for cell in mine})
+    return _Grid(shape, rates, batches, sorted({float(cell["tokens"]) for cell in mine}))
+
+
+def _is(shape: Shape, one: Observation) -> bool:
+    return _same(shape, one.params, one.total_params or one.params, one.granularity)
+
+
+def _same(shape: Shape, params: float, total: float, granularity: float | None) -> bool:
+    pairs = ((params, shape.params), (total, shape.total), (granularity or 1.0, shape.granularity or 1.0))
+    return all(abs(math.log(first / second)) < _SAME_SIZE for first, second in pairs)
 
 
 def _of_model(fit: Fit, shape: Shape) -> list[Optimum]:
-    def same(group: int) -> bool:
-        params, sparsity = fit.points.params[group], fit.points.sparsity[group]
-        return bool(
-            abs(math.log(params / shape.params)) < _SAME_SIZE
-            and abs(math.log(sparsity * shape.params / shape.total)) < _SAME_SIZE
+    points = fit.points
+    return [
+        one
+        for one in fit.optima
+        if _same(
+            shape,
+            float(points.params[one.group]),
+            float(points.params[one.group] * points.sparsity[one.group]),
+            float(points.granularity[one.group]),
         )
+    ]
 
-    return [one for one in fit.optima if same(one.group)]
 
-
-def _widen(grid: _Grid, optima: Sequence[Optimum], study: StudyFile) -> None:
+def _widen(grid: _Grid, optima: Sequence[Optimum], mine: Sequence[Observation], study: StudyFile) -> None:
     for variable, values, new, asked in (
         ("learning_rate", grid.rates, grid.new_rates, study.learning_rates),
         ("batch_tokens", grid.batches, grid.new_batches, study.batches),
@@ -105,22 +124,43 @@ def _widen(grid: _Grid, optima: Sequence[Optimum], study: StudyFile) -> None:
         if flags & {EDGE_LOW, FLAT} and below > min(asked) / _FARTHEST:
             new.append(below)
             grid.why.append(f"best {name} {'at the lower end' if EDGE_LOW in flags else 'too flat to call'}")
-        if flags & {EDGE_HIGH, FLAT} and above < max(asked) * _FARTHEST:
+        if flags & {EDGE_HIGH, FLAT} and above < max(asked) * _FARTHEST and not _blows_up(mine, variable):
             new.append(above)
             grid.why.append(f"best {name} {'at the upper end' if EDGE_HIGH in flags else 'too flat to call'}")
 
 
-def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell]]:
-    """New rates with every batch that was there; every rate with the new batches."""
+def _blows_up(mine: Sequence[Observation], variable: str) -> bool:
+    """Whether a value larger than any that is done has diverged."""
+
+    def values(status: str) -> Iterable[float]:
+        return (value for one in mine if one.status == status and (value := getattr(one, variable)) is not None)
+
+    return max(values(DIVERGED), default=0.0) > max(values(DONE), default=0.0) * (1 + 1e-9)
+
+
+def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell], list[Dropped]]:
+    """New rates with every batch that was there, every rate with the new batches; and what cannot run."""
     found: list[Cell] = []
     there: list[Placed] = []
+    unfit: list[Dropped] = []
     old = {round(batch / study.base.data.seq_length) for batch in grid.batches}
     for batches, rates in ((grid.batches, grid.new_rates), (grid.new_batches, [*grid.rates, *grid.new_rates])):
-        fits = [one for batch in batches if (one := place(study, grid.shape, batch)).why_not is None]
-        if batches is grid.new_batches:  # devices may share no batch between two that were tried
-            fits = [one for one in fits if one.sequences not in old]
-        if rates and fits:
+        placed = [place(study, grid.shape, batch) for batch in batches] if rates else []
+        if batches is grid.new_batches:  # devices may share no batch beyond those that were tried
+            placed = [one for one in placed if one.sequences not in old]
+        fits = [one for one in placed if one.why_not is None]
+        unfit += [
+            Dropped(f"{grid.shape.name}, {one.sequences} sequences a step", len(rates), None, one.why_not)
+            for one in placed
+            if one.why_not is not None
+        ]
+        if fits:
             more = cells(replace(study, learning_rates=tuple(rates)), fits)
-            found += [cell for cell in more if cell.horizon in grid.horizons]
+            found += [cell for cell in more if _was_there(cell, grid.tokens)]
             there += fits
-    return there, found
+    return there, found, unfit
+
+
+def _was_there(cell: Cell, tokens: Sequence[float]) -> bool:
+    """Whether the plan has this horizon; whole steps of another batch make nearly the same of it."""
+    return any(abs(math.log(cell.tokens / one)) < SAME_HORIZON for one in tokens)

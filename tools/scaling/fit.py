@@ -17,7 +17,7 @@ from tools.scaling.surface import Points, Prediction, Surface
 
 VARIABLES = ("learning_rate", "batch_tokens")
 # In ln D.
-_SAME_HORIZON = 0.03
+SAME_HORIZON = 0.03
 
 
 @dataclass(frozen=True)
@@ -127,10 +127,10 @@ def _counted_as_asked(observations: Sequence[Observation], settings: Settings) -
 
 def _varied(done: Sequence[Observation]) -> tuple[str, ...]:
     """Settings that differ within some (N, D)."""
-    models = _models(done)
+    groups = same_models(done)
     found = []
     for name in VARIABLES:
-        known = [[value for one in group if (value := getattr(one, name)) is not None] for group in models]
+        known = [[value for one in group if (value := getattr(one, name)) is not None] for group in groups]
         if any(len({round(float(np.log(value)), 6) for value in values}) > 1 for values in known):
             found.append(name)
     return tuple(found)
@@ -142,7 +142,7 @@ def _shape(one: Observation) -> tuple[float, ...]:
     return tuple(round(float(np.log(size)), 4) for size in sizes)
 
 
-def _models(observations: Sequence[Observation]) -> list[list[Observation]]:
+def same_models(observations: Sequence[Observation]) -> list[list[Observation]]:
     """Observations of the same model and horizon; tokens may differ by what whole steps of a batch make of them."""
     shapes: dict[object, list[Observation]] = {}
     for one in observations:
@@ -151,7 +151,7 @@ def _models(observations: Sequence[Observation]) -> list[list[Observation]]:
     for members in shapes.values():
         first = -np.inf
         for one in sorted(members, key=lambda one: one.tokens):
-            if np.log(one.tokens) - first > _SAME_HORIZON:
+            if np.log(one.tokens) - first > SAME_HORIZON:
                 groups.append([])
                 first = np.log(one.tokens)
             groups[-1].append(one)
@@ -160,7 +160,7 @@ def _models(observations: Sequence[Observation]) -> list[list[Observation]]:
 
 def _cells(done: Sequence[Observation], varied: tuple[str, ...]) -> tuple[Cells, list[list[Observation]]]:
     """Cells by group, and the observations of each group."""
-    members = _models(done)
+    members = same_models(done)
     order = [one for group in members for one in group]
     number = np.repeat(np.arange(len(members)), [len(group) for group in members])
     return Cells(
@@ -180,7 +180,7 @@ def _blocked(observations: Sequence[Observation], models: list[list[Observation]
     for index, group in enumerate(models):
         highest = cells.settings[cells.group == index].max(axis=0)
         for one in diverged:
-            if _shape(one) != _shape(group[0]) or abs(np.log(one.tokens) - cells.log_tokens[index]) > _SAME_HORIZON:
+            if _shape(one) != _shape(group[0]) or abs(np.log(one.tokens) - cells.log_tokens[index]) > SAME_HORIZON:
                 continue
             for v, name in enumerate(cells.variables):
                 value = getattr(one, name)

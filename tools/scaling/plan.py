@@ -279,4 +279,6 @@ def table(content: dict[str, Any]) -> str:
         cost = "" if one["device_hours"] is None else f", {one['device_hours']:.3g} device-hours"
         lines.append(f"dropped: {one['what']} ({one['cells']} cells{cost}): {one['reason']}")
     lines += [f"warning: {warning}" for warning in content["warnings"]]
+    if rounds := content["adaptive_rounds"]:
+        lines.append(f"up to {rounds} rounds more where an optimum lies at the edge of its grid or is flat")
     return "\n".join(lines)

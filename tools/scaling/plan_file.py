@@ -76,7 +76,7 @@ def merged(plan: PlanFile, rounds: Sequence[PlanFile]) -> PlanFile:
         content["models"] = [*content["models"], *fresh]
         for part in ("stems", "cells", "dropped", "warnings"):
             content[part] = [*(content.get(part) or ()), *(one.content.get(part) or ())]
-        content["device_hours"] = content.get("device_hours", 0.0) + one.content.get("device_hours", 0.0)
+        content["device_hours"] = float(content.get("device_hours") or 0) + float(one.content.get("device_hours") or 0)
     if problems := list(_problems(str(rounds[-1].path), content)):
         raise ConfigError(problems)
     return PlanFile(plan.path, content)
@@ -88,8 +88,13 @@ def _problems(where: str, content: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"{where}: {name}", content.get(name), "must be text.")
     if not _NAME.fullmatch(str(content.get("name"))):
         yield Problem(f"{where}: name", content.get("name"), "must be letters, digits, '.', '_' and '-'.")
-    if content.get("adaptive_rounds") and not isinstance(content.get("study"), dict):
+    rounds, budget = content.get("adaptive_rounds", 0), content.get("budget_hours")
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
+        yield Problem(f"{where}: adaptive_rounds", rounds, "must be a whole number of at least 0.")
+    elif rounds and not isinstance(content.get("study"), dict):
         yield Problem(f"{where}: study", None, "is missing: an adaptive study is widened from it.")
+    if budget is not None and (not isinstance(budget, int | float) or isinstance(budget, bool)):
+        yield Problem(f"{where}: budget_hours", budget, "must be a number.")
     wrong = False
     for part, fields in _NEEDED.items():
         rows = content.get(part)

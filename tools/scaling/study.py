@@ -147,7 +147,7 @@ def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
         "device": reader.device(base),
         "budget_hours": reader.number("budget_hours", None),
         "adaptive_rounds": reader.rounds(),
-        "content": content | {"name": str(content.get("name") or path.stem), "recipe": reader.recipe(path)},
+        "content": content | {"name": str(content.get("name") or path.stem)} | reader.independent(path),
     }
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -185,6 +185,14 @@ class _Reader:
             return named
         beside = path.parent / named
         return str((beside if beside.is_file() else Path(named)).absolute())
+
+    def independent(self, path: Path) -> dict[str, Any]:
+        """What names files, by their full paths."""
+        device = self.content.get("device")
+        found: dict[str, Any] = {"recipe": self.recipe(path)}
+        if isinstance(device, dict) and Path(str(device.get("gpu"))).is_file():
+            found["device"] = device | {"gpu": str(Path(str(device["gpu"])).absolute())}
+        return found
 
     def base(self, path: Path) -> RunConfig | None:
         """The recipe with its overrides."""

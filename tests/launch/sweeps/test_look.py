@@ -1,6 +1,7 @@
 """What a controller sees of jobs: noted or not, in arrays, held."""
 
 import json
+import re
 
 import pytest
 import yaml
@@ -92,6 +93,40 @@ def test_a_run_that_was_lost_and_went_again_in_an_array_nobody_noted(study, seen
     begin(study, first, "3_0", RunState.QUEUED)
     name = study.note_array([first, second])
     assert seen(job("9_0", name), job("9_1", name)) == [("active", ""), ("active", ""), ("ready", "")]
+
+
+def test_a_run_that_was_lost_and_went_again_alone(study, seen):
+    first, *_ = study.all_runs(study.plan())
+    begin(study, first, "5", RunState.QUEUED)
+    assert seen(job("6", study.job_name(first)))[0] == ("active", "")
+    assert seen(job("5", study.job_name(first), "NODE_FAIL"))[0] == ("ready", "")
+
+
+def test_a_member_that_left_its_array_stands_for_itself(study, seen):
+    """Lost from an array that lives on, handed over again as job 11, and now over."""
+    first, second, _ = study.all_runs(study.plan())
+    name = study.note_array([first, second])
+    begin(study, first, "7_0")
+    begin(study, second, "7_1", RunState.QUEUED)
+    directory = RunDirectory(study.runs / second.name)
+    with directory.jobs.open("a") as file:
+        file.write(json.dumps({"jobs": ["11"], "scheduler": "slurm", "cluster": "cpu", "nodes": 1}) + "\n")
+    assert seen(job("7_0", name), job("11", study.job_name(second), "COMPLETED"))[1] == ("ready", "")
+
+
+def test_a_torn_note_of_an_array_loses_no_other(study):
+    first, second, third = study.all_runs(study.plan())
+    one = study.note_array([first])
+    with study.arrays_jsonl.open("a") as file:
+        file.write('{"name": "forty')  # a full disk
+    two, three = study.note_array([second]), study.note_array([third])
+    assert len({one, two, three}) == 3
+    assert study.arrays() == {one: [first.name], two: [second.name], three: [third.name]}
+
+
+def test_an_array_has_a_name_that_lists_can_hold(tmp_path):
+    name = StudyDirectory(tmp_path / "a|b c").note_array([]) if (tmp_path / "a|b c").mkdir() is None else ""
+    assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
 
 
 def test_a_held_job_says_so(study, seen):

@@ -1,6 +1,7 @@
 """Rounds of an adaptive study: grids grow to where the optimum is, whole, and within the budget."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,12 +45,16 @@ def observed(plan, *, best_rate, best_batch=None, noise=0.0, curvature=0.02):
     return found
 
 
+def _next(plan, observations):
+    return adapt.next_round(plan, observations, fit(observations, Settings(draws=20)))
+
+
 def rounds(plan, **law):
     """All rounds; the last plan, and how many there were."""
     added = []
     while len(added) < plan.content["adaptive_rounds"]:
         now = merged(plan, added)
-        found = adapt.next_round(now, fit(observed(now, **law), Settings(draws=20)))
+        found = _next(now, observed(now, **law))
         if found is None:
             break
         added.append(PlanFile(plan.path, document(found)))
@@ -105,7 +110,8 @@ def test_a_batch_at_the_edge_brings_all_its_rates(tmp_path):
 def test_noise_that_hides_the_optimum_widens_both_ends(tmp_path):
     plan = planned(tmp_path, adaptive_rounds=1)
     found, _ = rounds(plan, best_rate=2e-4, noise=0.02, curvature=0.001)
-    assert len(rates(found)) > 3
+    assert rates(found)[0] < 0.9e-4
+    assert rates(found)[-1] > 4.1e-4
 
 
 def test_the_budget_holds(tmp_path):
@@ -117,3 +123,37 @@ def test_the_budget_holds(tmp_path):
     assert found.content["device_hours"] <= cost * 1.2
     assert any("device-hours of the budget are left" in one["reason"] for one in found.content["dropped"])
     assert len(found.content["cells"]) > len(free.content["cells"])
+
+
+def test_nothing_is_tried_beyond_what_has_diverged(tmp_path):
+    plan = planned(tmp_path, adaptive_rounds=1, learning_rate={"values": [1e-4, 2e-4, 4e-4, 8e-4]})
+    observations = observed(plan, best_rate=2e-4, noise=0.02, curvature=0.001)
+    blown = [
+        replace(one, status="diverged", loss=math.nan) if one.learning_rate > 5e-4 else one for one in observations
+    ]
+    assert max(cell.learning_rate for cell in _next(plan, observations).cells) > 1e-3
+    assert max(cell.learning_rate for cell in _next(plan, blown).cells) < 1e-4
+
+
+def test_the_budget_of_the_plan_is_the_one_that_people_see(tmp_path):
+    plan = planned(tmp_path)
+    plan.content["budget_hours"] = plan.content["device_hours"]  # lowered in the plan, not in the study
+    found = _next(plan, observed(plan, best_rate=5e-3))
+    assert not found.cells
+    assert found.dropped
+
+
+def test_a_rate_of_the_same_name_is_not_planned_again(tmp_path):
+    plan = planned(tmp_path, learning_rate={"values": [1.004e-4, 1.006e-4]}, adaptive_rounds=1)
+    found = _next(plan, observed(plan, best_rate=5e-3))
+    names = {cell["name"] for cell in plan.content["cells"]}
+    for cell in found.cells if found else ():
+        assert cell.name not in names
+        assert cell.stem not in names
+
+
+def test_renamed_cells_are_no_matter(tmp_path):
+    plan = planned(tmp_path)
+    for number, cell in enumerate(plan.content["cells"]):
+        cell["name"] = f"mine{number}"
+    assert len(_next(plan, observed(plan, best_rate=1e-3)).cells) == 9

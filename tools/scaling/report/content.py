@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.rundir import RunDirectory
@@ -16,7 +17,7 @@ from tools.scaling.plan_file import PlanFile
 
 @dataclass(frozen=True)
 class Spent:
-    """Device-hours of one model, or of one of its batches.
+    """Device-hours of one model.
 
     Args:
         model: its name.
@@ -60,6 +61,16 @@ class Content:
     budget_hours: float | None = None
     dropped: Sequence[dict[str, Any]] = ()
     device: str = ""
+
+    @property
+    def embeddings(self) -> bool:
+        """Whether N counts embeddings, here as in the fit."""
+        return self.fit is not None and self.fit.settings.embeddings
+
+
+def counted(one: Observation, *, embeddings: bool) -> float:
+    """N of a cell as the fit counts it."""
+    return one.params + (one.embedding_params or 0.0 if embeddings else 0.0)
 
 
 def of_a_study(content: Content, plan: PlanFile, runs: Path, links: dict[str, str]) -> Content:
@@ -114,5 +125,5 @@ def links(observations: Sequence[Observation], runs: Path, page: Path) -> dict[s
         if one.name and directory.is_dir():
             there = directory / "report.html"
             target = there if there.is_file() else directory
-            found[one.name] = os.path.relpath(target, page.absolute().parent)
+            found[one.name] = quote(os.path.relpath(target, page.absolute().parent))
     return found

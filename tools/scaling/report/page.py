@@ -11,7 +11,7 @@ from tools.scaling.fit_file import coefficient, setting_laws
 from tools.scaling.observations import STATUSES, write_observations
 from tools.scaling.report import tables, vega
 from tools.scaling.report.charts import Chart
-from tools.scaling.report.content import Content
+from tools.scaling.report.content import Content, counted
 
 _HERE = Path(__file__).parent
 # Nothing is ever loaded; `unsafe-eval` is how Vega computes its expressions.
@@ -50,12 +50,10 @@ def render(content: Content, charts: Sequence[Chart]) -> str:
 def _what(content: Content) -> str:
     counts = {status: sum(one.status == status for one in content.observations) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    sizes = [one.params for one in content.observations]
+    sizes = [counted(one, embeddings=content.embeddings) for one in content.observations]
     tokens = [one.tokens for one in content.observations]
     spread = f"N {min(sizes):.3g} to {max(sizes):.3g}, D {min(tokens):.3g} to {max(tokens):.3g}"
-    embeddings = ""
-    if content.fit is not None:
-        embeddings = f"; the fit counts N {'with' if content.fit.settings.embeddings else 'without'} embeddings"
+    embeddings = f"; N {'with' if content.embeddings else 'without'} embeddings"
     device = f"; {content.device}" if content.device else ""
     return f"{len(content.observations)} cells ({told}); {spread}{embeddings}{device}"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from tools.scaling.fit_file import coefficient
 from tools.scaling.observations import DIVERGED, FAILED, STATUSES, Observation
-from tools.scaling.report.content import Content
+from tools.scaling.report.content import Content, counted
 
 _HEADS = ("cell", "status", "N", "D", "FLOPs", "learning rate", "batch", "loss", "why")
 
@@ -32,10 +32,11 @@ def _cell(one: Observation, content: Content) -> str:
     name = html.escape(one.name or "-")
     if link := content.links.get(one.name):
         name = f'<a href="{html.escape(link)}">{name}</a>'
+    params = counted(one, embeddings=content.embeddings)
     numbers = (
-        (one.params, ".4g"),
+        (params, ".4g"),
         (one.tokens, ".4g"),
-        (6 * one.params * one.tokens, ".3g"),
+        (6 * params * one.tokens, ".3g"),
         (one.learning_rate, ".3g"),
         (one.batch_tokens, ".6g"),
         (None if math.isnan(one.loss) else one.loss, ".4f"),

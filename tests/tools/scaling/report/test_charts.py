@@ -1,5 +1,6 @@
 """The charts of a report hold what the fit found, and are left out where there is nothing to show."""
 
+import json
 import math
 
 import numpy as np
@@ -75,6 +76,59 @@ def test_a_cell_that_blew_up_does_not_flatten_the_rest(study):
     assert high == pytest.approx(1.12 * worst, rel=1e-4)
     assert "zoom out to see them" in chart.caption
     assert low < min(one.loss for one in cells if one.status == "done")
+
+
+def test_nothing_is_said_to_lie_beyond_where_nothing_does(study):
+    cells, fitted = study
+    near = [one for one in cells if one.status != "done" or one.loss < 1.1 * math.exp(fitted.points.log_loss.max())]
+    assert all("zoom out" not in chart.caption for chart in charts(near, fitted))
+
+
+def lines(chart):
+    """Points by line of a chart of settings."""
+    found = {}
+    for row in rows(chart):
+        found.setdefault(row["group"], []).append(row)
+    return found
+
+
+def test_batches_that_make_horizons_a_little_longer_are_one_line():
+    steps = [(0.9984, 256), (1.0, 512), (1.0035, 1024)]
+    cells = [
+        Observation(n, d * factor, 3 + 1e3 / n**0.5 + 1e3 / d**0.5 + 0.02 * math.log(rate / 2e-3) ** 2 + batch * 1e-6,
+                    learning_rate=rate, batch_tokens=batch)
+        for n in (1e5, 3e5, 9e5) for d in (1e6, 3e6, 9e6) for rate in (1e-3, 2e-3, 4e-3) for factor, batch in steps
+    ]  # fmt: skip
+    drawn = {chart.name: chart for chart in charts(cells, fit(cells, Settings(draws=5)))}
+    for line in lines(drawn["loss_over_learning_rate"]).values():
+        assert [row["learning_rate"] for row in line] == [1e-3, 2e-3, 4e-3]
+    assert len(lines(drawn["loss_over_learning_rate"])) == 9
+    assert all(len(line) == 3 for line in lines(drawn["loss_over_batch_tokens"]).values())
+
+
+def test_a_mixture_and_a_dense_model_of_the_same_size_are_two_lines():
+    cells = [
+        Observation(n, d, 3 + 1e3 / n**0.5 + 1e3 / d**0.5 - (0.1 if total else 0) + 0.02 * math.log(rate / 2e-3) ** 2,
+                    learning_rate=rate, total_params=total and 8 * n, granularity=total and 1.0)
+        for n in (1e5, 3e5, 9e5) for d in (1e6, 3e6, 9e6) for rate in (1e-3, 2e-3, 4e-3) for total in (None, 1)
+    ]  # fmt: skip
+    found = charts(cells, fit(cells, Settings(draws=5)))
+    chart = next(one for one in found if one.name == "loss_over_learning_rate")
+    assert len(lines(chart)) == 18
+    assert "of dense models" in found[0].caption
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e9])
+def test_numbers_of_any_size_make_a_page(unit):
+    """D in billions; and losses that fall all the way, whose optimum is far away."""
+    cells = [
+        Observation(n / unit, d / unit, (3 + 1e3 / n**0.5 + 1e3 / d**0.5) * rate**-0.1, learning_rate=rate)
+        for n in (1e8, 3e8, 9e8)
+        for d in (2e9, 6e9, 2e10)
+        for rate in (1e-3, 2e-3, 4e-3, 8e-3)
+    ]
+    for chart in charts(cells, fit(cells, Settings(draws=5))):
+        json.dumps(chart.spec, allow_nan=False)
 
 
 def test_without_a_fit_or_without_settings():

@@ -122,6 +122,19 @@ def test_a_point_tells_its_cell(opened, cells):
     assert re.search(r"loss:?\s*\d\.\d{4}", text)
 
 
+def test_a_name_that_would_be_a_script_is_a_name(opened):
+    """Also where Vega shows it."""
+    marks = opened.locator("#chart-loss_over_compute svg .mark-symbol.role-mark path")
+    label = "aria-label"
+    hostile = next(
+        index for index in range(marks.count()) if "alert(1)" in (marks.nth(index).get_attribute(label) or "")
+    )
+    marks.nth(hostile).hover(force=True)
+    tip = opened.locator("#vg-tooltip-element.visible")
+    tip.wait_for()
+    assert tip.locator("img").count() == 0
+
+
 def test_zoom_and_back(opened):
     labels = "document.querySelectorAll('#chart-residuals .role-axis-label text')"
     ticks = f"[...{labels}].map(one => one.textContent).sort().join()"
