@@ -107,7 +107,7 @@ class HandOver:
         try:
             request = make(
                 self.recipe,
-                list(run.overrides),
+                self.study.overrides(run),
                 nodes=self.place.nodes,
                 cluster=self.place.cluster,
                 name=self.study.job_name(run),

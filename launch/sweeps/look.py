@@ -11,7 +11,6 @@ from launch import run_jobs
 from launch.sweeps.database import ACTIVE, READY, WAITING, Row
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
-from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.rundir import RunDirectory, RunState
 from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
 from tools.scaling.outcome import astray_by, outcome
@@ -124,7 +123,7 @@ def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) ->
     if run.stem is None or RunDirectory(study.runs / run.name).run_yaml.is_file():
         return replace(row, status=READY, why="")
     stem = rows[run.stem]
-    if _branch_is_there(study, run):
+    if study.branching_point(run) is not None:
         if why := astray_by(study.runs / run.stem, run.begins):
             return replace(row, status=DIVERGED, why=f"{_OF_THE_STEM} diverged before it: {why}")
         return replace(row, status=READY, why="")
@@ -135,12 +134,6 @@ def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) ->
     if stem.status == DONE:
         return replace(row, status=FAILED, why=f"{_OF_THE_STEM} kept no checkpoint of iteration {run.begins}")
     return replace(row, status=WAITING, why=f"for iteration {run.begins} of {run.stem}")
-
-
-def _branch_is_there(study: StudyDirectory, run: Run) -> bool:
-    assert run.stem is not None
-    root = RunDirectory(study.runs / run.stem).checkpoints
-    return run.begins in {iteration for iteration, _ in committed(root)}
 
 
 def table(rows: dict[str, Row], controller: str | None, path: Path) -> str:

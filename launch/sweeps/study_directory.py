@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.json_lines import objects
+from megatron_qwen.rundir import RunDirectory
 from tools.scaling.plan_file import PlanFile, merged, read_plan
 
 STEM, CELL = "stem", "cell"
+# A branch may begin so much of its length late.
+_NEAR = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Run:
         iterations: at which it is done.
         stem: name of the run that it branches off, or None.
         begins: iteration of the stem at which it begins.
-        overrides: of the recipe.
+        overrides: of the recipe; ``StudyDirectory.overrides`` has those of a branch too.
         shape: model and batch, which runs of one array share.
     """
 
@@ -166,19 +170,29 @@ class StudyDirectory:
             for stem in content["stems"]
         ]
         for name, cell in cells.items():
-            words = (*shared, *_model(plan, cell), *self._cell(cell))
+            words = (*shared, *_model(plan, cell), *_cell(cell))
             stem = str(cell["stem"]) if "stem" in cell else None
             found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell)))
         return found
 
-    def _cell(self, cell: dict[str, Any]) -> list[str]:
-        words = [*_settings(cell), f"training.train_iters={cell['iterations']}", "checkpoint.keep_last=1"]
-        if "stem" not in cell:
-            return [*words, "optim.lr_decay_style=cosine"]
-        begin = self.runs / str(cell["stem"]) / "checkpoints" / f"iter_{int(cell['from']):07d}"
-        decay = int(cell["iterations"]) - int(cell["from"])
-        branch = ["optim.lr_decay_style=wsd", f"optim.lr_wsd_decay_iters={decay}", f"checkpoint.branch_from={begin}"]
-        return [*words, *branch]
+    def branching_point(self, run: Run) -> tuple[int, Path] | None:
+        """The checkpoint of its stem that a branch goes on from, and its iteration; None while there is none.
+
+        A step whose numbers were not finite is not saved: then it is the next one, if it is near.
+        """
+        assert run.stem is not None
+        last = run.begins + max(1, round(_NEAR * (run.iterations - run.begins)))
+        found = committed(RunDirectory(self.runs / run.stem).checkpoints)
+        return min((one for one in found if run.begins <= one[0] <= last), default=None)
+
+    def overrides(self, run: Run) -> list[str]:
+        """All of a run's; of a branch those that depend on where its stem was saved too."""
+        if run.stem is None:
+            return list(run.overrides)
+        planned = RunDirectory(self.runs / run.stem).checkpoints / f"iter_{run.begins:07d}"
+        begins, path = self.branching_point(run) or (run.begins, planned)
+        decay = run.iterations - begins
+        return [*run.overrides, f"optim.lr_wsd_decay_iters={decay}", f"checkpoint.branch_from={path}"]
 
 
 def _shape(cell: dict[str, Any]) -> str:
@@ -194,6 +208,12 @@ def _settings(cell: dict[str, Any]) -> list[str]:
         "optim.lr_wsd_decay_iters=null",
         f"training.seed={cell['seed']}",
     ]
+
+
+def _cell(cell: dict[str, Any]) -> list[str]:
+    style = "wsd" if "stem" in cell else "cosine"
+    length = [f"training.train_iters={cell['iterations']}", "checkpoint.keep_last=1"]
+    return [*_settings(cell), *length, f"optim.lr_decay_style={style}"]
 
 
 def _stem(stem: dict[str, Any], cell: dict[str, Any]) -> list[str]:

@@ -10,8 +10,12 @@ from megatron_qwen.checkpoint.paths import MANIFEST, abandoned, committed
 def superseded(
     iterations: list[int], *, keep_last: int, keep_every: int | None, keep_at: Sequence[int] = ()
 ) -> list[int]:
-    """Iterations that may go: not among the newest, and not kept for good."""
+    """Iterations that may go: not among the newest, and not kept for good.
+
+    Of what is to be kept at an iteration whose numbers were not finite, the next checkpoint stands for it.
+    """
     newest = sorted(iterations, reverse=True)[:keep_last]
+    keep_at = [min((one for one in iterations if one >= wanted), default=wanted) for wanted in keep_at]
     return [
         iteration
         for iteration in iterations

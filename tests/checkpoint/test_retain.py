@@ -11,6 +11,12 @@ def test_keeps_the_last_and_the_multiples():
     assert superseded([100], keep_last=3, keep_every=None) == []
 
 
+def test_what_is_kept_at_an_iteration_that_was_not_saved():
+    """Its numbers were not finite, and the next step was saved."""
+    assert superseded([101, 150, 200, 300], keep_last=1, keep_every=None, keep_at=[100, 200]) == [150]
+    assert superseded([100, 101, 300], keep_last=1, keep_every=None, keep_at=[100, 400]) == [101]
+
+
 def test_prune_and_clear_touch_nothing_else(tmp_path):
     for iteration in (10, 20, 30):
         iteration_dir(tmp_path, iteration).mkdir()
