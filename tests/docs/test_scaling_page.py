@@ -1,11 +1,16 @@
 """Every command of docs/scaling_laws.md runs, on the study and the data that the page speaks of."""
 
+import json
 import re
 import shlex
 import shutil
 from pathlib import Path
 
+import pytest
+import yaml
+
 from launch.sweep import main
+from launch.sweeps.arguments import parser
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "scaling_laws.md").read_text()
@@ -24,3 +29,38 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
         assert main(words) == 0, line
     for name in ("study.plan.yaml", "step_law.json", "chinchilla.json", "run.yaml", "budget.yaml"):
         assert (tmp_path / name).is_file(), name
+
+
+STUDY = ROOT / "docs" / "studies" / "python_cpu"
+STUDY_COMMANDS = [
+    line.removeprefix("$ mq sweep ")
+    for line in re.findall(r"```console\n(.*?)```", TEXT, flags=re.DOTALL)[0].splitlines()
+]
+
+
+def test_the_study_on_two_cores_is_planned_as_the_page_says(tmp_path, monkeypatch):
+    (tmp_path / "docs" / "studies").mkdir(parents=True)
+    shutil.copy(STUDY.with_suffix(".yaml"), tmp_path / "docs" / "studies")
+    monkeypatch.chdir(tmp_path)
+    plan, submit, report = map(shlex.split, STUDY_COMMANDS)
+    assert main(plan) == 0
+    planned = yaml.safe_load((tmp_path / submit[1]).read_text())
+    assert (len(planned["cells"]), len(planned["stems"])) == (60, 20)
+    assert planned["device_hours"] < 2 * 1.0  # an hour of two cores
+    assert parser().parse_args(submit).at_once == 2
+    assert str(parser().parse_args(report).source) == f"runs/{planned['name']}"
+    # What lies in docs is of this plan.
+    names = {line.split(",")[-1] for line in (STUDY / "observations.csv").read_text().splitlines()[1:]}
+    assert names == {cell["name"] for cell in planned["cells"]}
+
+
+def test_the_study_says_what_the_page_says_it_does(tmp_path):
+    shutil.copy(STUDY / "observations.csv", tmp_path / "cells.csv")
+    assert main(["fit", str(tmp_path / "cells.csv")]) == 0
+    found = json.loads((tmp_path / "cells.fit.json").read_text())
+    error = found["headline"]["leave_largest_out_error"]
+    assert error < 0.03
+    (said,) = re.findall(r"within ([0-9.]+) % of its loss", TEXT)
+    assert float(said) == pytest.approx(100 * error, abs=0.006)
+    assert f"{error:.2%}" in (STUDY / "report.html").read_text()
+    assert found["counts"] == {"done": 60, "diverged": 0, "failed": 0, "unfinished": 0}

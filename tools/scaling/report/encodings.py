@@ -44,7 +44,7 @@ def layered(layers: list[dict[str, Any]], encoding: dict[str, Any]) -> dict[str,
             "font": "system-ui, sans-serif",
         },
         "encoding": encoding,
-        "layer": layers,
+        "layer": [layer for layer in layers if layer["data"]["values"]],  # Vega complains of one without data
     }
 
 

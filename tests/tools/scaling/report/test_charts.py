@@ -129,6 +129,7 @@ def test_numbers_of_any_size_make_a_page(unit):
     ]
     for chart in charts(cells, fit(cells, Settings(draws=5))):
         json.dumps(chart.spec, allow_nan=False)
+        assert all(layer["data"]["values"] for layer in chart.spec["layer"])
 
 
 def test_without_a_fit_or_without_settings():
