@@ -100,7 +100,7 @@ def _run(options: argparse.Namespace, study: Any) -> int:
 
 
 def _place(options: argparse.Namespace, kept: str | None) -> Any:
-    """What is typed, else where the study's runs went so far, else one run at a time on one node."""
+    """What is typed, else where the study's runs went so far, else a node a run and as many as the scheduler takes."""
     from launch.sweeps.handover import Place
 
     fields = ("cluster", "nodes", "ranks_per_node", "at_once")

@@ -2,8 +2,10 @@
 
 import csv
 import io
+import math
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -205,3 +207,18 @@ def test_budget_and_losses_of_cells_are_told(opened):
     text = opened.locator("main").text_content()
     for word in ("5 of 6", "device-hours spent", "huge, 1e+12 tokens", "the budget ends", "having been 3.2"):
         assert word in text
+
+
+def test_a_study_of_which_nothing_is_done_yet(chromium, cells, tmp_path):
+    waiting = [replace(one, status="unfinished", loss=math.nan) for one in cells[:20]]
+    page = tmp_path / "report.html"
+    write.write(Content("early", waiting, None, {}, ["there is nothing to fit"]), page, tmp_path / "figures")
+    tab = chromium.new_page()
+    said = []
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(page.as_uri())
+    assert tab.locator("#cells tbody tr:visible").count() == 20
+    assert "there is nothing to fit" in tab.locator("main").text_content()
+    assert said == []
+    tab.close()
