@@ -192,7 +192,6 @@ def test_another_plan_does_not_take_the_directory(finished, tokens, tmp_path):
         (["resume", "nowhere"], "holds no plan.yaml"),
         (["status", "nowhere"], "holds no plan.yaml"),
         (["submit", "nowhere.yaml"], "cannot be read"),
-        (["report", "nowhere.csv"], "cannot be read"),
         (["report", "nowhere.csv", "--output", "no/such/page.html"], "does not exist; make it first"),
         (["resume", "nowhere", "--at-once", "0", "--poll", "nan"], "--at-once"),
     ],
@@ -202,4 +201,12 @@ def test_what_cannot_be(words, said, tmp_path):
     done = run("launch.sweep", action, tmp_path / place, *rest)
     assert done.returncode == 2
     assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("action", ["fit", "report"])
+def test_data_that_is_not_there(action, tmp_path):
+    done = run("launch.sweep", action, tmp_path / "nowhere.csv")
+    assert done.returncode == 3
+    assert "cannot be read" in done.stderr
     assert not list(tmp_path.iterdir())
