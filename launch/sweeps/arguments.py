@@ -35,6 +35,13 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--output", type=Path, help="where the plan is written; beside the study as NAME.plan.yaml")
     plan.add_argument("--json", action="store_true")
     _add_running(actions)
+    _add_fitting(actions)
+    _add_prescribe(actions)
+    return parser
+
+
+def _add_fitting(actions: Any) -> None:
+    """What reads a study, or a CSV."""
     fit = actions.add_parser(
         "fit",
         description="Fits learning rate, batch and loss over model size and tokens, with intervals and the error of "
@@ -74,6 +81,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--standalone", action="store_true", help="no links to runs: for a page that travels without them"
     )
+
+
+def _add_prescribe(actions: Any) -> None:
+    """What turns a fit into a run."""
     prescribe = actions.add_parser(
         "prescribe",
         description="The run.yaml for a size and its tokens, or for a budget: shape, learning rate, batch, layout and "
@@ -92,7 +103,6 @@ def parser() -> argparse.ArgumentParser:
     prescribe.add_argument("--refuse-factor", type=float, default=1000.0, help=beyond)
     prescribe.add_argument("--output", type=Path, help="where run.yaml is written; it is printed otherwise")
     prescribe.add_argument("--json", action="store_true")
-    return parser
 
 
 def _add_running(actions: Any) -> None:
