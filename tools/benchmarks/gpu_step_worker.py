@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from megatron_qwen import device
 
+_HELD_OUT = 0.1  # of the documents, where a case is validated
+
 
 @dataclass(frozen=True)
 class Case:
@@ -23,6 +25,7 @@ class Case:
         warm_up: steps that do not count.
         overrides: further fields.
         profile: prints the kernels of one more step to stderr.
+        validation: sequences held out, whose loss is measured after the last step.
     """
 
     recipe: str
@@ -35,6 +38,7 @@ class Case:
     warm_up: int = 2
     overrides: tuple[str, ...] = ()
     profile: bool = False
+    validation: int = 0
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Measured:
         peak_gib: most memory allocated at once.
         losses: of every step, the warm-up's too.
         start_s: from the process's first line to its first step.
+        validation_loss: of ``Case.validation`` sequences after the last step; None where there are none.
     """
 
     device: str
@@ -60,6 +65,7 @@ class Measured:
     peak_gib: float
     losses: list[float]
     start_s: float
+    validation_loss: float | None = None
 
 
 def overrides(case: Case) -> list[str]:
@@ -77,9 +83,9 @@ def overrides(case: Case) -> list[str]:
         f"training.micro_batch_size={case.micro_batch_size}",
         f"training.global_batch_size={case.global_batch_size}",
         f"training.train_iters={case.warm_up + case.steps}",
-        "training.eval_iters=0",
+        f"training.eval_iters={case.validation // case.global_batch_size}",
         "training.recompute_granularity=none",
-        "data.validation_fraction=0",
+        f"data.validation_fraction={_HELD_OUT if case.validation else 0}",
         f"data.path={case.data}",
         "optim.learning_rate=3e-4",
         "optim.lr_warmup_iters=20",
@@ -96,6 +102,7 @@ def measure(case: Case) -> Measured:
     from megatron_qwen.estimate.flops import training_flops_per_token
     from megatron_qwen.estimate.hardware import peak_tflops
     from megatron_qwen.recipes.registry import RECIPES
+    from megatron_qwen.training.callbacks.validation import Validation
     from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer
 
@@ -117,6 +124,7 @@ def measure(case: Case) -> Measured:
         peak_gib=device.peak_memory_bytes() / 2**30,
         losses=[record.result.loss for record in records],
         start_s=started,
+        validation_loss=Validation().measure(trainer) if case.validation else None,
     )
     if case.profile:
         _profile(trainer.step)
