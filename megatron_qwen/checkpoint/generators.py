@@ -22,7 +22,7 @@ def capture() -> dict[str, torch.Tensor]:
         "device": device.rng_state().cpu(),
     }
     tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    return {**states, **{f"tracker.{name}": state.cpu() for name, state in tracker.items()}}
+    return {**states, **{f"tracker.{name}": _plain(state).cpu() for name, state in tracker.items()}}
 
 
 def restore(states: dict[str, torch.Tensor]) -> None:
@@ -35,5 +35,15 @@ def restore(states: dict[str, torch.Tensor]) -> None:
     np.random.set_state(("MT19937", words, int(position), int(has_gauss), gauss))
     torch.set_rng_state(states["torch"])
     device.set_rng_state(states["device"])
+    tracker = tensor_parallel.get_cuda_rng_tracker()
     tracked = {name.removeprefix("tracker."): state for name, state in states.items() if name.startswith("tracker.")}
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracked)
+    for name, present in tracker.get_states().items():
+        if isinstance(present, torch.Generator) and name in tracked:
+            present.set_state(tracked[name])
+            tracked[name] = present  # type: ignore[assignment]
+    tracker.set_states(tracked)
+
+
+def _plain(state: torch.Tensor | torch.Generator) -> torch.Tensor:
+    """What a tracker has for a generator: under CUDA graphs the generator itself, which a graph has been told of."""
+    return state.get_state() if isinstance(state, torch.Generator) else state

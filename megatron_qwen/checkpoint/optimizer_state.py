@@ -11,6 +11,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.models.sharding import CHECKPOINT_METADATA
+from megatron_qwen.optim import host_state
 
 _SHARDING_TYPE = CHECKPOINT_METADATA["distrib_optim_sharding_type"]
 
@@ -55,4 +56,5 @@ def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> N
 
 def step_count(optimizer: ChainedOptimizer) -> int:
     """Optimizer steps taken, from whichever group has parameters on this rank."""
-    return max((int(group.get("step", 0) or 0) for group in optimizer.param_groups), default=0)
+    counts = [int(group.get("step", 0) or 0) for group in optimizer.param_groups]
+    return max([*counts, *host_state.step_counts(optimizer)], default=0)

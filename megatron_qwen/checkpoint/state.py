@@ -21,6 +21,7 @@ from megatron_qwen.checkpoint.metadata import plain_objects_only, read_metadata
 from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.data.tokenizer import copy_tokenizer
+from megatron_qwen.models import fp8_weights
 from megatron_qwen.models.sharding import sharded_state_dict
 from megatron_qwen.provenance import code_version
 
@@ -34,6 +35,8 @@ def sharded_state(
     state = sharded_state_dict(modules, groups)
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state, groups, loading=loading)
+    if not loading:
+        fp8_weights.put_main_weights(state, optimizer)
     return state
 
 
@@ -61,12 +64,14 @@ def load_sharded(
     _drop_absent_extra_state(wanted, saved)
     with plain_objects_only():
         loaded = dist_checkpointing.load(wanted, str(path))
-    for index, module in enumerate(modules):
-        _fill(module, loaded["model" if len(modules) == 1 else f"model{index}"])
+    weights = [loaded["model" if len(modules) == 1 else f"model{index}"] for index in range(len(modules))]
+    for module, values in zip(modules, weights, strict=True):
+        _fill(module, values)
     if with_state is not None:
         optimizer_state.load(with_state, loaded["optimizer"], step=optimizer_step)
     elif optimizer is not None:
         optimizer.reload_model_params()
+        fp8_weights.load_main_weights(optimizer, modules, weights)
 
 
 def has_optimizer(saved: Iterable[str]) -> bool:

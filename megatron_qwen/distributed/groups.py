@@ -31,7 +31,7 @@ def create(parallel: ParallelConfig, *, seed: int, graphs: bool = False) -> Proc
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=True,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(seed, use_cudagraphable_rng=graphs, force_reset_rng=True)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed, te_rng_tracker=graphs, force_reset_rng=True)
     return ProcessGroupCollection.use_mpu_process_groups()
 
 

@@ -91,6 +91,8 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem("performance.moe_grouped_gemm", "true", fix)
     if performance.fp8_param_gather and te and config.precision.fp8 is None:
         yield Problem("performance.fp8_param_gather", "true", "needs precision.fp8; set that, or this to null.")
+    if performance.optimizer_offload_fraction and te:
+        yield from _unfit_for_the_host(config)
     if performance.cpu_offloading_num_layers and config.parallel.pipeline_model_parallel_size > 1:
         fix = "goes with a single pipeline stage only; set it to null."
         yield Problem("performance.cpu_offloading_num_layers", performance.cpu_offloading_num_layers, fix)
@@ -98,6 +100,19 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
     if dispatcher in ("deepep", "hybridep") and not (machine.gpu and "deep_ep" in machine.libraries):
         fix = "needs a GPU and the package deep_ep, which does not import here; set it to null."
         yield Problem("performance.moe_token_dispatcher", dispatcher, fix)
+
+
+def _unfit_for_the_host(config: RunConfig) -> Iterator[Problem]:
+    """What megatron-core's optimizer on the host has not: its state is whole and in fp32, beside weights in bf16."""
+    precision = config.precision
+    if precision.dtype != "bf16":
+        fix = (
+            "cannot be moved to the host with performance.optimizer_offload_fraction; set it to bf16, or that to null."
+        )
+        yield Problem("precision.dtype", precision.dtype, fix)
+    if precision.use_precision_aware_optimizer:
+        fix = "is for state on the device; set it to null, or performance.optimizer_offload_fraction."
+        yield Problem("precision.use_precision_aware_optimizer", "true", fix)
 
 
 def overlaps(config: RunConfig, world_size: int) -> _Answer:

@@ -132,12 +132,15 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend:
     stages = parallel.pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
     rows = _padded_rows(config.model.vocab_size, tp) // tp
+    in_fp8 = 2.0 * _fp8_parameters(config, index, layers)  # in both orders
+    both = 0.0 if config.performance.fp8_param_gather else in_fp8
+    on_device = 1 - (config.performance.optimizer_offload_fraction or 0.0)
     return StageMemory(
         stage=index,
         parameters=dense + experts,
-        weights=(dense + experts) * (2.0 if bf16 else 4.0) + 2.0 * _fp8_parameters(config, index, layers),
+        weights=(dense + experts) * (2.0 if bf16 else 4.0) + both,
         gradients=(dense + experts) * float(per_gradient),
-        optimizer=state * (dense / dense_share + experts / expert_share),
+        optimizer=state * on_device * (dense / dense_share + experts / expert_share),
         activations=_activations(config, index, layers, world_size, backend),
         loss=_loss(config, rows) if index == stages - 1 else 0.0,
     )
@@ -152,7 +155,7 @@ def _loss(config: RunConfig, rows: int) -> float:
 
 
 def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
-    """Scalars of a rank that are also held in FP8, in both orders."""
+    """Scalars of a rank that are held in FP8, in both orders: beside those in bf16, or in their place."""
     precision, parallel = config.precision, config.parallel
     if precision.fp8 is None or precision.emulate_fp8:
         return 0.0

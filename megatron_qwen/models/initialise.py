@@ -14,7 +14,9 @@ import xxhash
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.models.fp8_weights import plain_weights
 from megatron_qwen.models.sharding import Slice, slices
 
 _BLOCK_ROWS = 1024
@@ -28,6 +30,15 @@ def initialise(modules: Sequence[GPTModel], config: RunConfig, groups: ProcessGr
     residual_std = model.init_method_std
     if model.scale_output_init:
         residual_std /= math.sqrt(2 * model.num_layers)
+    with plain_weights(modules):
+        _fill_all(modules, config, groups, residual_std)
+        device.synchronize()  # the threads that fill have streams of their own
+
+
+def _fill_all(
+    modules: Sequence[GPTModel], config: RunConfig, groups: ProcessGroupCollection, residual_std: float
+) -> None:
+    model = config.model
     for part in slices(modules, groups):
         if part.name.endswith(("layer_norm_weight", "layernorm.weight")):
             part.data.fill_(1.0)

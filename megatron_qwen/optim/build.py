@@ -7,6 +7,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
+from megatron_qwen.optim import host_state
 from megatron_qwen.optim.gathering import gather_in_place
 from megatron_qwen.optim.lean_state import make_exchangeable
 
@@ -21,6 +22,7 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
     gloo twins of the data-parallel groups only on that path.
     """
     optim, precision = config.optim, config.precision
+    on_host = config.performance.optimizer_offload_fraction or 0.0
     settings = OptimizerConfig(
         optimizer="adam",
         lr=optim.learning_rate,
@@ -34,10 +36,11 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         params_dtype=DTYPES[precision.dtype],
         use_distributed_optimizer=True,
         overlap_param_gather=bool(config.parallel.overlap_param_gather),
-        use_precision_aware_optimizer=bool(precision.use_precision_aware_optimizer),
+        # On the host are the main weights too: then the core keeps none on the device with this switch only.
+        use_precision_aware_optimizer=bool(precision.use_precision_aware_optimizer or on_host),
         fp8_recipe=precision.fp8 if config.performance.fp8_param_gather else None,
-        optimizer_cpu_offload=bool(config.performance.optimizer_offload_fraction),
-        optimizer_offload_fraction=config.performance.optimizer_offload_fraction or 0.0,
+        optimizer_cpu_offload=on_host > 0,
+        optimizer_offload_fraction=on_host,
         exp_avg_dtype=_MOMENTS[precision.exp_avg_dtype],
         exp_avg_sq_dtype=_MOMENTS[precision.exp_avg_sq_dtype],
     )
@@ -49,8 +52,8 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
             make_exchangeable(part)
         gather_in_place(part)
         # Moments from the start: a run may have to be saved before its first step was taken.
-        if part.init_state_fn is None:  # partly on the host
-            part.optimizer.dummy_step()
+        if on_host:
+            host_state.start(part.optimizer)
         else:
             part.init_state_fn(part.optimizer, part.config)
     return optimizer

@@ -91,12 +91,26 @@ LEAN = [
     "precision.exp_avg_sq_dtype=bf16",
 ]
 
+HOST = ["precision.backend=te", "performance.optimizer_offload_fraction=1"]
+HELD_IN_FP8 = [*FP8, "performance.fp8_param_gather=true"]
+PAIRS = {
+    "te-torch": (TE, TORCH),
+    "torch-te": (TORCH, TE),
+    "te-fp8": (TE, FP8),
+    "fp8-te": (FP8, TE),
+    "lean-lean": (LEAN, LEAN),
+    "te-lean": (TE, LEAN),
+    "lean-torch": (LEAN, TORCH),
+    "host-host": (HOST, HOST),
+    "host-torch": (HOST, TORCH),
+    "te-host": (TE, HOST),
+    "held-held": (HELD_IN_FP8, HELD_IN_FP8),
+    "held-te": (HELD_IN_FP8, TE),
+    "te-held": (TE, HELD_IN_FP8),
+}
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [(TE, TORCH), (TORCH, TE), (TE, FP8), (FP8, TE), (LEAN, LEAN), (TE, LEAN), (LEAN, TORCH)],
-    ids=["te-torch", "torch-te", "te-fp8", "fp8-te", "lean-lean", "te-lean", "lean-torch"],
-)
+
+@pytest.mark.parametrize(("first", "second"), PAIRS.values(), ids=PAIRS)
 def test_a_run_goes_on_with_another_backend_or_format(first, second, tokens, tmp_path):
     needs_te()
     bf16 = "precision.dtype=bf16"
