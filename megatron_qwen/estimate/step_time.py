@@ -269,7 +269,9 @@ def _layer(config: RunConfig, device: Hardware, assume: Assumptions, *, fp8: boo
         messages += 3 * 2.0 * 2 * kv / tp * tokens * (cp - 1) / _link(device, tp * cp)
     seconds = moved * tokens / (_TRAFFIC_SHARE * device.memory_gb_s * 1e9)
     whole = _Micro(products, attention, seconds, messages, expert_messages)
-    waiting = max(0.0, device.host_us_per_layer * 1e-6 - whole.total)
+    local_experts = (model.num_moe_experts or 0) / parallel.expert_model_parallel_size
+    host = device.host_us_per_layer + device.host_us_per_expert * local_experts
+    waiting = max(0.0, host * 1e-6 - whole.total)
     return whole + _Micro(traffic=waiting)
 
 

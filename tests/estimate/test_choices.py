@@ -151,3 +151,11 @@ def test_the_machine_of_a_cluster():
     assert expected(config, gpu="NVIDIA H200") == H200
     plain = config.with_section("precision", backend="torch")
     assert expected(plain, gpu="H100").backend == "torch"
+
+
+def test_state_on_the_host_is_whole_and_of_bf16_weights():
+    config = RECIPES["qwen2_5_0_5b"]().with_section("performance", optimizer_offload_fraction=1.0)
+    assert not list(impossible(config, H200))
+    wrong = config.with_section("precision", dtype="fp32", use_precision_aware_optimizer=True)
+    fields = [problem.where for problem in impossible(wrong, H200)]
+    assert fields == ["precision.dtype", "precision.use_precision_aware_optimizer"]

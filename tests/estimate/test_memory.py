@@ -101,6 +101,7 @@ LEAN = {"use_precision_aware_optimizer": True, "exp_avg_dtype": "bf16", "exp_avg
         ("qwen2_5_7b", 2, 32, LEAN, 124.8),
         ("qwen2_5_7b", 1, 8, LEAN, 105.0),
         ("qwen2_5_7b", 1, 8, {**LEAN, "fp8": "tensorwise"}, 113.7),
+        ("qwen2_5_7b", 2, 32, {**LEAN, "fp8": "tensorwise"}, 130.9),
         ("qwen2_5_1_5b", 2, 16, {}, 44.9),
         ("qwen2_5_0_5b", 4, 16, {}, 26.1),
         ("qwen2_5_0_5b", 4, 16, {"fp8": "tensorwise"}, 24.5),
@@ -115,3 +116,24 @@ def test_peaks_measured_on_one_h200(recipe, micro, batch, precision, peak_gib):
     predicted = stage.total_gib - ALLOWANCE_GIB
     print(f"{recipe} {micro} / {batch}: {predicted:.1f} GiB, measured {peak_gib}")
     assert predicted == pytest.approx(peak_gib, rel=0.05)
+
+
+def test_the_peak_of_a_mixture_measured_on_one_h200():
+    """Four layers of Qwen3-30B-A3B, all 128 experts on one device; the same file."""
+    config = RECIPES["qwen3_30b_a3b"]().with_section("model", num_layers=4).with_section("data", seq_length=4096)
+    config = config.with_section("parallel", tensor_model_parallel_size=1, sequence_parallel=False)
+    config = config.with_section("parallel", pipeline_model_parallel_size=1, expert_model_parallel_size=1)
+    config = config.with_section("training", micro_batch_size=2, global_batch_size=16)
+    (stage,) = memory_per_stage(config, world_size=1)
+    assert stage.total_gib - ALLOWANCE_GIB == pytest.approx(59.6, rel=0.05)
+
+
+def test_what_is_not_on_the_device_takes_no_memory_there():
+    config = RECIPES["qwen2_5_0_5b"]()
+    (whole,) = memory_per_stage(config, world_size=1)
+    (half,) = memory_per_stage(config.with_section("performance", optimizer_offload_fraction=0.5), world_size=1)
+    assert half.optimizer == whole.optimizer / 2
+    fp8 = config.with_section("precision", fp8="tensorwise", first_last_layers_bf16=False)
+    (beside,) = memory_per_stage(fp8, world_size=1)
+    (alone,) = memory_per_stage(fp8.with_section("performance", fp8_param_gather=True), world_size=1)
+    assert alone.weights == whole.weights < beside.weights

@@ -102,6 +102,7 @@ def _hardware(rows: Sequence[Row], rounds: int) -> Hardware:
         network_gb_s=kind.network_gb_s if kind is not None else link,
         devices_per_node=kind.devices_per_node if kind is not None else 1,
         host_us_per_layer=kind.host_us_per_layer if kind is not None else 0.0,
+        host_us_per_expert=kind.host_us_per_expert if kind is not None else 0.0,
         source=f"mq bench ceilings on {device.device_name()}, {datetime.date.today().isoformat()}; {rest}",
     )
 

@@ -1,7 +1,7 @@
 """Training speeds that others have published, and ours, each as a configuration that the estimate can predict."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_qwen.config.run import RunConfig
@@ -131,6 +131,7 @@ def measured_steps() -> Iterator[PublishedStep]:
         ("Qwen2.5-7B, batch 2 / 32, bf16", None, 2, 32, 12_540.0),
         ("Qwen2.5-7B, batch 1 / 8, bf16", None, 1, 8, 11_743.0),
         ("Qwen2.5-7B, batch 1 / 8, fp8", "tensorwise", 1, 8, 15_356.0),
+        ("Qwen2.5-7B, batch 2 / 32, fp8", "tensorwise", 2, 32, 17_363.0),
     ):
         config = _run(shape, seq=4096, micro=micro, batch=batch, fp8=fp8)
         yield PublishedStep(name, config, "h200", 1, speed, plain, source)
@@ -141,3 +142,6 @@ def measured_steps() -> Iterator[PublishedStep]:
     ):
         config = _run(RECIPES[recipe]().model, seq=4096, micro=micro, batch=16, fp8=fp8)
         yield PublishedStep(f"{recipe}, {'fp8' if fp8 else 'bf16'}", config, "h200", 1, speed, plain, source)
+    four_layers = replace(QWEN3_30B, num_layers=4)
+    config = _run(four_layers, seq=4096, micro=2, batch=16)
+    yield PublishedStep("4 layers of Qwen3-30B-A3B, bf16", config, "h200", 1, 44_645.0, plain, source)
