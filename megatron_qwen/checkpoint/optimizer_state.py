@@ -8,10 +8,10 @@ are in one optimizer, with more the experts have their own. So they stay out, an
 from typing import Any
 
 from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.models.sharding import CHECKPOINT_METADATA
-from megatron_qwen.optim import host_state
 
 _SHARDING_TYPE = CHECKPOINT_METADATA["distrib_optim_sharding_type"]
 
@@ -52,9 +52,23 @@ def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> N
             group["step"] = step
         content |= {"param_state": loaded[str(index)], "param_state_sharding_type": _SHARDING_TYPE}
         part.load_state_dict(content)
+        if isinstance(part.optimizer, HybridDeviceOptimizer):
+            # The core would write this count over those of the optimizers inside before every step; nobody advances it.
+            for group in part.optimizer.param_groups:
+                group.pop("step", None)
 
 
 def step_count(optimizer: ChainedOptimizer) -> int:
     """Optimizer steps taken, from whichever group has parameters on this rank."""
     counts = [int(group.get("step", 0) or 0) for group in optimizer.param_groups]
-    return max([*counts, *host_state.step_counts(optimizer)], default=0)
+    return max([*counts, *_steps_on_host(optimizer)], default=0)
+
+
+def _steps_on_host(optimizer: ChainedOptimizer) -> list[int]:
+    """Steps of optimizers that are partly on the host: a tensor there has its own count, what stays has its group's."""
+    hybrids: list[Any] = [
+        part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, HybridDeviceOptimizer)
+    ]
+    states = [state for hybrid in hybrids for inner in hybrid.sub_optimizers for state in inner.state.values()]
+    groups = [group for hybrid in hybrids for inner in hybrid.sub_optimizers for group in inner.param_groups]
+    return [int(place["step"]) for place in (*states, *groups) if "step" in place]

@@ -91,6 +91,9 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         yield Problem("performance.moe_grouped_gemm", "true", fix)
     if performance.fp8_param_gather and te and config.precision.fp8 is None:
         yield Problem("performance.fp8_param_gather", "true", "needs precision.fp8; set that, or this to null.")
+    if performance.fp8_param_gather and config.precision.use_precision_aware_optimizer:
+        fix = "goes not with precision.use_precision_aware_optimizer, which completes bf16 weights; set one to null."
+        yield Problem("performance.fp8_param_gather", "true", fix)
     if performance.optimizer_offload_fraction and te:
         yield from _unfit_for_the_host(config)
     if performance.cpu_offloading_num_layers and config.parallel.pipeline_model_parallel_size > 1:
@@ -113,6 +116,9 @@ def _unfit_for_the_host(config: RunConfig) -> Iterator[Problem]:
     if precision.use_precision_aware_optimizer:
         fix = "is for state on the device; set it to null, or performance.optimizer_offload_fraction."
         yield Problem("precision.use_precision_aware_optimizer", "true", fix)
+    if config.performance.fp8_param_gather:
+        fix = "goes not with performance.optimizer_offload_fraction; set one of them to null."
+        yield Problem("performance.fp8_param_gather", "true", fix)
 
 
 def overlaps(config: RunConfig, world_size: int) -> _Answer:
@@ -147,6 +153,8 @@ def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _An
         return False, "needs Transformer Engine's Adam and bf16"
     if config.performance.optimizer_offload_fraction:
         return False, "the optimizer is on the host"
+    if config.performance.fp8_param_gather:
+        return False, "weights in FP8 have whole main weights"
     if machine.memory_gib is None:
         return False, "the device's memory is not known"
     need = _need(config, machine, world_size)

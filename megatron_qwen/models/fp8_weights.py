@@ -33,15 +33,17 @@ def plain_weights(modules: Sequence[GPTModel]) -> Iterator[None]:
     for owner, name, weight in held:
         empty = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
         owner._parameters[name] = torch.nn.Parameter(empty)
-    yield
-    for owner, name, weight in held:
-        filled = owner._parameters[name]
-        assert filled is not None
-        with torch.no_grad():
-            weight.copy_(filled)
-        # Where megatron-core looks for the values that main weights begin with.
-        weight._high_precision_init_val = filled.detach().cpu()  # type: ignore[attr-defined]
-        owner._parameters[name] = weight
+    try:
+        yield
+    finally:
+        for owner, name, weight in held:
+            filled = owner._parameters[name]
+            assert filled is not None
+            with torch.no_grad():
+                weight.copy_(filled)
+            # Where megatron-core looks for the values that main weights begin with.
+            weight._high_precision_init_val = filled.detach().cpu()  # type: ignore[attr-defined]
+            owner._parameters[name] = weight
 
 
 def put_main_weights(state: Mapping[str, Any], optimizer: ChainedOptimizer | None) -> None:

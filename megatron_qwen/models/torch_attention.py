@@ -14,6 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
+from megatron_qwen.models.causal_attention import BlockwiseCausalAttention, pays
 from megatron_qwen.models.sequences import SeparateSequences
 from megatron_qwen.models.torch_functions import RotateQKV
 
@@ -70,7 +71,7 @@ class TorchSelfAttention(SelfAttention):
 
 
 class TorchAttention(torch.nn.Module):
-    """Core attention over scaled_dot_product_attention.
+    """Core attention over scaled_dot_product_attention, on a CPU by ``causal_attention`` where that pays.
 
     With context parallelism a rank holds chunks r and 2 CP - 1 - r of the sequence (the load-balanced order
     of Transformer Engine). It gathers K and V of all ranks and lets each of its two query chunks attend to the
@@ -155,12 +156,15 @@ class TorchAttention(torch.nn.Module):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None = None
     ) -> torch.Tensor:
         """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
+        dropout = self.dropout if self.training else 0.0
+        if allowed is None and not dropout and pays(query, key):
+            scale = self.scale or query.shape[3] ** -0.5
+            return BlockwiseCausalAttention.apply(query, key, value, scale)  # type: ignore[no-any-return]
         mask = None
         if allowed is not None:
             mask = _causal(query.shape[2], key.shape[2], query.device) & allowed
         elif query.shape[2] != key.shape[2]:
             mask = _causal_bias(query.shape[2], key.shape[2], query.device, query.dtype)
-        dropout = self.dropout if self.training else 0.0
         # Ranks that hold other heads draw other dropout.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             return F.scaled_dot_product_attention(

@@ -1,12 +1,9 @@
 """An optimizer whose main weights and moments are on the host (performance.optimizer_offload_fraction).
 
 megatron-core 0.19.2 makes that state by a step with random gradients, at whatever rate is set: it moves the weights and
-leaves moments behind. It counts steps tensor by tensor on the host and in the groups of what stays on the device.
+leaves moments behind.
 """
 
-from typing import Any
-
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -29,13 +26,6 @@ def start(hybrid: HybridDeviceOptimizer) -> None:
         for group in optimizer.param_groups:
             if "step" in group:
                 group["step"] = 0
-
-
-def step_counts(optimizer: ChainedOptimizer) -> list[int]:
-    """Steps that the parts on the host have taken, one number for each of their tensors."""
-    hybrids: list[Any] = [
-        part.optimizer for part in optimizer.chained_optimizers if isinstance(part.optimizer, HybridDeviceOptimizer)
-    ]
-    states = [state for hybrid in hybrids for inner in hybrid.sub_optimizers for state in inner.state.values()]
-    groups = [group for hybrid in hybrids for inner in hybrid.sub_optimizers for group in inner.param_groups]
-    return [int(place["step"]) for place in (*states, *groups) if "step" in place]
+    for group in hybrid.gpu_optimizer.param_groups if hybrid.gpu_optimizer is not None else ():
+        for parameter in group["params"]:
+            parameter.grad = None

@@ -159,3 +159,12 @@ def test_state_on_the_host_is_whole_and_of_bf16_weights():
     wrong = config.with_section("precision", dtype="fp32", use_precision_aware_optimizer=True)
     fields = [problem.where for problem in impossible(wrong, H200)]
     assert fields == ["precision.dtype", "precision.use_precision_aware_optimizer"]
+    both = config.with_section("performance", fp8_param_gather=True).with_section("precision", fp8="tensorwise")
+    assert [problem.where for problem in impossible(both, H200)] == ["performance.fp8_param_gather"]
+
+
+def test_weights_in_fp8_have_whole_main_weights():
+    config = RECIPES["qwen2_5_0_5b"]().with_section("precision", fp8="tensorwise", use_precision_aware_optimizer=True)
+    config = config.with_section("performance", fp8_param_gather=True)
+    assert [problem.where for problem in impossible(config, H200)] == ["performance.fp8_param_gather"]
+    assert too_large(fp8_param_gather=True)["precision.use_precision_aware_optimizer"] is False

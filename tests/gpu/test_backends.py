@@ -92,6 +92,7 @@ LEAN = [
 ]
 
 HOST = ["precision.backend=te", "performance.optimizer_offload_fraction=1"]
+HALF_ON_HOST = ["precision.backend=te", "performance.optimizer_offload_fraction=0.5"]
 HELD_IN_FP8 = [*FP8, "performance.fp8_param_gather=true"]
 PAIRS = {
     "te-torch": (TE, TORCH),
@@ -104,6 +105,7 @@ PAIRS = {
     "host-host": (HOST, HOST),
     "host-torch": (HOST, TORCH),
     "te-host": (TE, HOST),
+    "half host-half host": (HALF_ON_HOST, HALF_ON_HOST),
     "held-held": (HELD_IN_FP8, HELD_IN_FP8),
     "held-te": (HELD_IN_FP8, TE),
     "te-held": (TE, HELD_IN_FP8),
