@@ -46,7 +46,11 @@ def predict(request: Request) -> Prediction:
     config, choices = choose(request.config, machine, world_size=world)
     count = count_parameters(config.model)
     stretches = blend.stretches(config)
-    memory = [stage for one in stretches for stage in memory_per_stage(one, world_size=world, backend=machine.backend)]
+    memory = [
+        stage
+        for one in stretches
+        for stage in memory_per_stage(one, world_size=world, backend=machine.backend, gpu=machine.gpu)
+    ]
     device = known(gpu) if gpu else None
     speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
     each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]

@@ -200,7 +200,7 @@ def _need(config: RunConfig, machine: Machine, world_size: int) -> float:
     return max(
         stage.total_gib
         for stretch in stretches(config)
-        for stage in memory_per_stage(stretch, world_size=world_size, backend=machine.backend)
+        for stage in memory_per_stage(stretch, world_size=world_size, backend=machine.backend, gpu=machine.gpu)
     )
 
 

@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are counted exactly from the layout. Activations follow the accounting of
 Korthikanti et al. 2022 (arXiv 2205.05198, section 4), redone for SwiGLU, grouped-query attention and a fused attention
-that stores no scores. What a device needs beside (CUDA context, NCCL buffers, fragmentation) is a stated allowance, not
-a count.
+that stores no scores (on a CPU it may store them: cpu_attention.py). What a device needs beside (CUDA context, NCCL
+buffers, fragmentation) is a stated allowance, not a count.
 """
 
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from megatron_qwen.config.pipeline import layers_per_stage
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.estimate import cpu_attention
 
 ALLOWANCE_GIB = 4.0
 # Rows of logits that exist at once in the loss on a GPU (models/loss.py), in bf16; the gradient takes their place.
@@ -52,7 +53,9 @@ class StageMemory:
         return self.state_gib + (self.activations + self.loss) / _GIB + ALLOWANCE_GIB
 
 
-def memory_per_stage(config: RunConfig, *, world_size: int, backend: str | None = None) -> list[StageMemory]:
+def memory_per_stage(
+    config: RunConfig, *, world_size: int, backend: str | None = None, gpu: bool = True
+) -> list[StageMemory]:
     """Memory of a rank of every pipeline stage.
 
     Args:
@@ -60,11 +63,12 @@ def memory_per_stage(config: RunConfig, *, world_size: int, backend: str | None 
         world_size: ranks of the run; the optimizer is shared by the data-parallel ones.
         backend: ``te`` or ``torch``, which keep different things for the backward pass; None is ``te`` unless the
             configuration says otherwise.
+        gpu: whether ranks compute on GPUs.
     """
     plain = config.precision.backend == "torch" or config.precision.emulate_fp8
     backend = backend or ("torch" if plain else "te")
     stages = layers_per_stage(config.model.num_layers, config.parallel)
-    return [_stage(config, index, layers, world_size, backend) for index, layers in enumerate(stages)]
+    return [_stage(config, index, layers, world_size, backend, gpu) for index, layers in enumerate(stages)]
 
 
 def parameters_per_rank(config: RunConfig, *, stage: int) -> tuple[int, int]:
@@ -116,7 +120,7 @@ def _dense_layer(model: ModelConfig, tp: int) -> int:
     return attention + norms + router + shared + (h if model.moe_shared_expert_gate else 0)
 
 
-def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend: str) -> StageMemory:
+def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend: str, gpu: bool) -> StageMemory:
     parallel, precision = config.parallel, config.precision
     dense, experts = parameters_per_rank(config, stage=index)
     # ZeRO-1: the optimizer's share is over data and context ranks, for experts over theirs.
@@ -141,7 +145,7 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend:
         weights=(dense + experts) * (2.0 if bf16 else 4.0) + both,
         gradients=(dense + experts) * float(per_gradient),
         optimizer=state * on_device * (dense / dense_share + experts / expert_share),
-        activations=_activations(config, index, layers, world_size, backend),
+        activations=_activations(config, index, layers, world_size, backend, gpu),
         loss=_loss(config, rows) if index == stages - 1 else 0.0,
     )
 
@@ -172,13 +176,13 @@ def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
     return max(0.0, (dense + experts - outside) * (1 - min(excluded, layers) / layers))
 
 
-def _activations(config: RunConfig, stage: int, layers: int, world_size: int, backend: str) -> float:
+def _activations(config: RunConfig, stage: int, layers: int, world_size: int, backend: str, gpu: bool) -> float:
     """Bytes that the backward pass of all micro-batches in flight needs."""
     parallel, training = config.parallel, config.training
     tokens = training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
-    kept, whole = _layer_activations(config, backend)
+    kept, whole = _layer_activations(config, backend, gpu)
     in_flight = _in_flight(config, stage, world_size)
-    working = tokens * _working(config, backend)
+    working = tokens * _working(config, backend, gpu)
     if backend == "torch" and config.model.is_moe and not _one_by_one(config):  # gradients of all of a layer's experts
         experts = parameters_per_rank(config, stage=stage)[1] / layers
         working += experts * (2.0 if config.precision.dtype == "bf16" else 4.0)
@@ -190,12 +194,13 @@ def _activations(config: RunConfig, stage: int, layers: int, world_size: int, ba
     return tokens * ((again * kept + (layers - again) * whole) * in_flight + whole) + working
 
 
-def _working(config: RunConfig, backend: str) -> float:
+def _working(config: RunConfig, backend: str, gpu: bool) -> float:
     """Bytes a token of what a layer's backward pass holds beside what was kept for it."""
     model, parallel = config.model, config.parallel
     tp, cp, h = parallel.tensor_model_parallel_size, parallel.context_parallel_size, model.hidden_size
     width = model.moe_router_topk * (model.moe_ffn_hidden_size or 0) if model.is_moe else model.ffn_hidden_size
-    held = 3 * width / tp + 2 * h
+    again = _kept_by_attention(config, gpu) if backend == "torch" and _attends_again(config) else 0.0
+    held = max(3 * width / tp, again) + 2 * h
     if parallel.virtual_stages > 1:  # of each chunk an input and a gradient are on their way
         held += 2 * parallel.virtual_stages * h / (tp if parallel.sequence_parallel else 1)
     if backend == "torch" and cp > 1:  # masks of the two chunks of queries, which all layers share
@@ -219,7 +224,7 @@ def _in_flight(config: RunConfig, stage: int, world_size: int) -> float:
     return min(ahead + 1, micro_batches * virtual) / virtual
 
 
-def _layer_activations(config: RunConfig, backend: str) -> tuple[float, float]:
+def _layer_activations(config: RunConfig, backend: str, gpu: bool) -> tuple[float, float]:
     """Bytes a token and layer on a rank: those kept until the backward pass, and those of a layer without recompute."""
     model, parallel, training = config.model, config.parallel, config.training
     size = 2.0 if config.precision.dtype == "bf16" else 4.0
@@ -230,9 +235,9 @@ def _layer_activations(config: RunConfig, backend: str) -> tuple[float, float]:
     # Inputs of both norms and what they put out; then Q, K, V and the attention's output.
     residual, attention = 4 * h / residual_tp, (2 * q + 2 * kv) / tp
     if backend == "torch":
-        # The output once more in the order that the projection wants; keys and values of the whole sequence.
-        attention = (3 * q + 2 * kv * parallel.context_parallel_size) / tp
-        if training.recompute_granularity == "selective" and "core_attn" in training.recompute_modules:
+        # Keys and values of the whole sequence, and what attention keeps for itself.
+        attention = (2 * q + 2 * kv * parallel.context_parallel_size) / tp + _kept_by_attention(config, gpu)
+        if _attends_again(config):
             attention = (2 * q + 2 * kv) / tp
     feed_forward = _feed_forward_activations(config, backend, residual_tp)
     # In FP8 the inputs of the four products are kept in one byte: both norms' output, attention's, and SwiGLU's.
@@ -245,6 +250,18 @@ def _layer_activations(config: RunConfig, backend: str) -> tuple[float, float]:
     if training.recompute_granularity == "selective" and {"mlp", "moe"} & set(training.recompute_modules):
         return size * (residual + attention), whole
     return whole, whole
+
+
+def _kept_by_attention(config: RunConfig, gpu: bool) -> float:
+    """Scalars a token: on a GPU torch's kernel keeps its output, in an order that is not the projection's."""
+    if not gpu:
+        return cpu_attention.kept(config)
+    return config.model.num_attention_heads * config.model.head_dim / config.parallel.tensor_model_parallel_size
+
+
+def _attends_again(config: RunConfig) -> bool:
+    training = config.training
+    return training.recompute_granularity == "selective" and "core_attn" in training.recompute_modules
 
 
 def _one_by_one(config: RunConfig) -> bool:

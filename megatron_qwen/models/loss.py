@@ -16,6 +16,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_qwen.models import products
+
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 20
 
@@ -86,11 +88,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             local = targets[span] - first_row
             mine = (local >= 0) & (local < valid)
             target = _Target(local.clamp(0, max(valid - 1, 0)), mine, weights[span], valid, group)
-            loss, gradient = _chunk_loss(hidden[span] @ weight.t(), target, with_gradient=training)
+            loss, gradient = _chunk_loss(products.linear(hidden[span], weight), target, with_gradient=training)
             total += torch.dot(loss, weights[span])
             if grad_hidden is None or gradient is None:
                 continue
-            torch.mm(gradient, weight, out=grad_hidden[span])
+            grad_hidden[span] = products.linear(gradient, weight.t())
             if grad_weight is None:
                 grad_weight = gradient.t() @ hidden[span]
             elif weight.dtype == torch.float32:

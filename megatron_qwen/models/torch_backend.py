@@ -3,7 +3,6 @@
 from functools import partial
 
 from megatron.core.models.backends import BackendSpecProvider
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
@@ -11,10 +10,11 @@ from megatron_qwen.models import fp8_linear
 from megatron_qwen.models.torch_activation import SwiGLUActivation
 from megatron_qwen.models.torch_attention import TorchAttention
 from megatron_qwen.models.torch_experts import GroupedExperts
+from megatron_qwen.models.torch_linear import TorchColumnParallelLinear, TorchRowParallelLinear
 from megatron_qwen.models.torch_norm import RMSNorm
 
 _LINEAR: dict[str | None, tuple[type, type]] = {
-    None: (ColumnParallelLinear, RowParallelLinear),
+    None: (TorchColumnParallelLinear, TorchRowParallelLinear),
     "tensorwise": (fp8_linear.TensorwiseColumnParallelLinear, fp8_linear.TensorwiseRowParallelLinear),
     "blockwise": (fp8_linear.BlockwiseColumnParallelLinear, fp8_linear.BlockwiseRowParallelLinear),
 }

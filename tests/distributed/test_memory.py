@@ -70,13 +70,17 @@ def test_estimate_is_within_five_percent(recipe, name, shape, random_tokens, poo
     ranks, layout = TABLES[recipe][name]
     words = [*COMMON, *SHAPES[shape], *(EXPERTS[shape] if recipe == "tiny_moe" else []), f"data.path={random_tokens}"]
     config = jobs.with_layout(resolve(recipe, words, RECIPES), layout)
-    stages = memory_per_stage(config, world_size=ranks, backend="torch")
+    stages = memory_per_stage(config, world_size=ranks, backend="torch", gpu=False)
+    fullest = dict.fromkeys(range(len(stages)), 0.0)
     for rank, counted in enumerate(pool[ranks].run(jobs.peak_memory, config)):
         expected = stages[counted["stage"]]
         held = counted["held"]
         for part in ("weights", "gradients", "optimizer"):
             assert held[part] == pytest.approx(getattr(expected, part), rel=1e-2), part
         measured = sum(held.values()) + counted["step"]
+        fullest[expected.stage] = max(fullest[expected.stage], measured)
+        print(f"{recipe} {name} {shape}, rank {rank}: {measured / 2**20:.1f} MiB")
+    for expected in stages:
         predicted = expected.state_gib * 2**30 + expected.activations + expected.loss
-        print(f"{recipe} {name} {shape}, rank {rank}: {predicted / 2**20:.1f} of {measured / 2**20:.1f} MiB")
-        assert predicted == pytest.approx(measured, rel=0.05)
+        print(f"stage {expected.stage}: {predicted / 2**20:.1f} MiB expected")
+        assert predicted == pytest.approx(fullest[expected.stage], rel=0.05)

@@ -73,7 +73,7 @@ def test_nobody_sees_what_comes_later():
 def test_the_size_of_a_block_changes_nothing(monkeypatch):
     inputs, _ = drawn(SHAPES[0], torch.float32)
     one = BlockwiseCausalAttention.apply(*inputs, 0.25)
-    monkeypatch.setattr(causal_attention, "_BLOCK", 48)
+    monkeypatch.setattr(causal_attention, "BLOCK", 48)
     torch.testing.assert_close(BlockwiseCausalAttention.apply(*inputs, 0.25), one, rtol=1e-5, atol=1e-6)
 
 

@@ -185,7 +185,7 @@ def place(study: StudyFile, shape: Shape, batch_tokens: float) -> Placed:
     assert study.device.tflops is not None
     micro = max(size for size in (1, 2, 4, 8, 16, 32) if (sequences // count) % size == 0)
     config = config.with_section("training", micro_batch_size=micro)
-    memory = memory_per_stage(config, world_size=count, backend="torch")[0]
+    memory = memory_per_stage(config, world_size=count, backend="torch", gpu=False)[0]
     gib = memory.state_gib + (memory.activations + memory.loss) / 2**30
     too_large = None
     if study.device.memory_gib is not None and gib > study.device.memory_gib:

@@ -1,0 +1,60 @@
+"""Linear layers of the torch backend on a CPU: torch's own results, and weight gradients where they are summed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_qwen.models import products, torch_linear
+
+
+def drawn(dtype: torch.dtype, *, bias: bool) -> tuple[torch.Tensor, torch.nn.Parameter, torch.nn.Parameter | None]:
+    torch.manual_seed(0)
+    x = torch.randn(5, 3, 32, dtype=dtype, requires_grad=True)
+    weight = torch.nn.Parameter(torch.randn(48, 32, dtype=dtype))
+    return x, weight, torch.nn.Parameter(torch.randn(48, dtype=dtype)) if bias else None
+
+
+def gradients(function, x, weight, bias, upstream):
+    out = function(x, weight, bias)
+    wanted = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
+
+
+@pytest.mark.parametrize("onednn", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
+    monkeypatch.setattr(products, "_onednn_pays", lambda: onednn)
+    inputs = drawn(dtype, bias=bias)
+    upstream = torch.randn(5, 3, 48, dtype=dtype)
+    ours = gradients(torch_linear._Linear.apply, *inputs, upstream)
+    theirs = gradients(F.linear, *inputs, upstream)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
+
+
+def test_weight_gradients_are_added_into_the_sum():
+    x, weight, _ = drawn(torch.float32, bias=False)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.ones(48, 32), False
+    upstream = torch.randn(5, 3, 48)
+    torch_linear._Linear.apply(x, weight, None).backward(upstream)
+    assert weight.grad_added_to_main_grad
+    expected = 1 + upstream.flatten(0, 1).t() @ x.detach().flatten(0, 1)
+    torch.testing.assert_close(weight.main_grad, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_sum_of_another_format_is_left_to_the_core():
+    x, weight, _ = drawn(torch.bfloat16, bias=False)
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(48, 32), False
+    upstream = torch.randn(5, 3, 48, dtype=torch.bfloat16)
+    torch_linear._Linear.apply(x, weight, None).backward(upstream)
+    assert not weight.grad_added_to_main_grad
+    assert not weight.main_grad.any()
+    torch.testing.assert_close(weight.grad, upstream.flatten(0, 1).t() @ x.detach().flatten(0, 1))
+
+
+def test_a_weight_may_be_a_transposed_view():
+    weight = torch.randn(32, 48)
+    rows = torch.randn(7, 32)
+    torch.testing.assert_close(products.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)
