@@ -314,6 +314,9 @@ class PerformanceConfig:
     fused_kernels: bool | None = setting(
         None, doc="Transformer Engine's kernels for RoPE, activation, dropout and token permutation."
     )
+    compile: bool | None = setting(
+        None, doc="One kernel for each small operation of the torch backend, by torch.compile; seconds at the start."
+    )
     tp_comm_overlap: bool | None = setting(
         None, doc="Overlap tensor-parallel messages with the products they belong to; te backend, sequence parallelism."
     )

@@ -12,10 +12,13 @@ from megatron_qwen.config.blend import stretches
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import TrainingConfig
 from megatron_qwen.errors import Problem
+from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
 
 _COLLECTION_INTERVAL = 100
+# Some ten minutes of two cores: kernels take up to 20 s to compile and save 1 to 4 % of a step.
+_COMPILE_FROM_FLOP = 1e14
 _Answer = tuple[Any, str]
 _Rule = Callable[[RunConfig, Machine, int], _Answer]
 
@@ -86,6 +89,8 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         if wanted and not te:
             fix = "needs Transformer Engine on a GPU (precision.backend=te); set it to null."
             yield Problem(f"performance.{name}", getattr(performance, name), fix)
+    if performance.compile and te:
+        yield Problem("performance.compile", "true", "is for the torch backend's operations; set it to null.")
     if performance.moe_grouped_gemm and config.precision.emulate_fp8:
         fix = "goes not with precision.emulate_fp8, whose experts compute one by one; set it to null."
         yield Problem("performance.moe_grouped_gemm", "true", fix)
@@ -146,6 +151,20 @@ def _fused(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     if machine.backend == "te":
         return True, "the te backend has them"
     return False, "the torch backend has operations of its own (models/torch_functions.py)"
+
+
+def _compile(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
+    if machine.backend == "te":
+        return False, "Transformer Engine's operations are fused"
+    if machine.gpu:
+        return False, "was never measured by this project on a GPU; worth trying"
+    if "c++" not in machine.libraries:
+        return False, "a C++ compiler (g++) is not there, or not known to be"
+    tokens = config.training.train_iters * config.training.global_batch_size * config.data.seq_length
+    work = training_flops_per_token(config.model, config.data.seq_length) * tokens / world_size
+    if work < _COMPILE_FROM_FLOP:
+        return False, f"too short to pay for the compiler: {work:.0e} FLOP a rank, of at least {_COMPILE_FROM_FLOP:.0e}"
+    return True, "one kernel for each small operation"
 
 
 def _lean_optimizer(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
@@ -277,6 +296,7 @@ def _collections(config: RunConfig, machine: Machine, world_size: int) -> _Answe
 # Field -> what leaves it off, and who decides; later rules see what earlier ones chose.
 _RULES: dict[str, tuple[Any, _Rule]] = {
     "performance.fused_kernels": (False, _fused),
+    "performance.compile": (False, _compile),
     "parallel.overlap_grad_reduce": (False, _grad_reduce),
     "parallel.overlap_param_gather": (False, _param_gather),
     "performance.moe_grouped_gemm": (False, _grouped),

@@ -14,7 +14,7 @@ class Machine:
         backend: ``te`` or ``torch``, as it was chosen.
         gpu: whether ranks compute on GPUs.
         memory_gib: of a device; None where it is not known, and on a CPU, whose memory nobody hands out by rank.
-        libraries: optional packages that import.
+        libraries: optional packages that import, and ``c++`` where a compiler is.
     """
 
     backend: str

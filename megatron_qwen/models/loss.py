@@ -16,7 +16,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_qwen.models import products
+from megatron_qwen.models import formulas, products
+from megatron_qwen.models.compiled import kernels
 
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -163,6 +164,9 @@ def _chunk_loss(
 
 def _block_loss(logits: torch.Tensor, target: _Target, *, with_gradient: bool) -> torch.Tensor:
     """Loss of each row, [n]; the gradient takes the place of the logits, [n, v / TP]."""
+    kernel = kernels.of(formulas.loss_and_gradient_)
+    if kernel is not None and with_gradient and target.group.size() == 1:
+        return kernel(logits, target.index, target.mine, target.weights, target.valid)
     wide = logits.float()
     if target.valid < wide.shape[1]:
         wide[:, target.valid :] = float("-inf")

@@ -1,13 +1,17 @@
 """Forward and backward passes of the small operations around the matrix products, written to touch memory less.
 
 Autograd's own backward of a slice or a split writes a full-size tensor for every part and adds or joins them. On
-a CPU these copies cost more than the arithmetic, so each operation here fills one gradient buffer in place.
+a CPU these copies cost more than the arithmetic, so each operation here fills one gradient buffer in place. Where a
+run compiles, each is one kernel (formulas.py).
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from megatron_qwen.models import formulas
+from megatron_qwen.models.compiled import kernels
 
 
 class SwiGLU(torch.autograd.Function):
@@ -27,12 +31,16 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, [..., 2 f] -> [..., f]; without autograd."""
+    if kernel := kernels.of(formulas.swiglu):
+        return kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def swiglu_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient of its input [..., 2 f], in one buffer, by that of its output [..., f]."""
+    if kernel := kernels.of(formulas.swiglu_gradient):
+        return kernel(x.flatten(0, -2), gradient.flatten(0, -2)).view_as(x)
     gate, up = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
     grad_gate, grad_up = result.chunk(2, dim=-1)
@@ -47,6 +55,10 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., h] -> [..., h]."""
+        if kernel := kernels.of(formulas.rms_norm):
+            out, scale = kernel(x.flatten(0, -2), weight, eps)
+            ctx.save_for_backward(x, weight, scale.view(*x.shape[:-1], 1))
+            return out.view_as(x)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
@@ -57,6 +69,9 @@ class RMSNormFunction(torch.autograd.Function):
         """d/dx: scale x (g w - x_hat mean(g w x_hat)); d/dw: sum over tokens of g x_hat."""
         x, weight, scale = ctx.saved_tensors
         gradient = gradients[0]
+        if kernel := kernels.of(formulas.rms_norm_gradient):
+            grad_x, grad_weight = kernel(x.flatten(0, -2), weight, scale.flatten(0, -2), gradient.flatten(0, -2))
+            return grad_x.view_as(x), grad_weight, None
         normal = x * scale.to(x.dtype)
         grad_weight = (gradient * normal).flatten(0, -2).sum(dim=0, dtype=torch.float32)
         grad_normal = gradient * weight
@@ -88,6 +103,8 @@ class RotateQKV(torch.autograd.Function):
         """
         ctx.save_for_backward(cos, sin)
         ctx.mixed_shape = mixed.shape
+        if kernel := kernels.of(formulas.rotate_qkv):
+            return kernel(mixed, cos, sin)
         s, b, groups, slots, d = mixed.shape
         by_head = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
         query = mixed.new_empty(b, groups, slots - 2, s, d)
@@ -102,6 +119,8 @@ class RotateQKV(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         s, b, groups, slots, d = ctx.mixed_shape
         grad_query, grad_key, grad_value = gradients
+        if kernel := kernels.of(formulas.rotate_qkv_gradient):
+            return kernel(grad_query, grad_key, grad_value, cos, sin), None, None
         result = grad_query.new_empty(ctx.mixed_shape)
         by_head = result.permute(1, 2, 3, 0, 4)
         _rotate(grad_query.view(b, groups, slots - 2, s, d), cos, -sin, out=by_head[:, :, :-2])

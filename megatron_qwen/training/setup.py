@@ -20,6 +20,7 @@ from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import Choice, choose, impossible
 from megatron_qwen.estimate.machine import Machine
+from megatron_qwen.models import compiled
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
@@ -119,7 +120,8 @@ def common_machine(backend: Backend) -> Machine:
 
     All must choose alike, or they wait for one another.
     """
-    libraries = frozenset(name for name in ("deep_ep",) if device.has_cuda() and _imports(name))
+    there = {"deep_ep": device.has_cuda() and _imports("deep_ep"), "c++": compiled.compiler_is_here()}
+    libraries = frozenset(name for name, found in there.items() if found)
     mine = (backend.name, device.total_memory_gib(), libraries)
     everyone: list[tuple[str, float | None, frozenset[str]]] = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

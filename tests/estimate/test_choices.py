@@ -168,3 +168,19 @@ def test_weights_in_fp8_have_whole_main_weights():
     config = config.with_section("performance", fp8_param_gather=True)
     assert [problem.where for problem in impossible(config, H200)] == ["performance.fp8_param_gather"]
     assert too_large(fp8_param_gather=True)["precision.use_precision_aware_optimizer"] is False
+
+
+def test_long_runs_on_a_cpu_compile():
+    laptop = dataclasses.replace(LAPTOP, libraries=frozenset({"c++"}))
+    short = RECIPES["tiny_dense"]()
+    long = RECIPES["qwen2_5_0_5b"]()
+    assert chosen(short, laptop, world_size=1)[1]["performance.compile"] is False
+    assert chosen(long, laptop, world_size=1)[1]["performance.compile"] is True
+    assert chosen(long, LAPTOP, world_size=1)[1]["performance.compile"] is False
+    assert chosen(long, dataclasses.replace(laptop, gpu=True), world_size=1)[1]["performance.compile"] is False
+    assert (
+        chosen(long, dataclasses.replace(H200, libraries=laptop.libraries), world_size=1)[1]["performance.compile"]
+        is False
+    )
+    (problem,) = impossible(long.with_section("performance", compile=True), H200)
+    assert problem.where == "performance.compile"
