@@ -32,7 +32,7 @@ class SwiGLU(torch.autograd.Function):
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, [..., 2 f] -> [..., f]; without autograd."""
     if kernel := kernels.of(formulas.swiglu):
-        return kernel(x.flatten(0, -2)).view(*x.shape[:-1], -1)
+        return kernel(x.flatten(0, -2)).view(*x.shape[:-1], x.shape[-1] // 2)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

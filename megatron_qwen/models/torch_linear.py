@@ -20,7 +20,7 @@ class _Linear(torch.autograd.Function):
         """x w' + bias."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return products.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], -1)
+        return products.linear(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -172,15 +172,15 @@ def test_weights_in_fp8_have_whole_main_weights():
 
 def test_long_runs_on_a_cpu_compile():
     laptop = dataclasses.replace(LAPTOP, libraries=frozenset({"c++"}))
-    short = RECIPES["tiny_dense"]()
-    long = RECIPES["qwen2_5_0_5b"]()
-    assert chosen(short, laptop, world_size=1)[1]["performance.compile"] is False
-    assert chosen(long, laptop, world_size=1)[1]["performance.compile"] is True
-    assert chosen(long, LAPTOP, world_size=1)[1]["performance.compile"] is False
-    assert chosen(long, dataclasses.replace(laptop, gpu=True), world_size=1)[1]["performance.compile"] is False
-    assert (
-        chosen(long, dataclasses.replace(H200, libraries=laptop.libraries), world_size=1)[1]["performance.compile"]
-        is False
-    )
+    short, long = RECIPES["tiny_dense"](), RECIPES["qwen2_5_0_5b"]()
+
+    def compiles(config: RunConfig, machine: Machine) -> object:
+        return chosen(config, machine, world_size=1)[1]["performance.compile"]
+
+    assert compiles(long, laptop) is True
+    assert compiles(short, laptop) is False
+    assert compiles(long, LAPTOP) is False  # without a compiler
+    assert compiles(long, dataclasses.replace(laptop, gpu=True)) is False
+    assert compiles(long, dataclasses.replace(H200, libraries=laptop.libraries)) is False
     (problem,) = impossible(long.with_section("performance", compile=True), H200)
     assert problem.where == "performance.compile"

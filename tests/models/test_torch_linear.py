@@ -34,6 +34,18 @@ def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("onednn", [True, False])
+def test_an_expert_without_tokens(monkeypatch, onednn):
+    monkeypatch.setattr(products, "_onednn_pays", lambda: onednn)
+    _, weight, _ = drawn(torch.float32, bias=False)
+    x = torch.empty(0, 32, requires_grad=True)
+    out = torch_linear._Linear.apply(x, weight, None)
+    assert out.shape == (0, 48)
+    out.sum().backward()
+    assert x.grad.shape == x.shape
+    assert not weight.grad.any()
+
+
 def test_weight_gradients_are_added_into_the_sum():
     x, weight, _ = drawn(torch.float32, bias=False)
     weight.main_grad, weight.grad_added_to_main_grad = torch.ones(48, 32), False

@@ -56,7 +56,7 @@ def linear_layers(config: RunConfig) -> list[set[str]]:
     return [{type(part).__name__ for part in layer.modules() if isinstance(part, linear)} for layer in layers]
 
 
-PLAIN = {"ColumnParallelLinear", "RowParallelLinear"}
+PLAIN = {"TorchColumnParallelLinear", "TorchRowParallelLinear"}
 FP8 = {"TensorwiseColumnParallelLinear", "TensorwiseRowParallelLinear"}
 
 
