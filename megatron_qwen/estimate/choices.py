@@ -17,7 +17,7 @@ from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
 
 _COLLECTION_INTERVAL = 100
-# Some ten minutes of two cores: kernels take up to 20 s to compile and save 1 to 4 % of a step.
+# Of a CPU thread, some twenty minutes: kernels took up to 20 s to compile and saved 1 to 4 % of a step.
 _COMPILE_FROM_FLOP = 1e14
 _Answer = tuple[Any, str]
 _Rule = Callable[[RunConfig, Machine, int], _Answer]
@@ -158,12 +158,12 @@ def _compile(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
         return False, "Transformer Engine's operations are fused"
     if machine.gpu:
         return False, "was never measured by this project on a GPU; worth trying"
-    if "c++" not in machine.libraries:
+    if not machine.compiler:
         return False, "a C++ compiler (g++) is not there, or not known to be"
     tokens = config.training.train_iters * config.training.global_batch_size * config.data.seq_length
-    work = training_flops_per_token(config.model, config.data.seq_length) * tokens / world_size
+    work = training_flops_per_token(config.model, config.data.seq_length) * tokens / (world_size * machine.threads)
     if work < _COMPILE_FROM_FLOP:
-        return False, f"too short to pay for the compiler: {work:.0e} FLOP a rank, of at least {_COMPILE_FROM_FLOP:.0e}"
+        return False, f"too short to pay for the compiler: {work:.1e} FLOP a thread, of {_COMPILE_FROM_FLOP:.0e}"
     return True, "one kernel for each small operation"
 
 

@@ -22,8 +22,8 @@ def kept(config: RunConfig) -> float:
     """Scalars a token and layer that attention keeps for its backward pass beside Q, K, V and what it hands on.
 
     Blocks keep their probabilities; torch's kernel keeps its output, in an order that is not the projection's. Of
-    context-parallel ranks the one that keeps most counts, and where sequences are split by their documents or lengths,
-    whole rows.
+    context-parallel ranks the one that keeps most counts, and of rows that are split by their documents the split that
+    keeps most.
     """
     model, parallel = config.model, config.parallel
     tp, cp, length = parallel.tensor_model_parallel_size, parallel.context_parallel_size, config.data.seq_length
@@ -38,7 +38,8 @@ def kept(config: RunConfig) -> float:
         return heads * sum((end - start) * (first + end) for start, end in zip([0, *ends], ends, strict=False))
 
     if cp == 1:
-        return part(length, length) / length
+        lengths = (length, min(length, _MOST_KEYS)) if config.data.reset_attention_mask else (length,)
+        return max(part(one, one) / one for one in lengths)
     chunk = length // (2 * cp)  # a rank has chunks r and 2 CP - 1 - r of the sequence, and the keys up to their ends
     ranks = [part(chunk, (r + 1) * chunk) + part(chunk, (2 * cp - r) * chunk) for r in range(cp)]
     return max(ranks) / (2 * chunk)

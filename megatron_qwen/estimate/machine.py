@@ -14,13 +14,17 @@ class Machine:
         backend: ``te`` or ``torch``, as it was chosen.
         gpu: whether ranks compute on GPUs.
         memory_gib: of a device; None where it is not known, and on a CPU, whose memory nobody hands out by rank.
-        libraries: optional packages that import, and ``c++`` where a compiler is.
+        libraries: optional packages that import.
+        compiler: whether there is a C++ compiler.
+        threads: CPU threads of a rank.
     """
 
     backend: str
     gpu: bool
     memory_gib: float | None = None
     libraries: frozenset[str] = frozenset()
+    compiler: bool = False
+    threads: int = 1
 
 
 def expected(config: RunConfig, *, gpu: str | None) -> Machine:

@@ -21,7 +21,6 @@ from megatron_qwen.estimate.choices import choose
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.models import te_backend
 from megatron_qwen.models.backend import Backend
-from megatron_qwen.models.compiled import kernels
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
 from megatron_qwen.models.layer_spec import block_spec
@@ -85,7 +84,6 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         backend: whose modules the layers are made of.
         device: where the parameters go.
     """
-    kernels.use(bool(config.performance.compile))
     core = transformer_config(config, backend)
     virtual = config.parallel.virtual_stages
     if config.performance.tp_comm_overlap:

@@ -29,7 +29,9 @@ class BlockwiseCausalAttention(torch.autograd.Function):
     """softmax(q k' / sqrt(d)) v, where the last query sees the last key. Scores and their softmax are in fp32."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, training: bool
+    ) -> torch.Tensor:
         """Attends.
 
         Args:
@@ -38,14 +40,16 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             key: [b, kv_heads, sk, d], sk at least sq.
             value: as ``key``.
             scale: factor on the scores.
+            training: whether a backward pass will come; in here autograd is always off.
 
         Returns:
-            [b, heads, sq, d].
+            [b, heads, sq, d], in memory [sq, b, heads, d] as the projection wants it.
         """
         earlier = key.shape[2] - query.shape[2]
         scaled, keys, values = query.float() * scale, key.float().flatten(0, 1).transpose(1, 2), value.flatten(0, 1)
         later = torch.full((BLOCK, BLOCK), float("-inf"), device=query.device).triu_(1)
-        out = torch.empty_like(query)
+        b, heads, queries, d = query.shape
+        out = query.new_empty(queries, b, heads, d).permute(1, 2, 0, 3)
         kept = []
         for start, stop in _blocks(query):
             block, seen = stop - start, earlier + stop
@@ -53,13 +57,14 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             scores.view(scores.shape[0], -1, block, seen)[..., -block:] += later[:block, :block]
             weights = torch._softmax(scores, -1, False).to(values.dtype)
             _put(out, key, start, stop, torch.bmm(weights, values[:, :seen]))
-            kept.append(weights)
+            if training:
+                kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
         ctx.scale = scale
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         keys, values, dtype = key.flatten(0, 1), value.flatten(0, 1), query.dtype
@@ -74,7 +79,13 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             _put(grad_query, key, start, stop, torch.bmm(grad_scores, keys[:, :seen]))
             grad_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), rows)
         grad_key *= ctx.scale
-        return grad_query.mul_(ctx.scale), grad_key.to(dtype).view_as(key), grad_value.to(dtype).view_as(value), None
+        return (
+            grad_query.mul_(ctx.scale),
+            grad_key.to(dtype).view_as(key),
+            grad_value.to(dtype).view_as(value),
+            None,
+            None,
+        )
 
 
 def _blocks(query: torch.Tensor) -> list[tuple[int, int]]:

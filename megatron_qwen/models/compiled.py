@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,13 @@ import torch
 
 log = logging.getLogger(__name__)
 
+# Kernels of one formula: widths of norms, training and validation, and micro-batches of a ramp or a curriculum.
+_MOST_KERNELS = 64
+
 
 def compiler_is_here() -> bool:
-    """Whether torch.compile can make kernels for this machine's CPU."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether there is a C++ compiler, without trying it."""
+    return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
 
 
 class Kernels:
@@ -27,7 +31,7 @@ class Kernels:
         """Whether ``of`` gives kernels from now on."""
         self._on = on
 
-    def of[**P, T](self, formula: Callable[P, T]) -> Callable[P, T] | None:
+    def of[T](self, formula: Callable[..., T]) -> Callable[..., T] | None:
         """The compiled formula, or None where this process does without."""
         if not self._on:
             return None
@@ -35,23 +39,49 @@ class Kernels:
             self._made[formula] = self._or_as_written(formula)
         return self._made[formula]
 
-    def _or_as_written[**P, T](self, formula: Callable[P, T]) -> Callable[P, T]:
-        """What cannot be compiled here is computed as it stands, with a warning: a run must not end for that."""
-        from torch._inductor import config
+    def why_not(self) -> str | None:
+        """Compiles something small: what the compiler says, or None where it works."""
+        try:
+            _compiled(_trial)(torch.ones(8))
+        except Exception as error:  # whatever a compiler raises
+            return _first_line(error)
+        return None
 
-        config.compile_threads = 1  # else it starts processes of its own, which outlive a killed rank
-        compiled = torch.compile(formula)
+    def _or_as_written[T](self, formula: Callable[..., T]) -> Callable[..., T]:
+        """A run does not end because a later kernel cannot be made: the formula is then computed as it stands."""
+        compiled = _compiled(formula)
 
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        def call(*args: Any) -> T:
             try:
-                return compiled(*args, **kwargs)
+                return compiled(*_without_autograd(args))
             except Exception as error:  # whatever a compiler raises; an error of the formula itself comes again
                 self.use(False)
-                reason = str(error).strip().partition("\n")[0]
-                log.warning("performance.compile=false from here on: torch.compile failed on this rank: %s", reason)
-                return formula(*args, **kwargs)
+                log.warning("this rank goes on without kernels, and rounds otherwise: %s", _first_line(error))
+                return formula(*args)
 
         return call
+
+
+def _compiled[T](formula: Callable[..., T]) -> Callable[..., T]:
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # else it starts processes of its own, which outlive a killed rank
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KERNELS)
+    return torch.compile(formula)
+
+
+def _without_autograd(args: tuple[Any, ...]) -> list[Any]:
+    """Kernels are made anew for tensors that want a gradient, which means nothing inside of an autograd function."""
+    return [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def _trial(x: torch.Tensor) -> torch.Tensor:
+    return torch.sigmoid(x) * x
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 kernels = Kernels()

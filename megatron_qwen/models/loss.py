@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_qwen.models import formulas, products
+from megatron_qwen.models import dense_product, formulas
 from megatron_qwen.models.compiled import kernels
 
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
@@ -89,11 +89,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             local = targets[span] - first_row
             mine = (local >= 0) & (local < valid)
             target = _Target(local.clamp(0, max(valid - 1, 0)), mine, weights[span], valid, group)
-            loss, gradient = _chunk_loss(products.linear(hidden[span], weight), target, with_gradient=training)
+            loss, gradient = _chunk_loss(dense_product.linear(hidden[span], weight), target, with_gradient=training)
             total += torch.dot(loss, weights[span])
             if grad_hidden is None or gradient is None:
                 continue
-            grad_hidden[span] = products.linear(gradient, weight.t())
+            dense_product.linear(gradient, weight.t(), out=grad_hidden[span])
             if grad_weight is None:
                 grad_weight = gradient.t() @ hidden[span]
             elif weight.dtype == torch.float32:
@@ -164,8 +164,8 @@ def _chunk_loss(
 
 def _block_loss(logits: torch.Tensor, target: _Target, *, with_gradient: bool) -> torch.Tensor:
     """Loss of each row, [n]; the gradient takes the place of the logits, [n, v / TP]."""
-    kernel = kernels.of(formulas.loss_and_gradient_)
-    if kernel is not None and with_gradient and target.group.size() == 1:
+    alone = with_gradient and target.group.size() == 1
+    if alone and (kernel := kernels.of(formulas.loss_and_gradient_)):
         return kernel(logits, target.index, target.mine, target.weights, target.valid)
     wide = logits.float()
     if target.valid < wide.shape[1]:

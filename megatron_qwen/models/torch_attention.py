@@ -159,7 +159,7 @@ class TorchAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         if allowed is None and not dropout and pays(query, key):
             scale = self.scale or query.shape[3] ** -0.5
-            return BlockwiseCausalAttention.apply(query, key, value, scale)  # type: ignore[no-any-return]
+            return BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())  # type: ignore[no-any-return]
         mask = None
         if allowed is not None:
             mask = _causal(query.shape[2], key.shape[2], query.device) & allowed

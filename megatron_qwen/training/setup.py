@@ -2,9 +2,10 @@
 
 import importlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import ChainedOptimizer
@@ -20,11 +21,11 @@ from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import Choice, choose, impossible
 from megatron_qwen.estimate.machine import Machine
-from megatron_qwen.models import compiled
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
+from megatron_qwen.models.compiled import compiler_is_here, kernels
 from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step
@@ -85,6 +86,7 @@ def build_parts(config: RunConfig) -> Parts:
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
+    config = start_kernels(config, asked=asked)
     place = device.current()
     model = build_model(config, groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
@@ -120,17 +122,56 @@ def common_machine(backend: Backend) -> Machine:
 
     All must choose alike, or they wait for one another.
     """
-    there = {"deep_ep": device.has_cuda() and _imports("deep_ep"), "c++": compiled.compiler_is_here()}
-    libraries = frozenset(name for name, found in there.items() if found)
-    mine = (backend.name, device.total_memory_gib(), libraries)
-    everyone: list[tuple[str, float | None, frozenset[str]]] = [mine] * dist.get_world_size()
+    libraries = frozenset(name for name in ("deep_ep",) if device.has_cuda() and _imports(name))
+    mine = Machine(
+        backend.name,
+        device.has_cuda(),
+        device.total_memory_gib(),
+        libraries,
+        compiler=compiler_is_here(),
+        threads=torch.get_num_threads(),
+    )
+    everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    if len(names := {name for name, _, _ in everyone}) > 1:
+    if len(names := {one.backend for one in everyone}) > 1:
         fix = f"is {' on some ranks and '.join(sorted(names))} on others; set precision.backend."
         raise ConfigError(Problem("backend", None, fix))
-    memory = [size for _, size, _ in everyone if size is not None]
-    shared = frozenset.intersection(*(there for _, _, there in everyone))
-    return Machine(backend.name, device.has_cuda(), min(memory) if memory else None, shared)
+    memory = [one.memory_gib for one in everyone if one.memory_gib is not None]
+    return replace(
+        mine,
+        memory_gib=min(memory) if memory else None,
+        libraries=frozenset.intersection(*(one.libraries for one in everyone)),
+        compiler=all(one.compiler for one in everyone),
+        threads=max(one.threads for one in everyone),
+    )
+
+
+def start_kernels(config: RunConfig, *, asked: RunConfig) -> RunConfig:
+    """Has the small operations compiled, on all ranks or on none: they would round differently.
+
+    Args:
+        config: the run, with every choice of the preset made.
+        asked: the run as it was asked for.
+
+    Returns:
+        The configuration, without kernels where a rank's compiler does not work.
+
+    Raises:
+        ConfigError: it does not, and kernels were asked for.
+    """
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    if config.performance.compile:
+        dist.all_gather_object(reasons, kernels.why_not())
+    broken = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), None)
+    if broken is not None:
+        fix = "torch.compile does not work on rank {}: {}. Install g++ there, or set it to false.".format(*broken)
+        problem = Problem("performance.compile", "true", fix)
+        if asked.performance.compile:
+            raise ConfigError(problem)
+        log.warning("%s", problem)
+        config = config.with_section("performance", compile=False)
+    kernels.use(bool(config.performance.compile))
+    return config
 
 
 def _imports(name: str) -> bool:

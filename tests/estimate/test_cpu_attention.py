@@ -31,7 +31,7 @@ def saved_scalars(queries: int, keys: int) -> int:
     query = torch.randn(BATCH, HEADS, queries, WIDTH, requires_grad=True)
     key, value = (torch.randn(BATCH, GROUPS, keys, WIDTH, requires_grad=True) for _ in range(2))
     assert pays(query, key)
-    out = BlockwiseCausalAttention.apply(query, key, value, 0.25)
+    out = BlockwiseCausalAttention.apply(query, key, value, 0.25, True)
     inputs = {tensor.data_ptr() for tensor in (query, key, value)}
     return sum(tensor.numel() for tensor in out.grad_fn.saved_tensors if tensor.data_ptr() not in inputs)
 
@@ -54,3 +54,8 @@ def test_torchs_kernel_keeps_its_output():
     dropout = asked(512).with_section("model", attention_dropout=0.1)
     assert [kept(config) for config in (small, long, dropout)] == [HEADS * WIDTH] * 3
     assert kept(asked(64, tensor_model_parallel_size=2)) == HEADS * WIDTH / 2
+
+
+def test_documents_of_a_long_row_may_be_short_enough_for_blocks():
+    whole = asked(2048)
+    assert kept(whole.with_section("data", reset_attention_mask=True)) == kept(asked(1024)) > kept(whole)

@@ -44,7 +44,7 @@ def errors(ours: list[torch.Tensor], expected: list[torch.Tensor]) -> list[float
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
 def test_values_and_gradients(shape, dtype, tolerance):
     inputs, grad = drawn(shape, dtype)
-    out = BlockwiseCausalAttention.apply(*inputs, shape[-1] ** -0.5)
+    out = BlockwiseCausalAttention.apply(*inputs, shape[-1] ** -0.5, True)
     ours = [out, *torch.autograd.grad(out, inputs, grad)]
     assert all(tensor.dtype == dtype for tensor in ours)
     assert max(errors(ours, exact(inputs, grad))) < tolerance
@@ -53,7 +53,7 @@ def test_values_and_gradients(shape, dtype, tolerance):
 def test_bf16_is_about_as_near_as_torch():
     inputs, grad = drawn((2, 6, 2, 256, 256, 64), torch.bfloat16)
     expected = exact(inputs, grad)
-    out = BlockwiseCausalAttention.apply(*inputs, 1 / 8)
+    out = BlockwiseCausalAttention.apply(*inputs, 1 / 8, True)
     theirs = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
     ours, peer = (errors([tensor, *torch.autograd.grad(tensor, inputs, grad)], expected) for tensor in (out, theirs))
     assert all(mine < 2 * other for mine, other in zip(ours, peer, strict=True))
@@ -61,20 +61,20 @@ def test_bf16_is_about_as_near_as_torch():
 
 def test_nobody_sees_what_comes_later():
     (query, key, value), _ = drawn((1, 2, 1, 150, 150, 16), torch.float32)
-    before = BlockwiseCausalAttention.apply(query, key, value, 0.25)
+    before = BlockwiseCausalAttention.apply(query, key, value, 0.25, True)
     with torch.no_grad():
         key[:, :, 100:] += 1.0
         value[:, :, 100:] += 1.0
-    after = BlockwiseCausalAttention.apply(query, key, value, 0.25)
+    after = BlockwiseCausalAttention.apply(query, key, value, 0.25, True)
     assert torch.equal(before[:, :, :100], after[:, :, :100])
     assert not torch.allclose(before[:, :, 100:], after[:, :, 100:])
 
 
 def test_the_size_of_a_block_changes_nothing(monkeypatch):
     inputs, _ = drawn(SHAPES[0], torch.float32)
-    one = BlockwiseCausalAttention.apply(*inputs, 0.25)
+    one = BlockwiseCausalAttention.apply(*inputs, 0.25, True)
     monkeypatch.setattr(causal_attention, "BLOCK", 48)
-    torch.testing.assert_close(BlockwiseCausalAttention.apply(*inputs, 0.25), one, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(BlockwiseCausalAttention.apply(*inputs, 0.25, True), one, rtol=1e-5, atol=1e-6)
 
 
 def test_where_it_pays():

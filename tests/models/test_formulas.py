@@ -83,24 +83,42 @@ def test_compiled(by_kernels):
     compare(torch.float32)
     kernels.use(True)
     for length in (3, 5, 0, 1, 9):  # tokens of a rank's experts change from step to step
-        rows = torch.randn(length, 64)
-        torch.testing.assert_close(kernels.of(formulas.swiglu)(rows), formulas.swiglu(rows))
+        rows = torch.randn(length, 64, requires_grad=length > 3)
+        torch.testing.assert_close(SwiGLU.apply(rows), formulas.swiglu(rows))
 
 
-def test_without_a_compiler_that_works(monkeypatch, caplog):
-    def broken(formula):
-        def fail(*_):
-            raise RuntimeError("g++: no such file\nmore of it")
+def broken(formula):
+    def fail(*_):
+        raise RuntimeError("g++: no such file\nmore of it")
 
-        return fail
+    return fail
 
+
+def test_a_kernel_that_cannot_be_made(monkeypatch, caplog):
     monkeypatch.setattr(kernels, "_made", {})
     monkeypatch.setattr(compiled.torch, "compile", broken)
     kernels.use(True)
     rows = torch.randn(3, 8)
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(kernels.of(formulas.swiglu)(rows), formulas.swiglu(rows))
-    assert caplog.messages == [
-        "performance.compile=false from here on: torch.compile failed on this rank: g++: no such file"
-    ]
+    assert caplog.messages == ["this rank goes on without kernels, and rounds otherwise: g++: no such file"]
     assert kernels.of(formulas.swiglu) is None
+
+
+def test_a_compiler_is_tried(monkeypatch):
+    assert kernels.why_not() is None
+    monkeypatch.setattr(compiled.torch, "compile", broken)
+    assert kernels.why_not() == "g++: no such file"
+
+
+def test_a_compiler_is_looked_for(monkeypatch):
+    for command, found in (("g++ -m64", True), ("no-such-compiler", False), ("", True)):
+        monkeypatch.setenv("CXX", command)
+        assert compiled.compiler_is_here() is found
+
+
+def test_no_tokens(as_written):
+    for shape in ((0, 8), (0, 1, 8)):
+        x = torch.empty(shape, requires_grad=True)
+        (gradient,) = torch.autograd.grad(SwiGLU.apply(x), x, torch.empty(*shape[:-1], 4))
+        assert gradient.shape == shape

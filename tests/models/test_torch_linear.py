@@ -4,7 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models import products, torch_linear
+from megatron_qwen.config.source import resolve
+from megatron_qwen.models import dense_product, torch_linear
+from megatron_qwen.recipes.registry import RECIPES
+from tests.distributed import jobs
 
 
 def drawn(dtype: torch.dtype, *, bias: bool) -> tuple[torch.Tensor, torch.nn.Parameter, torch.nn.Parameter | None]:
@@ -24,7 +27,7 @@ def gradients(function, x, weight, bias, upstream):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
-    monkeypatch.setattr(products, "_onednn_pays", lambda: onednn)
+    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: onednn)
     inputs = drawn(dtype, bias=bias)
     upstream = torch.randn(5, 3, 48, dtype=dtype)
     ours = gradients(torch_linear._Linear.apply, *inputs, upstream)
@@ -36,7 +39,7 @@ def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_expert_without_tokens(monkeypatch, onednn):
-    monkeypatch.setattr(products, "_onednn_pays", lambda: onednn)
+    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: onednn)
     _, weight, _ = drawn(torch.float32, bias=False)
     x = torch.empty(0, 32, requires_grad=True)
     out = torch_linear._Linear.apply(x, weight, None)
@@ -69,4 +72,53 @@ def test_a_sum_of_another_format_is_left_to_the_core():
 def test_a_weight_may_be_a_transposed_view():
     weight = torch.randn(32, 48)
     rows = torch.randn(7, 32)
-    torch.testing.assert_close(products.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dense_product.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)
+
+
+def test_what_follows_may_work_in_place():
+    x, weight, bias = drawn(torch.float32, bias=True)
+    out = torch_linear._Linear.apply(x, weight, bias)
+    out += 1
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_a_weight_with_other_gradients_gets_zeros():
+    x, weight, _ = drawn(torch.float32, bias=False)
+    weight.main_grad, weight.zero_out_wgrad = torch.zeros(48, 32), True
+    torch_linear._Linear.apply(x, weight, None).sum().backward()
+    assert not weight.grad.any()
+    assert weight.main_grad.any()
+
+
+def with_layers_of_the_core(config, steps):
+    """The same run with every product left to the core."""
+    ours = torch_linear._on_a_cpu_alone
+    torch_linear._on_a_cpu_alone = lambda *_: False
+    try:
+        return jobs.train(config, steps)
+    finally:
+        torch_linear._on_a_cpu_alone = ours
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"parallel.overlap_grad_reduce": True},
+        {"training.recompute_granularity": "full", "training.recompute_method": "uniform"},
+        {"performance.moe_grouped_gemm": False},
+    ],
+    ids=["plain", "overlapped", "recomputed", "expert by expert"],
+)
+def test_training_equals_that_with_the_cores_layers(recipe, changes, pool, tokens):
+    """Several micro-batches a step on two data-parallel ranks: nothing is added twice or lost."""
+    words = ["training.micro_batch_size=1", "training.global_batch_size=6", f"data.path={tokens}"]
+    config = resolve(recipe, words, RECIPES)
+    for path, value in changes.items():
+        section, name = path.split(".")
+        config = config.with_section(section, **{name: value})
+    ours = pool[2].run(jobs.train, config, 3)[0]["losses"]
+    theirs = pool[2].run(with_layers_of_the_core, config, 3)[0]["losses"]
+    assert ours == pytest.approx(theirs, rel=1e-5)
