@@ -73,14 +73,20 @@ class GroupStepAdamW(torch.optim.Optimizer):
         return state
 
 
+def _scale(chunk_size: int, noop_flag: torch.Tensor, tensors: list[list[torch.Tensor]], factor: float) -> None:
+    """What clips gradients, with the signature of apex: in one pass, where the core's multiplies into a copy first."""
+    for source, target in zip(*tensors, strict=True):
+        torch.mul(source, factor, out=target)
+
+
 def install_where_needed() -> str:
-    """Puts GroupStepAdamW where megatron-core looks for its Adam, unless a fused one is there.
+    """Puts GroupStepAdamW where megatron-core looks for its Adam, unless a fused one is there, and clipping beside it.
 
     Returns:
         Which optimizer will run, for the log.
     """
-    from megatron.core import optimizer
-    from megatron.core.optimizer import distrib_optimizer
+    from megatron.core import optimizer, utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer
 
     module: Any = optimizer
     if not module.USING_PYTORCH_OPTIMIZER and module.Adam is not GroupStepAdamW:
@@ -88,5 +94,8 @@ def install_where_needed() -> str:
     distributed: Any = distrib_optimizer
     module.Adam = distributed.Adam = GroupStepAdamW
     module.USING_PYTORCH_OPTIMIZER = False
+    clipping: Any = clip_grads
+    if clipping.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
+        clipping.multi_tensor_scale_impl = _scale
     distributed.HAVE_APEX_OR_TE = True
     return "AdamW with torch's fused kernel (neither Transformer Engine nor NVIDIA apex is there)"
