@@ -126,7 +126,7 @@ def _forget_models() -> None:
 
     destroy_moe_metrics_tracker()
     for thing in gc.get_objects():
-        if isinstance(thing, FunctionType) and thing.__qualname__.startswith("DistributedDataParallel._make"):
+        if type(thing) is FunctionType and thing.__qualname__.startswith("DistributedDataParallel._make"):
             for cell in thing.__closure__ or ():
                 cell.cell_contents = None
     gc.collect()

@@ -1,0 +1,45 @@
+"""Compiled runs are those without kernels; where a compiler does not work, no rank compiles."""
+
+import pytest
+
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.models.compiled import kernels
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.training.setup import start_kernels
+from tests.distributed import jobs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "ranks", "layout"), [("tiny_dense", 2, {"tensor_model_parallel_size": 2}), ("tiny_moe", 1, {})]
+)
+def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
+    config = jobs.with_layout(resolve(recipe, [f"data.path={tokens}"], RECIPES), layout)
+    plain, compiled = (
+        pool[ranks].run(jobs.train, config.with_section("performance", compile=wanted), 3)[0]["losses"]
+        for wanted in (False, True)
+    )
+    assert compiled == pytest.approx(plain, rel=1e-5)
+    assert compiled != plain, "kernels round otherwise: these are the same operations"
+
+
+def with_a_broken_compiler(config, asked):
+    """What a rank goes on with, or the error, where the last rank's compiler fails."""
+    import torch.distributed as dist
+
+    last = dist.get_rank() == dist.get_world_size() - 1
+    kernels.why_not = lambda: "no space left" if last else None
+    try:
+        return start_kernels(config, asked=asked).performance.compile, kernels._on
+    except ConfigError as error:
+        return str(error)
+    finally:
+        del kernels.why_not
+
+
+def test_one_broken_compiler_counts_for_all(pool):
+    left = RECIPES["tiny_dense"]()
+    chosen = left.with_section("performance", compile=True)
+    assert pool[2].run(with_a_broken_compiler, chosen, left) == [(False, False)] * 2
+    for answer in pool[2].run(with_a_broken_compiler, chosen, chosen):
+        assert "torch.compile does not work on rank 1: no space left" in answer
