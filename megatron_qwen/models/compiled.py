@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Kernels:
         def call(*args: Any) -> T:
             try:
                 return compiled(*_without_autograd(args))
-            except Exception as error:  # whatever a compiler raises; an error of the formula itself comes again
+            except TorchDynamoException as error:  # of the compiler: nothing has been computed yet
                 self.use(False)
                 log.warning("this rank goes on without kernels, and rounds otherwise: %s", _first_line(error))
                 return formula(*args)

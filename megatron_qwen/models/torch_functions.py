@@ -31,18 +31,16 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, [..., 2 f] -> [..., f]; without autograd."""
-    rows = x.flatten(0, -2)
-    if len(rows) > 1 and (kernel := kernels.of(formulas.swiglu)):
-        return kernel(rows).view(*x.shape[:-1], x.shape[-1] // 2)
+    if x.shape[:-1].numel() > 1 and (kernel := kernels.of(formulas.swiglu)):
+        return kernel(x.flatten(0, -2)).view(*x.shape[:-1], x.shape[-1] // 2)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
 def swiglu_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient of its input [..., 2 f], in one buffer, by that of its output [..., f]."""
-    rows = x.flatten(0, -2)
-    if len(rows) > 1 and (kernel := kernels.of(formulas.swiglu_gradient)):
-        return kernel(rows, gradient.flatten(0, -2)).view_as(x)
+    if x.shape[:-1].numel() > 1 and (kernel := kernels.of(formulas.swiglu_gradient)):
+        return kernel(x.flatten(0, -2), gradient.flatten(0, -2)).view_as(x)
     gate, up = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
     grad_gate, grad_up = result.chunk(2, dim=-1)

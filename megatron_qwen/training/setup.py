@@ -86,7 +86,7 @@ def build_parts(config: RunConfig) -> Parts:
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
-    config = start_kernels(config, asked=asked)
+    config, choices = start_kernels(config, choices)
     place = device.current()
     model = build_model(config, groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
@@ -146,15 +146,15 @@ def common_machine(backend: Backend) -> Machine:
     )
 
 
-def start_kernels(config: RunConfig, *, asked: RunConfig) -> RunConfig:
+def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, list[Choice]]:
     """Has the small operations compiled, on all ranks or on none: they would round differently.
 
     Args:
         config: the run, with every choice of the preset made.
-        asked: the run as it was asked for.
+        choices: those choices.
 
     Returns:
-        The configuration, without kernels where a rank's compiler does not work.
+        Both, without kernels where a rank's compiler does not work.
 
     Raises:
         ConfigError: it does not, and kernels were asked for.
@@ -164,14 +164,16 @@ def start_kernels(config: RunConfig, *, asked: RunConfig) -> RunConfig:
         dist.all_gather_object(reasons, kernels.why_not())
     broken = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), None)
     if broken is not None:
-        fix = "torch.compile does not work on rank {}: {}. Install g++ there, or set it to false.".format(*broken)
-        problem = Problem("performance.compile", "true", fix)
-        if asked.performance.compile:
-            raise ConfigError(problem)
-        log.warning("%s", problem)
+        reason = "torch.compile does not work on rank {}: {}".format(*broken)
+        field = "performance.compile"
+        if any(choice.forced for choice in choices if choice.field == field):
+            fix = f"{reason}. Install g++ there, or set it to false."
+            raise ConfigError(Problem(field, "true", fix))
         config = config.with_section("performance", compile=False)
+        off = Choice(field, False, reason)
+        choices = [off if choice.field == field else choice for choice in choices]
     kernels.use(bool(config.performance.compile))
-    return config
+    return config, choices
 
 
 def _imports(name: str) -> bool:

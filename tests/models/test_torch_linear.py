@@ -122,3 +122,22 @@ def test_training_equals_that_with_the_cores_layers(recipe, changes, pool, token
     ours = pool[2].run(jobs.train, config, 3)[0]["losses"]
     theirs = pool[2].run(with_layers_of_the_core, config, 3)[0]["losses"]
     assert ours == pytest.approx(theirs, rel=1e-5)
+    assert pool[2].run(weights_added_in_place, config)[0] > 0
+
+
+def weights_added_in_place(config):
+    """How many weights had their gradients added by the product after one backward pass."""
+    added = []
+    ours = torch_linear._weight_gradient
+
+    def counted(weight, *args):
+        gradient = ours(weight, *args)
+        added.append(weight.grad_added_to_main_grad)
+        return gradient
+
+    torch_linear._weight_gradient = counted
+    try:
+        jobs.train(config, 1)
+    finally:
+        torch_linear._weight_gradient = ours
+    return sum(added)

@@ -4,6 +4,7 @@ import pytest
 
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.estimate.choices import Choice
 from megatron_qwen.models.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.training.setup import start_kernels
@@ -23,14 +24,15 @@ def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
     assert compiled != plain, "kernels round otherwise: these are the same operations"
 
 
-def with_a_broken_compiler(config, asked):
+def with_a_broken_compiler(config, choices):
     """What a rank goes on with, or the error, where the last rank's compiler fails."""
     import torch.distributed as dist
 
     last = dist.get_rank() == dist.get_world_size() - 1
     kernels.why_not = lambda: "no space left" if last else None
     try:
-        return start_kernels(config, asked=asked).performance.compile, kernels._on
+        config, choices = start_kernels(config, choices)
+        return config.performance.compile, kernels._on, [str(choice) for choice in choices]
     except ConfigError as error:
         return str(error)
     finally:
@@ -38,8 +40,9 @@ def with_a_broken_compiler(config, asked):
 
 
 def test_one_broken_compiler_counts_for_all(pool):
-    left = RECIPES["tiny_dense"]()
-    chosen = left.with_section("performance", compile=True)
-    assert pool[2].run(with_a_broken_compiler, chosen, left) == [(False, False)] * 2
-    for answer in pool[2].run(with_a_broken_compiler, chosen, chosen):
+    config = RECIPES["tiny_dense"]().with_section("performance", compile=True)
+    chosen, forced = (Choice("performance.compile", True, "long enough", forced) for forced in (False, True))
+    said = "performance.compile=false: torch.compile does not work on rank 1: no space left"
+    assert pool[2].run(with_a_broken_compiler, config, [chosen]) == [(False, False, [said])] * 2
+    for answer in pool[2].run(with_a_broken_compiler, config, [forced]):
         assert "torch.compile does not work on rank 1: no space left" in answer
