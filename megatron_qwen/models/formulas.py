@@ -1,6 +1,7 @@
 """The torch backend's small operations as formulas in fp32, for a compiler that makes one kernel of each.
 
-Each is what an operation of torch_functions.py or loss.py computes step by step, in place and without a compiler.
+Each is what an operation of torch_functions.py or loss.py computes step by step, in place and without a compiler;
+the last two move what dense_product.py multiplies.
 """
 
 import torch
@@ -83,3 +84,13 @@ def loss_and_gradient_(
     target = (columns == index.unsqueeze(1)) * (mine * weights).unsqueeze(1)
     logits.copy_(exponentials * (weights / sums).unsqueeze(1) - target)
     return sums.log() - chosen
+
+
+def transposed(x: torch.Tensor) -> torch.Tensor:
+    """[n, k] -> [k, n], contiguous."""
+    return x.t().contiguous()
+
+
+def add_transposed_(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """total + part', [m, k] and [k, m], in the place of ``total``."""
+    return total.add_(part.t())

@@ -97,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_weight is None:
                 grad_weight = gradient.t() @ hidden[span]
             elif weight.dtype == torch.float32:
-                grad_weight.addmm_(gradient.t(), hidden[span])
+                dense_product.add_weight_gradient_(grad_weight, gradient, hidden[span])
             else:
                 grad_weight += gradient.t() @ hidden[span]
         if training:

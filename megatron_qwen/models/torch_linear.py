@@ -43,7 +43,7 @@ def _weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, rows: torch.T
     total: torch.Tensor | None = getattr(weight, "main_grad", None)
     if total is None or not total.dtype == gradient.dtype == rows.dtype:
         return gradient.t() @ rows
-    total.addmm_(gradient.t(), rows)
+    dense_product.add_weight_gradient_(total, gradient, rows)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 

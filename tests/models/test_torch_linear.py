@@ -69,12 +69,6 @@ def test_a_sum_of_another_format_is_left_to_the_core():
     torch.testing.assert_close(weight.grad, upstream.flatten(0, 1).t() @ x.detach().flatten(0, 1))
 
 
-def test_a_weight_may_be_a_transposed_view():
-    weight = torch.randn(32, 48)
-    rows = torch.randn(7, 32)
-    torch.testing.assert_close(dense_product.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)
-
-
 def test_what_follows_may_work_in_place():
     x, weight, bias = drawn(torch.float32, bias=True)
     out = torch_linear._Linear.apply(x, weight, bias)

@@ -5,6 +5,7 @@ import pytest
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.models import dense_product
 from megatron_qwen.models.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.training.setup import start_kernels
@@ -17,11 +18,21 @@ from tests.distributed import jobs
 def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
     config = jobs.with_layout(resolve(recipe, [f"data.path={tokens}"], RECIPES), layout)
     plain, compiled = (
-        pool[ranks].run(jobs.train, config.with_section("performance", compile=wanted), 3)[0]["losses"]
+        pool[ranks].run(with_large_products, config.with_section("performance", compile=wanted), 3)[0]["losses"]
         for wanted in (False, True)
     )
     assert compiled == pytest.approx(plain, rel=1e-5)
     assert compiled != plain, "kernels round otherwise: these are the same operations"
+
+
+def with_large_products(config, steps):
+    """A run whose weight gradients all count as large enough for copies by a kernel."""
+    limits = dense_product._LEAST_ROWS, dense_product._LEAST_WEIGHTS
+    dense_product._LEAST_ROWS = dense_product._LEAST_WEIGHTS = 1
+    try:
+        return jobs.train(config, steps)
+    finally:
+        dense_product._LEAST_ROWS, dense_product._LEAST_WEIGHTS = limits
 
 
 def with_a_broken_compiler(config, choices):
