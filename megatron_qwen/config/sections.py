@@ -316,8 +316,8 @@ class PerformanceConfig:
     )
     compile: bool | None = setting(
         None,
-        doc="One kernel for each small operation of the torch backend, by torch.compile; some seconds at the start. "
-        "Part of bit-exact resumes.",
+        doc="One kernel for each small operation of the torch backend, by torch.compile, and on a CPU for the copies "
+        "of faster weight gradients; some seconds at the start. Part of bit-exact resumes.",
     )
     tp_comm_overlap: bool | None = setting(
         None, doc="Overlap tensor-parallel messages with the products they belong to; te backend, sequence parallelism."

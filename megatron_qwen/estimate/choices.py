@@ -17,7 +17,8 @@ from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
 
 _COLLECTION_INTERVAL = 100
-# Of a CPU thread, some twenty minutes: kernels took up to 17 s to compile and saved 1 to 5 % of a step.
+# Of a CPU thread, some twenty minutes: kernels took up to 17 s to compile and saved 1 to 3 % of a step in bf16, and
+# more in fp32.
 _COMPILE_FROM_FLOP = 1e14
 _Answer = tuple[Any, str]
 _Rule = Callable[[RunConfig, Machine, int], _Answer]

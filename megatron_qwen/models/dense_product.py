@@ -36,7 +36,8 @@ def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.T
     """total + gradient' x, in the place of ``total``, without autograd.
 
     oneDNN is the faster one here too, but copies a first factor whose rows are not contiguous, at torch's speed. In
-    compiled runs a kernel copies the narrower of the two, where the product is large enough for it.
+    compiled runs a kernel copies the narrower of the two, where the product is large enough for it and for a tensor of
+    its own.
 
     Args:
         total: [m, k], in the format of both factors.
@@ -46,16 +47,20 @@ def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.T
     m, k = total.shape
     transposed, add_transposed_ = kernels.of(formulas.transposed), kernels.of(formulas.add_transposed_)
     large = len(x) >= _LEAST_ROWS and m * k >= _LEAST_WEIGHTS
-    if transposed is None or add_transposed_ is None or not large or not _is_onednns(x, gradient):
+    narrow, wide = (gradient, x) if m < k else (x, gradient)
+    if transposed is None or add_transposed_ is None or not large or not _is_onednns(narrow, wide):
         return total.addmm_(gradient.t(), x)
+    product = _onednn(transposed(narrow), wide.t())
     if m < k:
-        return total.add_(_onednn(transposed(gradient), x.t()))
-    add_transposed_(total, _onednn(transposed(x), gradient.t()))
+        return total.add_(product)
+    add_transposed_(total, product)
     return total
 
 
-def _is_onednns(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _onednn_pays()
+def _is_onednns(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether it takes both; a second factor with gaps between its rows or columns is a thousand times slower there."""
+    dense = second.is_contiguous() or second.t().is_contiguous()
+    return dense and first.device.type == "cpu" and first.dtype == second.dtype == torch.float32 and _onednn_pays()
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,8 +1,9 @@
 """Linear layers on a CPU: the faster product, and weight gradients added where they are summed.
 
-The core's layers write every weight gradient into a tensor of its own and add that to the sum over micro-batches; its
-fused kernel for this is CUDA's. Here the product adds where both have one format: fp32, or bf16 with
-precision.grad_reduce_in_fp32=false. A layer whose product communicates is left to the core, which does both at once.
+The core's layers write every weight gradient into a tensor of its own, which its hooks add to the sum over
+micro-batches; its fused kernel for this is CUDA's. Here they go to the sum at once where both have one format: fp32, or
+bf16 with precision.grad_reduce_in_fp32=false. A layer whose product communicates is left to the core, which does both
+at once.
 """
 
 from typing import Any

@@ -8,6 +8,7 @@ from megatron_qwen.models.compiled import kernels
 
 # [m, k] of weights: those whose gradients are copied and those whose inputs are; no multiples of a vector's length.
 NARROW, WIDE = (70, 130), (130, 70)
+TRANSPOSING = formulas.transposed, formulas.add_transposed_
 
 
 @pytest.fixture
@@ -26,6 +27,15 @@ def way(request, monkeypatch):
         monkeypatch.setattr(compiled.torch, "compile", lambda formula: formula)
     kernels.use(request.param != "plain")
     yield request.param
+    kernels.use(False)
+
+
+@pytest.fixture
+def with_formulas(monkeypatch):
+    """As if compiled."""
+    monkeypatch.setattr(kernels, "_made", {formula: formula for formula in TRANSPOSING})
+    kernels.use(True)
+    yield
     kernels.use(False)
 
 
@@ -63,6 +73,23 @@ def test_weight_gradients(large, way, by_onednn, weight):
     assert by_onednn == ([] if way == "plain" else [((first, rows), (second, rows)) for rows in counts])
 
 
+@pytest.mark.parametrize("weight", [NARROW, WIDE])
+def test_a_factor_with_gaps(large, with_formulas, by_onednn, weight):
+    """The second one would be very slow: it is torch's; the first is copied anyway."""
+    total, gradient, x = drawn(64, weight)
+    apart_x, apart = (torch.cat((one, one), dim=1)[:, : one.shape[1]] for one in (x, gradient))
+    expected = total + gradient.t() @ x
+    for factors, onednns in (
+        ((apart, apart_x), 0),
+        ((gradient, apart_x), weight is WIDE),
+        ((apart, x), weight is NARROW),
+    ):
+        found = dense_product.add_weight_gradient_(total.clone(), *factors)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+        assert len(by_onednn) == onednns
+        by_onednn.clear()
+
+
 def test_weight_gradients_in_bf16_are_torchs(large, way, by_onednn):
     total, gradient, x = drawn(64, WIDE, torch.bfloat16)
     expected = total.float() + gradient.float().t() @ x.float()
@@ -78,14 +105,12 @@ def test_small_weight_gradients_are_torchs(monkeypatch, way, by_onednn, rows, we
     assert not by_onednn
 
 
-def test_large_weight_gradients_are_onednns(monkeypatch, by_onednn):
+def test_large_weight_gradients_are_onednns(monkeypatch, with_formulas, by_onednn):
     monkeypatch.setattr(dense_product, "_onednn_pays", lambda: True)
-    monkeypatch.setattr(kernels, "_made", {formulas.transposed: formulas.transposed})
-    kernels.use(True)
-    try:
-        dense_product.add_weight_gradient_(*drawn(1024, (512, 512)))
-    finally:
-        kernels.use(False)
+    total, gradient, x = drawn(1024, (512, 512))
+    expected = total + gradient.t() @ x
+    dense_product.add_weight_gradient_(total, gradient, x)
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
     assert by_onednn == [((512, 1024), (512, 1024))]
 
 

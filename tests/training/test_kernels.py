@@ -17,22 +17,28 @@ from tests.distributed import jobs
 )
 def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
     config = jobs.with_layout(resolve(recipe, [f"data.path={tokens}"], RECIPES), layout)
-    plain, compiled = (
-        pool[ranks].run(with_large_products, config.with_section("performance", compile=wanted), 3)[0]["losses"]
+    (plain, fewer), (compiled, more) = (
+        pool[ranks].run(with_large_products, config.with_section("performance", compile=wanted), 3)[0]
         for wanted in (False, True)
     )
     assert compiled == pytest.approx(plain, rel=1e-5)
     assert compiled != plain, "kernels round otherwise: these are the same operations"
+    assert more > fewer, "no weight gradient was oneDNN's"
 
 
 def with_large_products(config, steps):
-    """A run whose weight gradients all count as large enough for copies by a kernel."""
-    limits = dense_product._LEAST_ROWS, dense_product._LEAST_WEIGHTS
-    dense_product._LEAST_ROWS = dense_product._LEAST_WEIGHTS = 1
-    try:
-        return jobs.train(config, steps)
-    finally:
-        dense_product._LEAST_ROWS, dense_product._LEAST_WEIGHTS = limits
+    """Losses of a run whose weight gradients all count as large, and as oneDNN's; and how many products it made."""
+    calls, onednn = [], dense_product._onednn
+
+    def counted(*args):
+        calls.append(1)
+        return onednn(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (("_LEAST_ROWS", 1), ("_LEAST_WEIGHTS", 1), ("_onednn_pays", lambda: True)):
+            patch.setattr(dense_product, name, value)
+        patch.setattr(dense_product, "_onednn", counted)
+        return jobs.train(config, steps)["losses"], len(calls)
 
 
 def with_a_broken_compiler(config, choices):

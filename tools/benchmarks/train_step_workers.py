@@ -32,7 +32,8 @@ def bench_config(dtype: str, data_path: str | None = None) -> RunConfig:
         precision=PrecisionConfig(dtype="bf16" if dtype == "bf16" else "fp32"),
         data=DataConfig(path=data_path, seq_length=SEQUENCE, validation_fraction=0.0),
         optim=OptimConfig(learning_rate=LEARNING_RATE, lr_decay_style="constant"),
-        training=TrainingConfig(micro_batch_size=BATCH, global_batch_size=BATCH, eval_iters=0),
+        # As many steps as a run has that compiles its kernels.
+        training=TrainingConfig(micro_batch_size=BATCH, global_batch_size=BATCH, eval_iters=0, train_iters=20_000),
     )
 
 
