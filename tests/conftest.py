@@ -1,10 +1,11 @@
 """Real text, a real tokenizer, real tokens and real ranks, made once for all tests."""
 
+import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,9 +16,82 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.distributed import jobs
+from tests.processes.client import ForkServer
 from tests.rank_pool import RankPool
 
 ROOT = Path(__file__).parent.parent
+_FORK_SERVER = ForkServer()
+
+
+def pytest_configure() -> None:
+    """Programs under test are forked from one interpreter that has imported their libraries."""
+    _FORK_SERVER.install()
+
+
+def pytest_unconfigure() -> None:
+    """Ends that interpreter."""
+    _FORK_SERVER.close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Of ``-n auto``."""
+    from tests.schedule import workers
+
+    return workers(len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Tests that wait beside tests that compute."""
+    from tests.schedule import Schedule
+
+    return Schedule(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Where the time went, above pytest's closing line."""
+    from tests.schedule import table
+
+    seconds: dict[str, float] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
+    for line in table(seconds):
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def own_interpreters() -> Iterator[None]:
+    """Every program that the test starts gets an interpreter of its own: for what a fork shows wrongly.
+
+    That is its memory (libraries that it never imported are there) and its command line in /proc.
+    """
+    with _FORK_SERVER.disabled():
+        yield
+
+
+def made_once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that all workers of a test run share; the first to ask makes it, the others wait.
+
+    Args:
+        tmp_path_factory: of a worker, whose own base lies in one that all share.
+        name: of the directory.
+        make: fills it. A failure is met by whoever asks next, which tries again.
+    """
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    shared.mkdir(exist_ok=True)
+    directory, done = shared / name, shared / f"{name}.done"
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            directory.mkdir(exist_ok=True)
+            make(directory)
+            done.touch()
+    return directory
 
 
 @pytest.fixture(scope="session")
@@ -46,37 +120,53 @@ class Pools:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Python sources as JSON lines, about 0.6 MB."""
-    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
-    path.write_text("".join(json.dumps(document) + "\n" for document in standard_library(600_000)))
-    return path
+
+    def make(directory: Path) -> None:
+        text = "".join(json.dumps(document) + "\n" for document in standard_library(600_000))
+        (directory / "corpus.jsonl").write_text(text)
+
+    return made_once(tmp_path_factory, "corpus", make) / "corpus.jsonl"
 
 
 @pytest.fixture(scope="session")
 def tokenizer(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A byte-level BPE of 320 ids, the vocabulary of the tiny recipes."""
-    directory = tmp_path_factory.mktemp("tokenizer") / "bpe"
-    run("tools.data", "tokenizer", "train", "--vocab-size", "320", "--output", directory, corpus, check=True)
-    return directory
+
+    def make(directory: Path) -> None:
+        words = ("tokenizer", "train", "--vocab-size", "320", "--output", directory / "bpe", corpus)
+        run("tools.data", *words, check=True)
+
+    return made_once(tmp_path_factory, "tokenizer", make) / "bpe"
 
 
 @pytest.fixture(scope="session")
 def tokens(corpus: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prefix of the token file of ``corpus``."""
-    prefix = tmp_path_factory.mktemp("tokens") / "corpus"
-    run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, corpus, check=True)
-    return prefix
+
+    def make(directory: Path) -> None:
+        run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", directory / "corpus", corpus, check=True)
+
+    return made_once(tmp_path_factory, "tokens", make) / "corpus"
 
 
 @pytest.fixture(scope="session")
 def finished_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of eight steps with checkpoints at four and eight; copy it before changing it."""
-    return make_run(pool, "tiny_dense", tokens, tokenizer, tmp_path_factory.mktemp("finished") / "run")
+
+    def make(directory: Path) -> None:
+        make_run(pool, "tiny_dense", tokens, tokenizer, directory / "run")
+
+    return made_once(tmp_path_factory, "finished", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def finished_moe_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a mixture of experts."""
-    return make_run(pool, "tiny_moe", tokens, tokenizer, tmp_path_factory.mktemp("finished_moe") / "run")
+    """The same of a mixture-of-experts (MoE) model."""
+
+    def make(directory: Path) -> None:
+        make_run(pool, "tiny_moe", tokens, tokenizer, directory / "run")
+
+    return made_once(tmp_path_factory, "finished_moe", make) / "run"
 
 
 def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir: Path) -> Path:

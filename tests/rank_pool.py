@@ -1,17 +1,23 @@
-"""Real gloo ranks that stay up between tests: the imports are paid once, layouts come and go."""
+"""Real gloo ranks that stay up between tests: they are started once, layouts come and go."""
 
 import datetime
 import gc
 import itertools
-import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Client, Connection, Listener
+from pathlib import Path
 from types import FunctionType
 from typing import Any
+
+_ROOT = Path(__file__).resolve().parent.parent
+_START_TIMEOUT_S = 120.0
 
 
 class RankError(AssertionError):
@@ -27,7 +33,7 @@ class RankPool:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._ranks: list[tuple[Any, Connection]] = []
+        self._ranks: list[tuple[subprocess.Popen[bytes], Connection]] = []
 
     def run(self, job: Callable[..., Any], *arguments: Any, timeout_s: float = 240) -> list[Any]:
         """Calls a module-level function on every rank and returns what each answered, by rank.
@@ -46,13 +52,14 @@ class RankPool:
             for rank in sorted(waiting):
                 process, pipe = self._ranks[rank]
                 if pipe.poll(0.01):
-                    failed, answers[rank] = pipe.recv()
+                    failed, answers[rank] = _received(pipe)
                     waiting.discard(rank)
                     if failed:
                         self.close()
                         raise RankError(f"rank {rank} of {self.size}:\n{answers[rank]}")
-                elif not process.is_alive() or time.monotonic() > deadline:
-                    state = f"ended with {process.exitcode}" if not process.is_alive() else "did not answer in time"
+                elif process.poll() is not None or time.monotonic() > deadline:
+                    code = process.poll()
+                    state = "did not answer in time" if code is None else f"ended with {code}"
                     self.close()
                     raise RankError(f"rank {rank} of {self.size} {state}")
         return answers
@@ -62,20 +69,30 @@ class RankPool:
         for process, pipe in self._ranks:
             pipe.close()
             process.kill()
-            process.join()
+            process.wait()
         self._ranks = []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, self.size, port), daemon=True)
-            process.start()
-            theirs.close()
-            self._ranks.append((process, ours))
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(_ROOT)}
+        with tempfile.TemporaryDirectory() as folder, Listener(f"{folder}/socket", "AF_UNIX", self.size) as listener:
+            listener._listener._socket.settimeout(_START_TIMEOUT_S)  # type: ignore[attr-defined]
+            words = [[f"{folder}/socket", str(rank), str(self.size), str(port)] for rank in range(self.size)]
+            command = [sys.executable, "-P", "-m", "tests.rank_pool"]
+            processes = [subprocess.Popen([*command, *one], env=environment) for one in words]
+            connected = [listener.accept() for _ in processes]
+            pipes = {pipe.recv(): pipe for pipe in connected}
+        self._ranks = [(process, pipes[rank]) for rank, process in enumerate(processes)]
+
+
+def _received(pipe: Connection) -> tuple[bool, Any]:
+    try:
+        failed, answer = pipe.recv()
+    except EOFError:
+        return True, "it ended without an answer"
+    return failed, answer
 
 
 def rank_info() -> Any:
@@ -87,8 +104,9 @@ def rank_info() -> Any:
     return RankInfo(dist.get_rank(), dist.get_world_size(), dist.get_rank(), dist.get_world_size(), "127.0.0.1", 0)
 
 
-def _serve(pipe: Connection, rank: int, size: int, port: int) -> None:
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def _serve(address: str, rank: int, size: int, port: int) -> None:
+    pipe = Client(address, "AF_UNIX")
+    pipe.send(rank)
     from megatron_qwen import device
 
     device.prepare()
@@ -130,3 +148,7 @@ def _forget_models() -> None:
             for cell in thing.__closure__ or ():
                 cell.cell_contents = None
     gc.collect()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1], *map(int, sys.argv[2:]))

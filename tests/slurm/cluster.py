@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.processes.job_server import JobPython
+from tests.processes.protocol import PYTHON_VARIABLE
 from tests.slurm.accounting import Accounting
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "scontrol", "sbatch", "srun")
@@ -86,16 +88,20 @@ class SlurmCluster:
         ports = free_ports(3 + len(NODES))
         self._controller_port, self._node_ports = ports[0], dict(zip(NODES, ports[3:], strict=True))
         self._accounting = Accounting(root, port=ports[1], database_port=ports[2]) if accounting else None
+        self.job_python: JobPython | None = None
 
     @property
     def environment(self) -> dict[str, str]:
         """What a shell needs to talk to this cluster."""
-        return {"SLURM_CONF": str(self.conf), "PATH": os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])}
+        path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])
+        python = {PYTHON_VARIABLE: str(self.job_python.path)} if self.job_python else {}
+        return {"SLURM_CONF": str(self.conf), "PATH": path, **python}
 
     def start(self) -> None:
         """Starts all daemons and waits until the nodes are idle."""
         for name in ("state", "spool", *(f"spool/{node}" for node in NODES)):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+        self.job_python = JobPython(self.root / "job_python", {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
         self._write_configuration()
         self._start_munge()
         if self._accounting is not None:
@@ -113,6 +119,8 @@ class SlurmCluster:
         if self._accounting is not None:
             self._accounting.stop()
         self._end("munged", signal.SIGTERM)
+        if self.job_python is not None:
+            self.job_python.close()
 
     def start_controller(self) -> None:
         """Starts slurmctld and waits until it answers."""

@@ -170,6 +170,7 @@ class ClusterRun:
 
     def rank_processes(self) -> dict[int, int]:
         """Process of every rank that runs now, by rank."""
+        assert self.cluster.job_python is not None
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
@@ -177,7 +178,7 @@ class ClusterRun:
                 if "megatron_qwen.train" in line and str(self.path) in line and "srun" not in line[0]:
                     variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
                     rank = next(item for item in variables if item.startswith("SLURM_PROCID="))
-                    found[int(rank.partition("=")[2])] = int(path.name)
+                    found[int(rank.partition("=")[2])] = self.cluster.job_python.rank_of(int(path.name))
             except (OSError, StopIteration):
                 continue
         return found

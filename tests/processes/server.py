@@ -1,0 +1,101 @@
+"""The warm interpreter: has imported the libraries that programs use, and forks a child for each command line.
+
+It imports none of this project's modules and not megatron-core, which binds names that ``device.prepare`` replaces
+first: every child imports those anew, from the checkout or the snapshot that its PYTHONPATH names.
+"""
+
+import contextlib
+import gc
+import importlib
+import logging
+import os
+import pickle
+import socket
+import sys
+import warnings
+from typing import NoReturn
+
+from tests.processes.nested import fork_in_place
+from tests.processes.protocol import become
+
+# What ranks and programs import before they do anything: most of the nine CPU seconds of a rank's start.
+LIBRARIES = (
+    "numpy",
+    "yaml",
+    "psutil",
+    "orjson",
+    "xxhash",
+    "scipy.special",
+    "torch",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "multistorageclient",
+    "safetensors.torch",
+    "tokenizers",
+    "sentencepiece",
+    "transformers",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+
+
+def import_libraries() -> None:
+    """Imports them, so that forked children share them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable()  # notices that there is no CUDA
+        for name in LIBRARIES:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        logging.disable(logging.NOTSET)
+    assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread: forking is not safe"  # noqa: PTH208
+    gc.collect()
+    gc.freeze()  # the collector leaves shared pages shared
+
+
+def main(descriptor: int) -> NoReturn:
+    """Serves requests of the process at the other end of a socket until it closes it."""
+    import_libraries()
+    connection = socket.socket(fileno=descriptor)
+    while True:
+        data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
+        if not data:
+            os._exit(0)  # finalizers of libraries would report what they leak
+        command, options = pickle.loads(data)
+        child = _fork_orphan(connection)
+        for stream in streams if child else ():
+            os.close(stream)
+        if child:
+            connection.sendall(child.to_bytes(4, "little"))
+        else:
+            fork_in_place()
+            become(command, options, streams)
+
+
+def _fork_orphan(connection: socket.socket) -> int:
+    """Forks a process that is not this one's child but falls to whoever asked; 0 in that process.
+
+    The one in between ends at once, and the process that asked has made itself the reaper of orphans for this moment.
+    """
+    go_read, go_write = os.pipe()
+    number_read, number_write = os.pipe()
+    if middle := os.fork():
+        os.close(go_read)
+        os.close(number_write)
+        os.waitpid(middle, 0)
+        child = int.from_bytes(os.read(number_read, 4), "little")
+        os.close(number_read)
+        os.close(go_write)
+        return child
+    if child := os.fork():
+        os.write(number_write, child.to_bytes(4, "little"))
+        os._exit(0)
+    os.close(go_write)
+    os.read(go_read, 1)  # until the new parent is in its place
+    return 0
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
