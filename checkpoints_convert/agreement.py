@@ -21,9 +21,9 @@ from megatron_qwen.cli import run_program  # noqa: E402
 from megatron_qwen.config.run import RunConfig  # noqa: E402
 from megatron_qwen.config.sections import ParallelConfig  # noqa: E402
 from megatron_qwen.config.source import resolve  # noqa: E402
-from megatron_qwen.data.samples import Source  # noqa: E402
-from megatron_qwen.data.statistics import unigram_entropy  # noqa: E402
-from megatron_qwen.data.training_data import TrainingData  # noqa: E402
+from megatron_qwen.data.reading.samples import Source  # noqa: E402
+from megatron_qwen.data.reading.training_data import TrainingData  # noqa: E402
+from megatron_qwen.data.token_files.statistics import unigram_entropy  # noqa: E402
 from megatron_qwen.distributed import groups as process_groups  # noqa: E402
 from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
 from megatron_qwen.models.backend import choose  # noqa: E402

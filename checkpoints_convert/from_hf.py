@@ -9,7 +9,7 @@ from checkpoints_convert.hf_directory import HfDirectory
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
 from checkpoints_convert.output import Piece
 from checkpoints_convert.release import sha256
-from megatron_qwen.models.hf_mapping import core_tensors
+from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)

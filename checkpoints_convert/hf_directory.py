@@ -12,10 +12,10 @@ import xxhash
 from checkpoints_convert.safetensors_format import StoredEntry, read_header
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.config.sections import ModelConfig
-from megatron_qwen.data.tokenizer import TOKENIZER_FILES
+from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.models.hf_config import model_from_hf
-from megatron_qwen.models.hf_mapping import count_hf_tensors, hf_tensors
+from megatron_qwen.hf.config import model_from_hf
+from megatron_qwen.hf.mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _LARGEST_JSON = 64 << 20

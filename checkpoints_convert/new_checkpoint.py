@@ -38,9 +38,9 @@ from megatron_qwen.checkpoint.torch_file import Envelope, envelope
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
-from megatron_qwen.data.tokenizer import copy_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
+from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ import xxhash
 
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.checkpoint.weights import CheckpointWeights
-from megatron_qwen.models.hf_mapping import CoreTensor, HfTensor, Range, hf_tensors
+from megatron_qwen.hf.mapping import CoreTensor, HfTensor, Range, hf_tensors
 
 _BLOCK_BYTES = 1 << 24
 

@@ -23,10 +23,10 @@ from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.config.run import as_dict
-from megatron_qwen.data.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
 from megatron_qwen.errors import CheckpointError, DataError
-from megatron_qwen.models.hf_config import hf_config
-from megatron_qwen.models.hf_mapping import HfTensor, hf_tensors
+from megatron_qwen.hf.config import hf_config
+from megatron_qwen.hf.mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)

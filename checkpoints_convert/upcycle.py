@@ -20,7 +20,7 @@ from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
-from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
+from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)

@@ -4,7 +4,7 @@ import json
 
 from megatron_qwen.checkpoint import find
 from megatron_qwen.checkpoint.paths import STATE
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.errors import CheckpointError
 from megatron_qwen.rundir import RunDirectory
 

@@ -136,8 +136,8 @@ def _data(request: Request) -> tuple[list[Finding], str | None]:
     if config.data.path is None and config.data.blend is None:
         fix = "must be given before this is submitted: the prefix of a .bin / .idx pair (mq data prepare)."
         return [Finding("unset", Problem("data.path", None, fix), "data")], None
-    from megatron_qwen.data.preflight import require_usable
-    from megatron_qwen.data.reading_plan import plan, warnings
+    from megatron_qwen.data.reading.preflight import require_usable
+    from megatron_qwen.data.reading.reading_plan import plan, warnings
 
     try:
         data = require_usable(config, world_size=request.world_size)

@@ -99,7 +99,7 @@ def _await(run_yaml: Path, text: str) -> None:
 
 
 def _require_data(config: RunConfig, world_size: int, directory: RunDirectory) -> str | None:
-    from megatron_qwen.data.preflight import require_usable
+    from megatron_qwen.data.reading.preflight import require_usable
 
     data = require_usable(config, world_size=world_size)
     if config.data.blend is not None:

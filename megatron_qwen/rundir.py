@@ -13,7 +13,7 @@ from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.render import difference, dump, to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.tokenizer import copy_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
 

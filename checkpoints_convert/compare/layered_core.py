@@ -17,9 +17,9 @@ from megatron_qwen.config.run import RunConfig  # noqa: E402
 from megatron_qwen.config.sections import DataConfig, PrecisionConfig  # noqa: E402
 from megatron_qwen.distributed import groups as process_groups  # noqa: E402
 from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
+from megatron_qwen.hf.mapping import CoreTensor, rules  # noqa: E402
 from megatron_qwen.models.backend import choose  # noqa: E402
 from megatron_qwen.models.build import bare_module  # noqa: E402
-from megatron_qwen.models.hf_mapping import CoreTensor, rules  # noqa: E402
 from megatron_qwen.models.sharding import Slice, slices  # noqa: E402
 
 _VOCABULARY = 128  # of the one-layer model, whose embedding is not used

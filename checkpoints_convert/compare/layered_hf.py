@@ -7,7 +7,7 @@ import torch
 from checkpoints_convert.compare.layered import FINAL_NORM, HEAD, Ends
 from checkpoints_convert.hf_directory import HfDirectory
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.models.hf_config import ARCHITECTURES
+from megatron_qwen.hf.config import ARCHITECTURES
 
 _VOCABULARY = 8  # of the one-layer model, whose embedding is not used
 # What of config.json decides what a layer computes. Nothing else reaches transformers: not where to get code from.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from checkpoints_convert.compare.layered import LayeredModel
-from megatron_qwen.data.tokenizer import load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
 
 PROMPTS = (

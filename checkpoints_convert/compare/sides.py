@@ -11,9 +11,9 @@ from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
 from megatron_qwen.config.fields import bound_problems, coerce, field_infos
 from megatron_qwen.config.sections import ModelConfig
-from megatron_qwen.data.tokenizer import TOKENIZER_FILES
+from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.models.hf_config import hf_config
+from megatron_qwen.hf.config import hf_config
 
 
 @dataclass(frozen=True)

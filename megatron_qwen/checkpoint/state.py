@@ -20,9 +20,9 @@ from megatron_qwen.checkpoint import generators, optimizer_state
 from megatron_qwen.checkpoint.metadata import plain_objects_only, read_metadata
 from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.config.sections import ParallelConfig
-from megatron_qwen.data.tokenizer import copy_tokenizer
-from megatron_qwen.models import fp8_weights
+from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.models.sharding import sharded_state_dict
+from megatron_qwen.models.te_backend import fp8_weights
 from megatron_qwen.provenance import code_version
 
 _EXTRA_STATE = "_extra_state"

@@ -14,7 +14,7 @@ import torch
 from megatron_qwen.checkpoint.read import CheckpointReader, Chunk, TensorInfo
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import CheckpointError, Problem
-from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
+from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 
 _SHOWN = 10
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -151,7 +151,7 @@ def _param_gather(config: RunConfig, machine: Machine, world_size: int) -> _Answ
 def _fused(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
     if machine.backend == "te":
         return True, "the te backend has them"
-    return False, "the torch backend has operations of its own (models/torch_functions.py)"
+    return False, "the torch backend has operations of its own (models/torch_backend/functions.py)"
 
 
 def _compile(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
@@ -263,7 +263,7 @@ def _grouped(config: RunConfig, machine: Machine, world_size: int) -> _Answer:
         return True, "Transformer Engine's grouped product"
     if config.precision.emulate_fp8:
         return False, "emulated FP8 rounds one expert at a time"
-    return True, "one operation for all experts of a rank (models/torch_experts.py)"
+    return True, "one operation for all experts of a rank (models/torch_backend/experts.py)"
 
 
 def _graphs(config: RunConfig, machine: Machine, world_size: int) -> _Answer:

@@ -1,4 +1,4 @@
-"""Where causal attention on a CPU goes by blocks of queries (models/causal_attention.py), and what it keeps."""
+"""Where causal attention on a CPU goes by blocks of queries (models/torch_backend/causal_attention.py), and what it keeps."""
 
 from megatron_qwen.config.run import RunConfig
 

@@ -19,11 +19,11 @@ from megatron_qwen.device import has_cuda
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
 from megatron_qwen.estimate.choices import choose
 from megatron_qwen.estimate.machine import Machine
-from megatron_qwen.models import te_backend
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
 from megatron_qwen.models.layer_spec import block_spec
+from megatron_qwen.models.te_backend import provider as te_backend
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
 

@@ -9,11 +9,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Batch
-from megatron_qwen.models.arrival import arrived_weight
+from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.models.loss import output_loss
 from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
+from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]

@@ -13,7 +13,7 @@ from megatron_qwen.checkpoint.retain import clear_abandoned
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.run import RunConfig, as_dict
-from megatron_qwen.data.reading_plan import plan, warnings
+from megatron_qwen.data.reading.reading_plan import plan, warnings
 from megatron_qwen.distributed.placement import placement_report
 from megatron_qwen.distributed.rank import RankInfo
 from megatron_qwen.errors import CheckpointError, Problem, UserError

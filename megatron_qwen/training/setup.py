@@ -13,10 +13,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Shard
-from megatron_qwen.data.loader import Loader, MemoryMapLoader
-from megatron_qwen.data.preflight import require_legal_stages
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.loaders.batches import Shard
+from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
+from megatron_qwen.data.reading.preflight import require_legal_stages
+from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import Choice, choose, impossible
@@ -25,7 +25,7 @@ from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
-from megatron_qwen.models.compiled import compiler_is_here, kernels
+from megatron_qwen.models.torch_backend.compiled import compiler_is_here, kernels
 from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step
@@ -200,7 +200,7 @@ def require_separable(data: TrainingData, backend: Backend) -> None:
 def build_loader(config: RunConfig, shard: Shard) -> Loader:
     """What reads batches ahead."""
     if config.data.loader == "dali":
-        from megatron_qwen.data.dali_loader import DaliLoader
+        from megatron_qwen.data.loaders.dali_loader import DaliLoader
 
         return DaliLoader(shard, ahead=config.data.prefetch_steps)
     return MemoryMapLoader(shard, ahead=config.data.prefetch_steps)

@@ -13,7 +13,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Batch
+from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.build import Model
 from megatron_qwen.training.forward import ForwardStep
 

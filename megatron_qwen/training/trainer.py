@@ -9,8 +9,8 @@ from typing import Any
 from megatron_qwen import device
 from megatron_qwen.config.batch_size import global_batch_size
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Request
-from megatron_qwen.data.training_data import StageReader
+from megatron_qwen.data.loaders.batches import Request
+from megatron_qwen.data.reading.training_data import StageReader
 from megatron_qwen.errors import NumericsError
 from megatron_qwen.optim.build import set_learning_rate
 from megatron_qwen.optim.schedule import learning_rate

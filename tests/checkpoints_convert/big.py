@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_qwen.models.hf_config import hf_config, model_from_hf
-from megatron_qwen.models.hf_mapping import hf_tensors
+from megatron_qwen.hf.config import hf_config, model_from_hf
+from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
 
 SHARD_BYTES = 20_000_000

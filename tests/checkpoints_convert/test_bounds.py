@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_qwen.config.sections import ModelConfig
-from megatron_qwen.models.hf_config import hf_config
-from megatron_qwen.models.hf_mapping import hf_tensors
+from megatron_qwen.hf.config import hf_config
+from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import command, environment
 

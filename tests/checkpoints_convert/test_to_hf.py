@@ -16,8 +16,8 @@ from checkpoints_convert.checkpoint_source import open_checkpoint
 from checkpoints_convert.to_hf import ExportOptions, export
 from megatron_qwen.checkpoint.paths import iteration_dir
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.tokenizer import load_tokenizer
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.reading.training_data import TrainingData
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory

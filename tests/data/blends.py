@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.token_file import TokenFileWriter
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.reading.training_data import TrainingData
+from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.recipes.registry import RECIPES
 
 VOCABULARY = 4096

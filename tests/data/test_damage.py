@@ -11,11 +11,11 @@ import pytest
 import zstandard
 
 from megatron_qwen.config.blend import SourceSpec
-from megatron_qwen.data.manifest import manifest_path
-from megatron_qwen.data.samples import Reading, window
-from megatron_qwen.data.sources import open_source
-from megatron_qwen.data.token_file import TokenFile
-from megatron_qwen.data.verify import verify
+from megatron_qwen.data.reading.samples import Reading, window
+from megatron_qwen.data.reading.sources import open_source
+from megatron_qwen.data.token_files.manifest import manifest_path
+from megatron_qwen.data.token_files.token_file import TokenFile
+from megatron_qwen.data.token_files.verify import verify
 from megatron_qwen.errors import DataError
 from tests.conftest import run
 
@@ -101,7 +101,11 @@ LONG = '{"text": "' + "x" * (3 << 20) + '"}\n'
         ("blank.jsonl", b"\n\n  \n", "holds no text"),
         ("hollow.jsonl", b'{"text": ""}\n', "holds no text"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-9], "cut.jsonl.gz"),
-        ("torn.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000).hex().encode(), mtime=0)[:2000], "torn.jsonl.gz"),
+        (
+            "torn.jsonl.gz",
+            gzip.compress(random.Random(0).randbytes(5000).hex().encode(), mtime=0)[:2000],
+            "torn.jsonl.gz",
+        ),
         ("no.jsonl.gz", b"this is not gzip", "no.jsonl.gz"),
         ("cut.jsonl.zst", zstandard.compress(b'{"text": "abc"}\n' * 1000)[:-3], "cut.jsonl.zst"),
         ("no.jsonl.zst", b"this is not zstandard", "no.jsonl.zst"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.token_file import TokenFileWriter
+from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.estimate.memory import memory_per_stage
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs

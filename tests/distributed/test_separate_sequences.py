@@ -26,7 +26,7 @@ def short_documents(tokens, tmp_path_factory) -> Path:
     """The corpus in documents of 5 to 60 tokens."""
     import random
 
-    from megatron_qwen.data.token_file import TokenFile, TokenFileWriter
+    from megatron_qwen.data.token_files.token_file import TokenFile, TokenFileWriter
 
     random.seed(3)
     file, prefix = TokenFile(tokens), tmp_path_factory.mktemp("short") / "short"
@@ -43,7 +43,7 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
     """Logits of a row with many sequences against those of each sequence by itself, and of the row as one."""
     import torch
 
-    from megatron_qwen.data.batches import Request, micro_batches
+    from megatron_qwen.data.loaders.batches import Request, micro_batches
     from megatron_qwen.models.sequences import separate_sequences
     from megatron_qwen.training.setup import build_parts
 

@@ -6,7 +6,7 @@ import torch
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig
 from megatron_qwen.estimate.cpu_attention import kept
-from megatron_qwen.models.causal_attention import BlockwiseCausalAttention, pays
+from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 
 BATCH, HEADS, GROUPS, WIDTH = 2, 4, 2, 16
 

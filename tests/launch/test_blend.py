@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.preflight import require_usable
+from megatron_qwen.data.reading.preflight import require_usable
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import run

@@ -131,8 +131,8 @@ def _reset_interpreter() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.set_wakeup_fd(-1)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: PTH123, SIM115
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     error = io.FileIO(2, "w", closefd=False)
     sys.stderr = io.TextIOWrapper(
         io.BufferedWriter(error), encoding="utf-8", errors="backslashreplace", line_buffering=True

@@ -5,10 +5,10 @@ import shlex
 import time
 
 from launch.demo import standard_library
-from megatron_qwen.data.manifest import read_manifest
 from megatron_qwen.data.prepare.plan import make_plan
 from megatron_qwen.data.text.inputs import find_inputs
 from megatron_qwen.data.text.records import ReadOptions
+from megatron_qwen.data.token_files.manifest import read_manifest
 from tests.conftest import ROOT, command, environment, run
 
 TASKS = 4

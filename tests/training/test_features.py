@@ -8,7 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import run
 from tests.training.attempts import attempt, configure

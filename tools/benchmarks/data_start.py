@@ -66,8 +66,8 @@ def _measure(field: str, path: str) -> None:
     """Prints seconds to the first batch and the MiB that the process grew by."""
     import torch
 
-    from megatron_qwen.data.batches import Request, Shard, micro_batches
-    from megatron_qwen.data.training_data import TrainingData
+    from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
+    from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.recipes.registry import RECIPES
 
     shard = Shard(0, 1, 0, 1, torch.device("cpu"))

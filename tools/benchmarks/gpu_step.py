@@ -146,7 +146,7 @@ def _conditions(measured: Measured) -> str:
 
 def text_tokens(prefix: Path, *, megabytes: int = 4) -> Path:
     """The bytes of this machine's sources as tokens: real text, where no tokenizer can be fetched."""
-    from megatron_qwen.data.token_file import TokenFileWriter
+    from megatron_qwen.data.token_files.token_file import TokenFileWriter
 
     text = prefix.with_suffix(".jsonl")
     write_corpus(text, megabytes=megabytes)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_qwen.data.batches import Request, Shard, micro_batches
-from megatron_qwen.data.token_file import TokenFileWriter
-from megatron_qwen.data.training_data import TrainingData
+from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
+from megatron_qwen.data.reading.training_data import TrainingData
+from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.recipes.registry import RECIPES
 from tools.benchmarks.rows import Row
 

@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from megatron_qwen.data.tokenizer_making import import_tiktoken
+from megatron_qwen.data.tokenizers.making import import_tiktoken
 
 # Apache-2.0; resources/qwen.tiktoken holds the 151,643 ranks.
 _PACKAGE, _MEMBER = "dashscope==2.0.2", "dashscope/resources/qwen.tiktoken"

@@ -39,7 +39,7 @@ def private_mib() -> float:
 
 def _measure(prefix: str) -> None:
     """Prints the milliseconds to the first sample and by how many MiB the process grew over 1000."""
-    from megatron_qwen.data.training_data import TrainingData
+    from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.recipes.registry import RECIPES
 
     before, started = private_mib(), time.perf_counter()

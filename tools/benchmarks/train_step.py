@@ -19,7 +19,7 @@ def toy_tokens() -> Iterator[Path]:
     """A token file of random ids; speed does not depend on what they say."""
     import numpy as np
 
-    from megatron_qwen.data.token_file import TokenFileWriter
+    from megatron_qwen.data.token_files.token_file import TokenFileWriter
 
     with tempfile.TemporaryDirectory() as directory:
         prefix = Path(directory) / "tokens"

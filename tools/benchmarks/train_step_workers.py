@@ -55,7 +55,7 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_qwen.data.training_data import TrainingData
+    from megatron_qwen.data.reading.training_data import TrainingData
 
     config = bench_config(dtype, data_path)
     shape = config.model

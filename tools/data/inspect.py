@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megatron_qwen.data.statistics import Lengths
-    from megatron_qwen.data.token_set import TokenSet
+    from megatron_qwen.data.token_files.statistics import Lengths
+    from megatron_qwen.data.token_files.token_set import TokenSet
 
 _FIRST_TOKENS = 32
 _SHOWN_CHARACTERS = 400
@@ -20,8 +20,8 @@ def main(options: argparse.Namespace) -> int:
     """Shows every prefix; several of them side by side."""
     if options.histogram is not None and options.histogram.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(Problem("--histogram", options.histogram, "must end in .png or .svg."))
-    from megatron_qwen.data.statistics import lengths
-    from megatron_qwen.data.token_set import TokenSet
+    from megatron_qwen.data.token_files.statistics import lengths
+    from megatron_qwen.data.token_files.token_set import TokenSet
 
     opened = {str(prefix): TokenSet(prefix) for prefix in options.prefix}
     measured = {name: lengths(tokens) for name, tokens in opened.items()}
@@ -40,8 +40,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _facts(tokens: "TokenSet", measured: "Lengths", options: argparse.Namespace) -> dict[str, Any]:
-    from megatron_qwen.data.manifest import read_manifest
-    from megatron_qwen.data.tokenizer import load_tokenizer
+    from megatron_qwen.data.token_files.manifest import read_manifest
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
     noted = read_manifest(tokens.prefix)
     facts: dict[str, Any] = {

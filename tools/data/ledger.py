@@ -91,8 +91,8 @@ def _samples_of(step: int, metrics: Path) -> range:
 
 
 def _replay(config: Any, ledger: dict[str, Any], samples: range, options: argparse.Namespace) -> list[dict[str, Any]]:
-    from megatron_qwen.data.replay import Replay
-    from megatron_qwen.data.tokenizer import load_tokenizer
+    from megatron_qwen.data.reading.replay import Replay
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
     replay = Replay(config, ledger)
     tokenizer = None if options.tokenizer is None else load_tokenizer(options.tokenizer)

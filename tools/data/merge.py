@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 def main(options: argparse.Namespace) -> int:
     """Merges."""
-    from megatron_qwen.data.merge import merge
+    from megatron_qwen.data.token_files.merge import merge
 
     made = merge(options.prefixes, options.output, single=options.single)
     if options.json:

@@ -9,8 +9,8 @@ from dataclasses import asdict
 def main(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Shows the plan of a recipe with its blend."""
     from megatron_qwen.config.source import resolve
-    from megatron_qwen.data.preflight import require_usable
-    from megatron_qwen.data.reading_plan import plan, warnings
+    from megatron_qwen.data.reading.preflight import require_usable
+    from megatron_qwen.data.reading.reading_plan import plan, warnings
     from megatron_qwen.recipes.registry import RECIPES
 
     data = require_usable(resolve(options.source, overrides, RECIPES))

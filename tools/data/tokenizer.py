@@ -19,8 +19,8 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace, problems: list[Problem]) -> int:
-    from megatron_qwen.data.tokenizer import load_tokenizer
-    from megatron_qwen.data.tokenizer_making import import_tiktoken
+    from megatron_qwen.data.tokenizers.making import import_tiktoken
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
     if problems:
         raise ConfigError(problems)
@@ -34,8 +34,8 @@ def _import(options: argparse.Namespace, problems: list[Problem]) -> int:
 def _train(options: argparse.Namespace, problems: list[Problem]) -> int:
     from megatron_qwen.data.text.inputs import find_inputs
     from megatron_qwen.data.text.records import ReadOptions, documents
-    from megatron_qwen.data.tokenizer import CONTROL_TOKENS, load_tokenizer
-    from megatron_qwen.data.tokenizer_making import train_bpe, train_sentencepiece
+    from megatron_qwen.data.tokenizers.making import train_bpe, train_sentencepiece
+    from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS, load_tokenizer
 
     least = 256 + len(CONTROL_TOKENS)
     if not least <= options.vocab_size <= _MOST_IDS:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def main(options: argparse.Namespace) -> int:
     """Verifies."""
-    from megatron_qwen.data.verify import verify
+    from megatron_qwen.data.token_files.verify import verify
 
     def show(path: Path) -> None:
         if sys.stderr.isatty():

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from rapidfuzz.distance import LCSseq
 
-from megatron_qwen.data.tokenizer import load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _PARAGRAPHS = re.compile(r"\n\s*\n")

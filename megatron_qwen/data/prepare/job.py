@@ -12,15 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_qwen.data import encoder as encoders
-from megatron_qwen.data.encoder import PROBES, Encoder, Plain
-from megatron_qwen.data.manifest import Manifest, manifest_path, read_manifest, with_ending, write_manifest
 from megatron_qwen.data.prepare.join import ShardWriter, set_manifest
 from megatron_qwen.data.prepare.part import Part, part_path, read_part
 from megatron_qwen.data.prepare.plan import Plan, Shard, Unit
 from megatron_qwen.data.prepare.workers import Progress, Workers
-from megatron_qwen.data.token_index import token_dtype
-from megatron_qwen.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, read_manifest, with_ending, write_manifest
+from megatron_qwen.data.token_files.token_index import token_dtype
+from megatron_qwen.data.tokenizers import encoder as encoders
+from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, Plain
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 log = logging.getLogger(__name__)

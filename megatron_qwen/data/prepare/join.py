@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.manifest import Manifest, file_digest, with_ending, write_manifest
 from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
 from megatron_qwen.data.prepare.plan import Plan, Shard
-from megatron_qwen.data.token_index import write_index
-from megatron_qwen.data.tokenizer import Tokenizer
+from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_ending, write_manifest
+from megatron_qwen.data.token_files.token_index import write_index
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
 from megatron_qwen.errors import DataError, Problem
 
 _COPY_BYTES = 1 << 22

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.encoder import Encoder
 from megatron_qwen.data.prepare.plan import Plan, Unit
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.text.records import BadRecord, Block, Document, read_span
-from megatron_qwen.data.token_index import token_dtype
+from megatron_qwen.data.token_files.token_index import token_dtype
+from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.errors import DataError
 
 _FLUSH_TOKENS = 1 << 21

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_qwen.data.text.inputs import Form, InputFile, Packing
 from megatron_qwen.data.text.records import ReadOptions, Span
-from megatron_qwen.data.tokenizer import fingerprint
+from megatron_qwen.data.tokenizers.tokenizer import fingerprint
 
 UNIT_BYTES = 16 << 20
 _FORMAT = 1

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megatron_qwen.data.encoder import Encoder
-from megatron_qwen.data.forked import garbage_left_to_the_parent
+from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.prepare.part import Part, encode_unit
 from megatron_qwen.data.prepare.plan import Plan, Unit
-from megatron_qwen.data.tokenizer import tokenizers_without_threads
+from megatron_qwen.data.tokenizers.encoder import Encoder
+from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import Problem, UserError
 
 # So many units lie ready for a process beside the one it works on.

@@ -3,9 +3,9 @@
 from typing import TYPE_CHECKING
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.batches import Request, micro_batches
-from megatron_qwen.data.training_data import StageReader
-from megatron_qwen.data.training_data import Validation as ValidationSamples
+from megatron_qwen.data.loaders.batches import Request, micro_batches
+from megatron_qwen.data.reading.training_data import StageReader
+from megatron_qwen.data.reading.training_data import Validation as ValidationSamples
 from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.step import run_batch
 

@@ -13,8 +13,8 @@ from checkpoints_convert.compare.logits import TOLERANCE
 from checkpoints_convert.convert import main
 from checkpoints_convert.from_hf import ImportOptions, convert
 from megatron_qwen.checkpoint.paths import iteration_dir
-from megatron_qwen.models.hf_config import model_from_hf
-from megatron_qwen.models.hf_mapping import hf_tensors
+from megatron_qwen.hf.config import model_from_hf
+from megatron_qwen.hf.mapping import hf_tensors
 from tests.checkpoints_convert.models import MODELS, make, with_tokenizer
 
 

@@ -96,7 +96,7 @@ def test_contamination(text, drops, qwen):
 
 def test_the_rule_counts_tokens_in_order(qwen):
     """13 tokens in common that are less than 0.6 of the shorter, or in another order, are no match."""
-    from megatron_qwen.data.tokenizer import load_tokenizer
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
     words = QUESTION.split()
     random.Random(0).shuffle(words)
@@ -112,7 +112,7 @@ def test_many_tests_by_the_rule_itself(qwen):
     """What the index leaves out is out by the rule: every paragraph against every test, in order."""
     from rapidfuzz.distance import LCSseq
 
-    from megatron_qwen.data.tokenizer import load_tokenizer
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
     lines = [line.strip() for text in TEXTS for line in text.splitlines() if len(line.strip()) > 40]
     tests, paragraphs = lines[:300:3], lines[:600:7]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch.demo import standard_library
-from megatron_qwen.data.manifest import read_manifest
+from megatron_qwen.data.token_files.manifest import read_manifest
 from tests.conftest import command, environment, run
 
 MOMENTS = 20

@@ -12,15 +12,15 @@ import pytest
 import zstandard
 
 from launch.demo import standard_library
-from megatron_qwen.data import encoder as encoders
-from megatron_qwen.data.manifest import read_manifest
 from megatron_qwen.data.prepare.job import Task, prepare
 from megatron_qwen.data.prepare.plan import make_plan
 from megatron_qwen.data.text.inputs import find_inputs
 from megatron_qwen.data.text.records import ReadOptions
-from megatron_qwen.data.token_file import TokenFile
-from megatron_qwen.data.token_set import TokenSet
-from megatron_qwen.data.tokenizer import load_tokenizer
+from megatron_qwen.data.token_files.manifest import read_manifest
+from megatron_qwen.data.token_files.token_file import TokenFile
+from megatron_qwen.data.token_files.token_set import TokenSet
+from megatron_qwen.data.tokenizers import encoder as encoders
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import run
 
 TEXTS = [document["text"] for document in standard_library(300_000)]

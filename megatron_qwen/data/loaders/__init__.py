@@ -1,0 +1,1 @@
+"""Batches of a rank, read ahead of the step that needs them."""

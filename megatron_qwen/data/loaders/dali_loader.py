@@ -1,0 +1,117 @@
+"""Batches read ahead by NVIDIA DALI: the memory-map loader's samples, copied to the device by DALI."""
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+from megatron_qwen.data.loaders.batches import Batch, Request, Shard, micro_batches
+from megatron_qwen.data.loaders.read_ahead import Upcoming
+from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.errors import ConfigError, Problem
+
+_FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class DaliLoader:
+    """A DALI pipeline that is fed micro-batches and gives them back on the device.
+
+    The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with what the model computes.
+
+    Args:
+        shard: the rank's part of a batch.
+        ahead: steps that are read ahead.
+
+    Raises:
+        ConfigError: DALI is not installed.
+    """
+
+    def __init__(self, shard: Shard, *, ahead: int) -> None:
+        self.shard, self.ahead = shard, ahead
+        self._pipeline = _build(shard.device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._reading: deque[tuple[int, Request, Future[list[Batch]]]] = deque()
+        self._fed: deque[list[Batch]] = deque()  # the first of what is being read is with DALI already
+
+    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+        """See ``Loader``."""
+        while self._reading and self._reading[0][:2] != (id(source), request):
+            self._drop()  # the run has gone another way than foreseen
+        if not self._reading:
+            self._read(source, request)
+        if not self._fed:
+            self._feed()
+        self._reading.popleft()
+        batches = [self._take(batch) for batch in self._fed.popleft()]
+        for number, (following, wanted) in enumerate(upcoming()):
+            if number >= self.ahead:
+                break
+            if number >= len(self._reading):
+                self._read(following, wanted)
+        while self._is_read():
+            self._feed()  # the copy to the device begins while the step computes
+        return batches
+
+    def close(self) -> None:
+        """See ``Loader``."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _read(self, source: Source, request: Request) -> None:
+        future = self._thread.submit(lambda: list(micro_batches(source, self.shard, request)))
+        self._reading.append((id(source), request, future))
+
+    def _is_read(self) -> bool:
+        """Whether a step lies ready for DALI; one that could not be read says so when its turn comes."""
+        if len(self._fed) == len(self._reading):
+            return False
+        future = self._reading[len(self._fed)][2]
+        return future.done() and future.exception() is None
+
+    def _feed(self) -> None:
+        """Hands DALI the next step that was read."""
+        batches = self._reading[len(self._fed)][2].result()
+        for batch in batches:
+            for field in _FIELDS:
+                self._pipeline.feed_input(field, [getattr(batch, field).numpy()])
+            self._pipeline.schedule_run()
+        self._fed.append(batches)
+
+    def _drop(self) -> None:
+        _, _, future = self._reading.popleft()
+        if self._fed:
+            for _ in self._fed.popleft():
+                self._pipeline.outputs()
+        future.cancel()
+
+    def _take(self, read: Batch) -> Batch:
+        """The pipeline's next output; bounds, which the host needs too, go beside it."""
+        outputs = self._pipeline.outputs()
+        tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
+        bounds = None if read.bounds is None else read.bounds.to(self.shard.device, non_blocking=True)
+        return Batch(**tensors, bounds=bounds, lengths=read.lengths)
+
+
+def _build(device: torch.device) -> Any:
+    try:
+        from nvidia.dali import fn, types
+        from nvidia.dali.pipeline import Pipeline
+    except ImportError as error:
+        fix = f"needs NVIDIA DALI ({error}): pip install 'megatron_qwen[dali]', or set data.loader=mmap."
+        raise ConfigError(Problem("data.loader", "dali", fix)) from None
+    gpu = device.type == "cuda"
+    # A deeper queue would run, at its first call, ahead of what it was fed.
+    pipeline = Pipeline(
+        batch_size=1, num_threads=1, device_id=device.index if gpu else None, exec_dynamic=True, prefetch_queue_depth=1
+    )
+    kinds = {"loss_mask": types.FLOAT}
+    with pipeline:
+        inputs = [fn.external_source(name=field, dtype=kinds.get(field, types.INT64), ndim=2) for field in _FIELDS]
+        pipeline.set_outputs(*(item.gpu() if gpu else item for item in inputs))
+    pipeline.build()
+    return pipeline
+
+
+def _tensor(output: Any) -> torch.Tensor:
+    """A copy: DALI uses its buffers again."""
+    return torch.utils.dlpack.from_dlpack(output[0]).clone()

@@ -1,0 +1,70 @@
+"""Reads batches ahead: while a step computes, the next one's samples are read."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+from megatron_qwen.data.loaders.batches import Batch, Request, Shard, micro_batches
+from megatron_qwen.data.reading.samples import Source
+
+Upcoming = Callable[[], Iterator[tuple[Source, Request]]]
+
+
+class Loader(Protocol):
+    """Gives a rank the micro-batches of a step."""
+
+    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+        """The micro-batches of a step, on the rank's device; then begins to read those that follow.
+
+        Raises:
+            DataError: what is read is damaged, in this step or in one that was read ahead for it.
+        """
+
+    def close(self) -> None:
+        """Ends what reads ahead."""
+
+
+class MemoryMapLoader:
+    """Reads from memory maps, in one thread that runs ahead.
+
+    Args:
+        shard: the rank's part of a batch.
+        ahead: steps that are read ahead.
+    """
+
+    def __init__(self, shard: Shard, *, ahead: int) -> None:
+        self.shard, self.ahead = shard, ahead
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader") if ahead else None
+        self._ready: list[tuple[int, Request, Future[list[Batch]]]] = []
+
+    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+        """See ``Loader``."""
+        if self._thread is None:
+            return self._on_device(self._read(source, request))
+        while self._ready and self._ready[0][:2] != (id(source), request):
+            self._ready.pop(0)[2].cancel()  # the run has gone another way than foreseen
+        if not self._ready:
+            self._send(source, request)
+        future = self._ready.pop(0)[2]
+        for number, (following, wanted) in enumerate(upcoming()):
+            if number >= self.ahead:
+                break
+            if number >= len(self._ready):
+                self._send(following, wanted)
+        return self._on_device(future.result())
+
+    def close(self) -> None:
+        """See ``Loader``."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _send(self, source: Source, request: Request) -> None:
+        assert self._thread is not None
+        self._ready.append((id(source), request, self._thread.submit(self._read, source, request)))
+
+    def _read(self, source: Source, request: Request) -> list[Batch]:
+        batches = list(micro_batches(source, self.shard, request))
+        return [batch.pinned() for batch in batches] if self.shard.device.type == "cuda" else batches
+
+    def _on_device(self, batches: Sequence[Batch]) -> list[Batch]:
+        return [batch.to(self.shard.device) for batch in batches]

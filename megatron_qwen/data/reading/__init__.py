@@ -1,0 +1,1 @@
+"""What a run reads: sources, samples and the ledger of what has been read."""

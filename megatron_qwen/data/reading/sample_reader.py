@@ -1,0 +1,58 @@
+"""The samples of a phase, by their number in the run."""
+
+import zlib
+from collections.abc import Mapping
+
+from megatron_qwen.data.order.phase import Phase
+from megatron_qwen.data.reading.samples import Reading, Run, Sample, cut
+from megatron_qwen.data.reading.sources import OpenSource
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+class SampleReader:
+    """Reads what a phase says.
+
+    Args:
+        sources: that the phase draws from, by name.
+        phase: the order.
+        reading: how samples are made of tokens.
+        lengths: share of the samples that is cut into independent sequences of each length; empty cuts none.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, OpenSource],
+        phase: Phase,
+        *,
+        reading: Reading,
+        lengths: Mapping[int, float],
+        seed: int,
+    ) -> None:
+        self.sources, self.phase, self.reading, self.lengths, self.seed = sources, phase, reading, lengths, seed
+        self.seq_length = phase.seq_length
+        packs = any(sources[name].spec.packing == "best_fit" for name in phase.names)
+        self.separates = bool(lengths) or packs or reading.reset_attention_mask
+
+    def __getitem__(self, sample: int) -> Sample:
+        """Sample ``sample`` of the run."""
+        return self.traced(sample)[2]
+
+    def traced(self, sample: int) -> tuple[str, list[Run], Sample]:
+        """A sample with the source it comes from and the runs [a, b) of that source's tokens."""
+        name, number, runs = self.phase[sample]
+        key = (self.seed, zlib.crc32(name.encode()), self.phase.begins[name].ordinal, number)
+        read = self.sources[name].read(runs, seq_length=self.seq_length, reading=self.reading, key=key)
+        length = self._length(key)
+        return name, runs, read if length == self.seq_length else cut(read, length)
+
+    def _length(self, key: tuple[int, ...]) -> int:
+        """Length of the independent sequences of a sample: over a source's samples each has its share."""
+        length = self.seq_length
+        at = ((key[0] ^ key[1]) + key[3]) * _GOLDEN % (1 << 64) / (1 << 64)
+        for length, share in self.lengths.items():
+            if at < share:
+                return length
+            at -= share
+        return length

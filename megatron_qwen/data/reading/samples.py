@@ -1,0 +1,159 @@
+"""One training sequence out of the runs of tokens that make it up."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_qwen.data.token_files.token_set import TokenSet
+from megatron_qwen.errors import DataError, Problem
+
+Run = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sequence.
+
+    Args:
+        tokens: inputs, [s].
+        labels: the tokens that follow, [s].
+        loss_mask: weight of each label's loss, [s].
+        starts: where independent sequences begin inside it, the first at 0; they do not attend to one another.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    loss_mask: npt.NDArray[np.float32]
+    starts: npt.NDArray[np.int64]
+
+
+class Source(Protocol):
+    """Samples by number."""
+
+    @property
+    def seq_length(self) -> int:
+        """Tokens of a sample."""
+
+    @property
+    def separates(self) -> bool:
+        """Whether any sample may hold more than one independent sequence."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How samples are made of tokens.
+
+    Args:
+        eod_mask_loss: no loss on the token that follows an end of document.
+        reset_attention_mask: documents do not attend to one another, and their positions begin anew.
+        vocab_size: ids that the model has; another one is an error.
+    """
+
+    eod_mask_loss: bool
+    reset_attention_mask: bool
+    vocab_size: int | None = None
+
+
+def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading) -> Sample:
+    """A sample of consecutive tokens; a label is always the token that follows in the text.
+
+    Args:
+        tokens: the source.
+        runs: [a, b) of the source's positions, in order.
+        stop: end of the training part: what follows there is not for training, and carries no loss.
+        reading: how.
+    """
+    inputs, labels, masks = [], [], []
+    starts: list[int] = [0]
+    length = 0
+    for begin, end in runs:
+        row = tokens.tokens(begin, min(end + 1, stop))
+        mask = np.ones(end - begin, dtype=np.float32)
+        if end == stop:
+            row = np.append(row, row[-1:])
+            mask[-1] = 0.0
+        if (own := tokens.loss_mask(begin + 1, min(end + 1, stop))) is not None:
+            mask[: len(own)] *= own
+        if reading.eod_mask_loss or reading.reset_attention_mask:
+            ends = tokens.document_ends(begin, end) - begin
+            if reading.eod_mask_loss:
+                mask[ends] = 0.0
+            if reading.reset_attention_mask:
+                starts += [length, *(length + ends + 1).tolist()]
+        inputs.append(row[:-1])
+        labels.append(row[1:])
+        masks.append(mask)
+        length += end - begin
+    sample = Sample(_joined(inputs), _joined(labels), _joined(masks), _starts(starts, length))
+    _require_known(tokens, runs, sample.tokens, reading)
+    _require_known(tokens, [(begin + 1, end + 1) for begin, end in runs], sample.labels, reading)
+    return sample
+
+
+def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: Reading) -> Sample:
+    """A sample of whole documents, or of parts of long ones, each on its own; what is left over is padding.
+
+    Args:
+        tokens: the source.
+        runs: documents and parts as [a, b) of the source's positions.
+        seq_length: tokens of the sample.
+        reading: how.
+    """
+    row = np.zeros(seq_length, dtype=np.int64)
+    labels = np.zeros(seq_length, dtype=np.int64)
+    mask = np.zeros(seq_length, dtype=np.float32)
+    starts, at = [], 0
+    for begin, end in runs:
+        size = end - begin
+        own = tokens.tokens(begin, min(end + 1, tokens.num_tokens))
+        row[at : at + size] = own[:size]
+        labels[at : at + len(own) - 1] = own[1:]
+        mask[at : at + size] = 1.0
+        if (carried := tokens.loss_mask(begin + 1, begin + len(own))) is not None:
+            mask[at : at + len(own) - 1] *= carried
+        if len(tokens.document_ends(end - 1, end)):  # what follows is another document
+            mask[at + size - 1] = 0.0
+            labels[at + size - 1] = row[at + size - 1]
+        starts.append(at)
+        at += size
+    if at < seq_length:
+        row[at:] = labels[at:] = row[at - 1]
+        starts.append(at)
+    _require_known(tokens, runs, row[:at], reading)
+    return Sample(row, labels, mask, _starts(starts, seq_length))
+
+
+def cut(sample: Sample, length: int) -> Sample:
+    """The sample as independent sequences of a length."""
+    size = len(sample.tokens)
+    starts = np.union1d(sample.starts, np.arange(0, size, length, dtype=np.int64))
+    return Sample(sample.tokens, sample.labels, sample.loss_mask, starts)
+
+
+def _joined[Kind: np.generic](parts: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _starts(found: list[int], length: int) -> npt.NDArray[np.int64]:
+    starts = np.unique(np.asarray(found, dtype=np.int64))
+    return starts[starts < length]
+
+
+def _require_known(tokens: TokenSet, runs: Sequence[Run], row: npt.NDArray[np.int64], reading: Reading) -> None:
+    """An id that the model does not have is found here, by file and document, and not in a kernel."""
+    size = reading.vocab_size
+    if size is None or (row.max() < size and row.min() >= 0):
+        return
+    at = int(np.argmax((row >= size) | (row < 0)))
+    token = int(row[at])
+    for begin, end in runs:
+        if at < end - begin:
+            fix = f"is no id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare the data again."
+            raise DataError(Problem("token", token, fix))
+        at -= end - begin

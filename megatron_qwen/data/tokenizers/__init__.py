@@ -1,0 +1,1 @@
+"""Tokenizer directories: loaded, trained, and encoding text at speed."""

@@ -1,0 +1,1 @@
+"""The modules of backend ``te``: NVIDIA's Transformer Engine, GPUs only."""

@@ -1,0 +1,1 @@
+"""The modules of backend ``torch``: plain torch on a CPU or a GPU."""

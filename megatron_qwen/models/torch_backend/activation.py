@@ -1,0 +1,21 @@
+"""The feed-forward's activation in plain torch."""
+
+import torch
+from megatron.core.transformer import TransformerConfig
+
+from megatron_qwen.models.torch_backend.functions import SwiGLU
+
+
+class SwiGLUActivation(torch.nn.Module):
+    """SwiGLU on gate and up side by side.
+
+    Args:
+        config: the core's configuration; not read.
+    """
+
+    def __init__(self, *, config: TransformerConfig) -> None:
+        super().__init__()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., 2 f] -> [..., f]."""
+        return SwiGLU.apply(x)

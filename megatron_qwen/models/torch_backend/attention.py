@@ -1,0 +1,202 @@
+"""Causal self-attention in plain torch (SDPA), with context parallelism by gathering keys and values."""
+
+import contextlib
+import functools
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import tensor_parallel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.enums import AttnMaskType
+
+from megatron_qwen.distributed.sequence import in_global_order
+from megatron_qwen.models.sequences import SeparateSequences
+from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
+from megatron_qwen.models.torch_backend.functions import RotateQKV
+
+
+class TorchSelfAttention(SelfAttention):
+    """The core's self-attention with its own path from the joint projection to the context.
+
+    Splitting, RoPE and the layout that SDPA wants are one operation with one gradient buffer. Parameters,
+    sharding and checkpoint names are the core's.
+    """
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        rotary_pos_emb: torch.Tensor,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[s, b, h] -> [s, b, h] and the bias of the output projection, which is None.
+
+        Args:
+            hidden_states: normalised input, [s / CP, b, h], and split over TP under sequence parallelism.
+            attention_mask: not used; the mask is causal.
+            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position with independent sequences.
+            packed_seq_params: where independent sequences begin; None where the row is one.
+        """
+        assert packed_seq_params is None or isinstance(packed_seq_params, SeparateSequences)
+        mixed, _bias = self.linear_qkv(hidden_states)
+        if self.checkpoint_core_attention:
+            context = tensor_parallel.checkpoint(
+                partial(self._context, sequences=packed_seq_params), False, mixed, rotary_pos_emb
+            )
+        else:
+            context = self._context(mixed, rotary_pos_emb, sequences=packed_seq_params)
+        return self.linear_proj(context)
+
+    def _context(
+        self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: SeparateSequences | None
+    ) -> torch.Tensor:
+        groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
+        slots = self.num_attention_heads_per_partition // groups + 2
+        half = angles[:, 0, 0, : d // 2]
+        if sequences is not None:
+            half = half[sequences.positions]
+        cos, sin = half.cos().to(mixed.dtype), half.sin().to(mixed.dtype)
+        mixed = mixed.view(*mixed.shape[:2], groups, slots, d)
+        if self.config.qk_layernorm:
+            query, key, value = mixed.split((slots - 2, 1, 1), dim=3)
+            mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
+        query, key, value = RotateQKV.apply(mixed, cos, sin)
+        return self.core_attention(query, key, value, sequences=sequences)
+
+
+class TorchAttention(torch.nn.Module):
+    """Core attention over scaled_dot_product_attention, on a CPU by ``causal_attention`` where that pays.
+
+    With context parallelism a rank holds chunks r and 2 CP - 1 - r of the sequence (the load-balanced order
+    of Transformer Engine). It gathers K and V of all ranks and lets each of its two query chunks attend to the
+    prefix that ends with it; the gradient of K and V goes back by reduce-scatter. That is the all-gather scheme
+    of Llama 3 (arXiv 2407.21783, section 3.3.2).
+
+    Args:
+        config: the core's configuration; its attention dropout is read.
+        softmax_scale: factor on the scores; None is 1 / sqrt(head dimension).
+        pg_collection: groups; ``cp`` is used.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        cp_comm_type: str | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__()
+        assert attn_mask_type == AttnMaskType.causal
+        assert attention_type == "self"
+        assert pg_collection is not None
+        self.dropout = config.attention_dropout
+        self.scale = softmax_scale
+        self.cp_group = pg_collection.cp
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: SeparateSequences | None = None
+    ) -> torch.Tensor:
+        """Attends.
+
+        Args:
+            query: [b, heads / TP, s / CP, d].
+            key: [b, kv_heads / TP, s / CP, d].
+            value: as ``key``.
+            sequences: what may attend to one another; None is everything before.
+
+        Returns:
+            [s / CP, b, heads / TP x d].
+        """
+        if self.cp_group.size() > 1:
+            context = self._attend_gathered(query, key, value, sequences)
+        elif sequences is not None:
+            context = self._attend_each(query, key, value, sequences.lengths)
+        else:
+            context = self._attend(query, key, value)
+        context = context.permute(2, 0, 1, 3)
+        return context.reshape(*context.shape[:2], -1)
+
+    def _attend_each(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Each sequence by itself: the work is the sum of their squares."""
+        parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+        return torch.cat([self._attend(*part) for part in parts], dim=2)
+
+    def _attend_gathered(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: SeparateSequences | None
+    ) -> torch.Tensor:
+        cp, rank = self.cp_group.size(), self.cp_group.rank()
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            gathered = tensor_parallel.gather_from_sequence_parallel_region(
+                tensor.permute(2, 0, 1, 3).contiguous(), group=self.cp_group
+            )
+            return in_global_order(gathered, cp).permute(1, 2, 0, 3)
+
+        key, value = whole(key), whole(value)
+        chunk = query.shape[2] // 2
+        parts = []
+        for index, part in zip((rank, 2 * cp - 1 - rank), query.split(chunk, dim=2), strict=True):
+            end = (index + 1) * chunk
+            mask = None if sequences is None else _same_sequence(sequences, end - chunk, end)
+            parts.append(self._attend(part, key[:, :, :end], value[:, :, :end], mask))
+        return torch.cat(parts, dim=2)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, allowed: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
+        dropout = self.dropout if self.training else 0.0
+        if allowed is None and not dropout and pays(query, key):
+            scale = self.scale or query.shape[3] ** -0.5
+            return BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())  # type: ignore[no-any-return]
+        mask = None
+        if allowed is not None:
+            mask = _causal(query.shape[2], key.shape[2], query.device) & allowed
+        elif query.shape[2] != key.shape[2]:
+            mask = _causal_bias(query.shape[2], key.shape[2], query.device, query.dtype)
+        # Ranks that hold other heads draw other dropout.
+        with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
+
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Attention holds no parameters."""
+        return {}
+
+
+def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
+    """Which keys a query sees, [queries, keys]; the last sees them all."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+@functools.lru_cache(maxsize=2)  # a rank has two chunks of queries
+def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The same to add to scores. Layers share it: each would otherwise keep its own for the backward pass."""
+    bias = torch.zeros(queries, keys, dtype=dtype, device=device)
+    return bias.masked_fill_(~_causal(queries, keys, device), float("-inf"))
+
+
+def _same_sequence(sequences: SeparateSequences, first: int, stop: int) -> torch.Tensor:
+    """Which of keys 0 .. stop - 1 are of the same sequence as queries first .. stop - 1, [stop - first, stop]."""
+    bounds = sequences.cu_seqlens_q
+    number = torch.bucketize(torch.arange(stop, device=bounds.device), bounds, right=True)
+    return number[first:, None] == number[None, :]

@@ -1,0 +1,89 @@
+"""The mapping table is one to one, in both directions, and names what transformers names."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from megatron_qwen.estimate.parameters import count_parameters
+from megatron_qwen.hf.config import hf_config, model_from_hf
+from megatron_qwen.hf.mapping import Rule, core_tensors, count_hf_tensors, hf_tensors, rules
+from megatron_qwen.recipes.registry import RECIPES
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe", "demo"])
+def test_names_are_those_of_transformers(recipe):
+    model = RECIPES[recipe]().model
+    names = [item.name for item in hf_tensors(model)]
+    assert len(names) == len(set(names)) == count_hf_tensors(model)
+    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="float32")
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
+    expected = set(theirs.state_dict())
+    if model.is_moe:  # transformers holds a layer's experts as one tensor and reads them one by one
+        assert {name for name in names if ".experts." not in name} == {
+            name for name in expected if ".experts." not in name
+        }
+    else:
+        assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
+
+
+def split(rule: Rule, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
+    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in rule.rows)
+
+
+def join(rule: Rule, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """The inverse of ``split``."""
+    return torch.cat([tensors[part][start:stop] for part, (start, stop) in rule.origin()])
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe"])
+def test_split_and_join_are_inverse(recipe):
+    model = RECIPES[recipe]().model
+    for rule in rules(model):
+        tensor = torch.randn(rule.core_shape)
+        parts = split(rule, tensor)
+        assert [part.shape for part in parts] == [rule.shape(index) for index in range(len(rule.hf))]
+        assert torch.equal(join(rule, parts), tensor), rule.core
+        assert sorted(row for ranges in rule.rows for span in ranges for row in range(*span)) == list(
+            range(rule.num_rows)
+        ), "a row goes nowhere, or to two places"
+
+
+def test_query_heads_lie_beside_their_key_and_value():
+    """The core's order by the plain definition: group by group, its query heads, then key, then value."""
+    model = RECIPES["tiny_dense"]().model
+    rule = next(rule for rule in rules(model) if rule.core.endswith("linear_qkv.bias"))
+    d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups
+    query, key, value = (torch.arange(1000 * n, 1000 * n + count * d) for n, count in ((1, 4), (2, 2), (3, 2)))
+    expected = [
+        part
+        for group in range(model.num_query_groups)
+        for part in (
+            query[group * heads * d : (group + 1) * heads * d],
+            key[group * d : (group + 1) * d],
+            value[group * d : (group + 1) * d],
+        )
+    ]
+    assert torch.equal(join(rule, (query, key, value)), torch.cat(expected))
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "qwen3_235b_a22b"])
+def test_config_json_comes_back(recipe):
+    model = RECIPES[recipe]().model
+    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="bfloat16")
+    back = model_from_hf(content, where="config.json")
+    # What Hugging Face has no field for.
+    training_only = {"scale_output_init": True, "moe_z_loss_coeff": model.moe_z_loss_coeff}
+    routing = {} if model.is_moe else {"moe_aux_loss_coeff": model.moe_aux_loss_coeff}
+    head_dim = {"kv_channels": model.kv_channels} if back.head_dim == model.head_dim else {}
+    assert replace(back, **training_only, **routing, **head_dim) == model
+
+
+def test_parameters_of_the_table_are_those_of_the_estimate():
+    for name in ("qwen2_5_0_5b", "qwen2_5_72b", "qwen2_57b_a14b", "qwen3_8b", "qwen3_30b_a3b"):
+        model = RECIPES[name]().model
+        stored = sum(torch.Size(item.rule.core_shape).numel() for item in core_tensors(model))
+        assert stored == count_parameters(model).total, name
