@@ -1,6 +1,7 @@
 """Real text, a real tokenizer, real tokens and real ranks, made once for all tests."""
 
 import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -33,12 +34,18 @@ def pytest_unconfigure() -> None:
     _FORK_SERVER.close()
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it again, here or in what is forked from here."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Of ``-n auto``."""
-    from tests.schedule import workers
+    from tests.schedule import WORKERS
 
-    return workers(len(os.sched_getaffinity(0)))
+    return WORKERS
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -82,6 +82,7 @@ def test_five_hundred_mutations(tokens, tmp_path):
     assert opened > 50
 
 
+TORN = gzip.compress(random.Random(0).randbytes(5000).hex().encode(), mtime=0)[:2000]
 LONG = '{"text": "' + "x" * (3 << 20) + '"}\n'
 
 
@@ -101,7 +102,11 @@ LONG = '{"text": "' + "x" * (3 << 20) + '"}\n'
         ("blank.jsonl", b"\n\n  \n", "holds no text"),
         ("hollow.jsonl", b'{"text": ""}\n', "holds no text"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-9], "cut.jsonl.gz"),
-        ("torn.jsonl.gz", gzip.compress(random.Random(0).randbytes(5000).hex().encode(), mtime=0)[:2000], "torn.jsonl.gz"),
+        (
+            "torn.jsonl.gz",
+            gzip.compress(random.Random(0).randbytes(5000).hex().encode(), mtime=0)[:2000],
+            "torn.jsonl.gz",
+        ),
         ("no.jsonl.gz", b"this is not gzip", "no.jsonl.gz"),
         ("cut.jsonl.zst", zstandard.compress(b'{"text": "abc"}\n' * 1000)[:-3], "cut.jsonl.zst"),
         ("no.jsonl.zst", b"this is not zstandard", "no.jsonl.zst"),
