@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _device as torch_device
 
+from megatron_qwen.core_patches import shared_gloo_device
 from megatron_qwen.errors import ConfigError, Problem
 
 _CPU = torch.device("cpu")
@@ -156,6 +157,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
     for name in ("torch.utils.cpp_extension", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    shared_gloo_device.apply()
     if has_cuda():
         # Segments that grow leave less memory unusable between tensors of many sizes. Read at the first allocation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

@@ -14,8 +14,9 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
 from tests.distributed.layouts import DENSE, MOE
+from tests.tiers import cases, count
 
-STEPS = 5
+STEPS = count(quick=3, thorough=5)
 
 
 def config_of(recipe: str, tokens: Path) -> RunConfig:
@@ -50,7 +51,7 @@ def relative_differences(weights: dict[str, Any], expected: dict[str, Any]) -> d
 
 @pytest.fixture(scope="module")
 def one_rank(pool, tokens, tmp_path_factory):
-    """Five steps of each model on one rank, by recipe."""
+    """Steps of each model on one rank, by recipe."""
     found = {}
     for recipe in ("tiny_dense", "tiny_tied", "tiny_qwen3", "tiny_moe", "tiny_qwen3_moe"):
         directory = tmp_path_factory.mktemp(recipe)
@@ -60,9 +61,10 @@ def one_rank(pool, tokens, tmp_path_factory):
     return found
 
 
-QWEN3 = ("TP2+SP", "TP2", "PP2", "CP2", "TP2+SP full recompute", "selective recompute")
-QWEN3_MOE = ("TP2+SP", "EP2xTP2 ETP1", "PP2xEP2")
-TIED = ("TP2+SP", "PP2", "PP2xVPP2", "DP2", "TP2+SPxPP2")
+# What these models add to a layout: norms of queries and keys, and embeddings tied over stages.
+QWEN3 = cases(["TP2+SP", "CP2"], ["TP2", "PP2", "TP2+SP full recompute", "selective recompute"])
+QWEN3_MOE = cases(["EP2xTP2 ETP1"], ["TP2+SP", "PP2xEP2"])
+TIED = cases(["PP2xVPP2", "TP2+SPxPP2"], ["TP2+SP", "PP2", "DP2"])
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from tests.processes import kill_points
+
 # Programs and ranks of the checkout. What else is started with sys.executable gets an interpreter of its own.
 PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert", "tests")
 # Read when a process starts, by the interpreter, the C library or OpenMP: no fork for a child that wants another value.
@@ -104,6 +106,7 @@ def become(
     sys.executable = os.environ.get(PYTHON_VARIABLE, sys.executable)
     _reset_interpreter()
     prepare()
+    kill_points.install()
     code = 0
     try:
         _run(command[1:])
