@@ -1,6 +1,6 @@
 """All gloo groups of a process share one device, that is one thread that waits for their sockets.
 
-Replaced: ``torch.distributed.distributed_c10d._create_gloo_process_group`` (seen in torch 2.14.1). torch gives each group
+Replaced: ``torch.distributed.distributed_c10d._create_gloo_process_group`` (seen in torch 2.15). torch gives each group
 a device of its own. The thread of a device wakes up a hundred times a second, whether or not there is anything to read,
 and megatron-core makes some twenty groups a rank: an idle rank took 3 % of a core, with one device 0.2 %. Twenty-five
 steps of ``tiny_dense`` on two tensor-parallel ranks that share two cores took 7 to 25 % less CPU time.
