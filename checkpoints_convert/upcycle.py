@@ -1,7 +1,6 @@
 """``mq convert upcycle``: a mixture of experts that starts from a dense model."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,7 +22,6 @@ from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.models.hf_mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
-log = logging.getLogger(__name__)
 REPORT = "upcycle.json"
 
 

@@ -73,12 +73,6 @@ def finished_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory:
     return make_run(pool, "tiny_dense", tokens, tokenizer, tmp_path_factory.mktemp("finished") / "run")
 
 
-@pytest.fixture(scope="session")
-def finished_moe_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a mixture of experts."""
-    return make_run(pool, "tiny_moe", tokens, tokenizer, tmp_path_factory.mktemp("finished_moe") / "run")
-
-
 def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir: Path) -> Path:
     """Trains eight steps on one rank as ``mq train`` does."""
     files = [f"data.path={tokens}", f"data.tokenizer={tokenizer}"]
