@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import xxhash
 
+from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.compare.sides import Side, open_side
 from checkpoints_convert.compare.verify import compare_logits
-from checkpoints_convert.conversion import SHARD_BYTES, Converted
+from checkpoints_convert.conversion import Converted
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
 from checkpoints_convert.output import Piece, Record
 from checkpoints_convert.tensor_set import TensorSet
