@@ -64,7 +64,7 @@ class BlockwiseCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         keys, values, dtype = key.flatten(0, 1), value.flatten(0, 1), query.dtype
