@@ -13,8 +13,9 @@ import torch
 import xxhash
 
 from checkpoints_convert import safetensors_format, work
+from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
-from checkpoints_convert.conversion import DTYPES, SHARD_BYTES, Converted, predict
+from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.output import OutputFile, Piece, Record, pack

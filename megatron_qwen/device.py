@@ -290,7 +290,8 @@ def _map_tensor_methods() -> None:
             args = (_CPU, *args[1:])
         if _is_cuda_device(kwargs.get("device")):
             kwargs["device"] = _CPU
-        return plain_to(self, *args, **kwargs)
+        moved: torch.Tensor = plain_to(self, *args, **kwargs)
+        return moved
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # The core sorts parameters by this name and knows only the CUDA ones.
@@ -300,7 +301,7 @@ def _map_tensor_methods() -> None:
     tensor.to, tensor.type = to, type_
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _map_collectives() -> None:

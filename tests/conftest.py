@@ -166,16 +166,6 @@ def finished_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory:
     return made_once(tmp_path_factory, "finished", make) / "run"
 
 
-@pytest.fixture(scope="session")
-def finished_moe_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a mixture-of-experts (MoE) model."""
-
-    def make(directory: Path) -> None:
-        make_run(pool, "tiny_moe", tokens, tokenizer, directory / "run")
-
-    return made_once(tmp_path_factory, "finished_moe", make) / "run"
-
-
 def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir: Path) -> Path:
     """Trains eight steps on one rank as ``mq train`` does."""
     files = [f"data.path={tokens}", f"data.tokenizer={tokenizer}"]

@@ -69,7 +69,9 @@ def _forward(
         x = tensor_parallel.gather_from_sequence_parallel_region(x, group=layer.tp_group)
     elif reduce_gradient:
         x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=layer.tp_group)
-    y = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(*x.shape[:-1], len(weight))
+    y: torch.Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(
+        *x.shape[:-1], len(weight)
+    )
     return y if bias is None else y + bias
 
 

@@ -58,7 +58,10 @@ def output_loss(
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets, weights = labels.t().reshape(-1), mask.t().reshape(-1).float()
     training = torch.is_grad_enabled()  # inside of a Function it never is
-    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens, training)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(
+        flat, weight, targets, weights, groups.tp, valid, chunk_tokens, training
+    )
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

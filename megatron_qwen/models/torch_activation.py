@@ -18,4 +18,5 @@ class SwiGLUActivation(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., 2 f] -> [..., f]."""
-        return SwiGLU.apply(x)
+        out: torch.Tensor = SwiGLU.apply(x)
+        return out

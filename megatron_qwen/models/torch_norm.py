@@ -26,4 +26,5 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises ``x``, [..., hidden_size]."""
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        out: torch.Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
+        return out
