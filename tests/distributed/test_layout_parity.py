@@ -32,7 +32,8 @@ def config_of(recipe: str, tokens: Path) -> RunConfig:
 def usual_config(recipe: str, tokens: Path) -> RunConfig:
     if recipe == "tiny_tied":
         return usual_config("tiny_dense", tokens).with_section("model", share_embeddings_and_output_weights=True)
-    return RECIPES[recipe]().with_section("data", path=str(tokens))
+    # Two micro-batches a step: gradients are accumulated, and stages are busy at once.
+    return RECIPES[recipe]().with_section("data", path=str(tokens)).with_section("training", global_batch_size=2)
 
 
 def exported(config: RunConfig, checkpoint: Path) -> dict[str, Any]:
