@@ -58,6 +58,8 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
     parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
+    told = "name data, tokenizer and checkpoint by their paths on this machine in README.md and manifest.json"
+    parser.add_argument("--local-paths", action="store_true", help=f"{told}; they have names and hashes otherwise")
     parser.add_argument(
         "--check",
         choices=["all", "weights"],
