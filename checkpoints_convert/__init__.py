@@ -1,1 +1,1 @@
-"""Converters between checkpoints and Hugging Face directories, on the library's one mapping table."""
+"""Converters between checkpoints and Hugging Face directories, on one mapping table, and comparisons of both."""

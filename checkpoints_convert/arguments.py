@@ -9,6 +9,9 @@ from megatron_qwen.cli import Parser
 from megatron_qwen.errors import ConfigError, Problem
 
 _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1}
+# Size at which a new file is begun where nobody says it. Here, not where files are written: that needs torch.
+SHARD_BYTES = 5_000_000_000
+_SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
 _DTYPES = ["bf16", "fp16", "fp32"]
 _CONFIG_HELP = "recipe or run.yaml, for what Megatron-LM or Megatron-Bridge wrote; section.field=value words change it"
 TAKES_OVERRIDES = ("to-hf", "verify", "diff", "upcycle")
@@ -55,13 +58,15 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
     parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
+    told = "name data, tokenizer and checkpoint by their paths on this machine in README.md and manifest.json"
+    parser.add_argument("--local-paths", action="store_true", help=f"{told}; they have names and hashes otherwise")
     parser.add_argument(
         "--check",
         choices=["all", "weights"],
         default="all",
-        help="what is compared with the checkpoint's manifest: all of it, or only what is exported (all)",
+        help="what is compared with the checkpoint's manifest: all of it, or only what is exported (%(default)s)",
     )
-    _writing_options(parser, default="5GB, or the files the model came in")
+    _writing_options(parser, default=f"{_SHARD_SIZE}, or the files the model came in")
 
 
 def _from_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
@@ -76,7 +81,7 @@ def _from_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
     parser.add_argument("out", type=Path, help="the directory to make")
     parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the directory")
-    _writing_options(parser, default="5GB")
+    _writing_options(parser, default=_SHARD_SIZE)
 
 
 def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
@@ -100,11 +105,13 @@ def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "--tolerance",
         type=float,
         default=0.0,
-        help="largest difference in units of a tensor's largest value; formats may then differ (0: equal bits)",
+        help="largest difference in units of a tensor's largest value; above 0 formats may differ (%(default)g)",
     )
     parser.add_argument("--logits", action="store_true", help="also run both models, layer by layer")
     parser.add_argument("--prompt", action="append", default=[], help="text for --logits; default: built-in ones")
-    parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32", help="format --logits computes in (fp32)")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="format --logits computes in (%(default)s)"
+    )
     _common_options(parser)
 
 
@@ -132,7 +139,7 @@ def _diff_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("a", type=Path, help="checkpoint or Hugging Face directory")
     parser.add_argument("b", type=Path, help="a later one")
     parser.add_argument("--config", help=_CONFIG_HELP)
-    parser.add_argument("--png", type=Path, default=Path("checkpoint-diff.png"), help="picture (checkpoint-diff.png)")
+    parser.add_argument("--png", type=Path, default=Path("checkpoint-diff.png"), help="picture (%(default)s)")
     _common_options(parser)
 
 
@@ -150,11 +157,11 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "--recipe", required=True, help="recipe or run.yaml whose experts are taken; then section.field=value words"
     )
     parser.add_argument("--config", help="recipe or run.yaml of the dense model, where Megatron-LM wrote it")
-    parser.add_argument("--seed", type=int, default=1234, help="of the router's rows (1234)")
+    parser.add_argument("--seed", type=int, default=1234, help="of the router's rows (%(default)s)")
     parser.add_argument(
         "--router-std", type=float, help="of the router's rows; default: chosen by the recipe's routing"
     )
-    share_help = "of the output that routed experts give where the shared expert holds the whole too (0.5)"
+    share_help = "of the output that routed experts give where the shared expert holds the whole too (%(default)g)"
     parser.add_argument("--routed-share", type=float, default=0.5, help=share_help)
     parser.add_argument("--no-logits", action="store_true", help="do not run both models to compare them")
     parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
@@ -170,7 +177,7 @@ def _writing_options(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
     workers = max(1, min(4, os.cpu_count() or 1))
-    parser.add_argument("--workers", type=int, default=workers, help=f"files or tensors at a time ({workers})")
+    parser.add_argument("--workers", type=int, default=workers, help="files or tensors at a time (%(default)s)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
 
 

@@ -15,7 +15,6 @@ from checkpoints_convert.progress import Prediction, free_bytes, peak_resident_b
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
 _BLOCKS_IN_FLIGHT = 26
-SHARD_BYTES = 5_000_000_000
 # What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
 _MOVED_PER_SECOND = 0.6e9
 # Below this, a trial of the disk takes longer than what it predicts.

@@ -30,6 +30,7 @@ def _to_hf(options: argparse.Namespace) -> int:
         max_shard_bytes=size_in_bytes(options.max_shard_size),
         workers=options.workers,
         license_=options.license,
+        local_paths=options.local_paths,
         check_everything=options.check == "all",
         restart=options.restart,
         quiet=options.json,

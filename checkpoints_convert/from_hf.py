@@ -4,7 +4,8 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_convert.conversion import DTYPES, SHARD_BYTES, Converted
+from checkpoints_convert.arguments import SHARD_BYTES
+from checkpoints_convert.conversion import DTYPES, Converted
 from checkpoints_convert.hf_directory import HfDirectory
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
 from checkpoints_convert.output import Piece

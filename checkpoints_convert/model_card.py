@@ -1,7 +1,9 @@
 """README.md of an exported model: what it is, what it was trained on, where it comes from."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from megatron_qwen.config.sections import ModelConfig
@@ -9,9 +11,19 @@ from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.provenance import code_version
 
 _UNKNOWN = "not recorded"
+_SOURCES_SHOWN = 10
 
 
-def model_card(source: CheckpointSource, *, name: str, architecture: str, dtype: str, license_: str | None) -> str:
+def model_card(
+    source: CheckpointSource,
+    *,
+    name: str,
+    architecture: str,
+    dtype: str,
+    license_: str | None,
+    checkpoint: Mapping[str, Any],
+    data: Sequence[Mapping[str, Any]],
+) -> str:
     """The card, with the front matter that model hubs read.
 
     Args:
@@ -20,6 +32,8 @@ def model_card(source: CheckpointSource, *, name: str, architecture: str, dtype:
         architecture: transformers' class.
         dtype: format of the weights.
         license_: SPDX-like identifier; None leaves the field for the releasing person.
+        checkpoint: which one, as origin.py tells it.
+        data: what it was trained on, as origin.py tells it.
     """
     config = source.config
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
@@ -31,8 +45,9 @@ def model_card(source: CheckpointSource, *, name: str, architecture: str, dtype:
         ("Tokens seen", _tokens(source)),
         ("Iteration", f"{source.iteration:,}"),
         ("Sequence length in training", f"{config.data.seq_length:,}"),
-        ("Data", f"`{config.data.path}`" if config.data.path else _UNKNOWN),
+        ("Data", _data(data)),
         ("Validation loss", _validation_loss(source)),
+        ("Checkpoint", _checkpoint(checkpoint)),
         ("Training code", _commit(source.state.get("code"))),
         ("Conversion code", _commit(code_version())),
     ]
@@ -83,6 +98,24 @@ def _tokens(source: CheckpointSource) -> str:
     arguments = source.common.get("args")
     samples, length = getattr(arguments, "consumed_train_samples", None), getattr(arguments, "seq_length", None)
     return f"{samples * length:,}" if isinstance(samples, int) and isinstance(length, int) else _UNKNOWN
+
+
+def _data(sources: Sequence[Mapping[str, Any]]) -> str:
+    """Sources by name, with what tells their tokens from others."""
+    if not sources:
+        return _UNKNOWN
+    shown = []
+    for source in sources[:_SOURCES_SHOWN]:
+        known = [f"{source['tokens']:,} tokens"] if "tokens" in source else []
+        known += [f"xxh3-128 `{source['xxh3_128']}`"] if source["xxh3_128"] else []
+        shown.append(f"`{source.get('path', source['name'])}`" + (f" ({', '.join(known)})" if known else ""))
+    more = len(sources) - len(shown)
+    return "; ".join([*shown, *([f"and {more} more, in `manifest.json`"] if more else [])])
+
+
+def _checkpoint(noted: Mapping[str, Any]) -> str:
+    name = f"`{noted.get('path', noted['name'])}`" + (f" of `{noted['run']}`" if noted["run"] else "")
+    return f"{name}, manifest xxh3-128 `{noted['xxh3_128']}`" if noted["verified"] else f"{name}, without a manifest"
 
 
 def _validation_loss(source: CheckpointSource) -> str:

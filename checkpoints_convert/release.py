@@ -53,8 +53,7 @@ def write_manifest(
     *,
     files: Mapping[str, str],
     tensors: Mapping[str, NotedTensor],
-    source: Mapping[str, Any],
-    configuration: Mapping[str, Any],
+    origin: Mapping[str, Any],
     identity: Mapping[str, Any],
 ) -> None:
     """Writes manifest.json, the last file of a directory.
@@ -63,14 +62,14 @@ def write_manifest(
         directory: what is described.
         files: SHA-256 of the files that are known already; the others in the directory are read.
         tensors: by name.
-        source: where the weights come from.
-        configuration: the run's, resolved.
+        origin: where the weights come from: ``source``, ``data``, and the run's resolved ``configuration``.
         identity: all that decided the bytes.
     """
     names = sorted(released_files(directory))
     content = {
         "format": 1,
-        "source": source,
+        "source": origin["source"],
+        "data": origin["data"],
         "code": code_version(),
         "identity": identity_digest(identity),
         "files": {
@@ -81,7 +80,7 @@ def write_manifest(
             name: {"dtype": noted.dtype, "shape": list(noted.shape), "xxh3_128": noted.xxh3_128, "file": noted.file}
             for name, noted in sorted(tensors.items())
         },
-        "configuration": configuration,
+        "configuration": origin["configuration"],
     }
     (directory / MANIFEST).write_text(json.dumps(content, indent=1) + "\n")
 

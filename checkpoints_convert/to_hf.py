@@ -13,16 +13,17 @@ import torch
 import xxhash
 
 from checkpoints_convert import safetensors_format, work
+from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
-from checkpoints_convert.conversion import DTYPES, SHARD_BYTES, Converted, predict
+from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
+from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
 from checkpoints_convert.output import OutputFile, Piece, Record, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
-from megatron_qwen.config.run import as_dict
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
 from megatron_qwen.errors import CheckpointError, DataError
 from megatron_qwen.hf.config import hf_config
@@ -43,6 +44,7 @@ class ExportOptions:
             had when it was converted from Hugging Face.
         workers: files written at a time.
         license_: for the model card.
+        local_paths: name data, tokenizer and checkpoint by their paths on this machine in what is published.
         check_everything: check what is not exported (the optimizer's state) against the manifest, too.
         restart: throw away an unfinished conversion of something else to the same place.
         quiet: show no progress.
@@ -52,6 +54,7 @@ class ExportOptions:
     max_shard_bytes: int | None = None
     workers: int = 2
     license_: str | None = None
+    local_paths: bool = False
     check_everything: bool = True
     restart: bool = False
     quiet: bool = False
@@ -66,8 +69,13 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
         DiskFullError: there is not enough room.
     """
     files = plan_files(source, options)
-    configs = _configs(source, files, options, name=out.name)
-    identity = _identity(source, options, configs)
+    origin = {
+        "source": checkpoint_origin(source, local_paths=options.local_paths),
+        "data": data_origin(source, local_paths=options.local_paths),
+        "configuration": published_configuration(source.config, local_paths=options.local_paths),
+    }
+    configs = _configs(source, files, options, name=out.name, origin=origin)
+    identity = _identity(source, options, configs, origin)
     total = sum(record.value_bytes for file in files for record in file.records)
     if is_complete(out, identity):
         work.clear_notes(out)
@@ -98,8 +106,7 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
                 for file in files
                 for record in file.records
             },
-            source=_provenance(source),
-            configuration=as_dict(source.config),
+            origin=origin,
             identity=identity,
         )
         task.commit()
@@ -161,7 +168,7 @@ def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> P
 
 
 def _configs(
-    source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str
+    source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str, origin: dict[str, Any]
 ) -> dict[str, str]:
     """The text files beside the weights, by name."""
     formats = {record.dtype for file in files for record in file.records}
@@ -169,12 +176,21 @@ def _configs(
     eos, bos = _token_ids(source)
     if source.tokenizer is None:
         log.warning("the run names no tokenizer (data.tokenizer): the export has none")
+    elif not options.local_paths and (told := local_path_in(source.tokenizer)):
+        fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
+        log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
     config = hf_config(source.config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
     texts = {CONFIG: _dump(config)}
     if source.tokenizer is None or not (source.tokenizer / "generation_config.json").is_file():
         texts["generation_config.json"] = _dump({"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})
     texts["README.md"] = model_card(
-        source, name=name, architecture=config["architectures"][0], dtype=dtype, license_=options.license_
+        source,
+        name=name,
+        architecture=config["architectures"][0],
+        dtype=dtype,
+        license_=options.license_,
+        checkpoint=origin["source"],
+        data=origin["data"],
     )
     if [file.name for file in files] != [SINGLE]:
         texts[INDEX] = _index(files)
@@ -203,7 +219,9 @@ def _index(files: Sequence[OutputFile]) -> str:
     return _dump({"metadata": metadata, "weight_map": {record.name: name for record, name in records}}, sort_keys=True)
 
 
-def _identity(source: CheckpointSource, options: ExportOptions, configs: dict[str, str]) -> dict[str, Any]:
+def _identity(
+    source: CheckpointSource, options: ExportOptions, configs: dict[str, str], origin: dict[str, Any]
+) -> dict[str, Any]:
     """All that decides the bytes of the directory."""
     tokenizer = {}
     if source.tokenizer is not None:
@@ -212,25 +230,12 @@ def _identity(source: CheckpointSource, options: ExportOptions, configs: dict[st
         }
     return {
         "kind": "to-hf",
-        "source": _provenance(source),
-        "configuration": as_dict(source.config),
+        **origin,
         "dtype": options.dtype,
         "max_shard_bytes": options.max_shard_bytes,
         "texts": {name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in sorted(configs.items())},
         "tokenizer": tokenizer,
         "code": code_version(),
-    }
-
-
-def _provenance(source: CheckpointSource) -> dict[str, Any]:
-    return {
-        "kind": "checkpoint",
-        "path": str(source.path.absolute()),
-        "run": None if source.run_dir is None else source.run_dir.name,
-        "iteration": source.iteration,
-        "xxh3_128": source.digest(),
-        "verified": source.entries is not None,
-        "written_by": source.state.get("code"),
     }
 
 

@@ -1,7 +1,6 @@
 """``mq convert upcycle``: a mixture of experts that starts from a dense model."""
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 import torch
 import xxhash
 
+from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.compare.sides import Side, open_side
 from checkpoints_convert.compare.verify import compare_logits
-from checkpoints_convert.conversion import SHARD_BYTES, Converted
+from checkpoints_convert.conversion import Converted
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
 from checkpoints_convert.output import Piece, Record
 from checkpoints_convert.tensor_set import TensorSet
@@ -23,7 +23,6 @@ from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
-log = logging.getLogger(__name__)
 REPORT = "upcycle.json"
 
 

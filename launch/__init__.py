@@ -1,1 +1,1 @@
-"""Programs that start ranks: locally, and for the demo."""
+"""Programs that start runs, on this machine and through Slurm: checks before a submission, studies, the demo."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from megatron_qwen.cli import Parser
 
 TAKES_OVERRIDES = ("submit", "dry-run", "array", "freeze")
+DEFAULT_RUNS = Path("runs")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -46,7 +47,7 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _job_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1, help="of a job (1)")
+    parser.add_argument("--nodes", type=int, default=1, help="of a job (%(default)s)")
     parser.add_argument("--cluster", help="a file of launch/clusters by its name, or a path")
     parser.add_argument("--ranks-per-node", type=int, help="default: the cluster's, one a GPU")
     parser.add_argument("--time-limit", help="of a job, D-HH:MM:SS; default: the cluster's")
@@ -94,7 +95,7 @@ def _array_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     )
     parser.add_argument("file", type=Path)
     _job_options(parser)
-    parser.add_argument("--at-once", type=int, default=4, help="runs that may run together (4)")
+    parser.add_argument("--at-once", type=int, default=4, help="runs that may run together (%(default)s)")
     parser.add_argument("--run-root", type=Path, help="default: the cluster's")
     parser.add_argument("--json", action="store_true")
 
@@ -111,7 +112,7 @@ def _status_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
             "mq launch status --watch",
         ],
     )
-    parser.add_argument("runs", nargs="*", type=Path, help="run directories, or directories of them (runs)")
+    parser.add_argument("runs", nargs="*", type=Path, help=f"run directories, or directories of them ({DEFAULT_RUNS})")
     parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="show it again and again")
     parser.add_argument("--json", action="store_true")
 

@@ -4,10 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from launch import cluster, cluster_init, control, dry_run, logs, run_jobs, status, submit
-from launch.arguments import TAKES_OVERRIDES, parser
+from launch.arguments import DEFAULT_RUNS, TAKES_OVERRIDES, parser
 from launch.freeze import freeze, note_jobs
 from launch.preflight import check
 from launch.request import Request, make
@@ -17,8 +16,6 @@ from megatron_qwen.cli import run_program
 from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem
 from megatron_qwen.resilience import policy
 from megatron_qwen.rundir import RunDirectory, RunState
-
-DEFAULT_RUNS = Path("runs")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -33,6 +33,8 @@ _LAYOUT_FIELDS = {
     "ep": "expert_model_parallel_size",
     "etp": "expert_tensor_parallel_size",
 }
+_AXES = (*_LAYOUT_FIELDS, "dp", "sp")
+_LAYOUT = "tp=2"
 
 
 class Stages:
@@ -63,9 +65,8 @@ def layout_overrides(words: Sequence[str]) -> tuple[list[str], int]:
     sizes = {"tp": 1, "pp": 1, "cp": 1, "dp": 1}
     for word in words:
         axis, _, value = word.partition("=")
-        if axis not in {*_LAYOUT_FIELDS, "dp", "sp"} or not value.isdecimal() or (axis != "sp" and int(value) < 1):
-            known = ", ".join([*_LAYOUT_FIELDS, "dp", "sp"])
-            raise ConfigError(Problem("--layout", word, f"expected AXIS=SIZE with an axis of {known}."))
+        if axis not in _AXES or not value.isdecimal() or (axis != "sp" and int(value) < 1):
+            raise ConfigError(Problem("--layout", word, f"expected AXIS=SIZE with an axis of {', '.join(_AXES)}."))
         sizes[axis] = int(value)
     fields = [f"parallel.{_LAYOUT_FIELDS[axis]}={size}" for axis, size in sizes.items() if axis in _LAYOUT_FIELDS]
     sequence = sizes["tp"] > 1 and sizes.get("sp", 1) > 0
@@ -203,9 +204,9 @@ def main(arguments: Sequence[str]) -> int:
             "mq demo --layout tp=2 pp=2",
         ],
     )
-    parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (demo-run)")
-    layout_help = "tp, sp, pp, vp, cp, dp (tp=2)"
-    parser.add_argument("--layout", nargs="+", default=["tp=2"], metavar="AXIS=SIZE", help=layout_help)
+    parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (%(default)s)")
+    layout_help = f"{', '.join(_AXES)} ({_LAYOUT})"
+    parser.add_argument("--layout", nargs="+", default=[_LAYOUT], metavar="AXIS=SIZE", help=layout_help)
     parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     options = parser.parse_args(arguments)
     layout, ranks = layout_overrides(options.layout)

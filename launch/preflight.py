@@ -19,8 +19,6 @@ from megatron_qwen.config.run import SECTION_TYPES, as_dict
 from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
 from megatron_qwen.rundir import RunDirectory
 
-# Beyond four epochs repeated data is worth visibly less than new (Muennighoff et al. 2023, arXiv 2305.16264).
-_WORTHWHILE_EPOCHS = 4.0
 # What a parallel file system takes from one node, for the time a save needs.
 _ASSUMED_WRITE_BYTES_PER_S = 1e9
 

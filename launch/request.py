@@ -8,7 +8,7 @@ from pathlib import Path
 from launch import cluster as clusters
 from launch.cluster import Cluster
 from megatron_qwen import slurm
-from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.run import RunConfig, with_paths
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
@@ -140,14 +140,10 @@ def with_name(request: Request, name: str, config: RunConfig) -> Request:
 def absolute_paths(config: RunConfig) -> RunConfig:
     """Paths as they are from here; what run.yaml says must hold from any directory."""
 
-    def absolute(path: str | None) -> str | None:
-        return path if path is None or "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
+    def absolute(path: str) -> str:
+        return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
 
-    data, checkpoint = config.data, config.checkpoint
-    paths = {name: absolute(getattr(data, name)) for name in ("path", "blend", "tokenizer")}
-    config = config.with_section("data", **paths)
-    begins = {name: absolute(getattr(checkpoint, name)) for name in ("load", "branch_from")}
-    return config.with_section("checkpoint", **begins)
+    return with_paths(config, absolute)
 
 
 def smallest_world(config: RunConfig) -> int:

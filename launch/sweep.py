@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launch.sweeps.arguments import parser
+from launch.sweeps.arguments import NODES, RUNS, parser
 from megatron_qwen.cli import run_program
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
@@ -66,7 +66,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
 
     if options.action == "submit":
         plan = read_plan(options.plan)
-        study = StudyDirectory(options.study or Path("runs") / str(plan.content["name"]))
+        study = StudyDirectory(options.study or RUNS / str(plan.content["name"]))
         study.claim(plan)
     else:
         study = StudyDirectory(options.study)
@@ -104,7 +104,7 @@ def _place(options: argparse.Namespace, kept: str | None) -> Any:
     from launch.sweeps.handover import Place
 
     fields = ("cluster", "nodes", "ranks_per_node", "at_once")
-    standing = {"cluster": None, "nodes": 1, "ranks_per_node": None, "at_once": None} | json.loads(kept or "{}")
+    standing = {"cluster": None, "nodes": NODES, "ranks_per_node": None, "at_once": None} | json.loads(kept or "{}")
     typed = {name: value for name in fields if (value := getattr(options, name)) is not None}
     return Place(**(standing | typed))
 

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.utils import _device as torch_device
 
+from megatron_qwen.core_patches import shared_gloo_device
 from megatron_qwen.errors import ConfigError, Problem
 
 _CPU = torch.device("cpu")
@@ -156,6 +157,7 @@ def prepare() -> None:
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
     for name in ("torch.utils.cpp_extension", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    shared_gloo_device.apply()
     if has_cuda():
         # Segments that grow leave less memory unusable between tensors of many sizes. Read at the first allocation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -288,7 +290,8 @@ def _map_tensor_methods() -> None:
             args = (_CPU, *args[1:])
         if _is_cuda_device(kwargs.get("device")):
             kwargs["device"] = _CPU
-        return plain_to(self, *args, **kwargs)
+        moved: torch.Tensor = plain_to(self, *args, **kwargs)
+        return moved
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # The core sorts parameters by this name and knows only the CUDA ones.
@@ -298,7 +301,7 @@ def _map_tensor_methods() -> None:
     tensor.to, tensor.type = to, type_
     tensor.cuda = lambda self, *args, **kwargs: self
     tensor.record_stream = lambda self, stream: None
-    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment,method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
 
 
 def _map_collectives() -> None:

@@ -1,6 +1,7 @@
 """Real text, a real tokenizer, real tokens and real ranks, made once for all tests."""
 
 import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -33,12 +34,18 @@ def pytest_unconfigure() -> None:
     _FORK_SERVER.close()
 
 
+def pytest_collection_finish() -> None:
+    """What was imported stays: the collector need not look at it again, here or in what is forked from here."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """Of ``-n auto``."""
-    from tests.schedule import workers
+    from tests.schedule import WORKERS
 
-    return workers(len(os.sched_getaffinity(0)))
+    return WORKERS
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -157,16 +164,6 @@ def finished_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory:
         make_run(pool, "tiny_dense", tokens, tokenizer, directory / "run")
 
     return made_once(tmp_path_factory, "finished", make) / "run"
-
-
-@pytest.fixture(scope="session")
-def finished_moe_run(pool: "Pools", tokens: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same of a mixture-of-experts (MoE) model."""
-
-    def make(directory: Path) -> None:
-        make_run(pool, "tiny_moe", tokens, tokenizer, directory / "run")
-
-    return made_once(tmp_path_factory, "finished_moe", make) / "run"
 
 
 def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir: Path) -> Path:

@@ -1,8 +1,8 @@
 """In which order a test run starts its tests, and on which of its workers.
 
-Tests on a Slurm cluster wait most of their time and have a cluster a worker; other tests compute. So some workers begin
-with the ones that wait and the rest with the ones that compute, the long ones first, and every worker that has nothing
-left of its own kind helps with the other.
+There are three kinds of tests. Those on a Slurm cluster wait most of their time. Those of several ranks keep two cores
+busy, and two at once take more than twice as long, because ranks wait for each other in every collective. The rest is
+one process each. A worker begins with the tests of its kind, the long ones first, and then helps with the others.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,17 @@ from typing import Any
 
 from xdist.scheduler import LoadScopeScheduling
 
-# Seconds that a file or directory was seen to take, the longest first; what is not named is short.
+WORKERS = 3
+_SLURM, _RANKS, _REST = range(WORKERS)
+_KINDS = {
+    "tests/slurm": _SLURM,
+    "tests/e2e": _RANKS,
+    "tests/distributed": _RANKS,
+    "tests/training": _RANKS,
+    "tests/checkpoint/": _RANKS,
+    "tests/optim": _RANKS,
+}
+# The longest first; what is not named is short.
 _LONG = (
     "tests/slurm/test_sweep.py",
     "tests/slurm/test_faults.py",
@@ -22,40 +32,29 @@ _LONG = (
     "tests/launch",
     "tests/data",
 )
-_WAITING = ("tests/slurm",)
 # Their tests share nothing but the cluster.
 _ONE_BY_ONE = ("tests/slurm/test_faults.py", "tests/slurm/test_run.py", "tests/slurm/test_stops.py")
 
 
-def workers(cores: int) -> int:
-    """Workers of a machine: one a core for tests that compute, and as many for tests that wait."""
-    return 2 * cores
-
-
 class Schedule(LoadScopeScheduling):
-    """A file a unit of work, on the cluster a test; units by kind and length."""
+    """A file is a unit of work, on the cluster a test; units go out by kind and length."""
 
     def _split_scope(self, nodeid: str) -> str:
         return nodeid if nodeid.split("::")[0] in _ONE_BY_ONE else nodeid.split("::")[0]
 
     def _assign_work_unit(self, node: Any) -> None:
-        wanted = _takes_waiting_first(node.gateway.id)
-        scopes = sorted(self.workqueue, key=lambda scope: (_waits(scope) != wanted, _rank(scope)))
+        own = int(node.gateway.id.removeprefix("gw")) % WORKERS
+        scopes = sorted(self.workqueue, key=lambda scope: (_kind(scope) != own, _kind(scope), _place(scope)))
         self.workqueue.move_to_end(scopes[0], last=False)
         super()._assign_work_unit(node)
 
 
-def _takes_waiting_first(worker: str) -> bool:
-    """Every second worker: gw1, gw3, ..."""
-    return int(worker.removeprefix("gw")) % 2 == 1
+def _kind(scope: str) -> int:
+    return next((kind for name, kind in _KINDS.items() if scope.startswith(name)), _REST)
 
 
-def _waits(scope: str) -> bool:
-    return scope.startswith(_WAITING)
-
-
-def _rank(scope: str) -> int:
-    return next((rank for rank, name in enumerate(_LONG) if scope.startswith(name)), len(_LONG))
+def _place(scope: str) -> int:
+    return next((place for place, name in enumerate(_LONG) if scope.startswith(name)), len(_LONG))
 
 
 def table(seconds: dict[str, float]) -> Sequence[str]:

@@ -1,6 +1,7 @@
 """Rules of the house that no linter knows."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,47 @@ def test_a_source_file(path):
         owner = name.split(".")[0]
         if owner in ONE_FILE:
             assert path.name == ONE_FILE[owner], f"{owner} is imported in one file only"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_help_texts_take_defaults_from_the_parser(path):
+    """``(%(default)s)`` or a constant: a literal stays as it was when the default changes."""
+    tree = ast.parse(path.read_text())
+    # A help text that was given a name first, to keep the line short.
+    named = {
+        target.id: node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    for node in ast.walk(tree):
+        if not (
+            isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument"
+        ):
+            continue
+        given = {keyword.arg: keyword.value for keyword in node.keywords}
+        text = given.get("help")
+        if isinstance(text, ast.Name):
+            text = named.get(text.id)
+        default = {
+            str(one.value) for one in ast.walk(given.get("default", ast.Pass())) if isinstance(one, ast.Constant)
+        }
+        for part in literals(text):
+            for words in re.findall(r"\(([^()%]+)\)", part):
+                number = re.match(r"[-+]?[0-9.]+(e[-+]?[0-9]+)?\b", words)
+                assert number is None, f"line {node.lineno}: {words} is written out"
+                assert words not in default, f"line {node.lineno}: {words} is written out"
+
+
+def literals(text: ast.expr | None) -> list[str]:
+    """The text of an expression that is written out in it, of f-strings the parts between the braces' values."""
+    if text is None:
+        return []
+    if isinstance(text, ast.JoinedStr):
+        # What stands in braces is computed: it leaves a mark that is no literal.
+        return ["".join(str(one.value) if isinstance(one, ast.Constant) else "%" for one in text.values)]
+    return [str(one.value) for one in ast.walk(text) if isinstance(one, ast.Constant)]
 
 
 def inside_function(tree: ast.Module, inner: ast.FunctionDef) -> bool:

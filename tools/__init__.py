@@ -1,1 +1,1 @@
-"""Programs for one person at a terminal: configuration, data, reports, benchmarks."""
+"""Programs for one person at a terminal: configurations, plans, data, scaling laws, text, reports, benchmarks."""

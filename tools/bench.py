@@ -40,8 +40,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "name", choices=list(_NAMES), help="; ".join(f"{name}: {text}" for name, text in _NAMES.items())
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns that count (7)")
-    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn of train_step (4)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns that count (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn of train_step (%(default)s)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     parser.add_argument("--hardware", type=Path, help="ceilings: also write them as a file that mq plan --gpu takes")

@@ -51,30 +51,39 @@ CHECKS = (
 )
 
 
-# Debian's package by a program of it: what tests run against that pip does not have.
-DEBIAN_PACKAGES = {
-    "slurmctld": "slurm-wlm",
-    "munged": "munge",
-    "slurmdbd": "slurmdbd",
-    "mariadbd": "mariadb-server",
-    "shellcheck": "shellcheck",
-    "chromium": "chromium",
-}
+# Debian's packages that tests run against; .ci/run installs them while the environment is being made.
+DEBIAN_PACKAGES = _ROOT / "tests" / "debian_packages.txt"
 
 
 def install_debian_packages() -> None:
     """Installs what is missing, where this process may; elsewhere the tests say what they did without."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    missing = [package for program, package in DEBIAN_PACKAGES.items() if shutil.which(program, path=path) is None]
-    if not missing or os.geteuid() != 0 or shutil.which("apt-get") is None:
+    wanted = DEBIAN_PACKAGES.read_text().split()
+    if os.geteuid() != 0 or shutil.which("apt-get") is None or _are_installed(wanted):
         return
-    print(f"installing {', '.join(missing)} (apt-get)", flush=True)
+    print(f"installing {', '.join(wanted)} (apt-get)", flush=True)
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-q"], ["apt-get", "install", "-y", "-q", *missing]):
+    # .ci/run may be installing them at this moment.
+    install = ["apt-get", "install", "-y", "-q", "-o", "DPkg::Lock::Timeout=600", *wanted]
+    for command in (install, ["apt-get", "update", "-q"], install):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        if done.returncode:
-            print(f"{' '.join(command)} failed:\n{done.stderr}", flush=True)
+        if command is install and done.returncode == 0:
             return
+    print(f"{' '.join(install)} failed:\n{done.stderr}", flush=True)
+
+
+def _are_installed(packages: Sequence[str]) -> bool:
+    return subprocess.run(["dpkg", "-s", *packages], capture_output=True, check=False).returncode == 0
+
+
+# What a shell may have set and tests must not: modules compiled anew by each of some hundred processes.
+_NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
+
+
+def test_environment(*, thorough: bool) -> dict[str, str]:
+    """The environment of pytest: one thread a process, and the counts of its tier."""
+    kept = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
+    tier = {"MQ_TEST_TIER": "thorough" if thorough else "quick"}
+    return {**kept, **tier, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -84,9 +93,18 @@ def main(arguments: Sequence[str]) -> int:
         description="Runs every check that this machine can run: formatting, lint, types, import layers, then "
         "the tests. What it cannot run (no GPU, no privileges) pytest names with its reason. As root on Debian it "
         "installs what the tests run against: Slurm, munge, MariaDB, shellcheck, Chromium.",
-        examples=["mq test", "mq test tests/data", "mq test -k resume -x", "mq test --only-static"],
+        examples=[
+            "mq test",
+            "mq test --thorough",
+            "mq test tests/data",
+            "mq test -k resume -x -n 0",
+            "mq test --only-static",
+        ],
     )
     parser.add_argument("--only-static", action="store_true", help="everything but the tests")
+    parser.add_argument(
+        "--thorough", action="store_true", help="large counts: every layout of every model, more kills and mutations"
+    )
     options, pytest_arguments = parser.parse_known_args(arguments)
     failed = [check.name for check in CHECKS if not check.run()]
     if options.only_static:
@@ -94,8 +112,10 @@ def main(arguments: Sequence[str]) -> int:
     if failed:
         print(f"FAILED before the tests: {', '.join(failed)}", flush=True)
     install_debian_packages()
-    command = [sys.executable, "-m", "pytest", *pytest_arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
+    # Several processes, unless the command says how many: tests.schedule.
+    spread = [] if {"-n", "--pdb"} & set(pytest_arguments) else ["-n", "auto"]
+    command = [sys.executable, "-m", "pytest", *spread, *pytest_arguments]
+    environment = test_environment(thorough=options.thorough)
     tests = subprocess.run(command, cwd=_ROOT, env=environment, check=False)
     return tests.returncode or (1 if failed else 0)
 

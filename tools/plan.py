@@ -11,7 +11,7 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware
+from megatron_qwen.estimate.hardware import KINDS, Hardware
 from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.layouts import Candidate, Rejected, layouts
 from megatron_qwen.estimate.speed import why_not
@@ -38,13 +38,16 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", nargs="?", help="a recipe or a run.yaml; then section.field=value overrides")
     parser.add_argument("--gpus", type=int, help="devices")
-    kinds = "h100, h200, b200, a100 (h100), or a file that mq bench ceilings wrote"
-    parser.add_argument("--gpu", default="h100", help=f"kind of device: {kinds}")
+    kinds = f"{', '.join(KINDS)}, or a file that mq bench ceilings wrote"
+    parser.add_argument("--gpu", default="h100", help=f"kind of device: {kinds} (%(default)s)")
     parser.add_argument("--sequence-length", type=int, help="instead of the recipe's")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="instead of the recipe's; fp8 is tensorwise")
-    parser.add_argument("--achieved", type=float, help="share of the device's ceilings that a step reaches (0.967)")
-    parser.add_argument("--imbalance", type=float, default=1.0, help="tokens of the busiest expert rank / the mean (1)")
-    parser.add_argument("--top", type=int, default=10, help="layouts shown (10)")
+    assumed = Assumptions()
+    reached = "share of the device's ceilings that a step reaches (%(default)g)"
+    parser.add_argument("--achieved", type=float, default=assumed.achieved, help=reached)
+    busiest = "tokens of the busiest expert rank / the mean (%(default)g)"
+    parser.add_argument("--imbalance", type=float, default=assumed.imbalance, help=busiest)
+    parser.add_argument("--top", type=int, default=10, help="layouts shown (%(default)s)")
     parser.add_argument("--rejected", action="store_true", help="show every rejected layout with its reason")
     parser.add_argument("--emit", action="store_true", help="print the best layout as overrides, nothing else")
     parser.add_argument("--png", type=Path, help="draw the memory of the layouts shown")
@@ -65,11 +68,9 @@ def main(arguments: Sequence[str]) -> int:
     config = _config(options, overrides)
     if not options.imbalance >= 1:
         raise ConfigError(Problem("--imbalance", options.imbalance, "is the busiest rank over the mean: at least 1."))
-    assumptions = Assumptions(imbalance=options.imbalance)
-    if options.achieved is not None:
-        if not 0 < options.achieved <= 1.5:
-            raise ConfigError(Problem("--achieved", options.achieved, "must be above 0 and at most 1.5."))
-        assumptions = Assumptions(imbalance=options.imbalance, achieved=options.achieved)
+    if not 0 < options.achieved <= 1.5:
+        raise ConfigError(Problem("--achieved", options.achieved, "must be above 0 and at most 1.5."))
+    assumptions = Assumptions(imbalance=options.imbalance, achieved=options.achieved)
     found, rejected = layouts(config, world_size=options.gpus, device=device, assumptions=assumptions)
     if not found:
         raise ConfigError(Problem("--gpus", f"{options.gpus} x {device.name}", _why_none(rejected, device)))

@@ -78,7 +78,8 @@ class CoreLayers:
         """[s, h] -> [s, h] by the loaded layer."""
         angles = self._module.rotary_pos_emb(hidden.shape[0])
         found, _ = self._module.decoder.layers[0](hidden[:, None], attention_mask=None, rotary_pos_emb=angles)
-        return found[:, 0]  # type: ignore[no-any-return]
+        after: torch.Tensor = found[:, 0]
+        return after
 
     @torch.no_grad()
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,8 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
 
 def _bytes(side: Side, name: str) -> int:
     shape, dtype, _ = side.described[name]
-    return torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+    item: int = getattr(torch, dtype).itemsize
+    return torch.Size(shape).numel() * item
 
 
 def _tensor(a: Side, b: Side, name: str, tolerance: float) -> Difference | None:

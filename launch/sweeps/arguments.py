@@ -6,6 +6,12 @@ from typing import Any
 
 from megatron_qwen.cli import Parser
 
+# Where neither the command line nor an earlier submission of the study says it. A machine has its cores, a cluster a
+# queue: so many runs together by scheduler.
+NODES = 1
+AT_ONCE = {"local": 1, "slurm": 32}
+RUNS = Path("runs")
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -60,11 +66,13 @@ def _add_fitting(actions: Any) -> None:
         "batch_tokens, status, embedding_params, total_params, granularity, name",
     )
     fit.add_argument("--output", type=Path, help="where the fit is written; beside the CSV as NAME.fit.json")
-    fit.add_argument("--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (out)")
-    fit.add_argument("--draws", type=int, default=1000, help="versions of the data behind every interval (1000)")
-    fit.add_argument("--seed", type=int, default=0, help="of their drawing (0)")
-    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln L (0.001)")
-    within = "how far above the best, in ln L, settings are described by a quadratic (0.01)"
+    fit.add_argument(
+        "--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (%(default)s)"
+    )
+    fit.add_argument("--draws", type=int, default=1000, help="versions of the data behind every interval (%(default)s)")
+    fit.add_argument("--seed", type=int, default=0, help="of their drawing (%(default)s)")
+    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln L (%(default)g)")
+    within = "how far above the best, in ln L, settings are described by a quadratic (%(default)g)"
     fit.add_argument("--window", type=float, default=0.01, help=within)
     fit.add_argument("--json", action="store_true")
     report = actions.add_parser(
@@ -98,8 +106,10 @@ def _add_prescribe(actions: Any) -> None:
     prescribe.add_argument("--tokens", type=float, help="tokens to train on")
     prescribe.add_argument("--gpu-hours", type=float, help="a budget, instead of --params and --tokens")
     prescribe.add_argument("--gpus", type=int, required=True, help="devices")
-    prescribe.add_argument("--gpu", default="h100", help="kind of device, or a file that mq bench ceilings wrote")
-    beyond = "compute over the largest fitted one that is refused (1000)"
+    prescribe.add_argument(
+        "--gpu", default="h100", help="kind of device, or a file that mq bench ceilings wrote (%(default)s)"
+    )
+    beyond = "compute over the largest fitted one that is refused (%(default)g)"
     prescribe.add_argument("--refuse-factor", type=float, default=1000.0, help=beyond)
     prescribe.add_argument("--output", type=Path, help="where run.yaml is written; it is printed otherwise")
     prescribe.add_argument("--json", action="store_true")
@@ -115,7 +125,7 @@ def _add_running(actions: Any) -> None:
         help="run a plan",
     )
     submit.add_argument("plan", type=Path, help="what mq sweep plan has written")
-    submit.add_argument("--study", type=Path, help="its directory (runs/ and the name of the plan)")
+    submit.add_argument("--study", type=Path, help=f"its directory ({RUNS}/ and the name of the plan)")
     resume = actions.add_parser(
         "resume",
         description="Goes on with a study whose controller has ended, where its runs went before unless told "
@@ -126,10 +136,11 @@ def _add_running(actions: Any) -> None:
     resume.add_argument("study", type=Path, help="the directory of the study")
     for each in (submit, resume):
         each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
-        each.add_argument("--nodes", type=int, help="of a run (1)")
+        each.add_argument("--nodes", type=int, help=f"of a run ({NODES})")
         each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
-        each.add_argument("--at-once", type=int, help="runs that wait or run together (1; on Slurm 32)")
-        each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (10)")
+        together = f"runs that wait or run together ({AT_ONCE['local']}; on Slurm {AT_ONCE['slurm']})"
+        each.add_argument("--at-once", type=int, help=together)
+        each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (%(default)g)")
     status = actions.add_parser(
         "status",
         description="How every run of a study stands, from its directory and the scheduler.",

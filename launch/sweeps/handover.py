@@ -8,15 +8,13 @@ from itertools import batched, groupby
 from launch import cluster as clusters
 from launch import preflight, submit
 from launch.request import Request, chosen_cluster, make
+from launch.sweeps.arguments import AT_ONCE
 from launch.sweeps.database import ACTIVE, Database, Row
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.errors import UserError
 from tools.scaling.observations import FAILED, UNFINISHED
 from tools.scaling.outcome import outcome
-
-# Runs together where nobody says how many: a machine has its cores, a cluster a queue.
-_AT_ONCE = {"local": 1, "slurm": 32}
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ class HandOver:
         )  # fmt: skip
         scheduler = clusters.load(chosen_cluster(place.cluster)).scheduler
         self.as_arrays = scheduler == "slurm"
-        self.at_once = place.at_once or _AT_ONCE[scheduler]
+        self.at_once = place.at_once or AT_ONCE[scheduler]
         # Fewer where Slurm has refused so many at once: sites limit arrays and jobs of a user.
         self._most = self.at_once
 

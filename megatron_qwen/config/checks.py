@@ -355,8 +355,3 @@ def _rampup(config: RunConfig, step: int) -> Iterator[Problem]:
             "micro batch x DP",
             "every batch of the ramp must be whole.",
         )
-
-
-_RULES = (
-    _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _checkpoint, _recompute,
-)  # fmt: skip

@@ -1,5 +1,6 @@
 """A whole run: the sections together."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -29,6 +30,8 @@ SECTION_TYPES: dict[str, type] = {
     "resilience": ResilienceConfig,
     "performance": PerformanceConfig,
 }
+# Fields that name a file or a directory.
+PATHS = {"data": ("path", "blend", "tokenizer"), "checkpoint": ("load", "branch_from")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,15 @@ class RunConfig:
 def all_fields() -> dict[str, FieldInfo]:
     """Every field of every section by its path, ``section.field``."""
     return {info.path: info for section, cls in SECTION_TYPES.items() for info in field_infos(section, cls).values()}
+
+
+def with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
+    """A copy in which every path that is given is changed."""
+    for section, names in PATHS.items():
+        values = {name: getattr(getattr(config, section), name) for name in names}
+        given = {name: change(value) for name, value in values.items() if value is not None}
+        config = config.with_section(section, **given)
+    return config
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:

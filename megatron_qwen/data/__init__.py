@@ -1,1 +1,1 @@
-"""From text to samples: tokenizers, token files, sample order, batches. Imports no torch but in batches.py."""
+"""From text to batches: tokenizers, token files, sample order, loaders. Only batches and DALI need torch."""

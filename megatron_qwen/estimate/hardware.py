@@ -108,7 +108,7 @@ def _like_h200(name: str, peak: float, memory_gib: float, memory_gb_s: float, nv
     )
 
 
-_KINDS = {
+KINDS = {
     "h200": _H200,
     "h100": replace(
         _H200, name="h100", memory_gib=79.1, memory_gb_s=3000.0, source="the H200's processor, memory measured"
@@ -123,7 +123,7 @@ def known(name: str) -> Hardware | None:
     if "PCIe" in name or "NVL" in name:
         return None
     words = re.findall(r"[a-z0-9]+", name.lower())
-    return next((device for kind, device in _KINDS.items() if kind in words), None)
+    return next((device for kind, device in KINDS.items() if kind in words), None)
 
 
 def peak_tflops(device_name: str, dtype: str) -> float | None:
@@ -138,6 +138,6 @@ def hardware(name: str) -> Hardware:
     Raises:
         ConfigError: it is not known.
     """
-    if name.lower() not in _KINDS:
-        raise ConfigError(Problem("--gpu", name, f"is not known; known are {', '.join(sorted(_KINDS))}."))
-    return _KINDS[name.lower()]
+    if name.lower() not in KINDS:
+        raise ConfigError(Problem("--gpu", name, f"is not known; known are {', '.join(sorted(KINDS))}."))
+    return KINDS[name.lower()]

@@ -1,1 +1,1 @@
-"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases."""
+"""Where numbers go: metrics.jsonl, TensorBoard, Weights & Biases, the performance card, the terminal."""

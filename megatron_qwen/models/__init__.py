@@ -1,1 +1,1 @@
-"""From a configuration to megatron-core model chunks, and from their tensors to Hugging Face names."""
+"""From a configuration to megatron-core model chunks on either backend, and to Hugging Face names and back."""

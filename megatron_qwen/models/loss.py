@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
-from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend.provider import formulas
+from megatron_qwen.models.torch_backend.provider.compiled import kernels
 
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -59,7 +59,10 @@ def output_loss(
     flat = hidden.reshape(-1, hidden.shape[-1])
     targets, weights = labels.t().reshape(-1), mask.t().reshape(-1).float()
     training = torch.is_grad_enabled()  # inside of a Function it never is
-    return _ChunkedCrossEntropy.apply(flat, weight, targets, weights, groups.tp, valid, chunk_tokens, training)
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(
+        flat, weight, targets, weights, groups.tp, valid, chunk_tokens, training
+    )
+    return loss
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -1,1 +1,1 @@
-"""The optimizer and the schedules of learning rate and batch size."""
+"""The optimizer, its state whole, lean or on the host, and the learning-rate schedule."""

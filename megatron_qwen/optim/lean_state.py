@@ -49,7 +49,8 @@ def make_exchangeable(part: Any) -> None:
 
     def shard_of(model_param: torch.Tensor) -> torch.Tensor:
         group, order = part.model_param_group_index_map[model_param]
-        return part.optimizer.param_groups[group]["params"][order]
+        shard: torch.Tensor = part.optimizer.param_groups[group]["params"][order]
+        return shard
 
     def get(_: Any, model_param: torch.Tensor) -> dict[str, torch.Tensor]:
         tensors: dict[str, torch.Tensor] = plain_get(model_param)

@@ -1,1 +1,1 @@
-"""What a run does when something goes wrong: signals, numbers that are not finite, a launcher that died."""
+"""What a run does when something goes wrong: signals, heartbeat, exit codes, what is done after an attempt."""

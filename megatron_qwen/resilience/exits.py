@@ -1,4 +1,4 @@
-"""How a program ends: an error of the user's becomes one message and its exit code, anything else a traceback."""
+"""How a rank ends: an error of the user's becomes one message and its exit code, anything else a traceback."""
 
 import os
 import sys

@@ -10,8 +10,9 @@ from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
+from tests.tiers import count
 
-TRIALS = 20
+TRIALS = count(quick=4, thorough=30)
 
 
 def write_until_followed(config: RunConfig, root: Path) -> int:
@@ -35,7 +36,7 @@ def write_until_followed(config: RunConfig, root: Path) -> int:
     raise AssertionError("nobody followed")
 
 
-def test_no_bad_checkpoint_in_twenty(pool, tokens, tmp_path):
+def test_no_bad_checkpoint(pool, tokens, tmp_path):
     config = RECIPES["tiny_dense"]().with_section("data", path=str(tokens))
     moments = random.Random(7)
     caught_in_between = 0

@@ -8,7 +8,9 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,16 +18,26 @@ from checkpoints_convert.from_hf import ImportOptions, convert
 from megatron_qwen.errors import CheckpointError, DiskFullError
 from tests.checkpoints_convert.big import SHARD_BYTES, big_model
 from tests.conftest import command, environment, small_disk
+from tests.processes import kill_points
+from tests.tiers import count
 
-KILLS = 15  # of each direction
+KILLS = count(quick=2, thorough=15)  # of each direction, at random moments
 
 
-def start(*words: object) -> subprocess.Popen[bytes]:
+def start(*words: object, kill_before: int | None = None) -> subprocess.Popen[bytes]:
+    """Begins ``mq convert``.
+
+    Args:
+        words: its arguments.
+        kill_before: number of the call that changes a file's state before which it is killed.
+    """
+    killed = {} if kill_before is None else {kill_points.VARIABLE: str(kill_before)}
     return subprocess.Popen(
         command("checkpoints_convert.convert", *words),
-        env=environment(),
+        env={**environment(), **killed},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
 
 
@@ -52,42 +64,74 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("direction", COMMANDS)
-def test_killed_at_random_moments(direction, source, tmp_path):
-    words = COMMANDS[direction](source, tmp_path / "out")
-    whole = start(*words)
-    answer = json.loads(whole.communicate(timeout=120)[0])
-    writing_s = answer["seconds"]
+@pytest.fixture(scope="module", params=COMMANDS)
+def conversion(request, source, tmp_path_factory):
+    """A conversion in one direction: its command line, where it goes, its answer and the bytes it makes."""
+    out = tmp_path_factory.mktemp("conversion") / "out"
+    words = COMMANDS[request.param](source, out)
+    answer = json.loads(start(*words).communicate(timeout=120)[0])
     assert answer["kept_bytes"] == 0
-    expected = hashes(tmp_path / "out")
+    expected = hashes(out)
     assert len(expected) > 12
-    dice = random.Random(11)
-    total, killed, kept_after_a_kill = answer["weight_bytes"], 0, 0
-    while killed < KILLS:
-        shutil.rmtree(tmp_path / "out")
-        process = start(*words)
-        # From when it begins to write, for as long as that took; before, there is nothing to lose.
-        while process.poll() is None and not (tmp_path / ".out.partial").exists():
-            time.sleep(0.001)
-        time.sleep(writing_s * dice.uniform(0, 1.1))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0:
-            continue
-        killed += 1
-        written = unfinished_bytes(tmp_path)
-        assert not (tmp_path / "out").exists() or hashes(tmp_path / "out").items() >= expected.items()
-        again = start(*words)
+    shutil.rmtree(out)
+    return Conversion(words, out, answer, expected)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """See the fixture."""
+
+    words: tuple[object, ...]
+    out: Path
+    answer: dict[str, Any]
+    expected: dict[str, str]
+
+    def resume(self) -> int:
+        """The same command after a kill gives the same bytes; answers with those of tensors that it kept."""
+        written = unfinished_bytes(self.out.parent)
+        assert not self.out.exists() or hashes(self.out).items() >= self.expected.items()
+        again = start(*self.words)
         answer = json.loads(again.communicate(timeout=120)[0])
         assert again.returncode == 0
-        assert hashes(tmp_path / "out") == expected
-        assert not list(tmp_path.glob(".out*")), "something is left beside the directory"
+        assert hashes(self.out) == self.expected
+        assert not list(self.out.parent.glob(".out*")), "something is left beside the directory"
         # What was on the disk and is written again: under one shard.
         repeated = written - answer["kept_bytes"]
         assert repeated < SHARD_BYTES, f"{repeated} bytes of {written} were thrown away"
-        kept_after_a_kill += 0 < answer["kept_bytes"] < total
-    print(f"{direction}: {killed} kills, the same bytes {killed} times, {kept_after_a_kill} of them in the middle")
-    assert kept_after_a_kill, "no kill fell into the writing"
+        shutil.rmtree(self.out)
+        return int(answer["kept_bytes"])
+
+
+def test_killed_between_two_states_of_its_files(conversion):
+    kept = []
+    for number in kill_points.numbers():
+        process = start(*conversion.words, kill_before=number)
+        process.communicate(timeout=120)
+        if process.returncode == 0:
+            shutil.rmtree(conversion.out)
+            break
+        assert process.returncode == -signal.SIGKILL
+        kept.append(conversion.resume())
+    print(f"{len(kept)} kills, the same bytes each time; kept in between: {kept}")
+    assert len(kept) > 5
+    assert any(0 < size < conversion.answer["weight_bytes"] for size in kept), "no kill fell into the writing"
+
+
+def test_killed_at_random_moments(conversion):
+    dice, killed = random.Random(11), 0
+    while killed < KILLS:
+        process = start(*conversion.words)
+        # From when it begins to write, for as long as that took; before, there is nothing to lose.
+        while process.poll() is None and not conversion.out.with_name(".out.partial").exists():
+            time.sleep(0.001)
+        time.sleep(conversion.answer["seconds"] * dice.uniform(0, 1.1))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            shutil.rmtree(conversion.out)
+            continue
+        killed += 1
+        conversion.resume()
 
 
 def unfinished_bytes(folder: Path) -> int:

@@ -17,8 +17,9 @@ from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.source import resolve
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
-from tests.checkpoints_convert.models import MODELS, make, with_tokenizer
+from tests.checkpoints_convert.models import make, with_tokenizer
 from tests.distributed import jobs
+from tests.tiers import cases
 
 TP, PP, VPP, EP = (
     "parallel.tensor_model_parallel_size",
@@ -29,32 +30,41 @@ TP, PP, VPP, EP = (
 SP = {"parallel.sequence_parallel": True}
 UNEVEN = {PP: 2, "parallel.num_layers_in_first_pipeline_stage": 1}
 ETP1 = {"parallel.expert_tensor_parallel_size": 1}
-# name of the model -> (ranks, layout) it passes through
-LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
-    *((name, 1, {}) for name in MODELS),
-    ("qwen2 odd", 2, UNEVEN),
-    ("qwen2 odd tied", 2, UNEVEN),
-    ("qwen3 odd", 2, UNEVEN),
-    ("qwen2 even", 2, {TP: 2}),
-    ("qwen2 even", 4, {TP: 4} | SP),
-    ("qwen2 even", 4, {PP: 4}),
-    ("qwen2 even", 2, {PP: 2, VPP: 4}),
-    ("qwen2 even", 4, {PP: 4, VPP: 2}),
-    ("qwen2 even", 4, {TP: 2, PP: 2, VPP: 2} | SP),
-    ("qwen2 even tied", 4, {TP: 2, PP: 2}),
-    ("qwen2 even tied", 4, {TP: 4}),
-    ("qwen3 even tied", 4, {TP: 4}),
-    ("qwen3 even tied", 4, {TP: 2, PP: 2, VPP: 4} | SP),
-    ("qwen2_moe odd", 2, {EP: 2}),
-    ("qwen2_moe odd", 4, {EP: 4}),
-    ("qwen2_moe odd", 4, UNEVEN | {EP: 2}),
-    ("qwen2_moe even", 4, {TP: 2, EP: 2} | SP | ETP1),
-    ("qwen2_moe even", 4, {TP: 4} | SP),
-    ("qwen2_moe even", 4, {PP: 2, VPP: 2, EP: 2}),
-    ("qwen3_moe odd", 4, {EP: 4}),
-    ("qwen3_moe even", 4, {TP: 2, PP: 2} | SP),
-    ("qwen3_moe even", 4, {PP: 4, VPP: 2}),
-]
+# name of the model, ranks and layout that it passes through
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = cases(
+    [
+        ("qwen2 odd tied", 1, {}),
+        ("qwen3 odd", 1, {}),
+        ("qwen2_moe odd", 1, {}),
+        ("qwen3_moe odd", 1, {}),
+        ("qwen2 odd", 2, UNEVEN),
+        ("qwen2 even", 2, {PP: 2, VPP: 4}),
+        ("qwen2 even", 4, {TP: 2, PP: 2, VPP: 2} | SP),
+        ("qwen2 even tied", 4, {TP: 2, PP: 2}),
+        ("qwen3 even tied", 4, {TP: 4}),
+        ("qwen2_moe odd", 4, UNEVEN | {EP: 2}),
+        ("qwen2_moe even", 4, {TP: 2, EP: 2} | SP | ETP1),
+        ("qwen3_moe even", 4, {PP: 4, VPP: 2}),
+    ],
+    [
+        *((name, 1, {}) for name in ("qwen2 odd", "qwen2 even", "qwen2 even tied", "qwen3 even tied")),
+        *((name, 1, {}) for name in ("qwen2_moe even", "qwen3_moe even")),
+        ("qwen2 odd tied", 2, UNEVEN),
+        ("qwen3 odd", 2, UNEVEN),
+        ("qwen2 even", 2, {TP: 2}),
+        ("qwen2 even", 4, {TP: 4} | SP),
+        ("qwen2 even", 4, {PP: 4}),
+        ("qwen2 even", 4, {PP: 4, VPP: 2}),
+        ("qwen2 even tied", 4, {TP: 4}),
+        ("qwen3 even tied", 4, {TP: 2, PP: 2, VPP: 4} | SP),
+        ("qwen2_moe odd", 2, {EP: 2}),
+        ("qwen2_moe odd", 4, {EP: 4}),
+        ("qwen2_moe even", 4, {TP: 4} | SP),
+        ("qwen2_moe even", 4, {PP: 2, VPP: 2, EP: 2}),
+        ("qwen3_moe odd", 4, {EP: 4}),
+        ("qwen3_moe even", 4, {TP: 2, PP: 2} | SP),
+    ],
+)
 
 
 def weight_files(directory: Path) -> list[str]:

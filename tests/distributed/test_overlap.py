@@ -6,7 +6,7 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
 
-STEPS = 5
+STEPS = 3
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
 # Buckets of one matrix: what is used without waiting for its own bucket waits for none.
 BUCKET = 3_000

@@ -24,7 +24,8 @@ def layout_of(recipe, name):
 
 
 def config_of(recipe, name, tokens):
-    return jobs.with_layout(RECIPES[recipe]().with_section("data", path=str(tokens)), layout_of(recipe, name)[1])
+    config = RECIPES[recipe]().with_section("data", path=str(tokens)).with_section("training", global_batch_size=2)
+    return jobs.with_layout(config, layout_of(recipe, name)[1])
 
 
 @pytest.fixture(scope="module")

@@ -18,13 +18,14 @@ from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
 from tests.distributed import jobs
 
-STEPS, HALF = 60, 30
+STEPS, HALF = 24, 12
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 
 
 def overrides(tokens: Path) -> list[str]:
     dropout = ["model.hidden_dropout=0.1", "model.attention_dropout=0.1"]
-    length = [f"training.train_iters={STEPS}", f"checkpoint.save_interval={HALF}", "training.eval_interval=20"]
+    length = [f"training.train_iters={STEPS}", f"checkpoint.save_interval={HALF}", "training.eval_interval=8"]
+    length += ["training.global_batch_size=2", "training.eval_iters=1"]
     return [f"data.path={tokens}", *LAYOUT, *dropout, *length, "metrics.tensorboard=false"]
 
 
@@ -40,7 +41,7 @@ def losses(run_dir: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
-    """60 steps at a stretch."""
+    """All steps at a stretch."""
     run_dir = tmp_path_factory.mktemp("straight") / "run"
     run("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir, check=True)
     return run_dir
@@ -75,7 +76,7 @@ VARIANTS = {
         "tiny_dense",
         ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
     ),
-    "DP2, batch ramp": (2, "tiny_dense", ["training.rampup_batch_size=[2, 2, 8]"]),
+    "DP2, batch ramp": (2, "tiny_dense", ["training.rampup_batch_size=[2, 2, 4]", "training.global_batch_size=4"]),
     "saved in the background": (2, "tiny_dense", ["checkpoint.async_save=true", *LAYOUT]),
     "overlapped": (2, "tiny_dense", ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]),
 }
@@ -84,16 +85,17 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_resumes_bit_equal_in_every_mode(variant, pool, tokens, tmp_path):
     ranks, recipe, changes = VARIANTS[variant]
-    length = ["training.train_iters=6", "checkpoint.save_interval=3", "model.hidden_dropout=0.1"]
-    config = resolve(recipe, [f"data.path={tokens}", *changes, *length], RECIPES)
+    length = ["training.train_iters=4", "checkpoint.save_interval=2", "training.eval_iters=1"]
+    small = ["training.global_batch_size=2", "model.hidden_dropout=0.1"]
+    config = resolve(recipe, [f"data.path={tokens}", *length, *small, *changes], RECIPES)
     whole = tmp_path / "whole"
     RunDirectory(whole).claim(config)
     assert pool[ranks].run(jobs.attempt, config, whole) == [0] * ranks
     shutil.copytree(whole, tmp_path / "again")
-    last = iteration_dir(tmp_path / "again" / "checkpoints", 6)
+    last = iteration_dir(tmp_path / "again" / "checkpoints", 4)
     shutil.rmtree(last)
     assert pool[ranks].run(jobs.attempt, config, tmp_path / "again") == [0] * ranks
-    assert jobs.tensor_hashes(last) == jobs.tensor_hashes(iteration_dir(whole / "checkpoints", 6))
+    assert jobs.tensor_hashes(last) == jobs.tensor_hashes(iteration_dir(whole / "checkpoints", 4))
 
 
 def forget(part: str, checkpoint: Path, fresh: Path) -> None:

@@ -1,4 +1,4 @@
-"""The estimate's exact parts against real ranks and a real checkpoint."""
+"""The estimate's exact parts against real ranks and a real checkpoint, its peaks against those of an H200."""
 
 import pytest
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.processes.nested import ChildRequest
+from tests.processes.protocol import SERVER_VARIABLE
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _PR_SET_CHILD_SUBREAPER = 36
@@ -27,7 +28,8 @@ class ForkServer:
 
     def __init__(self) -> None:
         self.enabled = True
-        self._connection: socket.socket | None = None
+        given = os.environ.pop(SERVER_VARIABLE, None)
+        self._connection = None if given is None else socket.socket(fileno=int(given))
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._libc = ctypes.CDLL(None)
@@ -79,10 +81,11 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends the warm interpreter."""
-        if self._connection is not None and self._process is not None:
+        if self._connection is not None:
             self._connection.close()
+            self._connection = None
+        if self._process is not None:
             self._process.wait()
-            self._connection = self._process = None
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

@@ -4,6 +4,7 @@ Slurm starts, signals and waits for the stand-in, a small process that asks this
 rank ends. A rank whose stand-in was killed is killed; its number stands in a file named after the stand-in's.
 """
 
+import contextlib
 import os
 import pickle
 import selectors
@@ -135,10 +136,8 @@ class _Server:
         _, status = os.waitpid(child, 0)
         if connection in self._selector.get_map():
             self._selector.unregister(connection)
-        try:
+        with contextlib.suppress(OSError):  # the stand-in was killed first
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
-        except OSError:
-            pass  # the stand-in was killed first
         connection.close()
 
 

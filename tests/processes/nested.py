@@ -66,7 +66,7 @@ def fork_in_place() -> None:
         if child := os.fork():
             self.pid, self._child_created = child, True
             request.close_child_ends(self)
-            return
-        become(request.words(), request.options, request.streams)
+        else:
+            become(request.words(), request.options, request.streams)
 
     subprocess.Popen._execute_child = execute  # type: ignore[attr-defined]

@@ -8,17 +8,23 @@ import runpy
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from tests.processes import kill_points
+
 # Programs and ranks of the checkout. What else is started with sys.executable gets an interpreter of its own.
 PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert", "tests")
-# Read by the interpreter, the C library or OpenMP when a process starts: a child that wants another value is not forked.
-_READ_AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_", "CUDA_")
+# Read when a process starts, by the interpreter, the C library or OpenMP: no fork for a child that wants another value.
+_READ_AT_START = ("PYTHON", "OMP_", "MKL_", "OPENBLAS_", "LD_", "LC_", "LANG", "MALLOC_", "GLIBC_")
+# Without a driver nothing reads them.
+_READ_WITH_A_DRIVER = ("CUDA_", "NVIDIA_") if Path("/proc/driver/nvidia").exists() else ()
 # Names the interpreter that a program finds in sys.executable and writes into jobs: tests.processes.job_server.
 PYTHON_VARIABLE = "MQ_TEST_PYTHON"
+# A file descriptor: the server of a worker of pytest-xdist.
+SERVER_VARIABLE = "MQ_TEST_SERVER"
 _NOT_READ_AT_START = ("PYTHONPATH", "CUDA_DEVICE_MAX_CONNECTIONS")
 
 
@@ -47,12 +53,16 @@ def forkable(command: object, environment: Mapping[str, str], *, started_with: M
         environment: the child's.
         started_with: the environment in which the warm interpreter started.
     """
-    if not isinstance(command, list | tuple) or len(command) < 4:
+    if not isinstance(command, list | tuple) or read_at_start(environment) != read_at_start(started_with):
         return False
-    python, safe_path, module_option, module = map(os.fspath, command[:4])
-    if (python, safe_path, module_option) != (sys.executable, "-P", "-m") or module.split(".")[0] not in PACKAGES:
-        return False
-    return read_at_start(environment) == read_at_start(started_with)
+    python, *words = map(os.fspath, command)
+    is_program = words[:2] == ["-P", "-m"] and len(words) > 2 and words[2].split(".")[0] in PACKAGES
+    return python == sys.executable and (is_program or is_worker(words))
+
+
+def is_worker(words: Sequence[str]) -> bool:
+    """Whether the words after the interpreter are those of a worker that pytest-xdist starts."""
+    return list(words[:2]) == ["-u", "-c"]
 
 
 def read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
@@ -60,7 +70,7 @@ def read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environment.items()
-        if name.startswith(_READ_AT_START) and name not in _NOT_READ_AT_START
+        if name.startswith(_READ_AT_START + _READ_WITH_A_DRIVER) and name not in _NOT_READ_AT_START
     }
 
 
@@ -69,13 +79,16 @@ def is_pristine() -> bool:
     return threading.active_count() == 1 and len(os.listdir("/proc/self/task")) == 1 and "megatron" not in sys.modules  # noqa: PTH208
 
 
-def become(command: Sequence[str], options: ChildOptions, streams: Sequence[int]) -> NoReturn:
+def become(
+    command: Sequence[str], options: ChildOptions, streams: Sequence[int], *, prepare: Callable[[], None] = lambda: None
+) -> NoReturn:
     """Runs ``python -P -m module arguments`` in this process, which was just forked, and ends it.
 
     Args:
         command: the whole command line.
         options: what to set up first.
         streams: file descriptors that become stdin, stdout and stderr.
+        prepare: called when all that is done.
     """
     if options.new_session:
         os.setsid()
@@ -92,17 +105,27 @@ def become(command: Sequence[str], options: ChildOptions, streams: Sequence[int]
         os.chdir(options.directory)
     sys.executable = os.environ.get(PYTHON_VARIABLE, sys.executable)
     _reset_interpreter()
-    _, _, _, module, *arguments = command
-    sys.argv = [module, *arguments]
+    prepare()
+    kill_points.install()
     code = 0
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        _run(command[1:])
     except SystemExit as end:
         code = _exit_code(end.code)
     except BaseException:
         sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
         code = 1
     _leave(code)
+
+
+def _run(words: Sequence[str]) -> None:
+    if is_worker(words):
+        sys.argv = ["-c", *words[3:]]
+        exec(words[2], sys.modules["__main__"].__dict__)
+    else:
+        module = words[2]
+        sys.argv = [module, *words[3:]]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _exit_code(code: object) -> int:

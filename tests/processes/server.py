@@ -16,7 +16,7 @@ import warnings
 from typing import NoReturn
 
 from tests.processes.nested import fork_in_place
-from tests.processes.protocol import become
+from tests.processes.protocol import SERVER_VARIABLE, become, is_worker
 
 # What ranks and programs import before they do anything: most of the nine CPU seconds of a rank's start.
 LIBRARIES = (
@@ -55,26 +55,39 @@ def import_libraries() -> None:
     gc.freeze()  # the collector leaves shared pages shared
 
 
-def main(descriptor: int) -> NoReturn:
+def serve(connection: socket.socket) -> NoReturn:
     """Serves requests of the process at the other end of a socket until it closes it."""
-    import_libraries()
-    connection = socket.socket(fileno=descriptor)
     while True:
         data, streams, _, _ = socket.recv_fds(connection, 1 << 20, 3)
         if not data:
             os._exit(0)  # finalizers of libraries would report what they leak
         command, options = pickle.loads(data)
-        child = _fork_orphan(connection)
+        child = _fork_orphan()
         for stream in streams if child else ():
             os.close(stream)
         if child:
             connection.sendall(child.to_bytes(4, "little"))
+        elif is_worker(command[1:]):
+            become(command, options, streams, prepare=_leave_a_server)
         else:
-            fork_in_place()
-            become(command, options, streams)
+            become(command, options, streams, prepare=fork_in_place)
 
 
-def _fork_orphan(connection: socket.socket) -> int:
+def _leave_a_server() -> None:
+    """Forks a server for this process, a worker that will have threads and patched libraries before it needs one."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    if os.fork():
+        theirs.close()
+        os.environ[SERVER_VARIABLE] = str(ours.detach())
+        return
+    ours.close()
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1):  # pytest-xdist's connection to its worker
+        os.dup2(nothing, stream)
+    serve(theirs)
+
+
+def _fork_orphan() -> int:
     """Forks a process that is not this one's child but falls to whoever asked; 0 in that process.
 
     The one in between ends at once, and the process that asked has made itself the reaper of orphans for this moment.
@@ -98,4 +111,5 @@ def _fork_orphan(connection: socket.socket) -> int:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    import_libraries()
+    serve(socket.socket(fileno=int(sys.argv[1])))

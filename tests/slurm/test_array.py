@@ -6,19 +6,20 @@ import signal
 import yaml
 
 from tests.slurm.runs import ClusterRun, kill
+from tests.tiers import count
 
-RUNS = 12
+RUNS = count(quick=8, thorough=12)
 BROKEN = "run_05"
 # Long enough steps for a fault to fall between them.
 TINY_BATCH = "training.global_batch_size=32"
 
 
-def test_twelve_runs_four_at_a_time_one_of_them_broken(runs, tmp_path):
+def test_runs_four_at_a_time_one_of_them_broken(runs, tmp_path):
     file = tmp_path / "study.yaml"
     own = {f"run_{index:02d}": [f"training.seed={100 + index}"] for index in range(RUNS)}
     own[BROKEN].append("optim.learning_rate=1e30")
     words = [word for word in runs.words() if not word.startswith("training.train_iters")]
-    content = {"recipe": words[0], "overrides": [*words[1:], "training.train_iters=20"], "runs": own}
+    content = {"recipe": words[0], "overrides": [*words[1:], "training.train_iters=12"], "runs": own}
     file.write_text(yaml.safe_dump(content))
     root = runs.root / "array"
     root.mkdir()

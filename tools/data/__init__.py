@@ -1,1 +1,1 @@
-"""``mq data``: tokenizers, token files, blends, and what a run has read of them."""
+"""``mq data``: tokenizers, cleaning, token files, what a run will read of them and what it has read."""

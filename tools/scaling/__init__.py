@@ -1,1 +1,1 @@
-"""Scaling laws: a study's plan, the fit of what it measured, and what the fit prescribes."""
+"""Scaling laws: a study's plan, the fit of what it measured, its report, and what the fit prescribes."""

@@ -102,7 +102,8 @@ class Basin:
     def best_draws(self, log_params: float, log_tokens: float) -> Array:
         """The same in versions of the data, for one model, [draws, v]."""
         row = _features(self.features, np.array([log_params]), np.array([log_tokens]))[0]
-        return np.einsum("f,dfv->dv", row, self.draws)
+        best: Array = np.einsum("f,dfv->dv", row, self.draws)
+        return best
 
 
 def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin | None:

@@ -100,8 +100,8 @@ def fit(terms: Terms, log_loss: Array, *, weights: Array | None = None, delta: f
         )
         if answer.fun < least:
             best, least = answer.x, float(answer.fun)
-    polished = refine(centred, log_loss[None], weights[None], start=best, delta=delta)[0]
-    return polished @ shift
+    polished: Array = refine(centred, log_loss[None], weights[None], start=best, delta=delta)[0] @ shift
+    return polished
 
 
 def refit(terms: Terms, log_loss: Array, weights: Array, *, start: Array, delta: float = DELTA) -> Array:

@@ -88,7 +88,7 @@ def make_plan(study: StudyFile) -> Plan:
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
         fix = "is two cells: learning rates or batches that are nearly equal; space them further."
         raise ConfigError([Problem("study", name, fix) for name in twice[:5]])
-    kept, late = _within_budget(study, placed, everything)
+    kept, late = _within_budget(study, everything)
     if not kept:
         reasons = "; ".join(f"{one.what}: {one.reason}" for one in (*dropped, *late)[:5])
         raise ConfigError(Problem("study", study.name, f"holds no cell that can run: {reasons}"))
@@ -101,7 +101,7 @@ def _of(study: StudyFile) -> int:
     return horizons * len(study.learning_rates) * len(study.seeds)
 
 
-def _within_budget(study: StudyFile, placed: list[Placed], everything: list[Cell]) -> tuple[list[Cell], list[Dropped]]:
+def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell], list[Dropped]]:
     """Horizons of models in order of compute until one does not fit; and those from there on."""
     blocks: dict[tuple[str, int], list[Cell]] = {}
     for cell in everything:

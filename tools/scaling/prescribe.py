@@ -20,7 +20,6 @@ WARN_FACTOR, REFUSE_FACTOR = 10.0, 1000.0
 _ROUNDING = 0.1
 # Beyond these a law has left what can be trained.
 _PLAUSIBLE = {"learning_rate": (1e-8, 10.0), "batch_tokens": (1.0, 1e10)}
-_LAYOUT = ("tensor_model", "pipeline_model", "context", "expert_model")
 _SIZES, _WARMUP_SHARE = 15, 0.05
 
 

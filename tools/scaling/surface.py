@@ -126,7 +126,8 @@ class Surface:
 
         def factor(theta: Array) -> Array:
             power = sum(theta[:, self.names.index(name)] * log for name, log in logs.items() if name in self.names)
-            return np.exp(np.clip(power / theta[:, alpha], -50, 50))
+            times: Array = np.exp(np.clip(power / theta[:, alpha], -50, 50))
+            return times
 
         return float(factor(self.coefficients[None])[0]), *self.interval(factor)
 

@@ -110,7 +110,8 @@ class TokenFile:
 
     def tokens(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Tokens of the stream from ``start`` up to ``stop``, copied."""
-        return self._tokens[start:stop].astype(np.int64)
+        copied: npt.NDArray[np.int64] = self._tokens[start:stop].astype(np.int64)
+        return copied
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Whether tokens start .. stop - 1 carry loss as labels, copied."""

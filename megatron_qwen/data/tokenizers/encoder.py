@@ -140,7 +140,7 @@ class Gigatoken:
 
     def _part(self, text: str) -> npt.NDArray[Any]:
         if not self._normalizes or _in_one_normal_form(text):
-            return self._library.encode(text)
+            return self._ids(text)
         if not self._cuts:
             return self._by_tokenizer(text)
         # Only the lines at fault take the long way.
@@ -150,16 +150,20 @@ class Gigatoken:
             if _in_one_normal_form(line):
                 held += line
                 continue
-            found += [self._library.encode(held), self._unusual(line)]
+            found += [self._ids(held), self._unusual(line)]
             held = ""
-        return np.concatenate([*found, self._library.encode(held)])
+        return np.concatenate([*found, self._ids(held)])
+
+    def _ids(self, text: str) -> npt.NDArray[Any]:
+        ids: npt.NDArray[Any] = self._library.encode(text)  # gigatoken has no types
+        return ids
 
     def _unusual(self, line: str) -> npt.NDArray[Any]:
         """A line that is in no normal form, or in a recent one."""
         if not any(name in line for name in self._control):
             normal = self._normal.normalize_str(line)
             if _in_one_normal_form(normal):
-                return self._library.encode(normal)
+                return self._ids(normal)
         return self._by_tokenizer(line)
 
     def _by_tokenizer(self, text: str) -> npt.NDArray[Any]:

@@ -42,7 +42,7 @@ def plain_weights(modules: Sequence[GPTModel]) -> Iterator[None]:
             with torch.no_grad():
                 weight.copy_(filled)
             # Where megatron-core looks for the values that main weights begin with.
-            weight._high_precision_init_val = filled.detach().cpu()  # type: ignore[attr-defined]
+            weight._high_precision_init_val = filled.detach().cpu()
             owner._parameters[name] = weight
 
 

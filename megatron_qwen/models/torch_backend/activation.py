@@ -3,7 +3,7 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_qwen.models.torch_backend.functions import SwiGLU
+from megatron_qwen.models.torch_backend.provider.functions import SwiGLU
 
 
 class SwiGLUActivation(torch.nn.Module):
@@ -18,4 +18,5 @@ class SwiGLUActivation(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., 2 f] -> [..., f]."""
-        return SwiGLU.apply(x)
+        out: torch.Tensor = SwiGLU.apply(x)
+        return out

@@ -15,8 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
 from megatron_qwen.models.sequences import SeparateSequences
-from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
-from megatron_qwen.models.torch_backend.functions import RotateQKV
+from megatron_qwen.models.torch_backend.provider.causal_attention import BlockwiseCausalAttention, pays
+from megatron_qwen.models.torch_backend.provider.functions import RotateQKV
 
 
 class TorchSelfAttention(SelfAttention):
@@ -26,7 +26,7 @@ class TorchSelfAttention(SelfAttention):
     sharding and checkpoint names are the core's.
     """
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
@@ -51,7 +51,8 @@ class TorchSelfAttention(SelfAttention):
             )
         else:
             context = self._context(mixed, rotary_pos_emb, sequences=packed_seq_params)
-        return self.linear_proj(context)
+        projected: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(context)
+        return projected
 
     def _context(
         self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: SeparateSequences | None
@@ -67,7 +68,8 @@ class TorchSelfAttention(SelfAttention):
             query, key, value = mixed.split((slots - 2, 1, 1), dim=3)
             mixed = torch.cat((self.q_layernorm(query), self.k_layernorm(key), value), dim=3)
         query, key, value = RotateQKV.apply(mixed, cos, sin)
-        return self.core_attention(query, key, value, sequences=sequences)
+        context: torch.Tensor = self.core_attention(query, key, value, sequences=sequences)
+        return context
 
 
 class TorchAttention(torch.nn.Module):
@@ -159,7 +161,8 @@ class TorchAttention(torch.nn.Module):
         dropout = self.dropout if self.training else 0.0
         if allowed is None and not dropout and pays(query, key):
             scale = self.scale or query.shape[3] ** -0.5
-            return BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())  # type: ignore[no-any-return]
+            out: torch.Tensor = BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())
+            return out
         mask = None
         if allowed is not None:
             mask = _causal(query.shape[2], key.shape[2], query.device) & allowed

@@ -56,7 +56,7 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             scores = torch.bmm(_rows(scaled, key, start, stop), keys[:, :, :seen])
             scores.view(scores.shape[0], -1, block, seen)[..., -block:] += later[:block, :block]
             weights = torch._softmax(scores, -1, False).to(values.dtype)
-            _put(out, key, start, stop, torch.bmm(weights, values[:, :seen]))
+            _put(out, start, stop, torch.bmm(weights, values[:, :seen]))
             if training:
                 kept.append(weights)
         ctx.save_for_backward(query, key, value, *kept)
@@ -64,7 +64,7 @@ class BlockwiseCausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of query, key and value."""
         query, key, value, *kept = ctx.saved_tensors
         keys, values, dtype = key.flatten(0, 1), value.flatten(0, 1), query.dtype
@@ -76,7 +76,7 @@ class BlockwiseCausalAttention(torch.autograd.Function):
             grad_value[:, :seen] += torch.bmm(weights.transpose(1, 2), grad)
             grad_weights = torch.bmm(grad, values[:, :seen].transpose(1, 2))
             grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, dtype, grad_input=grad_weights)
-            _put(grad_query, key, start, stop, torch.bmm(grad_scores, keys[:, :seen]))
+            _put(grad_query, start, stop, torch.bmm(grad_scores, keys[:, :seen]))
             grad_key[:, :seen] += torch.bmm(grad_scores.transpose(1, 2), rows)
         grad_key *= ctx.scale
         return (
@@ -101,7 +101,7 @@ def _rows(tensor: torch.Tensor, key: torch.Tensor, start: int, stop: int) -> tor
     return tensor[:, :, start:stop].reshape(b * groups, heads // groups * (stop - start), d)
 
 
-def _put(out: torch.Tensor, key: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> None:
+def _put(out: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> None:
     """The way back from ``_rows``."""
     b, heads, _, d = out.shape
     out[:, :, start:stop] = rows.view(b, heads, stop - start, d)

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.provider import formulas
+from megatron_qwen.models.torch_backend.provider.compiled import kernels
 
 # From so many rows and weights on, oneDNN's weight gradients pay for their transposed copies.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
@@ -64,7 +64,8 @@ def _is_onednns(first: torch.Tensor, second: torch.Tensor) -> bool:
 
 
 def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+    out: torch.Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+    return out
 
 
 @cache

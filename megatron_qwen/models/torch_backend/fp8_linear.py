@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_qwen.models.torch_backend import fp8_rounding
-from megatron_qwen.models.torch_backend.fp8_rounding import GRADIENTS, VALUES, Scaled
+from megatron_qwen.models.torch_backend.provider import fp8_rounding
+from megatron_qwen.models.torch_backend.provider.fp8_rounding import GRADIENTS, VALUES, Scaled
 
 
 class _Product(torch.autograd.Function):
@@ -69,7 +69,9 @@ def _forward(
         x = tensor_parallel.gather_from_sequence_parallel_region(x, group=layer.tp_group)
     elif reduce_gradient:
         x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=layer.tp_group)
-    y = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(*x.shape[:-1], len(weight))
+    y: torch.Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(
+        *x.shape[:-1], len(weight)
+    )
     return y if bias is None else y + bias
 
 

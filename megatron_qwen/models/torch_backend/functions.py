@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.provider import formulas
+from megatron_qwen.models.torch_backend.provider.compiled import kernels
 
 
 class SwiGLU(torch.autograd.Function):
@@ -62,7 +62,8 @@ class RMSNormFunction(torch.autograd.Function):
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        return (x * scale.to(x.dtype)).mul_(weight)
+        scaled: torch.Tensor = x * scale.to(x.dtype)
+        return scaled.mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:

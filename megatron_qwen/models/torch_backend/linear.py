@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
 
 
 class _Linear(torch.autograd.Function):
@@ -24,7 +24,8 @@ class _Linear(torch.autograd.Function):
         ctx.has_bias = bias is not None
         out = dense_product.linear(x.flatten(0, -2), weight, bias)
         # Not a view: what follows may work in place.
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))  # type: ignore[no-any-return]
+        shaped: torch.Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
+        return shaped
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -57,16 +58,22 @@ def _on_a_cpu_alone(x: torch.Tensor, weight: torch.Tensor, options: dict[str, An
 class TorchColumnParallelLinear(ColumnParallelLinear):
     """Split over its output features."""
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:  # type: ignore[override]
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        out: torch.Tensor
         if _on_a_cpu_alone(input, weight, options):
-            return _Linear.apply(input, weight, options["bias"])
-        return super()._forward_impl(input, weight, **options)
+            out = _Linear.apply(input, weight, options["bias"])
+        else:
+            out = super()._forward_impl(input, weight, **options)
+        return out
 
 
 class TorchRowParallelLinear(RowParallelLinear):
     """Split over its input features."""
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:  # type: ignore[override]
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
+        out: torch.Tensor
         if _on_a_cpu_alone(input, weight, options):
-            return _Linear.apply(input, weight, options["bias"])
-        return super()._forward_impl(input, weight, **options)
+            out = _Linear.apply(input, weight, options["bias"])
+        else:
+            out = super()._forward_impl(input, weight, **options)
+        return out

@@ -3,7 +3,7 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_qwen.models.torch_backend.functions import RMSNormFunction
+from megatron_qwen.models.torch_backend.provider.functions import RMSNormFunction
 
 
 class RMSNorm(torch.nn.Module):
@@ -26,4 +26,5 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalises ``x``, [..., hidden_size]."""
-        return RMSNormFunction.apply(x, self.weight, self.eps)
+        out: torch.Tensor = RMSNormFunction.apply(x, self.weight, self.eps)
+        return out

@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,8 +15,10 @@ import pytest
 from launch.demo import standard_library
 from megatron_qwen.data.token_files.manifest import read_manifest
 from tests.conftest import command, environment, run
+from tests.processes import kill_points
+from tests.tiers import count
 
-MOMENTS = 20
+MOMENTS = count(quick=2, thorough=20)
 ENDINGS = (".bin", ".idx", ".json")
 
 
@@ -27,35 +31,70 @@ def large_corpus(tmp_path_factory) -> Path:
     return path
 
 
-def start(tokenizer: Path, prefix: Path, corpus: Path) -> subprocess.Popen:
+def start(tokenizer: Path, prefix: Path, corpus: Path, *, kill_before: int | None = None) -> subprocess.Popen:
+    """Begins a preparation, to be killed before this call that changes a file's state."""
     arguments = command("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, "--workers", 2, corpus)
+    killed = {} if kill_before is None else {kill_points.VARIABLE: str(kill_before)}
     return subprocess.Popen(
-        arguments, env=environment(), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        arguments,
+        env={**environment(), **killed},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
 
 
-def test_at_twenty_moments(large_corpus, tokenizer, tmp_path):
-    started = time.monotonic()
-    assert start(tokenizer, tmp_path / "whole", large_corpus).wait(timeout=120) == 0
-    duration = time.monotonic() - started
-    expected = [(tmp_path / f"whole{ending}").read_bytes() for ending in ENDINGS]
-    random.seed(20)
-    interrupted = with_parts = 0
+@dataclass(frozen=True)
+class Whole:
+    """What an undisturbed preparation made, and how long it took."""
+
+    content: list[bytes]
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def whole(large_corpus, tokenizer, tmp_path_factory) -> Whole:
+    prefix, started = tmp_path_factory.mktemp("whole") / "whole", time.monotonic()
+    assert start(tokenizer, prefix, large_corpus).wait(timeout=120) == 0
+    return Whole([prefix.with_name(f"whole{ending}").read_bytes() for ending in ENDINGS], time.monotonic() - started)
+
+
+def resume(tokenizer: Path, prefix: Path, corpus: Path, whole: Whole) -> bool:
+    """The same command gives the same bytes and leaves nothing else; answers whether there were finished parts."""
+    with_parts = len(list(prefix.parent.glob("whole.work/*.json"))) > 1
+    run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, corpus, check=True)
+    assert [prefix.with_name(f"whole{ending}").read_bytes() for ending in ENDINGS] == whole.content
+    assert not prefix.with_name("whole.work").exists()
+    return with_parts
+
+
+def test_between_two_states_of_its_files(large_corpus, tokenizer, whole, tmp_path):
+    kills = with_parts = 0
+    for number in kill_points.numbers():
+        prefix = tmp_path / f"out{number}" / "whole"
+        process = start(tokenizer, prefix, large_corpus, kill_before=number)
+        if process.wait(timeout=120) == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        kills += 1
+        with_parts += resume(tokenizer, prefix, large_corpus, whole)
+        shutil.rmtree(prefix.parent)
+    print(f"{kills} kills, {with_parts} with finished parts")
+    assert kills > 5
+    assert with_parts > 0
+
+
+def test_at_random_moments(large_corpus, tokenizer, whole, tmp_path):
+    dice, interrupted = random.Random(20), 0
     for moment in range(MOMENTS):
         prefix = tmp_path / f"out{moment}" / "whole"
         process = start(tokenizer, prefix, large_corpus)
-        time.sleep(duration * random.uniform(0.25, 0.98))
+        time.sleep(whole.seconds * dice.uniform(0.25, 0.98))
         os.killpg(process.pid, signal.SIGKILL)  # the parent and its processes, as when a node goes
         interrupted += process.wait() == -signal.SIGKILL
-        with_parts += len(list(prefix.parent.glob("whole.work/*.json"))) > 1
-        run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", prefix, large_corpus, check=True)
-        assert [prefix.with_name(f"whole{ending}").read_bytes() for ending in ENDINGS] == expected, moment
-        assert not prefix.with_name("whole.work").exists()
-        for ending in ENDINGS:
-            prefix.with_name(f"whole{ending}").unlink()
-    print(f"{interrupted} of {MOMENTS} were interrupted, {with_parts} of them with finished parts")
+        resume(tokenizer, prefix, large_corpus, whole)
+        shutil.rmtree(prefix.parent)
     assert interrupted >= MOMENTS // 2
-    assert with_parts >= 3
 
 
 def test_only_the_parent_is_killed(large_corpus, tokenizer, tmp_path):
