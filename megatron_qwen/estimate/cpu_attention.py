@@ -1,4 +1,4 @@
-"""Where causal attention on a CPU goes by blocks of queries (models/torch_backend/causal_attention.py), and what it keeps."""
+"""Where causal attention on a CPU is computed by blocks of queries, and what that keeps for the backward pass."""
 
 from megatron_qwen.config.run import RunConfig
 
