@@ -23,7 +23,7 @@ COMMON = [
     "training.eval_iters=0",
     "performance.cross_entropy_chunk_tokens=128",
 ]
-NARROW = [
+NARROW_SHAPE = [
     "model.hidden_size=128",
     "model.num_attention_heads=4",
     "model.num_query_groups=2",
@@ -32,7 +32,7 @@ NARROW = [
     "training.micro_batch_size=2",
     "training.global_batch_size=8",
 ]
-WIDE = [
+WIDE_SHAPE = [
     "model.hidden_size=192",
     "model.num_attention_heads=8",
     "model.num_query_groups=4",
@@ -48,13 +48,25 @@ EXPERTS = {
     "narrow": [EVEN, "model.moe_ffn_hidden_size=128", "model.moe_shared_expert_intermediate_size=256"],
     "wide": [EVEN, "model.moe_ffn_hidden_size=160", "model.moe_shared_expert_intermediate_size=320"],
 }
-SHAPES = {"narrow": NARROW, "wide": WIDE}
+SHAPES = {"narrow": NARROW_SHAPE, "wide": WIDE_SHAPE}
 TABLES = {"tiny_dense": {"one": (1, {}), **DENSE}, "tiny_moe": {"one": (1, {}), **MOE}}
-NARROW_CASES = [(recipe, name, "narrow") for recipe, table in TABLES.items() for name in table]
-WIDE_CASES = [("tiny_dense", name, "wide") for name in ("TP2+SPxPP2", "one", "CP2", "PP2xVPP2")]
-WIDE_CASES += [("tiny_moe", name, "wide") for name in ("EP2", "one", "TP2+SP", "EP2xTP2 ETP1", "full recompute")]
-# Of the second shape one layout of each model in every run.
-CASES = [*NARROW_CASES, *cases([WIDE_CASES[0], WIDE_CASES[4]], [*WIDE_CASES[1:4], *WIDE_CASES[5:]])]
+# In every run: what a layout splits or keeps, each once, and of the second shape one layout of each model.
+QUICK = {
+    "tiny_dense": (
+        "one", "TP2+SP", "PP2xVPP2", "PP2 uneven", "CP2", "DP2", "TP2+SPxPP2", "full recompute", "selective recompute"
+    ),
+    "tiny_moe": ("one", "TP2+SP", "PP2", "EP2", "EP2xTP2 ETP1", "PP2xEP2", "full recompute"),
+}  # fmt: skip
+QUICK_WIDE = (("tiny_dense", "TP2+SPxPP2", "wide"), ("tiny_moe", "EP2", "wide"))
+WIDE = [("tiny_dense", name, "wide") for name in ("one", "CP2", "PP2xVPP2")]
+WIDE += [("tiny_moe", name, "wide") for name in ("one", "TP2+SP", "EP2xTP2 ETP1", "full recompute")]
+CASES = cases(
+    [*((recipe, name, "narrow") for recipe, names in QUICK.items() for name in names), *QUICK_WIDE],
+    [
+        *((recipe, name, "narrow") for recipe, table in TABLES.items() for name in table if name not in QUICK[recipe]),
+        *WIDE,
+    ],
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,16 @@ from tests.slurm.cluster import SlurmCluster
 
 SAVE_INTERVAL = 10
 STEPS = 50
-# Runs of the fault tests: two ranks on two nodes, tensor parallel, steps of some 0.2 s.
+# Runs of the fault tests: two ranks on two nodes, tensor parallel. A step computes little and waits, so that there is
+# time for a fault between two steps and processor time for the tests beside.
+PAUSE = "time.sleep(0.12)"
 TINY = (
+    "model.num_layers=2",
     f"training.train_iters={STEPS}",
     f"checkpoint.save_interval={SAVE_INTERVAL}",
     "checkpoint.keep_last=20",
     "training.eval_interval=0",
-    "training.global_batch_size=4",
+    "training.global_batch_size=2",
     "metrics.tensorboard=false",
     "performance.threads_per_rank=1",
 )
@@ -73,35 +76,40 @@ class Runs:
         return ["tiny_dense", f"data.path={self.tokens}", f"data.tokenizer={self.tokenizer}", *TINY, *overrides]
 
     def submit(
-        self, name: str, *overrides: str, nodes: int = 2, options: tuple[object, ...] = (), **cluster: Any
+        self,
+        name: str,
+        *overrides: str,
+        nodes: int = 2,
+        options: tuple[object, ...] = (),
+        patch: str = PAUSE,
+        **cluster: Any,
     ) -> "ClusterRun":
-        """Submits a run and returns it."""
-        where = ("--cluster", self.cluster_file(**cluster), "--nodes", nodes, "--name", name)
-        answer = json.loads(self.mq("submit", *self.words(*overrides), *where, *options, "--json"))
-        return ClusterRun(self.cluster, Path(answer[0]["run_dir"]), answer[0]["jobs"])
-
-    def submit_patched(self, name: str, *overrides: str, patch: str, nodes: int = 2, **cluster: Any) -> "ClusterRun":
-        """Submits a run whose trainer does something more in each step, by a change of the snapshot it runs.
+        """Submits a run whose trainer does something more in each step, by a change of the snapshot that it runs.
 
         Args:
             name: of the run.
             overrides: of its configuration.
-            patch: lines at the beginning of ``Trainer.step``; ``iteration`` is the step's number, ``attempt`` a text.
             nodes: of the job.
+            options: more of the command line.
+            patch: lines at the beginning of ``Trainer.step``; ``iteration`` is the step's number, ``attempt`` a text.
+                A snapshot that a test has made stays as it is.
             cluster: changes of the cluster file.
         """
         where = ("--cluster", self.cluster_file(**cluster), "--nodes", nodes, "--name", name)
-        self.mq("freeze", *self.words(*overrides), *where)
-        path = self.root / name / "code/megatron_qwen/training/trainer.py"
-        text, mark = (
-            path.read_text(),
-            "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n",
-        )
+        code = self.root / name / "code"
+        if patch and not code.exists():
+            self.mq("freeze", *self.words(*overrides), *where)
+            self._patch(code / "megatron_qwen/training/trainer.py", patch)
+        answer = json.loads(self.mq("submit", *self.words(*overrides), *where, *options, "--json"))
+        return ClusterRun(self.cluster, Path(answer[0]["run_dir"]), answer[0]["jobs"])
+
+    def _patch(self, trainer: Path, patch: str) -> None:
+        text = trainer.read_text()
+        mark = "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n"
         assert text.count(mark) == 1
         before = ["import os", 'attempt = os.environ.get("MQ_ATTEMPT")', "iteration = progress.iteration + 1"]
         lines = "".join(f"        {line}\n" for line in [*before, *patch.strip().splitlines()])
-        path.write_text(text.replace(mark, mark + lines))
-        return self.submit(name, *overrides, nodes=nodes, **cluster)
+        trainer.write_text(text.replace(mark, mark + lines))
 
     def _undisturbed(self, ranks: int, *overrides: str) -> dict[str, str]:
         """Hashes of the weights that ``mq train`` reaches on this machine under the same layout."""

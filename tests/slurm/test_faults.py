@@ -72,7 +72,7 @@ def restart_controller(runs: Runs, number: signal.Signals) -> None:
 def test_time_limit(runs):
     """Of a minute; the signal comes between 20 and 50 seconds into it."""
     slow = 'if attempt == "1" and iteration > 10: time.sleep(1.5)'
-    run = runs.submit_patched("out_of_time", *TP2, patch=slow, time_limit="1:00")
+    run = runs.submit("out_of_time", *TP2, patch=slow, time_limit="1:00")
     check(run, runs, "out of time")
     assert lost_iterations(run.path) == 0
 
@@ -93,8 +93,8 @@ def test_a_node_that_fails_twice_is_avoided(runs):
 def test_two_killed_slurmd(runs):
     """One under the controller, so that nobody is left to write down how the attempt ended, and one under a rank."""
     slow = f'if attempt == "1" and iteration > {FAULT_AT}: time.sleep(1.5)'
-    first = runs.submit_patched("slurmd_of_controller", *TP2, patch=slow, exclusive=True)
-    second = runs.submit_patched("slurmd_of_rank", *TP2, patch=slow, exclusive=True)
+    first = runs.submit("slurmd_of_controller", *TP2, patch=slow, exclusive=True)
+    second = runs.submit("slurmd_of_rank", *TP2, patch=slow, exclusive=True)
     for run in (first, second):
         run.wait_for_step(FAULT_AT)
     dead = {first: first.attempts()[0].nodes[0], second: second.attempts()[0].nodes[1]}

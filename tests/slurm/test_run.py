@@ -15,7 +15,7 @@ from tests.slurm.runs import STEPS, TP2
 
 def test_two_nodes_with_two_ranks_each(runs):
     cluster = {"gpus_per_node": 2, "cpus_per_rank": 1, "memory_per_rank_gib": 1.5, "exclusive": True}
-    run = runs.submit("two_by_two", *TP2, **cluster)
+    run = runs.submit("two_by_two", *TP2, patch="", **cluster)
     run.wait_for_end()
     (attempt,) = run.attempts()
     assert (attempt.reason, attempt.nodes, attempt.gained) == ("finished", ("n1", "n2"), STEPS)

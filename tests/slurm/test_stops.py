@@ -19,7 +19,7 @@ def stopped(run) -> str:
 
 def test_numbers_that_are_not_finite(runs):
     patch = "if iteration >= 20: self.parts.model.modules[0].decoder.final_layernorm.weight.data.fill_(float('nan'))"
-    run = runs.submit_patched("nan", "parallel.pipeline_model_parallel_size=1", patch=patch, nodes=1)
+    run = runs.submit("nan", "parallel.pipeline_model_parallel_size=1", patch=patch, nodes=1)
     text = stopped(run)
     (attempt,) = run.attempts()
     assert (attempt.reason, attempt.action) == ("numerics", "stop")
@@ -56,7 +56,7 @@ def test_a_run_yaml_that_cannot_be_read(runs):
 
 def test_the_same_exception_twice(runs):
     patch = "if iteration == 25 and os.environ['SLURM_PROCID'] == '1': raise ValueError('the data of step 25 is odd')"
-    run = runs.submit_patched("twice_the_same", *TP2, patch=patch)
+    run = runs.submit("twice_the_same", *TP2, patch=patch)
     text = stopped(run)
     first, second = run.attempts()
     assert (first.reason, first.action) == ("error", "requeue")

@@ -29,7 +29,7 @@ class Study:
     def __init__(self, runs, folder):
         self.runs, self.path, self.plan_yaml = runs, folder / "forty", folder / "study.plan.yaml"
         self.environment = {**environment(), **runs.cluster.environment}
-        words = [word for word in runs.words()[1:] if not word.startswith(("training.", "checkpoint."))]
+        words = [word for word in runs.words()[1:] if not word.startswith(("model.", "training.", "checkpoint."))]
         content = {
             "name": "forty",
             "recipe": "tiny_dense",

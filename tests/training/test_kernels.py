@@ -17,17 +17,19 @@ from tests.distributed import jobs
 )
 def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
     config = jobs.with_layout(resolve(recipe, [f"data.path={tokens}"], RECIPES), layout)
-    (plain, fewer), (compiled, more) = (
+    (plain, fewer, none), (compiled, more, made) = (
         pool[ranks].run(with_large_products, config.with_section("performance", compile=wanted), 3)[0]
         for wanted in (False, True)
     )
     assert compiled == pytest.approx(plain, rel=1e-5)
-    assert compiled != plain, "kernels round otherwise: these are the same operations"
+    # Not by their rounding: on some processors it is that of the plain operations.
+    assert none == 0
+    assert made >= 5, "norms, SwiGLU and RoPE forward and backward, the loss"
     assert more > fewer, "no weight gradient was oneDNN's"
 
 
 def with_large_products(config, steps):
-    """Losses of a run whose weight gradients all count as large, and as oneDNN's; and how many products it made."""
+    """Losses of a run whose weight gradients all count as large, and as oneDNN's; its GEMMs; its kernels."""
     calls, onednn = [], dense_product._onednn
 
     def counted(*args):
@@ -38,7 +40,8 @@ def with_large_products(config, steps):
         for name, value in (("_LEAST_ROWS", 1), ("_LEAST_WEIGHTS", 1), ("_onednn_pays", lambda: True)):
             patch.setattr(dense_product, name, value)
         patch.setattr(dense_product, "_onednn", counted)
-        return jobs.train(config, steps)["losses"], len(calls)
+        kernels._made.clear()
+        return jobs.train(config, steps)["losses"], len(calls), len(kernels._made)
 
 
 def with_a_broken_compiler(config, choices):
