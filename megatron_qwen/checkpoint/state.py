@@ -22,7 +22,7 @@ from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZE
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.models.sharding import sharded_state_dict
-from megatron_qwen.models.te_backend.provider import fp8_weights
+from megatron_qwen.models.te_backend import fp8_weights
 from megatron_qwen.provenance import code_version
 
 _EXTRA_STATE = "_extra_state"

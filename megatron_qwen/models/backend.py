@@ -5,7 +5,7 @@ from typing import Any
 
 from megatron_qwen.config.sections import PrecisionConfig
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.models.te_backend.provider import provider as te_backend
+from megatron_qwen.models.te_backend import provider as te_backend
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ def choose(precision: PrecisionConfig) -> Backend:
         fix = f"cannot run here: {missing}. Set it to false."
         raise ConfigError(Problem("precision.use_precision_aware_optimizer", "true", fix))
     if missing:
-        from megatron_qwen.models.torch_backend.provider.attention import TorchSelfAttention
-        from megatron_qwen.models.torch_backend.provider.provider import TorchSpecProvider
+        from megatron_qwen.models.torch_backend.attention import TorchSelfAttention
+        from megatron_qwen.models.torch_backend.provider import TorchSpecProvider
 
         emulated = TorchSpecProvider(precision.fp8) if precision.emulate_fp8 else None
         return Backend("torch", missing, TorchSpecProvider(), TorchSelfAttention, emulated)

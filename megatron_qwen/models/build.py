@@ -23,7 +23,7 @@ from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
 from megatron_qwen.models.layer_spec import block_spec
-from megatron_qwen.models.te_backend.provider import provider as te_backend
+from megatron_qwen.models.te_backend import provider as te_backend
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
 

@@ -17,7 +17,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.models.sharding import Slice, slices
-from megatron_qwen.models.te_backend.provider.fp8_weights import plain_weights
+from megatron_qwen.models.te_backend.fp8_weights import plain_weights
 
 _BLOCK_ROWS = 1024
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")

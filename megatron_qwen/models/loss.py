@@ -16,9 +16,9 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
-from megatron_qwen.models.torch_backend.provider import formulas
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
+from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import formulas
+from megatron_qwen.models.torch_backend.compiled import kernels
 
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 20

@@ -13,7 +13,7 @@ from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.models.loss import output_loss
 from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
-from megatron_qwen.models.torch_backend.provider.arrival import arrived_weight
+from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]

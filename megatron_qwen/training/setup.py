@@ -25,7 +25,7 @@ from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
-from megatron_qwen.models.torch_backend.provider.compiled import compiler_is_here, kernels
+from megatron_qwen.models.torch_backend.compiled import compiler_is_here, kernels
 from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step

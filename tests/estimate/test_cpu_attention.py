@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from megatron_qwen.models.torch_backend.provider.causal_attention import BlockwiseCausalAttention, pays
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig
 from megatron_qwen.estimate.cpu_attention import kept
+from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 
 BATCH, HEADS, GROUPS, WIDTH = 2, 4, 2, 16
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_qwen.models.te_backend.provider import provider as te_backend
+from megatron_qwen.models.te_backend import provider as te_backend
 from tests.conftest import run
 
 pytestmark = [

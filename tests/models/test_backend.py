@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from megatron_qwen.models import apex_kernels
-from megatron_qwen.models.te_backend.provider import provider as te_backend
+from megatron_qwen.models.te_backend import provider as te_backend
 
 
 def put_apex(folder, *parts: str) -> None:

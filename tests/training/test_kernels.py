@@ -1,12 +1,12 @@
 """Compiled runs are those without kernels; where a compiler does not work, no rank compiles."""
 
 import pytest
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
 
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.estimate.choices import Choice
-from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.training.setup import start_kernels
 from tests.distributed import jobs

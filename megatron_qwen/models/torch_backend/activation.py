@@ -3,7 +3,7 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_qwen.models.torch_backend.provider.functions import SwiGLU
+from megatron_qwen.models.torch_backend.functions import SwiGLU
 
 
 class SwiGLUActivation(torch.nn.Module):

@@ -15,8 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
 from megatron_qwen.models.sequences import SeparateSequences
-from megatron_qwen.models.torch_backend.provider.causal_attention import BlockwiseCausalAttention, pays
-from megatron_qwen.models.torch_backend.provider.functions import RotateQKV
+from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
+from megatron_qwen.models.torch_backend.functions import RotateQKV
 
 
 class TorchSelfAttention(SelfAttention):

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models.torch_backend.provider import formulas
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
+from megatron_qwen.models.torch_backend import formulas
+from megatron_qwen.models.torch_backend.compiled import kernels
 
 # From so many rows and weights on, oneDNN's weight gradients pay for their transposed copies.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_qwen import device
-from megatron_qwen.models.torch_backend.provider.arrival import arrived_weight
-from megatron_qwen.models.torch_backend.provider.functions import swiglu, swiglu_gradient
+from megatron_qwen.models.torch_backend.arrival import arrived_weight
+from megatron_qwen.models.torch_backend.functions import swiglu, swiglu_gradient
 
 # torch's kernel for products of groups wants the weights side by side: a copy of them, which the loop saves.
 _KERNEL_FROM_CAPABILITY = (9, 0)

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_qwen.models.torch_backend.provider import fp8_rounding
-from megatron_qwen.models.torch_backend.provider.fp8_rounding import GRADIENTS, VALUES, Scaled
+from megatron_qwen.models.torch_backend import fp8_rounding
+from megatron_qwen.models.torch_backend.fp8_rounding import GRADIENTS, VALUES, Scaled
 
 
 class _Product(torch.autograd.Function):

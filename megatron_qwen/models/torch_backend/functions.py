@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models.torch_backend.provider import formulas
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
+from megatron_qwen.models.torch_backend import formulas
+from megatron_qwen.models.torch_backend.compiled import kernels
 
 
 class SwiGLU(torch.autograd.Function):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import dense_gemm as dense_product
 
 
 class _Linear(torch.autograd.Function):

@@ -3,7 +3,7 @@
 import torch
 from megatron.core.transformer import TransformerConfig
 
-from megatron_qwen.models.torch_backend.provider.functions import RMSNormFunction
+from megatron_qwen.models.torch_backend.functions import RMSNormFunction
 
 
 class RMSNorm(torch.nn.Module):

@@ -6,12 +6,12 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_qwen.models.torch_backend.provider import fp8_linear
-from megatron_qwen.models.torch_backend.provider.activation import SwiGLUActivation
-from megatron_qwen.models.torch_backend.provider.attention import TorchAttention
-from megatron_qwen.models.torch_backend.provider.experts import GroupedExperts
-from megatron_qwen.models.torch_backend.provider.linear import TorchColumnParallelLinear, TorchRowParallelLinear
-from megatron_qwen.models.torch_backend.provider.norm import RMSNorm
+from megatron_qwen.models.torch_backend import fp8_linear
+from megatron_qwen.models.torch_backend.activation import SwiGLUActivation
+from megatron_qwen.models.torch_backend.attention import TorchAttention
+from megatron_qwen.models.torch_backend.experts import GroupedExperts
+from megatron_qwen.models.torch_backend.linear import TorchColumnParallelLinear, TorchRowParallelLinear
+from megatron_qwen.models.torch_backend.norm import RMSNorm
 
 _LINEAR: dict[str | None, tuple[type, type]] = {
     None: (TorchColumnParallelLinear, TorchRowParallelLinear),

@@ -2,7 +2,7 @@
 
 import torch
 
-from megatron_qwen.models.te_backend.provider import fp8_weights
+from megatron_qwen.models.te_backend import fp8_weights
 
 
 def test_plain_weights_are_filled_in_their_place(monkeypatch):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron_qwen.models.torch_backend.provider.causal_attention import BlockwiseCausalAttention, pays
 
-from megatron_qwen.models.torch_backend.provider import causal_attention
+from megatron_qwen.models.torch_backend import causal_attention
+from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 
 SHAPES = [
     # b, heads, kv_heads, queries, keys, d

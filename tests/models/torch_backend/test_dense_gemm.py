@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
 
-from megatron_qwen.models.torch_backend.provider import compiled, formulas
-from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import compiled, formulas
+from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend.compiled import kernels
 
 # [m, k] of weights: those whose gradients are copied and those whose inputs are; no multiples of a vector's length.
 NARROW, WIDE = (70, 130), (130, 70)

@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
-from megatron_qwen.models.torch_backend.provider.compiled import kernels
-from megatron_qwen.models.torch_backend.provider.functions import RMSNormFunction, RotateQKV, SwiGLU
 from torch._dynamo.exc import TorchDynamoException
 
 from megatron_qwen.models.loss import _block_loss, _Target
-from megatron_qwen.models.torch_backend.provider import compiled, formulas
+from megatron_qwen.models.torch_backend import compiled, formulas
+from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

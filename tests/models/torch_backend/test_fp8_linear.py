@@ -14,7 +14,7 @@ def errors(recipe: str, wrong: str | None) -> dict[str, float]:
     import torch
     import torch.distributed as dist
 
-    from megatron_qwen.models.torch_backend.provider import fp8_linear
+    from megatron_qwen.models.torch_backend import fp8_linear
 
     plain_both, plain_weight = fp8_linear._both_ways, fp8_linear._weight
 

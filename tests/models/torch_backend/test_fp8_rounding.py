@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_qwen.models.torch_backend.provider.fp8_rounding import GRADIENTS, VALUES
 
-from megatron_qwen.models.torch_backend.provider import fp8_rounding
+from megatron_qwen.models.torch_backend import fp8_rounding
+from megatron_qwen.models.torch_backend.fp8_rounding import GRADIENTS, VALUES
 
 # Half of the distance of neighbours, relative to the smaller one: 3 bits of mantissa, and 2.
 HALF_STEP = {VALUES: 2**-4, GRADIENTS: 2**-3}

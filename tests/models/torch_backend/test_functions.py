@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from megatron_qwen.models.torch_backend.provider.functions import RMSNormFunction, RotateQKV, SwiGLU
+
+from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
 
 
 def doubles(*shape: int) -> torch.Tensor:

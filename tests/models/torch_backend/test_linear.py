@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.models.torch_backend.provider import dense_gemm as dense_product
-from megatron_qwen.models.torch_backend.provider import linear as torch_linear
+from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import linear as torch_linear
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
 
