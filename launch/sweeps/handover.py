@@ -9,11 +9,11 @@ from launch import cluster as clusters
 from launch import preflight, submit
 from launch.request import Request, chosen_cluster, make
 from launch.sweeps.database import ACTIVE, Database, Row
+from launch.sweeps.outcome import outcome
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.errors import UserError
 from tools.scaling.observations import FAILED, UNFINISHED
-from tools.scaling.outcome import outcome
 
 # Runs together where nobody says how many: a machine has its cores, a cluster a queue.
 _AT_ONCE = {"local": 1, "slurm": 32}

@@ -11,9 +11,9 @@ from collections import Counter
 import pytest
 import yaml
 
+from launch.sweeps.outcome import outcome
 from megatron_qwen.attempts import AttemptLog
 from tests.conftest import command, environment
-from tools.scaling.outcome import outcome
 
 pytestmark = pytest.mark.timeout(1500)
 CELLS = 40

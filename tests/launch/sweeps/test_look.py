@@ -8,13 +8,13 @@ import pytest
 import yaml
 
 from launch.sweeps.look import look
+from launch.sweeps.plan import document, make_plan, write
+from launch.sweeps.plan_file import read_plan
+from launch.sweeps.study import read_study
 from launch.sweeps.study_directory import StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from megatron_qwen.slurm import QueuedJob
-from tools.scaling.plan import document, make_plan, write
-from tools.scaling.plan_file import read_plan
-from tools.scaling.study import read_study
 
 STUDY = {
     "recipe": "tiny_dense",

@@ -11,10 +11,10 @@ import time
 import pytest
 import yaml
 
+from launch.sweeps.outcome import outcome
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
-from tools.scaling.outcome import outcome
 
 FAST = ["--poll", "0.5", "--at-once", "2"]
 

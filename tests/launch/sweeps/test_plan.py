@@ -5,14 +5,14 @@ import json
 import pytest
 import yaml
 
+from launch.sweeps.cells import cells, place, shapes
+from launch.sweeps.plan import document, make_plan
+from launch.sweeps.study import read_study
 from megatron_qwen.config.checks import problems
 from megatron_qwen.config.source import resolve
 from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import run
-from tools.scaling.cells import cells, place, shapes
-from tools.scaling.plan import document, make_plan
-from tools.scaling.study import read_study
 
 STUDY = {
     "recipe": "demo",

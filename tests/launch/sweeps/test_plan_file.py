@@ -5,11 +5,12 @@ import copy
 import pytest
 import yaml
 
+from launch.sweeps.observe import observe
+from launch.sweeps.plan import document, make_plan, write
+from launch.sweeps.plan_file import read_plan
+from launch.sweeps.study import read_study
 from megatron_qwen.errors import ConfigError
-from tests.tools.scaling.test_plan import STUDY
-from tools.scaling.plan import document, make_plan, write
-from tools.scaling.plan_file import observe, read_plan
-from tools.scaling.study import read_study
+from tests.launch.sweeps.test_plan import STUDY
 
 
 @pytest.fixture(scope="module")
