@@ -93,10 +93,8 @@ class Runs:
         where = ("--cluster", self.cluster_file(**cluster), "--nodes", nodes, "--name", name)
         self.mq("freeze", *self.words(*overrides), *where)
         path = self.root / name / "code/megatron_qwen/training/trainer.py"
-        text, mark = (
-            path.read_text(),
-            "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n",
-        )
+        text, mark = path.read_text(), "components, config, progress = self.components, "
+        mark += "self.components.config, self.components.progress\n"
         assert text.count(mark) == 1
         before = ["import os", 'attempt = os.environ.get("MQ_ATTEMPT")', "iteration = progress.iteration + 1"]
         lines = "".join(f"        {line}\n" for line in [*before, *patch.strip().splitlines()])

@@ -18,12 +18,12 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
     """Three steps; in the second one, one gradient element on one rank is not finite."""
     import torch.distributed as dist
 
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    results = [jobs.step(parts)]
-    before = digest(parts)
-    parameter = next(parts.model.modules[0].parameters())
+    components = build_components(config)
+    results = [jobs.step(components)]
+    before = digest(components)
+    parameter = next(components.model.modules[0].parameters())
     poison = dist.get_rank() == rank_to_poison
 
     def spoil(gradient: Any) -> Any:
@@ -32,25 +32,25 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
         return gradient
 
     handle = parameter.register_hook(spoil) if poison else None
-    results.append(jobs.step(parts))
-    after = digest(parts)
+    results.append(jobs.step(components))
+    after = digest(components)
     if handle is not None:
         handle.remove()
-    results.append(jobs.step(parts))
+    results.append(jobs.step(components))
     return {
         "skipped": [result.skipped for result in results],
         "untouched": before == after,
-        "moves on": digest(parts) != after,
+        "moves on": digest(components) != after,
     }
 
 
-def digest(parts: Any) -> str:
+def digest(components: Any) -> str:
     """SHA-256 of every weight and moment this rank holds."""
     total = hashlib.sha256()
-    for module in parts.model.modules:
+    for module in components.model.modules:
         for parameter in module.parameters():
             total.update(parameter.detach().numpy().tobytes())
-    for part in parts.optimizer.chained_optimizers:
+    for part in components.optimizer.chained_optimizers:
         for state in part.optimizer.state.values():
             for key in ("exp_avg", "exp_avg_sq"):
                 total.update(state[key].numpy().tobytes())

@@ -8,7 +8,6 @@ from launch.sweeps.plan_file import PlanFile
 from launch.sweeps.spent import spent
 from megatron_qwen.rundir import RunDirectory
 
-
 STARTED = "2026-01-01T00:00:00+00:00"
 
 
