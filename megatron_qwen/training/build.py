@@ -21,7 +21,7 @@ from megatron_qwen.training.forward import make_forward_step
 from megatron_qwen.training.kernels import start_kernels
 from megatron_qwen.training.machine import common_machine
 from megatron_qwen.training.progress import Progress
-from megatron_qwen.training.schedule_hooks import connect
+from megatron_qwen.training.schedule_hooks import install_schedule_hooks
 from megatron_qwen.training.start_log import log_build
 
 
@@ -52,7 +52,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
     place = device.current()
     model = build_model(config, groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
-    connect(model, optimizer, groups)
+    install_schedule_hooks(model, optimizer, groups)
     if dist.get_rank() == 0:
         log_build(config, choices, backend, adam=adam)
     require_legal_stages(data, world_size=dist.get_world_size())

@@ -32,6 +32,7 @@ def common_machine(backend: Backend) -> Machine:
     if len(names := {one.backend for one in everyone}) > 1:
         fix = f"is {' on some ranks and '.join(sorted(names))} on others; set precision.backend."
         raise ConfigError(Problem("backend", None, fix))
+    # What the weakest rank can do, all can.
     memory = [one.memory_gib for one in everyone if one.memory_gib is not None]
     return replace(
         mine,

@@ -44,13 +44,14 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
     )
     if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
         log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
-    if not continues:
+    if not continues:  # weights (and moments, where there are any) are all that a new run takes
         return 0
     components.progress.restore(saved["progress"])
     if "data" not in saved:
         fix = "holds no ledger of what was read: an older version wrote it. Begin a run from it (checkpoint.load)."
         raise CheckpointError(Problem(str(chosen.path), None, fix))
     components.data.resume(saved["data"])
+    # Progress and ledger are written by the same save and count the same samples.
     if components.data.consumed != components.progress.consumed_samples:
         fix = f"but its ledger ends at {components.data.consumed}; the checkpoint is damaged, use an older one."
         raise CheckpointError(Problem(f"{chosen.path}: consumed_samples", components.progress.consumed_samples, fix))

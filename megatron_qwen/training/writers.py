@@ -9,7 +9,13 @@ from megatron_qwen.rundir import RunDirectory
 
 
 def build_writers(config: RunConfig, directory: RunDirectory, resumed_at: int) -> list[MetricsWriter]:
-    """Writers of rank 0; none on other ranks."""
+    """Writers of rank 0; none on other ranks: losses and norms are the same on all.
+
+    Args:
+        config: of the run.
+        directory: of the run.
+        resumed_at: iteration that training resumes from; what earlier attempts wrote beyond it is set aside.
+    """
     if dist.get_rank() != 0:
         return []
     writers: list[MetricsWriter] = [JsonlWriter(directory.metrics, resumed_at=resumed_at)]

@@ -63,7 +63,7 @@ def build_callbacks(
     if config.metrics.profile_start is not None:
         callbacks.append(Profiler(directory.profile))
     callbacks.append(_checkpointing(components, directory, attempt=attempt, resumed_at=resumed_at))
-    # After Checkpointing: what this step has saved is not saved again when the run ends.
+    # After Checkpointing: a signal that comes while the step saves is noticed in the same step.
     callbacks.append(Stopping(signals))
     # Last: its figures then hold what the others took of the same step.
     callbacks.append(Performance(directory.performance, attempt=attempt, started=started, resumed_at=resumed_at))
