@@ -40,8 +40,8 @@ def _plan(options: argparse.Namespace, _: list[str]) -> int:
     output = options.output or options.study.with_suffix(".plan.yaml")
     if not output.parent.is_dir():
         raise ConfigError(Problem("--output", output, "lies in a folder that does not exist; make it first."))
-    from tools.scaling import plan
-    from tools.scaling.study import read_study
+    from launch.sweeps import plan
+    from launch.sweeps.study import read_study
 
     content = plan.document(plan.make_plan(read_study(options.study)))
     plan.write(output, content)
@@ -61,8 +61,8 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
     ]
     if problems:
         raise ConfigError(problems)
+    from launch.sweeps.plan_file import read_plan
     from launch.sweeps.study_directory import StudyDirectory
-    from tools.scaling.plan_file import read_plan
 
     if options.action == "submit":
         plan = read_plan(options.plan)
@@ -189,10 +189,8 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
         document = fit_file.document(fitted, source=str(options.source.absolute()))
         document["notes"] = notes = [*found.notes, *document["notes"]]
         fit_file.write(fit_json, document)
-    shown = content.Content(options.source.absolute().stem, found.observations, fitted, document, notes, found.reasons)
-    if found.study is not None and found.plan is not None:
-        links = {} if options.standalone else content.links(found.observations, found.study.runs, page)
-        shown = content.of_a_study(shown, found.plan, found.study.runs, links)
+    links = {} if options.standalone else content.links(found, page)
+    shown = content.Content(found, fitted, document, notes, links)
     written = write.write(shown, page, figures)
     if document:
         print(fit_file.table(document))

@@ -32,7 +32,7 @@ def main(run_dir: str) -> int:
     from megatron_qwen.distributed.rank import RankInfo, join, leave
     from megatron_qwen.recipes.registry import RECIPES
     from megatron_qwen.resilience.parent import die_with_launcher
-    from megatron_qwen.training.run import run_attempt
+    from megatron_qwen.training.attempt import run_attempt
 
     die_with_launcher()
     info = RankInfo.from_environment()

@@ -97,7 +97,7 @@ def _received(pipe: Connection) -> tuple[bool, Any]:
 
 
 def rank_info() -> Any:
-    """Where the calling rank stands, for ``build_parts``."""
+    """Where the calling rank stands, for ``build_components``."""
     import torch.distributed as dist
 
     from megatron_qwen.distributed.rank import RankInfo

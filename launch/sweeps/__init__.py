@@ -1,1 +1,1 @@
-"""Studies that run: their directory, their database, and the controller that submits what is ready."""
+"""All that runs a study: its plan, its directory and database, its controller, and what became of each run."""

@@ -3,17 +3,17 @@
 import time
 from collections.abc import Callable
 
+from launch.sweeps import adapt
 from launch.sweeps.database import ACTIVE, READY, Database, Row
 from launch.sweeps.handover import HandOver, Place
 from launch.sweeps.look import ENDED, look
-from launch.sweeps.results import observed
+from launch.sweeps.observe import observed
+from launch.sweeps.plan import document, write
+from launch.sweeps.plan_file import PlanFile, merged
 from launch.sweeps.study_directory import StudyDirectory
 from megatron_qwen import slurm
-from tools.scaling import adapt
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import DONE
-from tools.scaling.plan import document, write
-from tools.scaling.plan_file import PlanFile, merged
 
 _BEAT_S = 20.0
 # Versions of the data by which a round judges how flat an optimum is.

@@ -10,11 +10,11 @@ from launch import preflight, submit
 from launch.request import Request, chosen_cluster, make
 from launch.sweeps.arguments import AT_ONCE
 from launch.sweeps.database import ACTIVE, Database, Row
+from launch.sweeps.outcome import outcome
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.errors import UserError
 from tools.scaling.observations import FAILED, UNFINISHED
-from tools.scaling.outcome import outcome
 
 
 @dataclass(frozen=True)

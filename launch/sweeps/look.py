@@ -9,11 +9,11 @@ import psutil
 
 from launch import run_jobs
 from launch.sweeps.database import ACTIVE, READY, WAITING, Row
+from launch.sweeps.outcome import astray_by, outcome
 from launch.sweeps.study_directory import Run, StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
-from tools.scaling.outcome import astray_by, outcome
 
 ENDED = (DONE, DIVERGED, FAILED)
 # A run whose job is gone without a word is handed over again; one that is lost so often is not.

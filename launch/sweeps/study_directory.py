@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.sweeps.plan_file import PlanFile, merged, read_plan
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.json_lines import objects
 from megatron_qwen.rundir import RunDirectory
-from tools.scaling.plan_file import PlanFile, merged, read_plan
 
 STEM, CELL = "stem", "cell"
 # A branch may begin so much of its length late.

@@ -143,7 +143,7 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "transformer_impl": "transformer_engine" if te else "local",
         # Takes the activation module of the spec; the torch backend has one of its own.
         "use_te_activation_func": not te,
-        # For Transformer Engine's layers te_backend.py sees to it.
+        # For Transformer Engine's layers te_backend/provider.py sees to it.
         "gradient_accumulation_fusion": device.has_cuda()
         and not te
         and not precision.emulate_fp8

@@ -5,21 +5,21 @@ from collections.abc import Iterable
 import torch
 
 from megatron_qwen.models.build import Model
-from megatron_qwen.training.setup import Parts
+from megatron_qwen.training.components import TrainingComponents
 
 
-def held_bytes(parts: Parts) -> dict[str, int]:
+def held_bytes(components: TrainingComponents) -> dict[str, int]:
     """Weights, gradients and optimizer state of this rank, in bytes; memory that two of them share counts once."""
     seen: set[int] = set()
-    return {name: _new_bytes(seen, tensors) for name, tensors in held_tensors(parts).items()}
+    return {name: _new_bytes(seen, tensors) for name, tensors in held_tensors(components).items()}
 
 
-def held_tensors(parts: Parts) -> dict[str, list[torch.Tensor]]:
+def held_tensors(components: TrainingComponents) -> dict[str, list[torch.Tensor]]:
     """The tensors themselves; some are views of one another's memory."""
     return {
-        "weights": list(_weights(parts.model)),
-        "gradients": list(_gradients(parts.model)),
-        "optimizer": list(_optimizer(parts)),
+        "weights": list(_weights(components.model)),
+        "gradients": list(_gradients(components.model)),
+        "optimizer": list(_optimizer(components)),
     }
 
 
@@ -44,8 +44,8 @@ def _gradients(model: Model) -> Iterable[torch.Tensor]:
             yield buffer.grad_data
 
 
-def _optimizer(parts: Parts) -> Iterable[torch.Tensor]:
-    for part in parts.optimizer.chained_optimizers:
+def _optimizer(components: TrainingComponents) -> Iterable[torch.Tensor]:
+    for part in components.optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
         for group in part.optimizer.param_groups:

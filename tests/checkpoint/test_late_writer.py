@@ -18,16 +18,16 @@ TRIALS = count(quick=4, thorough=30)
 def write_until_followed(config: RunConfig, root: Path) -> int:
     """Saves one checkpoint after the other as the first attempt until it may no longer; answers with how many."""
     from megatron_qwen.checkpoint.write import CheckpointWriter, SaveError
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
-    from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config)
+    components = build_components(config)
     attempts = AttemptLog(root.with_name("attempts.jsonl"))
     writer = CheckpointWriter(root, attempt=attempts.newest(), attempts=attempts, keep_last=3, keep_every=None)
     for number in range(1, 400):
-        parts.progress.iteration = number
+        components.progress.iteration = number
         try:
-            Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=bool(number % 2))
+            Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=bool(number % 2))
             writer.finish(wait=True)
         except SaveError as error:
             if "has been followed by another and may not commit" not in error.render():

@@ -23,14 +23,14 @@ def config(tokens) -> RunConfig:
 def save_as(config: RunConfig, root: Path) -> str:
     """Saves as the third attempt at a run; answers with the error."""
     from megatron_qwen.checkpoint.write import CheckpointWriter, SaveError
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
-    from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config)
-    parts.progress.iteration = 7
+    components = build_components(config)
+    components.progress.iteration = 7
     writer = CheckpointWriter(root, attempt=3, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     try:
-        Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
+        Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=False)
     except SaveError as error:
         return error.render()
     return ""
@@ -63,17 +63,17 @@ def test_a_current_attempt_commits(pool, config, tmp_path):
 def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     """Saves at step 2 in the background, trains on while it is written, and commits it later."""
     from megatron_qwen.checkpoint.write import CheckpointWriter
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
-    from megatron_qwen.training.setup import build_parts
 
-    parts = build_parts(config)
+    components = build_components(config)
     writer = CheckpointWriter(root, attempt=0, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     for _ in range(2):
-        jobs.step(parts)
-    Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=True)
+        jobs.step(components)
+    Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=True)
     before = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     for _ in range(2):
-        jobs.step(parts)
+        jobs.step(components)
     writer.finish(wait=True)
     return {"committed before": before}
 
@@ -102,20 +102,20 @@ def save_twice(config: RunConfig, root: Path, bytes_left: int | None) -> str:
     import torch.distributed as dist
 
     from megatron_qwen.checkpoint.write import SaveError
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    jobs.step(parts)
-    jobs.save(parts, root)
+    components = build_components(config)
+    jobs.step(components)
+    jobs.save(components, root)
     if dist.get_rank() == 0:
         if bytes_left is None:  # room for the shards, none for what rank 0 writes when all have written
             shards = [path.stat().st_size for path in root.glob("iter_*/*") if path.name not in LATE]
             bytes_left = sum(-(-size // 4096) * 4096 for size in shards) + 4096
         free = shutil.disk_usage(root).free
         (root.parent / "ballast").write_bytes(bytes(free - bytes_left))
-    jobs.step(parts)
+    jobs.step(components)
     try:
-        jobs.save(parts, root)
+        jobs.save(components, root)
     except SaveError as error:
         return error.render()
     return ""

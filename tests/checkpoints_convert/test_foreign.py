@@ -65,10 +65,10 @@ def save_as_megatron_lm(config: RunConfig, out: Path, metadata: dict[str, Any], 
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    (module,) = parts.model.modules
+    components = build_components(config)
+    (module,) = components.model.modules
     if dist.get_rank() == 0:
         out.mkdir(parents=True)
     dist.barrier()
@@ -76,7 +76,7 @@ def save_as_megatron_lm(config: RunConfig, out: Path, metadata: dict[str, Any], 
         "args": arguments(config, **changes),
         "checkpoint_version": 3.0,
         "iteration": 10,
-        "model": module.sharded_state_dict(metadata={**metadata, "dp_cp_group": parts.groups.dp_cp}),
+        "model": module.sharded_state_dict(metadata={**metadata, "dp_cp_group": components.groups.dp_cp}),
         "opt_param_scheduler": {"max_lr": 1e-4, "num_steps": 640},
     }
     # In this process: a rank of the pool may have no children.

@@ -18,23 +18,23 @@ def train(config: RunConfig, steps: int, save_to: Path | None = None) -> dict[st
     Returns:
         Losses and gradient norms; the state is saved as a checkpoint where ``save_to`` says so.
     """
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    results = [step(parts) for _ in range(steps)]
+    components = build_components(config)
+    results = [step(components) for _ in range(steps)]
     if save_to is not None:
-        save(parts, save_to)
+        save(components, save_to)
     return {"losses": [result.loss for result in results], "grad_norms": [result.grad_norm for result in results]}
 
 
-def step(parts: Any) -> Any:
+def step(components: Any) -> Any:
     """One optimizer step as the trainer takes it."""
     from megatron_qwen.training.trainer import Trainer
 
-    return Trainer(parts, []).step().result
+    return Trainer(components, []).step().result
 
 
-def save(parts: Any, root: Path) -> None:
+def save(components: Any, root: Path) -> None:
     """Commits the state as a checkpoint under ``root``."""
     from megatron_qwen.attempts import AttemptLog
     from megatron_qwen.checkpoint.write import CheckpointWriter
@@ -42,40 +42,40 @@ def save(parts: Any, root: Path) -> None:
 
     outside_of_runs = AttemptLog(Path(tempfile.mkdtemp()) / "attempts.jsonl")
     writer = CheckpointWriter(root, attempt=0, attempts=outside_of_runs, keep_last=9, keep_every=None)
-    Checkpointing(writer, resumed_at=0, tokenizer=None).save(parts, background=False)
+    Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=False)
 
 
 def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:
     """Loads a checkpoint under this layout, saves it again, and takes one more step."""
     from megatron_qwen.rundir import RunDirectory
-    from megatron_qwen.training.run import resume
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
+    from megatron_qwen.training.resume import resume
 
-    parts = build_parts(config)
+    components = build_components(config)
     directory = RunDirectory(source.parent)
     assert directory.checkpoints == source
-    resume(parts, directory)
-    save(parts, out)
-    return {"loss": step(parts).loss, "iteration": parts.progress.iteration}
+    resume(components, directory)
+    save(components, out)
+    return {"loss": step(components).loss, "iteration": components.progress.iteration}
 
 
 def start_from(config: RunConfig, run_dir: Path) -> dict[str, Any]:
     """Starts a run from ``checkpoint.load``, saves the state at once, and takes one step."""
     from megatron_qwen.rundir import RunDirectory
-    from megatron_qwen.training.run import resume
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
+    from megatron_qwen.training.resume import resume
 
-    parts = build_parts(config)
+    components = build_components(config)
     directory = RunDirectory(run_dir)
-    resume(parts, directory)
-    save(parts, directory.checkpoints)
-    return {"loss": step(parts).loss, "iteration": parts.progress.iteration}
+    resume(components, directory)
+    save(components, directory.checkpoints)
+    return {"loss": step(components).loss, "iteration": components.progress.iteration}
 
 
 def attempt(config: RunConfig, run_dir: Path) -> int:
     """One attempt at a run, as a rank of ``mq train`` makes it."""
     from megatron_qwen.resilience.signals import StopSignals
-    from megatron_qwen.training.run import run_attempt
+    from megatron_qwen.training.attempt import run_attempt
 
     return run_attempt(config, rank_info(), StopSignals(), run_dir)
 
@@ -110,16 +110,16 @@ def with_layout(config: RunConfig, layout: dict[str, Any]) -> RunConfig:
 
 def peak_memory(config: RunConfig) -> dict[str, Any]:
     """Bytes this rank holds all the time, by part, and the most its tensors take in a step."""
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.held_memory import held_bytes, held_tensors
-    from megatron_qwen.training.setup import build_parts
     from tests.distributed.tensor_peak import TensorPeak
 
-    parts = build_parts(config)
-    step(parts)
-    held = held_bytes(parts)
-    with TensorPeak(itertools.chain(*held_tensors(parts).values())) as counted:
-        step(parts)
-    return {"stage": parts.groups.pp.rank(), "held": held, "step": counted.peak}
+    components = build_components(config)
+    step(components)
+    held = held_bytes(components)
+    with TensorPeak(itertools.chain(*held_tensors(components).values())) as counted:
+        step(components)
+    return {"stage": components.groups.pp.rank(), "held": held, "step": counted.peak}
 
 
 def _kinds(part: Any) -> tuple[str, ...]:
@@ -129,25 +129,25 @@ def _kinds(part: Any) -> tuple[str, ...]:
 def with_buckets(config: RunConfig, bucket_size: int | None) -> Any:
     """A run whose gradients lie in buckets of so many scalars; the core's own are larger than these models."""
     from megatron_qwen.models import build
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
     plain = build.DistributedDataParallelConfig
     if bucket_size is not None:
         build.DistributedDataParallelConfig = partial(plain, bucket_size=bucket_size)  # type: ignore[misc,assignment]
     try:
-        parts = build_parts(config)
+        components = build_components(config)
     finally:
         build.DistributedDataParallelConfig = plain  # type: ignore[misc]
     # The core has one bucket on the later stages of a pipeline.
-    buckets = len(parts.model.chunks[0].buffers[0].buckets)
-    assert bucket_size is None or buckets > 3 or parts.groups.pp.rank() > 0
-    return parts
+    buckets = len(components.model.chunks[0].buffers[0].buckets)
+    assert bucket_size is None or buckets > 3 or components.groups.pp.rank() > 0
+    return components
 
 
 def train_in_buckets(config: RunConfig, steps: int, bucket_size: int) -> list[float]:
     """Losses of some steps."""
-    parts = with_buckets(config, bucket_size)
-    return [step(parts).loss for _ in range(steps)]
+    components = with_buckets(config, bucket_size)
+    return [step(components).loss for _ in range(steps)]
 
 
 def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[tuple[str, int, float]]:
@@ -157,10 +157,10 @@ def gathered_states(config: RunConfig, bucket_size: int | None = None) -> list[t
     """
     import torch.distributed as dist
 
-    parts = with_buckets(config, bucket_size)
-    step(parts)
+    components = with_buckets(config, bucket_size)
+    step(components)
     compared = []
-    for part in parts.optimizer.chained_optimizers:
+    for part in components.optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue
         found, group = part.get_parameter_state_dp_zero(), part.data_parallel_group_gloo

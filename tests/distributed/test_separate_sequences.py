@@ -45,13 +45,13 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
 
     from megatron_qwen.data.loaders.batches import Request, micro_batches
     from megatron_qwen.models.sequences import separate_sequences
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    reader = parts.data.at(0)
-    (batch,) = micro_batches(reader, parts.shard, Request(0, 2, 2))
-    module = parts.model.modules[0]
-    parts.model.train(False)
+    components = build_components(config)
+    reader = components.data.at(0)
+    (batch,) = micro_batches(reader, components.shard, Request(0, 2, 2))
+    module = components.model.modules[0]
+    components.model.train(False)
 
     def logits(tokens: torch.Tensor, positions: torch.Tensor, sequences: Any) -> torch.Tensor:
         return module(tokens, positions, None, packed_seq_params=sequences)[0]

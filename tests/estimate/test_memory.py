@@ -16,11 +16,11 @@ PP2 = ["parallel.pipeline_model_parallel_size=2"]
 
 def parameters_here(config: RunConfig) -> tuple[int, int]:
     """Pipeline stage and scalars of this rank's part of the model."""
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
-    parts = build_parts(config)
-    count = sum(parameter.numel() for module in parts.model.modules for parameter in module.parameters())
-    return parts.groups.pp.rank(), count
+    components = build_components(config)
+    count = sum(parameter.numel() for module in components.model.modules for parameter in module.parameters())
+    return components.groups.pp.rank(), count
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_three_restarts_without_progress(tokens, tokenizer, tmp_path):
     launch("freeze", *words, *where)
     trainer = run_dir / "code/megatron_qwen/training/trainer.py"
     text = trainer.read_text()
-    mark = "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n"
+    mark = "        components, config, progress = self.components, self.components.config, self.components.progress\n"
     broken = "if progress.iteration > int(__import__('os').environ['MQ_ATTEMPT']) % 3: raise OSError(5, 'bad')"
     trainer.write_text(text.replace(mark, f"{mark}        {broken}\n"))
     launch("submit", *words, *where)

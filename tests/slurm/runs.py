@@ -105,7 +105,7 @@ class Runs:
 
     def _patch(self, trainer: Path, patch: str) -> None:
         text = trainer.read_text()
-        mark = "        parts, config, progress = self.parts, self.parts.config, self.parts.progress\n"
+        mark = "components, config, progress = self.components, self.components.config, self.components.progress\n"
         assert text.count(mark) == 1
         before = ["import os", 'attempt = os.environ.get("MQ_ATTEMPT")', "iteration = progress.iteration + 1"]
         lines = "".join(f"        {line}\n" for line in [*before, *patch.strip().splitlines()])

@@ -6,8 +6,8 @@ import time
 
 from launch.demo import standard_library
 from megatron_qwen.data.prepare.plan import make_plan
+from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import find_inputs
-from megatron_qwen.data.text.records import ReadOptions
 from megatron_qwen.data.token_files.manifest import read_manifest
 from tests.conftest import ROOT, command, environment, run
 

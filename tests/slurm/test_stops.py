@@ -18,7 +18,9 @@ def stopped(run) -> str:
 
 
 def test_numbers_that_are_not_finite(runs):
-    patch = "if iteration >= 20: self.parts.model.modules[0].decoder.final_layernorm.weight.data.fill_(float('nan'))"
+    patch = (
+        "if iteration >= 20: self.components.model.modules[0].decoder.final_layernorm.weight.data.fill_(float('nan'))"
+    )
     run = runs.submit("nan", "parallel.pipeline_model_parallel_size=1", patch=patch, nodes=1)
     text = stopped(run)
     (attempt,) = run.attempts()

@@ -11,10 +11,10 @@ from collections import Counter
 import pytest
 import yaml
 
+from launch.sweeps.outcome import outcome
 from megatron_qwen.attempts import AttemptLog
 from tests.conftest import command, environment
 from tests.tiers import cases
-from tools.scaling.outcome import outcome
 
 pytestmark = pytest.mark.timeout(1500)
 RATES = cases([0.001, 0.002, 0.003], [0.0015, 0.004])

@@ -8,7 +8,7 @@ from megatron_qwen.estimate.choices import Choice
 from megatron_qwen.models.torch_backend import dense_gemm as dense_product
 from megatron_qwen.models.torch_backend.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
-from megatron_qwen.training.setup import start_kernels
+from megatron_qwen.training.kernels import start_kernels
 from tests.distributed import jobs
 
 

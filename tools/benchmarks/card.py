@@ -11,7 +11,7 @@ from tools.benchmarks.train_step_workers import bench_config
 
 _LIMIT = 0.01
 _CALLS = 2000
-# Of a run: as many as training/run.py lists, and the card.
+# Of a run: as many as training/callbacks/build.py lists without the card, and the card.
 _CALLBACKS = 9
 
 
@@ -25,16 +25,16 @@ def run(*, rounds: int) -> list[Row]:
 
     device.prepare()
     from megatron_qwen.distributed.rank import RankInfo, join, leave
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.base import Callback
     from megatron_qwen.training.callbacks.performance import Performance
-    from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer
 
     device.set_threads(len(os.sched_getaffinity(0)))
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     with toy_tokens() as data, tempfile.TemporaryDirectory() as folder:
         card = Performance(Path(folder) / "performance.json", attempt=1, started=time.time(), resumed_at=0)
-        trainer = Trainer(build_parts(bench_config("fp32", str(data))), [Callback() for _ in range(_CALLBACKS)])
+        trainer = Trainer(build_components(bench_config("fp32", str(data))), [Callback() for _ in range(_CALLBACKS)])
         card.before_training(trainer)
         record = trainer.step()
         steps = []

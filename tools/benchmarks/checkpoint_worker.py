@@ -21,16 +21,16 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     from megatron_qwen.attempts import AttemptLog
     from megatron_qwen.checkpoint.write import CheckpointWriter
     from megatron_qwen.distributed.rank import RankInfo, join
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
     from megatron_qwen.training.callbacks.garbage import GarbageCollection
-    from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer
 
     info = RankInfo.from_environment()
     join(info, timeout_minutes=10)
     config = bench_config("fp32", data_path).with_section("training", micro_batch_size=1, global_batch_size=16)
-    parts, root = build_parts(config), Path(folder)
-    trainer = Trainer(parts, [GarbageCollection(interval=100)])  # as every run of several ranks has it
+    components, root = build_components(config), Path(folder)
+    trainer = Trainer(components, [GarbageCollection(interval=100)])  # as every run of several ranks has it
     trainer.callbacks[0].before_training(trainer)
     writer = CheckpointWriter(
         root / "checkpoints", attempt=0, attempts=AttemptLog(root / "attempts.jsonl"), keep_last=1, keep_every=None
@@ -50,7 +50,7 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     def steps_while_saving() -> tuple[float, float, int]:
         """Seconds of a step from the start of a save to its commit, of the call that starts it, and steps between."""
         started, steps = time.perf_counter(), 0
-        checkpointing.save(trainer.parts, background=True)
+        checkpointing.save(trainer.components, background=True)
         stall = time.perf_counter() - started
         while True:
             trainer.step()
@@ -70,7 +70,7 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     waited, copied = [], []
     for _ in range(rounds):
         started = time.perf_counter()
-        checkpointing.save(trainer.parts, background=False)
+        checkpointing.save(trainer.components, background=False)
         waited.append(time.perf_counter() - started)
         copied.append(_copy_seconds(root) if info.rank == 0 else 0.0)
         dist.barrier()

@@ -102,13 +102,13 @@ def measure(case: Case) -> Measured:
     from megatron_qwen.estimate.flops import training_flops_per_token
     from megatron_qwen.estimate.hardware import peak_tflops
     from megatron_qwen.recipes.registry import RECIPES
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.validation import Validation
-    from megatron_qwen.training.setup import build_parts
     from megatron_qwen.training.trainer import Trainer
 
     config = resolve(case.recipe, overrides(case), RECIPES)
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
-    trainer = Trainer(build_parts(config), [])
+    trainer = Trainer(build_components(config), [])
     started = time.perf_counter() - born
     records = [trainer.step() for _ in range(case.warm_up + case.steps)]
     seconds = [record.step_time_s for record in records[case.warm_up :]]

@@ -12,6 +12,7 @@ from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
 from tools.scaling.report import content, write
+from tools.scaling.study_results import StudyResults
 
 _LIMIT_S, _LIMIT_MB = 2.0, 5.0
 _SIZES, _HORIZONS, _RATES, _BATCHES = 10, 4, 5, 5
@@ -24,7 +25,7 @@ def run(*, rounds: int) -> list[Row]:
         cells = _cells(np.random.default_rng(0))
         fitted = fit(cells, Settings(draws=200))
         document = fit_file.document(fitted, source="drawn")
-        write.write(content.Content("drawn", cells, fitted, document, document["notes"]), page, None)
+        write.write(content.Content(StudyResults("drawn", cells), fitted, document, document["notes"]), page, None)
         megabytes = page.stat().st_size / 1e6
         seconds = []
         with running() as browser:

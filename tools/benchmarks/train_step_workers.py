@@ -41,12 +41,12 @@ def ours(dtype: str, data_path: str) -> Callable[[], float]:
     """A training step of this project; the call returns the loss."""
     device.prepare()
     from megatron_qwen.distributed.rank import RankInfo, join
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
     from megatron_qwen.training.trainer import Trainer
 
     config, info = bench_config(dtype, data_path), RankInfo(0, 1, 0, 1, "127.0.0.1", 0)
     join(info, timeout_minutes=5)
-    trainer = Trainer(build_parts(config), [])
+    trainer = Trainer(build_components(config), [])
     return lambda: trainer.step().result.loss
 
 

@@ -17,9 +17,9 @@ def main(options: argparse.Namespace) -> int:
     """Cleans."""
     _require_sensible(options)
     from megatron_qwen.data.clean.job import clean, cores
+    from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
     from megatron_qwen.data.text.inputs import find_inputs
-    from megatron_qwen.data.text.records import ReadOptions
 
     read = ReadOptions(field=options.field, where=parse_conditions(options.where))
     files = find_inputs(options.files)
@@ -65,8 +65,9 @@ def _require_sensible(options: argparse.Namespace) -> None:
 def _stages(options: argparse.Namespace) -> "Stages":
     from megatron_qwen.data.clean.filters import LengthAndCharacters
     from megatron_qwen.data.clean.job import Stages
+    from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.inputs import find_inputs
-    from megatron_qwen.data.text.records import ReadOptions, documents
+    from megatron_qwen.data.text.records import documents
 
     characters = LengthAndCharacters(
         min_characters=options.min_chars,

@@ -22,9 +22,9 @@ def main(options: argparse.Namespace) -> int:
     """Prepares."""
     from megatron_qwen.data.prepare.job import Task, prepare
     from megatron_qwen.data.prepare.plan import make_plan
+    from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
     from megatron_qwen.data.text.inputs import find_inputs
-    from megatron_qwen.data.text.records import ReadOptions
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     task = _require_sensible(options)

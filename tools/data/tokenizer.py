@@ -32,8 +32,9 @@ def _import(options: argparse.Namespace, problems: list[Problem]) -> int:
 
 
 def _train(options: argparse.Namespace, problems: list[Problem]) -> int:
+    from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.inputs import find_inputs
-    from megatron_qwen.data.text.records import ReadOptions, documents
+    from megatron_qwen.data.text.records import documents
     from megatron_qwen.data.tokenizers.making import train_bpe, train_sentencepiece
     from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS, load_tokenizer
 

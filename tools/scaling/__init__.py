@@ -1,1 +1,1 @@
-"""Scaling laws: a study's plan, the fit of what it measured, its report, and what the fit prescribes."""
+"""All that fits a study: from observations to laws, and from laws to the configuration of a large run."""

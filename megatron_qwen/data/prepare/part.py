@@ -12,8 +12,9 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.text.blocks import BadRecord, Block, Document
 from megatron_qwen.data.text.long import LongText
-from megatron_qwen.data.text.records import BadRecord, Block, Document, read_span
+from megatron_qwen.data.text.records import read_span
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.errors import DataError

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import Form, InputFile, Packing
-from megatron_qwen.data.text.records import ReadOptions, Span
+from megatron_qwen.data.text.records import Span
 from megatron_qwen.data.tokenizers.tokenizer import fingerprint
 
 UNIT_BYTES = 16 << 20

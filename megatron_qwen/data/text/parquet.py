@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take
 from megatron_qwen.data.text.inputs import InputFile
-from megatron_qwen.data.text.records import BadRecord, Block, ReadOptions, take
 from megatron_qwen.errors import DataError, Problem
 
 _ROWS = 256

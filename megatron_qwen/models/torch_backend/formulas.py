@@ -1,7 +1,7 @@
 """The torch backend's small operations as formulas in fp32, for a compiler that makes one kernel of each.
 
-Each is what an operation of torch_functions.py or loss.py computes step by step, in place and without a compiler;
-the last two move what dense_product.py multiplies.
+Each is what an operation of functions.py or loss.py computes step by step, in place and without a compiler;
+the last two move what dense_gemm.py multiplies.
 """
 
 import torch

@@ -1,16 +1,14 @@
 """Load-balancing loss and the busiest expert's share, for a mixture of experts."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 _TRACKED = {
     "aux_loss": "load_balancing_loss",
@@ -30,10 +28,10 @@ class ExpertLoad(Callback):
     def __init__(self) -> None:
         self._counts: dict[int, torch.Tensor] = {}
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """Hooks every router of this rank; what the core has counted before does not belong to this run."""
         get_moe_metrics_tracker().clear()
-        for chunk in trainer.parts.model.modules:
+        for chunk in trainer.components.model.modules:
             for module in chunk.modules():
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._count)
@@ -45,12 +43,12 @@ class ExpertLoad(Callback):
         layer = int(router.layer_number) - 1
         self._counts[layer] = self._counts[layer] + chosen if layer in self._counts else chosen
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Adds both figures to the record."""
-        model = trainer.parts.config.model
+        model = trainer.components.config.model
         assert model.num_moe_experts is not None
         counts = torch.zeros(
-            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.parts.shard.device
+            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.components.shard.device
         )
         for layer, chosen in self._counts.items():
             counts[layer] += chosen
@@ -60,12 +58,14 @@ class ExpertLoad(Callback):
         record.extra["busiest_expert_share"] = float(shares.max())
         record.extra["load_balancing_loss"] = self._balancing_loss(trainer, record)
 
-    def _balancing_loss(self, trainer: "Trainer", record: "StepRecord") -> float | None:
-        model, shard = trainer.parts.config.model, trainer.parts.shard
+    def _balancing_loss(self, trainer: TrainerInterface, record: StepRecord) -> float | None:
+        model, shard = trainer.components.config.model, trainer.components.shard
         if not model.moe_aux_loss_coeff or model.moe_router_load_balancing_type == "none":
             return None
         name = _TRACKED[model.moe_router_load_balancing_type]
-        micro_batches = record.global_batch_size // (trainer.parts.config.training.micro_batch_size * shard.dp_size)
+        micro_batches = record.global_batch_size // (
+            trainer.components.config.training.micro_batch_size * shard.dp_size
+        )
         totals: dict[str, torch.Tensor] = {}
         get_moe_metrics_tracker().report(
             1.0 / micro_batches,
@@ -75,6 +75,6 @@ class ExpertLoad(Callback):
             num_layers=model.num_layers,
             moe_layer_freq=1,
             total_loss_dict=totals,
-            pg_collection=trainer.parts.groups,
+            pg_collection=trainer.components.groups,
         )
         return float(totals[name])

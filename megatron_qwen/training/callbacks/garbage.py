@@ -1,12 +1,9 @@
 """Python's garbage collections at the same step on all ranks."""
 
 import gc
-from typing import TYPE_CHECKING
 
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 
 class GarbageCollection(Callback):
@@ -19,13 +16,13 @@ class GarbageCollection(Callback):
     def __init__(self, interval: int) -> None:
         self.interval = interval
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """What was built lives as long as the run: it is not looked at again."""
         gc.collect()
         gc.freeze()
         gc.disable()
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Collects if it is time."""
         if record.iteration % self.interval == 0:
             gc.collect()

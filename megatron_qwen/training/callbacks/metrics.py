@@ -1,7 +1,7 @@
 """Turns a step into a record and hands it to the writers and the progress line."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -10,10 +10,8 @@ from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.hardware import peak_tflops
 from megatron_qwen.metrics.console import ProgressLine
 from megatron_qwen.metrics.writers import MetricsWriter
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 
 class Metrics(Callback):
@@ -29,12 +27,12 @@ class Metrics(Callback):
         self.writers, self.attempt, self.console = writers, attempt, console
         self._peak: float | None = None
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """Reads what does not change from step to step."""
-        config = trainer.parts.config
+        config = trainer.components.config
         self._peak = peak_tflops(device.device_name(), config.precision.dtype)
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Writes the record of the step."""
         if dist.get_rank() != 0:
             return
@@ -43,13 +41,13 @@ class Metrics(Callback):
             writer.write(content)
         if self.console is not None and (
             self.console.live
-            or record.iteration % trainer.parts.config.metrics.log_interval == 0
+            or record.iteration % trainer.components.config.metrics.log_interval == 0
             or "validation_loss" in record.extra
         ):
-            self.console.show(content, last_iteration=trainer.parts.config.training.train_iters)
+            self.console.show(content, last_iteration=trainer.components.config.training.train_iters)
 
-    def _content(self, trainer: "Trainer", record: "StepRecord") -> dict[str, Any]:
-        progress, result, world = trainer.parts.progress, record.result, dist.get_world_size()
+    def _content(self, trainer: TrainerInterface, record: StepRecord) -> dict[str, Any]:
+        progress, result, world = trainer.components.progress, record.result, dist.get_world_size()
         config = record.config
         speed = record.global_batch_size * config.data.seq_length / record.step_time_s
         tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length) / 1e12

@@ -1,21 +1,17 @@
 """Stops a run whose numbers do not come back."""
 
-from typing import TYPE_CHECKING
-
 from megatron_qwen.errors import NumericsError, Problem
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 
 class NumericsGuard(Callback):
     """Raises after too many steps in a row without a finite loss and gradient; no checkpoint is written then."""
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Counts are in the progress; this compares them with the limit."""
-        limit = trainer.parts.config.resilience.max_consecutive_skips
-        skips = trainer.parts.progress.consecutive_skips
+        limit = trainer.components.config.resilience.max_consecutive_skips
+        skips = trainer.components.progress.consecutive_skips
         if skips >= limit:
             raise NumericsError(
                 Problem(

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 
@@ -13,13 +13,9 @@ from megatron_qwen import device
 from megatron_qwen.estimate.flops import FORMULA, training_flops_per_token
 from megatron_qwen.estimate.hardware import known
 from megatron_qwen.metrics.performance_card import AttemptTime, read_attempts, write_card
-from megatron_qwen.training.callbacks.base import Callback
-from megatron_qwen.training.callbacks.checkpointing import Checkpointing
-from megatron_qwen.training.callbacks.validation import Validation
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.held_memory import held_bytes
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.step_record import StepRecord
 
 log = logging.getLogger(__name__)
 _WRITE_INTERVAL_S = 60.0
@@ -46,17 +42,17 @@ class Performance(Callback):
         self._speeds: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED_STEPS)
         self._held: list[dict[str, int]] = []
         self._peaks: list[int] = []
-        self._trainer: Trainer | None = None
+        self._trainer: TrainerInterface | None = None
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """Counts what every rank holds."""
         self._trainer = trainer
         self._held = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(self._held, held_bytes(trainer.parts))
+        dist.all_gather_object(self._held, held_bytes(trainer.components))
         self._begun = time.time()
         self._write()  # an attempt that is killed soon has been there
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Adds the step."""
         seconds = record.step_time_s - record.data_wait_s
         self._seconds["skipped_s" if record.result.skipped else "steps_s"] += seconds
@@ -68,7 +64,7 @@ class Performance(Callback):
         if time.time() - self._written > _WRITE_INTERVAL_S:
             self._write()
 
-    def after_training(self, trainer: "Trainer") -> None:
+    def after_training(self, trainer: TrainerInterface) -> None:
         """Asks every rank for its peak."""
         self._peaks = [0] * dist.get_world_size()
         dist.all_gather_object(self._peaks, device.peak_memory_bytes())
@@ -87,24 +83,24 @@ class Performance(Callback):
         except OSError as error:  # a full disk must not end the run, nor hide why it ends
             log.warning("%s could not be written: %s", self.path, error)
 
-    def _time(self, trainer: "Trainer") -> AttemptTime:
+    def _time(self, trainer: TrainerInterface) -> AttemptTime:
         spent = trainer.callback_seconds
         return AttemptTime(
             attempt=self.attempt,
             devices=dist.get_world_size(),
             started=self.started,
             resumed_at=self.resumed_at,
-            iteration=trainer.parts.progress.iteration,
+            iteration=trainer.components.progress.iteration,
             wall_s=time.time() - self.started,
             startup_s=self._begun - self.started,
-            save_s=spent.get(Checkpointing.__name__, 0.0),
-            validation_s=spent.get(Validation.__name__, 0.0),
+            save_s=spent.get("save", 0.0),
+            validation_s=spent.get("validation", 0.0),
             **self._seconds,
         )
 
-    def _facts(self, trainer: "Trainer") -> dict[str, Any]:
+    def _facts(self, trainer: TrainerInterface) -> dict[str, Any]:
         """What was reached in this attempt."""
-        config, name = trainer.parts.config, device.device_name()
+        config, name = trainer.components.config, device.device_name()
         kind = known(name)
         peak = kind.peak_tflops if kind is not None and config.precision.dtype == "bf16" else None
         speed = flops = None
@@ -115,7 +111,7 @@ class Performance(Callback):
             "recipe": config.recipe,
             "device": name,
             "devices": dist.get_world_size(),
-            "backend": trainer.parts.backend.name,
+            "backend": trainer.components.backend.name,
             "dtype": config.precision.dtype,
             "fp8": config.precision.fp8,
             "seq_length": config.data.seq_length,
@@ -131,7 +127,7 @@ class Performance(Callback):
             "memory": self._memory(),
             "choices": {
                 choice.field: {"value": choice.value, "reason": choice.reason, "forced": choice.forced}
-                for choice in trainer.parts.choices
+                for choice in trainer.components.choices
             },
         }
 
@@ -148,8 +144,8 @@ class Performance(Callback):
         return {"rank": fullest, "peak_gib": peak, **parts, "activations_and_workspace_gib": rest}
 
 
-def _routing(trainer: "Trainer") -> str:
-    model = trainer.parts.config.model
+def _routing(trainer: TrainerInterface) -> str:
+    model = trainer.components.config.model
     if not model.is_moe:
         return "dense: none"
     return "forced: even, at random" if model.moe_router_force_load_balancing else "natural"

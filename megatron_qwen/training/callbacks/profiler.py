@@ -1,15 +1,13 @@
 """A torch profiler window, as a Chrome trace per rank."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 
 class Profiler(Callback):
@@ -23,13 +21,13 @@ class Profiler(Callback):
         self.directory = directory
         self._profile: Any = None
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """Starts at once where the first step is in the window."""
         self._begin_if_due(trainer)
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Starts and ends the window."""
-        settings = trainer.parts.config.metrics
+        settings = trainer.components.config.metrics
         assert settings.profile_start is not None
         if self._profile is not None and record.iteration == settings.profile_start + settings.profile_iters - 1:
             self._profile.stop()
@@ -38,7 +36,7 @@ class Profiler(Callback):
             self._profile = None
         self._begin_if_due(trainer)
 
-    def _begin_if_due(self, trainer: "Trainer") -> None:
-        if trainer.parts.progress.iteration + 1 == trainer.parts.config.metrics.profile_start:
+    def _begin_if_due(self, trainer: TrainerInterface) -> None:
+        if trainer.components.progress.iteration + 1 == trainer.components.config.metrics.profile_start:
             self._profile = torch.profiler.profile(record_shapes=True)
             self._profile.start()

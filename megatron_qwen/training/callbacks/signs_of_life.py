@@ -1,14 +1,11 @@
 """Tells the watchdog outside the ranks that the run moves, and notices that another attempt has taken it over."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from megatron_qwen.errors import Problem, UserError
 from megatron_qwen.resilience.heartbeat import Heartbeat
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 
 class Superseded(UserError):
@@ -28,7 +25,7 @@ class SignsOfLife(Callback):
     def __init__(self, heartbeat: Heartbeat, *, is_current: Callable[[], bool]) -> None:
         self.heartbeat, self.is_current = heartbeat, is_current
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Beats; ends an attempt that outlived its job.
 
         Raises:
@@ -38,6 +35,6 @@ class SignsOfLife(Callback):
             fix = "has been followed by another on other nodes, which owns the run now."
             raise Superseded(Problem("attempt", self.heartbeat.attempt, fix))
 
-    def after_training(self, trainer: "Trainer") -> None:
+    def after_training(self, trainer: TrainerInterface) -> None:
         """What is left is the last save."""
-        self.heartbeat.beat("finishing", trainer.parts.progress.iteration)
+        self.heartbeat.beat("finishing", trainer.components.progress.iteration)

@@ -2,17 +2,14 @@
 
 import logging
 import signal
-from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_qwen.errors import EXIT_REQUEUE
 from megatron_qwen.resilience.signals import EXIT_INTERRUPTED, StopSignals
-from megatron_qwen.training.callbacks.base import Callback
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.step_record import StepRecord
 
 log = logging.getLogger(__name__)
 
@@ -27,9 +24,9 @@ class Stopping(Callback):
     def __init__(self, signals: StopSignals) -> None:
         self.signals = signals
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Stops the trainer with exit code 75, or 130 after Ctrl-C; the checkpoint callback then saves."""
-        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.parts.shard.device)
+        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.components.shard.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         number = int(flag)
         if not number:

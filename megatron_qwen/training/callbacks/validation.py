@@ -1,58 +1,58 @@
 """Validation loss at intervals, on the same held-out samples every time."""
 
-from typing import TYPE_CHECKING
-
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Request, micro_batches
 from megatron_qwen.data.reading.training_data import StageReader
 from megatron_qwen.data.reading.training_data import Validation as ValidationSamples
-from megatron_qwen.training.callbacks.base import Callback
+from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.step import run_batch
-
-if TYPE_CHECKING:
-    from megatron_qwen.training.trainer import StepRecord, Trainer
+from megatron_qwen.training.step_record import StepRecord
 
 
 class Validation(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step."""
 
+    timed_as = "validation"
+
     def __init__(self) -> None:
         self._samples: tuple[StageReader, ValidationSamples] | None = None
 
-    def before_training(self, trainer: "Trainer") -> None:
+    def before_training(self, trainer: TrainerInterface) -> None:
         """Finds out before the first step whether there is enough held out."""
         self._of(trainer)
 
-    def after_step(self, trainer: "Trainer", record: "StepRecord") -> None:
+    def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Validates if it is time."""
-        config = trainer.parts.config
+        config = trainer.components.config
         interval = config.training.eval_interval
         due = (interval and record.iteration % interval == 0) or record.iteration == config.training.train_iters
         if due:
             record.extra["validation_loss"] = self.measure(trainer)
 
-    def measure(self, trainer: "Trainer") -> float:
+    def measure(self, trainer: TrainerInterface) -> float:
         """Mean loss over eval_iters batches, in nats per token."""
-        parts = trainer.parts
+        components = trainer.components
         samples, config = self._of(trainer)
         training = config.training
-        parts.model.train(False)
+        components.model.train(False)
         total = weight = 0.0
-        with parts.model.whole_parameters():
+        with components.model.whole_parameters():
             for index in range(training.eval_iters):
                 size = training.global_batch_size
                 request = Request(index * size, size, training.micro_batch_size)
-                batches = [batch.to(parts.shard.device) for batch in micro_batches(samples, parts.shard, request)]
+                batches = [
+                    batch.to(components.shard.device) for batch in micro_batches(samples, components.shard, request)
+                ]
                 loss, tokens = run_batch(
-                    config, parts.model, parts.groups, parts.forward_step, batches, forward_only=True
+                    config, components.model, components.groups, components.forward_step, batches, forward_only=True
                 )
                 total, weight = total + loss * tokens, weight + tokens
-        parts.model.train(True)
+        components.model.train(True)
         return total / max(weight, 1.0)
 
-    def _of(self, trainer: "Trainer") -> tuple[ValidationSamples, RunConfig]:
+    def _of(self, trainer: TrainerInterface) -> tuple[ValidationSamples, RunConfig]:
         """The held-out samples of the stage that the last step was of, and what holds in it."""
-        reader = trainer.parts.data.latest(trainer.parts.progress.consumed_samples)
+        reader = trainer.components.data.latest(trainer.components.progress.consumed_samples)
         if self._samples is None or self._samples[0] is not reader:
-            self._samples = reader, trainer.parts.data.validation(reader)
+            self._samples = reader, trainer.components.data.validation(reader)
         return self._samples[1], reader.config

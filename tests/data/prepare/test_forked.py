@@ -8,8 +8,8 @@ from multiprocessing.util import register_after_fork
 import pytest
 
 from megatron_qwen.data.clean.job import Stages, clean
+from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import find_inputs
-from megatron_qwen.data.text.records import ReadOptions
 from tests.data.prepare.test_prepare import TEXTS, make, write_jsonl
 
 

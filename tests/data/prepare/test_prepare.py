@@ -14,8 +14,8 @@ import zstandard
 from launch.demo import standard_library
 from megatron_qwen.data.prepare.job import Task, prepare
 from megatron_qwen.data.prepare.plan import make_plan
+from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import find_inputs
-from megatron_qwen.data.text.records import ReadOptions
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.token_set import TokenSet

@@ -18,6 +18,7 @@ from megatron_qwen.data.reading.replay import Replay
 from megatron_qwen.data.reading.training_data import TrainingData, order_of
 from megatron_qwen.errors import ConfigError, DataError
 from tests.data.blends import open_run, run_config, write_source
+from tests.training.attempts import configure
 
 TOTALS = {"a": 400, "b": 1500, "c": 90, "d": 777}
 
@@ -272,3 +273,10 @@ def test_a_packed_source_goes_on_where_it_was(folder):
         state = data.state(consumed + 15)
     assert state["positions"]["b"]["cursor"]["pool"] > 0  # found without packing what came before
     assert len(state["phases"]) == 1
+
+
+def test_what_is_training_data_does_not_depend_on_validating(tokens):
+    config = configure("tiny_dense", tokens)
+    readers = [TrainingData(config.with_section("training", eval_iters=iters)).at(0) for iters in (2, 0)]
+    assert readers[0].data.sources["data"].stop == readers[1].data.sources["data"].stop
+    assert (readers[0][5].tokens == readers[1][5].tokens).all()

@@ -1,39 +1,13 @@
 """What a controller sees of jobs: noted or not, in arrays, held."""
 
 import json
-import re
-import shutil
 
 import pytest
-import yaml
 
 from launch.sweeps.look import look
-from launch.sweeps.study_directory import StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from megatron_qwen.slurm import QueuedJob
-from tools.scaling.plan import document, make_plan, write
-from tools.scaling.plan_file import read_plan
-from tools.scaling.study import read_study
-
-STUDY = {
-    "recipe": "tiny_dense",
-    "shapes": {"models": [{"num_layers": 2}]},
-    "horizons": {"tokens": [5120]},
-    "learning_rate": {"values": [0.001, 0.002, 0.004]},
-    "batch_tokens": {"values": [256]},
-    "schedule": "cosine",
-    "device": {"tflops": 0.01},
-}
-
-
-@pytest.fixture
-def study(tmp_path):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    write(tmp_path / "plan.yaml", document(make_plan(read_study(tmp_path / "study.yaml"))))
-    found = StudyDirectory(tmp_path / "study")
-    found.claim(read_plan(tmp_path / "plan.yaml"))
-    return found
 
 
 @pytest.fixture
@@ -113,47 +87,6 @@ def test_a_member_that_left_its_array_stands_for_itself(study, seen):
     with directory.jobs.open("a") as file:
         file.write(json.dumps({"jobs": ["11"], "scheduler": "slurm", "cluster": "cpu", "nodes": 1}) + "\n")
     assert seen(job("7_0", name), job("11", study.job_name(second), "COMPLETED"))[1] == ("ready", "")
-
-
-def test_a_torn_note_of_an_array_loses_no_other(study):
-    first, second, third = study.all_runs(study.plan())
-    one = study.note_array([first])
-    with study.arrays_jsonl.open("a") as file:
-        file.write('{"name": "forty')  # a full disk
-    two, three = study.note_array([second]), study.note_array([third])
-    assert len({one, two, three}) == 3
-    assert study.arrays() == {one: [first.name], two: [second.name], three: [third.name]}
-
-
-def test_an_array_has_a_name_that_lists_can_hold(tmp_path):
-    name = StudyDirectory(tmp_path / "a|b c").note_array([]) if (tmp_path / "a|b c").mkdir() is None else ""
-    assert re.fullmatch(r"[A-Za-z0-9._-]+", name)
-
-
-def test_a_branch_begins_a_step_late_where_its_stem_was_saved_late(tmp_path):
-    (tmp_path / "study.yaml").write_text(
-        yaml.safe_dump(STUDY | {"schedule": "wsd", "learning_rate": {"values": [1e-3]}, "decay_share": 0.5})
-    )
-    write(tmp_path / "plan.yaml", document(make_plan(read_study(tmp_path / "study.yaml"))))
-    study = StudyDirectory(tmp_path / "study")
-    study.claim(read_plan(tmp_path / "plan.yaml"))
-    stem, branch = study.all_runs(study.plan())
-    assert (branch.begins, branch.iterations) == (10, 20)
-    checkpoints = study.runs / stem.name / "checkpoints"
-
-    def saved(*iterations):
-        shutil.rmtree(checkpoints, ignore_errors=True)
-        for iteration in iterations:
-            (checkpoints / f"iter_{iteration:07d}").mkdir(parents=True)
-        return study.branching_point(branch)
-
-    assert saved() is None
-    assert saved(9, 12) is None  # too late
-    assert saved(9, 10, 11)[0] == 10
-    assert saved(9, 11, 12)[0] == 11
-    words = study.overrides(branch)
-    assert f"checkpoint.branch_from={checkpoints}/iter_0000011" in words
-    assert "optim.lr_wsd_decay_iters=9" in words
 
 
 def test_a_held_job_says_so(study, seen):

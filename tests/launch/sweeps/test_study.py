@@ -1,212 +1,41 @@
-"""Studies on this machine: run to their end, killed, raced, and with parts of them lost."""
+"""Study files that cannot be: everything that is wrong is said at once."""
 
-import json
-import os
-import shutil
-import signal
-import sqlite3
-import subprocess
-import time
-
-import pytest
 import yaml
 
-from megatron_qwen.attempts import AttemptLog
-from megatron_qwen.rundir import RunDirectory
-from tests.conftest import command, environment, run
-from tools.scaling.outcome import outcome
-
-FAST = ["--poll", "0.5", "--at-once", "2"]
+from tests.conftest import run
+from tests.launch.sweeps.study_files import STUDY
 
 
-def write_study(folder, tokens, **changes):
-    """A study of one tiny model, two learning rates and two horizons, and its plan."""
-    content = {
-        "name": "small",
-        "recipe": "tiny_dense",
-        "overrides": [f"data.path={tokens}", "training.eval_iters=0", "metrics.tensorboard=false"],
-        "shapes": {"models": [{"num_layers": 2}]},
-        "horizons": {"tokens": [5120, 10240]},
-        "learning_rate": {"values": [0.001, 0.004]},
-        "batch_tokens": {"values": [256]},
-        "device": {"tflops": 0.01},
+def test_all_wrong_fields_at_once(tmp_path):
+    wrong = {
+        "recipe": "demo",
+        "overrides": ["optim.lerning_rate=1"],
+        "shapes": {"low": 5, "high": 1, "count": 0},
+        "horizons": {"tokens_per_param": [10], "tokens": [1e6]},
+        "learning_rate": {"values": [0.1, -1, "x"]},
+        "batch": {"values": [4096]},
+        "schedule": "linear",
+        "seeds": [1, 1],
+        "device": {"gpu": "h100", "tflops": 1},
+        "budget_hours": 0,
     }
-    (folder / "study.yaml").write_text(yaml.safe_dump(content | changes))
-    run("launch.sweep", "plan", folder / "study.yaml", check=True)
-    return folder / "study.plan.yaml"
-
-
-def rows(study):
-    """What the database holds."""
-    with sqlite3.connect(study / "state.sqlite") as database:
-        found = database.execute("SELECT name, kind, status, why, loss FROM runs").fetchall()
-    return {row[0]: row for row in found}
-
-
-def begin(words):
-    return subprocess.Popen(
-        command("launch.sweep", *words), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def attempts(study, name):
-    return len(AttemptLog(RunDirectory(study / "runs" / name).attempts).read())
-
-
-@pytest.fixture(scope="module")
-def finished(tokens, tmp_path_factory):
-    """A study whose controller was killed twice; one learning rate blows up, one cell cannot be configured."""
-    folder = tmp_path_factory.mktemp("study")
-    plan = write_study(folder, tokens, learning_rate={"values": [0.001, 0.004, 1000.0]})
-    content = yaml.safe_load(plan.read_text())
-    bug = next(cell for cell in content["cells"] if cell["name"].endswith("lr0.004_s1234_t1"))
-    bug["min_learning_rate"] = 1.0  # above the peak
-    plan.write_text(yaml.safe_dump(content))
-    study = folder / "small"
-    for words in (["submit", str(plan), "--study", str(study)], ["resume", str(study)]):
-        process = begin([*words, *FAST])
-        assert process.stdout.readline(), process.stderr.read()  # something was handed over
-        time.sleep(1.0)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-    done = run("launch.sweep", "resume", study, *FAST, timeout_s=400)
-    return study, bug["name"], done
-
-
-def test_every_run_ends_as_it_should(finished):
-    study, bug, done = finished
-    assert done.returncode == 1, done.stderr  # one failed
-    found = rows(study)
-    status = {name: row[2] for name, row in found.items()}
-    assert status.pop(bug) == "failed"
-    assert "optim.min_learning_rate" in found[bug][3]
-    blown = {name for name in status if "lr1e03" in name}
-    assert blown
-    assert {status.pop(name) for name in blown} == {"diverged"}
-    assert set(status.values()) == {"done"}
-
-
-def test_nothing_ran_twice(finished):
-    study, bug, _ = finished
-    for name, row in rows(study).items():
-        began = (study / "runs" / name).exists()
-        assert attempts(study, name) == (1 if began else 0), name
-        assert began == (name != bug and "its stem" not in row[3]), name
-
-
-def test_the_database_is_what_the_directories_say(finished):
-    study, _, _ = finished
-    lengths = {}
-    content = yaml.safe_load((study / "plan.yaml").read_text())
-    lengths = {one["name"]: one["iterations"] for one in (*content["stems"], *content["cells"])}
-    for name, _, status, _, loss in rows(study).values():
-        if not (study / "runs" / name).exists():
-            continue
-        found = outcome(study / "runs" / name, iterations=lengths[name])
-        assert status == found.status
-        assert status != "done" or loss == pytest.approx(found.loss)
-
-
-def test_branches_begin_where_their_stem_was(finished):
-    study, _, _ = finished
-    for cell in yaml.safe_load((study / "plan.yaml").read_text())["cells"]:
-        metrics = study / "runs" / cell["name"] / "metrics.jsonl"
-        if metrics.is_file():
-            steps = [json.loads(line)["iteration"] for line in metrics.read_text().splitlines()]
-            assert steps == list(range(cell["from"] + 1, cell["iterations"] + 1))
-
-
-def test_fit_reads_the_study(finished, tmp_path):
-    study, _, _ = finished
-    content = json.loads(run("launch.sweep", "fit", study, "--draws", "20", "--json", check=True).stdout)
-    assert content["counts"] == {"done": 3, "diverged": 2, "failed": 1, "unfinished": 0}
-    assert any("losses are mean of the last" in note or "losses are validation" in note for note in content["notes"])
-    assert (study / "observations.csv").is_file()
-    assert (study / "fit.json").is_file()
-
-
-def test_report(finished):
-    study, _, _ = finished
-    done = run("launch.sweep", "report", study, check=True)
-    page = (study / "report.html").read_text()
-    assert f"written: {study / 'report.html'}" in done.stdout
-    for name, row in rows(study).items():
-        if row[1] == "cell":
-            assert name in page
-            assert (f'href="runs/{name}"' in page) == (study / "runs" / name).exists()
-    assert "optim.min_learning_rate" in page  # why the cell failed
-    assert "device-hours spent" in page
-    assert (study / "figures" / "loss_over_compute.png").is_file()
-    run("launch.sweep", "report", study, "--standalone", "--output", study / "alone.html", check=True)
-    assert 'href="runs/' not in (study / "alone.html").read_text()
-
-
-def test_status(finished):
-    study, _, _ = finished
-    shown = json.loads(run("launch.sweep", "status", study, "--json", check=True).stdout)
-    assert shown["controller"] is None
-    assert {row["name"]: row["status"] for row in shown["runs"]} == {name: row[2] for name, row in rows(study).items()}
-    assert "not at work" in run("launch.sweep", "status", study, check=True).stdout
-
-
-def test_a_lost_database_is_made_anew_and_a_lost_run_is_run_again(finished, tmp_path):
-    study = tmp_path / "small"
-    shutil.copytree(finished[0], study)
-    plan = yaml.safe_load((study / "plan.yaml").read_text())
-    lost = next(cell["name"] for cell in plan["cells"] if cell["learning_rate"] == 0.001)
-    before = rows(study)
-    (study / "state.sqlite").unlink()
-    shutil.rmtree(study / "runs" / lost)
-    # The copy's branches still name the stems of the original, which are there.
-    done = run("launch.sweep", "resume", study, *FAST, timeout_s=200)
-    assert done.returncode == 1, done.stderr
-    assert rows(study) == before
-    handed_over = [line for line in done.stdout.splitlines() if "handed over" in line]
-    assert len(handed_over) == 1
-    assert lost in handed_over[0]
-
-
-def test_two_controllers(tokens, tmp_path):
-    plan = write_study(tmp_path, tokens, learning_rate={"values": [0.001]}, horizons={"tokens": [2560]})
-    words = ["submit", str(plan), "--study", str(tmp_path / "small"), *FAST]
-    both = [begin(words), begin(words)]
-    ends = [(process.communicate(timeout=200), process.returncode) for process in both]
-    assert sorted(code for _, code in ends) == [0, 2], ends
-    said = next(errors for (_, errors), code in ends if code == 2)
-    assert "another controller of this study at work" in said
-    assert "Traceback" not in said
-    for name in rows(tmp_path / "small"):
-        assert attempts(tmp_path / "small", name) == 1
-
-
-def test_another_plan_does_not_take_the_directory(finished, tokens, tmp_path):
-    plan = write_study(tmp_path, tokens)
-    done = run("launch.sweep", "submit", plan, "--study", finished[0])
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(wrong))
+    done = run("launch.sweep", "plan", str(path))
     assert done.returncode == 2
-    assert "is not the plan" in done.stderr
+    for word in (
+        "optim.lerning_rate", "shapes.count", "horizons", "learning_rate.values", "batch: no such field",
+        "batch_tokens", "schedule = linear", "seeds", "takes gpu, or tflops", "budget_hours",
+    ):  # fmt: skip
+        assert word in done.stderr, word
+    assert "Traceback" not in done.stderr
+    assert [one.name for one in tmp_path.iterdir()] == ["study.yaml"]
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["resume", "nowhere"], "holds no plan.yaml"),
-        (["status", "nowhere"], "holds no plan.yaml"),
-        (["submit", "nowhere.yaml"], "cannot be read"),
-        (["report", "nowhere.csv", "--output", "no/such/page.html"], "does not exist; make it first"),
-        (["resume", "nowhere", "--at-once", "0", "--poll", "nan"], "--at-once"),
-    ],
-)
-def test_what_cannot_be(words, said, tmp_path):
-    action, place, *rest = words
-    done = run("launch.sweep", action, tmp_path / place, *rest)
+def test_a_device_whose_speed_is_not_known(tmp_path):
+    """fp32 on an H100 has no rate: the study is told to give one."""
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump(STUDY | {"device": {"gpu": "h100"}}))
+    done = run("launch.sweep", "plan", str(path))
     assert done.returncode == 2
-    assert said in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("action", ["fit", "report"])
-def test_data_that_is_not_there(action, tmp_path):
-    done = run("launch.sweep", action, tmp_path / "nowhere.csv")
-    assert done.returncode == 3
-    assert "cannot be read" in done.stderr
-    assert not list(tmp_path.iterdir())
+    assert "device.tflops" in done.stderr

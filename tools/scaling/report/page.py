@@ -21,7 +21,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 def render(content: Content, charts: Sequence[Chart]) -> str:
     """The page as HTML."""
     parts = [
-        f"<h1>{html.escape(content.title)}</h1>",
+        f"<h1>{html.escape(content.results.title)}</h1>",
         f'<p class="what">{html.escape(_what(content))}</p>',
         _tiles(content),
         _law(content),
@@ -33,7 +33,7 @@ def render(content: Content, charts: Sequence[Chart]) -> str:
         f"<h2>Cells</h2>{tables.cells(content)}",
         f'<p><a download="observations.csv" href="{_csv(content)}">All cells as CSV</a></p>',
     ]
-    title, style = html.escape(content.title), (_HERE / "page.css").read_text()
+    title, style = html.escape(content.results.title), (_HERE / "page.css").read_text()
     drawn = json.dumps({chart.name: chart.spec for chart in charts}, allow_nan=False, separators=(",", ":"))
     # What would end the element it stands in, spelt so that JSON reads the same.
     specs = drawn.replace("<", "\\u003c")
@@ -48,14 +48,14 @@ def render(content: Content, charts: Sequence[Chart]) -> str:
 
 
 def _what(content: Content) -> str:
-    counts = {status: sum(one.status == status for one in content.observations) for status in STATUSES}
+    counts = {status: sum(one.status == status for one in content.results.observations) for status in STATUSES}
     told = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
-    sizes = [counted(one, embeddings=content.embeddings) for one in content.observations]
-    tokens = [one.tokens for one in content.observations]
+    sizes = [counted(one, embeddings=content.embeddings) for one in content.results.observations]
+    tokens = [one.tokens for one in content.results.observations]
     spread = f"N {min(sizes):.3g} to {max(sizes):.3g}, D {min(tokens):.3g} to {max(tokens):.3g}"
     embeddings = f"; N {'with' if content.embeddings else 'without'} embeddings"
-    device = f"; {content.device}" if content.device else ""
-    return f"{len(content.observations)} cells ({told}); {spread}{embeddings}{device}"
+    device = f"; {content.results.device}" if content.results.device else ""
+    return f"{len(content.results.observations)} cells ({told}); {spread}{embeddings}{device}"
 
 
 def _tiles(content: Content) -> str:
@@ -71,12 +71,12 @@ def _tiles(content: Content) -> str:
             (f"{surface.named(name):.3f}", f"{name}, exponent of {of}") for name, of in (("alpha", "N"), ("beta", "D"))
         ]
         facts.append((f"{surface.spread:.2%}", "scatter of the loss about the law"))
-    done = [one.loss for one in content.observations if one.status == "done"]
+    done = [one.loss for one in content.results.observations if one.status == "done"]
     if done:
         facts.append((f"{min(done):.4f}", "lowest loss, nats a token"))
-    if content.spent:
-        budget = f" of {content.budget_hours:g}" if content.budget_hours is not None else ""
-        facts.append((f"{sum(one.spent for one in content.spent):.3g}{budget}", "device-hours spent"))
+    if content.results.spent:
+        budget = f" of {content.results.budget_hours:g}" if content.results.budget_hours is not None else ""
+        facts.append((f"{sum(one.spent for one in content.results.spent):.3g}{budget}", "device-hours spent"))
     tiles = "".join(f'<div class="tile"><b>{value}</b><span>{text}</span></div>' for value, text in facts)
     return f'<div class="tiles">{tiles}</div>'
 
@@ -117,7 +117,7 @@ def _tables(content: Content) -> list[str]:
         lines = setting_laws(document["settings_laws"]) if document.get("settings_laws") else []
         laws = "".join(f'<p class="law">{html.escape(line)}</p>' for line in lines)
         found.append(f"<h2>Best settings</h2>{laws}{tables.optima(document)}")
-    if content.spent:
+    if content.results.spent:
         found.append(f"<h2>Budget</h2>{tables.budget(content)}")
     if lost := tables.lost(content):
         found.append(f"<h2>Diverged, failed, dropped</h2>{lost}")
@@ -126,5 +126,5 @@ def _tables(content: Content) -> list[str]:
 
 def _csv(content: Content) -> str:
     text = io.StringIO(newline="")
-    write_observations(text, content.observations)
+    write_observations(text, content.results.observations)
     return "data:text/csv;base64," + base64.b64encode(text.getvalue().encode()).decode()

@@ -14,7 +14,7 @@ _HEADS = ("cell", "status", "N", "D", "FLOPs", "learning rate", "batch", "loss",
 
 def cells(content: Content) -> str:
     """All cells, sortable by column, with links to their runs."""
-    rows = "".join(_cell(one, content) for one in content.observations)
+    rows = "".join(_cell(one, content) for one in content.results.observations)
     heads = "".join(
         f'<th{_right(1 < index < 8)}><button type="button">{name}</button></th>' for index, name in enumerate(_HEADS)
     )
@@ -22,7 +22,7 @@ def cells(content: Content) -> str:
     return (
         '<div class="tools"><label>Find <input id="filter" type="search"></label>'
         f'<label>Status <select id="status"><option value="">all</option>{options}</select></label>'
-        f'<span id="shown" class="note">{len(content.observations)}</span></div>'
+        f'<span id="shown" class="note">{len(content.results.observations)}</span></div>'
         f'<div class="scroll"><table id="cells" class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{rows}</tbody></table></div>"
     )
@@ -44,7 +44,7 @@ def _cell(one: Observation, content: Content) -> str:
     return (
         f'<tr data-status="{one.status}"><td>{name}</td><td class="status-{one.status}">{one.status}</td>'
         + "".join(_number(value, form) for value, form in numbers)
-        + f'<td class="wide">{html.escape(content.reasons.get(one.name, ""))}</td></tr>'
+        + f'<td class="wide">{html.escape(content.results.reasons.get(one.name, ""))}</td></tr>'
     )
 
 
@@ -124,12 +124,12 @@ def optima(document: dict[str, Any]) -> str:
 
 def budget(content: Content) -> str:
     """Device-hours by model."""
-    rows = [(one.model, one.runs, f"{one.planned:.3g}", f"{one.spent:.3g}") for one in content.spent]
+    rows = [(one.model, one.runs, f"{one.planned:.3g}", f"{one.spent:.3g}") for one in content.results.spent]
     total = (
         "all",
-        sum(one.runs for one in content.spent),
-        f"{sum(one.planned for one in content.spent):.3g}",
-        f"{sum(one.spent for one in content.spent):.3g}",
+        sum(one.runs for one in content.results.spent),
+        f"{sum(one.planned for one in content.results.spent):.3g}",
+        f"{sum(one.spent for one in content.results.spent):.3g}",
     )
     return table(("model", "runs", "device-hours planned", "spent"), [*rows, total])
 
@@ -137,9 +137,11 @@ def budget(content: Content) -> str:
 def lost(content: Content) -> str:
     """What diverged, failed or was left out, and why."""
     rows = [
-        (one.name or f"N {one.params:.3g}, D {one.tokens:.3g}", one.status, content.reasons.get(one.name, ""))
-        for one in content.observations
+        (one.name or f"N {one.params:.3g}, D {one.tokens:.3g}", one.status, content.results.reasons.get(one.name, ""))
+        for one in content.results.observations
         if one.status in (DIVERGED, FAILED)
     ]
-    rows += [(str(one["what"]), f"dropped, {one['cells']} cells", str(one["reason"])) for one in content.dropped]
+    rows += [
+        (str(one["what"]), f"dropped, {one['cells']} cells", str(one["reason"])) for one in content.results.dropped
+    ]
     return table(("what", "how", "why"), rows, numeric=False) if rows else ""

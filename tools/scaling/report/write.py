@@ -20,7 +20,7 @@ def write(content: Content, page: Path, figures: Path | None) -> list[Path]:
     Returns:
         What was written.
     """
-    drawn = charts(content.observations, content.fit)
+    drawn = charts(content.results.observations, content.fit)
     fresh = page.with_name(f".{page.name}.new")
     fresh.write_text(render(content, drawn), encoding="utf-8")
     fresh.replace(page)
@@ -30,6 +30,6 @@ def write(content: Content, page: Path, figures: Path | None) -> list[Path]:
         for chart in drawn:
             (figures / f"{chart.name}.svg").write_text(vega.svg(chart.spec), encoding="utf-8")
             (figures / f"{chart.name}.png").write_bytes(vega.png(chart.spec))
-        write_csv(figures / "observations.csv", content.observations)
+        write_csv(figures / "observations.csv", content.results.observations)
         written.append(figures)
     return written

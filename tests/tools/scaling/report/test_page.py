@@ -16,7 +16,8 @@ from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation, read_csv
 from tools.scaling.report import content, write
-from tools.scaling.report.content import Content, Spent
+from tools.scaling.report.content import Content
+from tools.scaling.study_results import Spent, StudyResults
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 NAMED = 7
@@ -38,18 +39,17 @@ def page(cells, tmp_path_factory) -> Path:
     fitted = fit(cells, Settings(draws=50))
     document = fit_file.document(fitted, source="drawn")
     diverged = next(one.name for one in cells if one.status == "diverged")
-    shown = Content(
+    results = StudyResults(
         "drawn & <fitted>",
         cells,
-        fitted,
-        document,
-        document["notes"],
         reasons={diverged: "its loss came to 9.1, having been 3.2"},
-        links=content.links(cells, folder / "runs", folder / "report.html"),
+        runs=folder / "runs",
         spent=[Spent("small", 10, 1.0, 1.5), Spent("large", 10, 4.0, 3.5)],
         budget_hours=6.0,
         dropped=[{"what": "huge, 1e+12 tokens", "cells": 30, "device_hours": 9.0, "reason": "the budget ends"}],
     )
+    links = content.links(results, folder / "report.html")
+    shown = Content(results, fitted, document, document["notes"], links)
     write.write(shown, folder / "report.html", folder / "figures")
     return folder / "report.html"
 
@@ -212,7 +212,9 @@ def test_budget_and_losses_of_cells_are_told(opened):
 def test_a_study_of_which_nothing_is_done_yet(chromium, cells, tmp_path):
     waiting = [replace(one, status="unfinished", loss=math.nan) for one in cells[:20]]
     page = tmp_path / "report.html"
-    write.write(Content("early", waiting, None, {}, ["there is nothing to fit"]), page, tmp_path / "figures")
+    write.write(
+        Content(StudyResults("early", waiting), None, {}, ["there is nothing to fit"]), page, tmp_path / "figures"
+    )
     tab = chromium.new_page()
     said = []
     tab.on("console", lambda message: said.append(message.text))

@@ -4,20 +4,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.errors import EXIT_NUMERICS
 from megatron_qwen.rundir import RunDirectory, RunState
 from tools.run_records import read_lines
-from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED, Array
-
-# The final loss is the mean over this share of the steps, where no validation was measured at the end.
-TAIL = 0.05
-# But at least over so many: a single step is noise.
-_LEAST_STEPS = 5
-# A run diverged where that mean lies so much above the lowest mean of as many steps before it.
-RISE = 0.1
+from tools.scaling.loss_curve import TAIL, tail_means, went_astray
+from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -66,9 +58,9 @@ def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins:
     if last < iterations:
         why = f"is done, but its metrics end at iteration {last} of {iterations}"
         return Outcome(FAILED, math.nan, "", last, why)
-    means = _means(steps)
+    means = tail_means(_losses(steps))
     before = {} if stem is None else _until(stem, begins)
-    if (astray := _went_astray(_means(before | steps) if before else means)) is not None:
+    if (astray := went_astray(tail_means(_losses(before | steps)) if before else means)) is not None:
         return Outcome(DIVERGED, math.nan, "", last, astray)
     validation = steps[last].get("validation_loss")
     if isinstance(validation, int | float) and math.isfinite(validation):
@@ -79,29 +71,16 @@ def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins:
 def astray_by(run_dir: Path, iteration: int) -> str | None:
     """Why a run had diverged when it came to an iteration, or None: what branches off there is lost with it."""
     steps = _until(run_dir, iteration)
-    return _went_astray(_means(steps)) if steps else None
+    return went_astray(tail_means(_losses(steps))) if steps else None
 
 
 def _until(run_dir: Path, iteration: int) -> dict[int, dict[str, object]]:
     return {number: record for number, record in _steps(RunDirectory(run_dir)).items() if number <= iteration}
 
 
-def _means(steps: dict[int, dict[str, object]]) -> Array:
-    """Means of the loss over as many steps as make up the final loss, at every step from there on."""
-    losses = np.array([_number(steps[iteration].get("lm_loss")) for iteration in sorted(steps)])
-    width = max(min(_LEAST_STEPS, len(losses)), round(TAIL * len(losses)))
-    windows = np.lib.stride_tricks.sliding_window_view(losses, width)
-    counted = np.isfinite(windows).sum(axis=1)  # a step that was skipped has no loss; one of many is no divergence
-    sums = np.nansum(np.where(np.isfinite(windows), windows, 0.0), axis=1)
-    means: Array = np.where(counted > 0, sums, np.nan) / counted.clip(1)
-    return means
-
-
-def _went_astray(means: Array) -> str | None:
-    if not np.isfinite(means[-1]):
-        return "its loss was not finite"
-    lowest = float(np.nanmin(means))
-    return f"its loss came to {means[-1]:.3f}, having been {lowest:.3f}" if means[-1] > lowest * (1 + RISE) else None
+def _losses(steps: dict[int, dict[str, object]]) -> list[float]:
+    """In the order of the steps, NaN where a step has none."""
+    return [_number(steps[iteration].get("lm_loss")) for iteration in sorted(steps)]
 
 
 def _steps(directory: RunDirectory) -> dict[int, dict[str, object]]:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import yaml
 
-from tools.scaling import adapt
+from launch.sweeps import adapt
+from launch.sweeps.plan import document, make_plan
+from launch.sweeps.plan_file import PlanFile, merged
+from launch.sweeps.study import read_study
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
 from tools.scaling.optimum import EDGE_HIGH, EDGE_LOW
-from tools.scaling.plan import document, make_plan
-from tools.scaling.plan_file import PlanFile, merged
-from tools.scaling.study import read_study
 
 STUDY = {
     "recipe": "tiny_dense",

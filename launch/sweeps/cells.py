@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from launch.sweeps.study import StudyFile
 from megatron_qwen.config.checks import problems
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
@@ -16,7 +17,6 @@ from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.layouts import layouts
 from megatron_qwen.estimate.memory import memory_per_stage
 from tools.scaling.ladder import Shape, shape_near, shape_of
-from tools.scaling.study import StudyFile
 
 
 @dataclass(frozen=True)

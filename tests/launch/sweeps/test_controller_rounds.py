@@ -3,7 +3,7 @@
 import yaml
 
 from tests.conftest import run
-from tests.launch.sweeps.test_study import FAST, rows, write_study
+from tests.launch.sweeps.test_controller import FAST, rows, write_study
 
 
 def test_a_grid_that_ends_too_low_is_widened_and_run(tokens, tmp_path):

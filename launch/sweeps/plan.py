@@ -6,10 +6,10 @@ from typing import Any
 
 import yaml
 
+from launch.sweeps.cells import Cell, Placed, Stem, cells, place, shapes, stems
+from launch.sweeps.study import StudyFile
 from megatron_qwen.config.render import difference
 from megatron_qwen.errors import ConfigError, Problem
-from tools.scaling.cells import Cell, Placed, Stem, cells, place, shapes, stems
-from tools.scaling.study import StudyFile
 
 FORMAT = 1
 # Fewer distinct values do not show a minimum.

@@ -53,10 +53,10 @@ def linear_layers(config: RunConfig) -> list[set[str]]:
     """Names of the classes of linear layers, by layer of the model."""
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-    from megatron_qwen.training.setup import build_parts
+    from megatron_qwen.training.build import build_components
 
     linear = (ColumnParallelLinear, RowParallelLinear)
-    layers = build_parts(config).model.modules[0].decoder.layers
+    layers = build_components(config).model.modules[0].decoder.layers
     return [{type(part).__name__ for part in layer.modules() if isinstance(part, linear)} for layer in layers]
 
 

@@ -5,11 +5,11 @@ import copy
 import pytest
 import yaml
 
+from launch.sweeps.plan import document, make_plan, write
+from launch.sweeps.plan_file import read_plan
+from launch.sweeps.study import read_study
 from megatron_qwen.errors import ConfigError
-from tests.tools.scaling.test_plan import STUDY
-from tools.scaling.plan import document, make_plan, write
-from tools.scaling.plan_file import observe, read_plan
-from tools.scaling.study import read_study
+from tests.launch.sweeps.study_files import STUDY
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def saved(tmp_path, content):
 
 def test_comes_back_as_it_was(content, tmp_path):
     assert read_plan(saved(tmp_path, content)).content == content
-
-
-def test_runs_that_never_began_are_unfinished(content, tmp_path):
-    observations, outcomes = observe(read_plan(saved(tmp_path, content)), tmp_path / "runs")
-    assert len(observations) == len(content["cells"]) == len(outcomes)
-    assert {one.status for one in observations} == {"unfinished"}
-    cell, first = content["cells"][0], observations[0]
-    assert first.batch_tokens * cell["iterations"] == cell["tokens"]
 
 
 def wrong(content):
@@ -69,9 +61,3 @@ def test_edited_into_what_cannot_run(content, tmp_path):
         with pytest.raises(ConfigError) as caught:
             read_plan(saved(tmp_path, broken))
         assert said in str(caught.value), said
-
-
-def test_settings_that_are_nearly_equal_are_refused(tmp_path):
-    (tmp_path / "study.yaml").write_text(yaml.safe_dump(STUDY | {"learning_rate": {"values": [0.001, 0.0010001]}}))
-    with pytest.raises(ConfigError, match="nearly equal"):
-        make_plan(read_study(tmp_path / "study.yaml"))

@@ -1,4 +1,4 @@
-"""A plan read back, and the observations in the runs it names."""
+"""A plan read back."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.sweeps.plan import FORMAT
 from megatron_qwen.config.strict_yaml import read_mapping
 from megatron_qwen.errors import ConfigError, Problem
-from tools.scaling.observations import DONE, Observation
-from tools.scaling.outcome import Outcome, outcome
-from tools.scaling.plan import FORMAT
 
 _NEEDED = {
     "models": ("name", "sequences", "params", "total_params", "embedding_params", "overrides"),
@@ -143,41 +141,3 @@ def _references(where: str, content: dict[str, Any]) -> Iterator[Problem]:
             yield Problem(f"{where}: cells[{number}].stem", cell["stem"], "is none of its stems.")
     for lonely in sorted(stems - {str(cell.get("stem")) for cell in content["cells"]}):
         yield Problem(f"{where}: stems", lonely, "has no cell that branches off it.")
-
-
-def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, Outcome]]:
-    """Every cell of a plan as an observation, and how its run stands.
-
-    Args:
-        plan: the plan.
-        runs: where the run directories lie, by the names of the cells.
-    """
-    observations, outcomes = [], {}
-    for cell in plan.content["cells"]:
-        model = plan.model(cell)
-        stem = runs / str(cell["stem"]) if "stem" in cell else None
-        begins = int(cell.get("from", 0))
-        found = outcome(runs / str(cell["name"]), iterations=int(cell["iterations"]), stem=stem, begins=begins)
-        outcomes[str(cell["name"])] = found
-        mixture = model["total_params"] != model["params"]
-        observations.append(
-            Observation(
-                params=float(model["params"]),
-                tokens=float(cell["tokens"]),
-                loss=found.loss,
-                status=found.status,
-                learning_rate=float(cell["learning_rate"]),
-                batch_tokens=float(cell["tokens"]) / float(cell["iterations"]),
-                embedding_params=float(model["embedding_params"]),
-                total_params=float(model["total_params"]) if mixture else None,
-                granularity=float(model["granularity"]) if mixture and model.get("granularity") else None,
-                name=str(cell["name"]),
-            )
-        )
-    return observations, outcomes
-
-
-def measured(outcomes: dict[str, Outcome]) -> str:
-    """What the losses of the done cells are, or that they are not the same."""
-    kinds = {one.measured for one in outcomes.values() if one.status == DONE}
-    return next(iter(kinds)) if len(kinds) == 1 else "validation of some, training of others" if kinds else ""

@@ -10,14 +10,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tools.scaling.cells import Cell, Placed, cells, place, shapes
+from launch.sweeps.cells import Cell, Placed, cells, place, shapes
+from launch.sweeps.plan import Dropped, Plan
+from launch.sweeps.plan_file import PlanFile
+from launch.sweeps.study import StudyFile, parse_study
 from tools.scaling.fit import SAME_HORIZON, Fit
 from tools.scaling.ladder import Shape
 from tools.scaling.observations import DIVERGED, DONE, Observation
 from tools.scaling.optimum import EDGE_HIGH, EDGE_LOW, FLAT, Optimum
-from tools.scaling.plan import Dropped, Plan
-from tools.scaling.plan_file import PlanFile
-from tools.scaling.study import StudyFile, parse_study
 
 # In ln N: points of one model have its size.
 _SAME_SIZE = 1e-3

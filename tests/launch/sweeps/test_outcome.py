@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
+from launch.sweeps.outcome import astray_by, outcome
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.rundir import RunDirectory, RunState
-from tools.scaling.outcome import astray_by, outcome
 
 
 def directory(tmp_path, losses, *, state=RunState.DONE, reason="finished", exit_code=0, validation=None):

@@ -1,4 +1,4 @@
-"""Runs that branch off another: what a stem and a branch compute is what one run does."""
+"""Runs that begin from another: a stem and its branch compute what one run does; weights alone begin a new run."""
 
 import pytest
 
@@ -68,3 +68,13 @@ def test_either_branch_or_load(tokens):
         "checkpoint", load="a", branch_from="b", save_at=(0, 3)
     )
     assert {"checkpoint.branch_from", "checkpoint.save_at"} <= {one.where for one in problems(config, world_size=1)}
+
+
+def test_starts_from_another_runs_weights(finished_run, pool, tokens, tokenizer, tmp_path):
+    overrides = [f"checkpoint.load={finished_run}", "training.train_iters=1", "optim.lr_warmup_iters=0"]
+    config = configure("tiny_dense", tokens, *overrides)
+    records = attempt(pool, 1, config, tmp_path / "run")
+    assert records[0]["iteration"] == 1
+    assert records[0]["consumed_samples"] == 4
+    fresh = attempt(pool, 1, configure("tiny_dense", tokens, *overrides[1:]), tmp_path / "fresh")
+    assert records[0]["lm_loss"] < fresh[0]["lm_loss"] - 0.05

@@ -1,0 +1,93 @@
+"""One attempt at a run: from a joined process group to an exit code."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_qwen.checkpoint.retain import clear_abandoned
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.distributed.placement import placement_report
+from megatron_qwen.distributed.rank import RankInfo
+from megatron_qwen.errors import Problem, UserError
+from megatron_qwen.resilience.heartbeat import Heartbeat
+from megatron_qwen.resilience.rank_end import attempt_of_controller
+from megatron_qwen.resilience.signals import StopSignals
+from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.training.build import build_components
+from megatron_qwen.training.callbacks.build import build_callbacks
+from megatron_qwen.training.callbacks.signs_of_life import Superseded
+from megatron_qwen.training.resume import resume
+from megatron_qwen.training.start_log import keep_log, log_data
+from megatron_qwen.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+
+def run_attempt(
+    config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path, *, started: float | None = None
+) -> int:
+    """Builds, resumes, trains and notes how it ended.
+
+    Args:
+        config: a legal configuration.
+        info: of this rank.
+        signals: installed already.
+        run_dir: the run.
+        started: when the process began, seconds since 1970; None is now.
+
+    Returns:
+        The exit code.
+    """
+    directory, started = RunDirectory(run_dir), started or time.time()
+    if report := placement_report(info):
+        log.info("%s", report)
+    components = build_components(config)
+    # Before the attempt is noted: what cannot be built or resumed leaves none behind.
+    resumed_at = resume(components, directory)
+    controlled = attempt_of_controller() is not None
+    attempt = _begin(directory)
+    if dist.get_rank() == 0:
+        if not controlled:  # the controller keeps what every rank prints
+            keep_log(directory.logs(attempt) / "rank_0.log")
+        log_data(components)
+    heartbeat = None
+    if dist.get_rank() == 0:
+        heartbeat = Heartbeat(directory.heartbeat, attempt=attempt, resumed_at=resumed_at)
+        heartbeat.beat("starting", resumed_at)
+    code, reason = 1, "error"
+    try:
+        callbacks = build_callbacks(
+            components, directory, signals, attempt=attempt, started=started, resumed_at=resumed_at, heartbeat=heartbeat
+        )
+        code = Trainer(components, callbacks).fit()
+        reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
+    except UserError as error:
+        code, reason = error.exit_code, error.kind
+        raise
+    finally:
+        done = components.progress.iteration
+        if heartbeat is not None:
+            heartbeat.beat("finishing", done)
+            if not controlled:
+                directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
+    # All leave together: where one of them is gone srun gives the others little time.
+    dist.barrier()
+    return code
+
+
+def _begin(directory: RunDirectory) -> int:
+    """Rank 0 notes the attempt, unless a controller has, and clears what earlier ones left half done.
+
+    Every rank learns the number.
+    """
+    number = [attempt_of_controller() or 0]
+    if dist.get_rank() == 0:
+        number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
+        if directory.newest_attempt() != number[0]:
+            raise Superseded(Problem("attempt", number[0], "has been followed by another before it could begin."))
+        clear_abandoned(directory.checkpoints)
+        directory.checkpoints.mkdir(exist_ok=True)
+    dist.broadcast_object_list(number)
+    return number[0]

@@ -1,0 +1,96 @@
+"""Builds the components of a run on a rank, one after the other, in the order in which they need one another."""
+
+import torch.distributed as dist
+
+from megatron_qwen import device
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.loaders.batches import Shard
+from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
+from megatron_qwen.data.reading.preflight import require_legal_stages
+from megatron_qwen.data.reading.training_data import TrainingData
+from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.choices import choose, impossible
+from megatron_qwen.models.backend import Backend
+from megatron_qwen.models.backend import choose as choose_backend
+from megatron_qwen.models.build import build_model
+from megatron_qwen.optim.adamw import install_where_needed
+from megatron_qwen.optim.build import build_optimizer
+from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.forward import make_forward_step
+from megatron_qwen.training.kernels import start_kernels
+from megatron_qwen.training.machine import common_machine
+from megatron_qwen.training.progress import Progress
+from megatron_qwen.training.schedule_hooks import install_schedule_hooks
+from megatron_qwen.training.start_log import log_build
+
+
+def build_components(config: RunConfig) -> TrainingComponents:
+    """Builds a run on this rank; torch.distributed must have been joined.
+
+    Args:
+        config: a legal configuration.
+
+    Raises:
+        ConfigError: it asks for what cannot be done here.
+    """
+    asked, backend = config, choose_backend(config.precision)
+    machine = common_machine(backend)
+    if wrong := list(impossible(config, machine)):
+        raise ConfigError(wrong)
+    # Fills in the fields that are null: everything below reads the chosen values.
+    config, choices = choose(config, machine, world_size=dist.get_world_size())
+    # Before groups and model, which take long at scale: a wrong path is said at once.
+    data = TrainingData(config)
+    # Before megatron-core is asked for an optimizer, which then finds this Adam.
+    adam = install_where_needed()
+    groups = process_groups.create(
+        config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
+    )
+    # The last choice that only a trial can make: whether the compiler works on every rank.
+    config, choices = start_kernels(config, choices)
+    place = device.current()
+    model = build_model(config, groups, backend, device=place)
+    optimizer = build_optimizer(config, model, groups)
+    install_schedule_hooks(model, optimizer, groups)
+    if dist.get_rank() == 0:
+        log_build(config, choices, backend, adam=adam)
+    require_legal_stages(data, world_size=dist.get_world_size())
+    require_separable(data, backend)
+    shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
+    return TrainingComponents(
+        config=config,
+        asked=asked,
+        choices=choices,
+        groups=groups,
+        backend=backend,
+        model=model,
+        optimizer=optimizer,
+        data=data,
+        loader=build_loader(config, shard),
+        shard=shard,
+        forward_step=make_forward_step(config, groups),
+        progress=Progress(),
+    )
+
+
+def build_loader(config: RunConfig, shard: Shard) -> Loader:
+    """What reads batches ahead."""
+    if config.data.loader == "dali":
+        from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an extra: most installations lack it
+
+        return DaliLoader(shard, ahead=config.data.prefetch_steps)
+    return MemoryMapLoader(shard, ahead=config.data.prefetch_steps)
+
+
+def require_separable(data: TrainingData, backend: Backend) -> None:
+    """Raises ConfigError where a stage has independent sequences that this backend cannot share over CP ranks.
+
+    Transformer Engine wants each sequence cut into 2 x CP chunks of its own; rows are cut as a whole here.
+    """
+    if backend.name != "te" or data.config.parallel.context_parallel_size == 1:
+        return
+    fix = "keeps sequences apart, which the te backend does not do with context parallelism; set one of them off."
+    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.separates(stage)]
+    if wrong:
+        raise ConfigError(wrong)

@@ -1,0 +1,38 @@
+"""Starts the compiled kernels of a run, on all ranks or on none."""
+
+import torch.distributed as dist
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.models.torch_backend.compiled import kernels
+
+
+def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, list[Choice]]:
+    """Has the small operations compiled, on all ranks or on none: they would round differently.
+
+    Args:
+        config: the run, with every choice of the preset made.
+        choices: those choices.
+
+    Returns:
+        Both, without kernels where a rank's compiler does not work.
+
+    Raises:
+        ConfigError: it does not, and kernels were asked for.
+    """
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    if config.performance.compile:
+        dist.all_gather_object(reasons, kernels.why_not())
+    broken = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), None)
+    if broken is not None:
+        reason = "torch.compile does not work on rank {}: {}".format(*broken)
+        field = "performance.compile"
+        if any(choice.forced for choice in choices if choice.field == field):
+            fix = f"{reason}. Install g++ there, or set it to false."
+            raise ConfigError(Problem(field, "true", fix))
+        config = config.with_section("performance", compile=False)
+        off = Choice(field, False, reason)
+        choices = [off if choice.field == field else choice for choice in choices]
+    kernels.use(bool(config.performance.compile))
+    return config, choices

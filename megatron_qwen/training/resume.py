@@ -1,0 +1,62 @@
+"""Where a run gets its state from: its own newest checkpoint, that of the run it branches off, or given weights."""
+
+import logging
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_qwen.checkpoint import find, state
+from megatron_qwen.checkpoint.read import CheckpointReader
+from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.errors import CheckpointError, Problem
+from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.training.components import TrainingComponents
+
+log = logging.getLogger(__name__)
+
+
+def resume(components: TrainingComponents, directory: RunDirectory) -> int:
+    """Loads the newest good checkpoint of the run, else the one to branch or to start from, else nothing.
+
+    Returns:
+        The iteration training resumes from.
+    """
+    settings = components.config.checkpoint
+    try:
+        candidates, continues = find.resolve(directory.checkpoints), True
+    except CheckpointError:
+        beginning = settings.branch_from or settings.load
+        if beginning is None:
+            return 0
+        # A branch continues another run with everything; checkpoint.load starts a new run from its weights.
+        candidates, continues = find.resolve(Path(beginning)), settings.branch_from is not None
+    chosen = find.newest_good(candidates, strict=settings.strict)
+    # A model of another shape is refused by name here, before the core meets it.
+    reader = CheckpointReader(chosen.path)
+    CheckpointWeights(reader, components.config.model)
+    saved = state.read_state(chosen.path)
+    state.load_sharded(
+        chosen.path,
+        components.model.modules,
+        components.optimizer,
+        components.groups,
+        optimizer_step=saved["optimizer_step"],
+    )
+    if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
+        log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
+    if not continues:  # weights (and moments, where there are any) are all that a new run takes
+        return 0
+    components.progress.restore(saved["progress"])
+    if "data" not in saved:
+        fix = "holds no ledger of what was read: an older version wrote it. Begin a run from it (checkpoint.load)."
+        raise CheckpointError(Problem(str(chosen.path), None, fix))
+    components.data.resume(saved["data"])
+    # Progress and ledger are written by the same save and count the same samples.
+    if components.data.consumed != components.progress.consumed_samples:
+        fix = f"but its ledger ends at {components.data.consumed}; the checkpoint is damaged, use an older one."
+        raise CheckpointError(Problem(f"{chosen.path}: consumed_samples", components.progress.consumed_samples, fix))
+    restored = state.restore_generators(chosen.path, parallel=components.config.parallel, state=saved)
+    if dist.get_rank() == 0:
+        note = "" if restored else "; another layout, so dropout is seeded anew"
+        log.info("resumed from %s at iteration %d%s", chosen.path, components.progress.iteration, note)
+    return components.progress.iteration

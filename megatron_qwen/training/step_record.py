@@ -1,0 +1,34 @@
+"""The record of a step, which the trainer hands to its callbacks."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """A step as the callbacks see it.
+
+    Args:
+        iteration: number of the step, from 1.
+        result: loss, gradient norm, tokens, whether it was skipped.
+        learning_rate: of this step.
+        global_batch_size: sequences of this step.
+        step_time_s: wall time, device work included.
+        data_wait_s: of that, the time in which the step waited for its batches.
+        stage: of the blend.
+        config: what held for the step.
+        extra: what callbacks add for the metrics.
+    """
+
+    iteration: int
+    result: StepResult
+    learning_rate: float
+    global_batch_size: int
+    step_time_s: float
+    data_wait_s: float
+    stage: str
+    config: RunConfig
+    extra: dict[str, Any] = field(default_factory=dict)
