@@ -1,10 +1,9 @@
 """``mq launch submit``: preflight, freeze, hand over; and the same for many runs as one array."""
 
-import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.source import resolve
 from megatron_qwen.config.strict_yaml import read_mapping
 from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem, UserError
+from megatron_qwen.files import LockHeldError, atomic_write, exclusive_lock
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -125,7 +125,7 @@ def _queued(directories: Sequence[RunDirectory], *, forgive: bool) -> Iterator[N
             if text is None:
                 directory.status.unlink()
             else:
-                directory.status.write_text(text)
+                atomic_write(directory.status, text)
         raise
     if forgive:
         for directory in directories:
@@ -141,15 +141,17 @@ def _alone(run_dir: Path) -> Iterator[None]:
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / f".{run_dir.name}.submitting"
-    with path.open("a") as file:
+
+    def warn(said: str) -> None:
+        print(f"warning: {said}: submit a run once only", file=sys.stderr)
+
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(exclusive_lock(path, timeout_s=0, without_locks=warn))
+        except LockHeldError:
             raise ConfigError(
                 Problem("run", run_dir, "is being submitted by another command; see its status.")
             ) from None
-        except OSError as error:
-            print(f"warning: {path.parent} has no locks ({error.strerror}): submit a run once only", file=sys.stderr)
         try:
             yield
         finally:

@@ -8,6 +8,7 @@ import yaml
 
 from megatron_qwen.config.render import difference
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import atomic_write
 from tools.scaling.cells import Cell, Placed, Stem, cells, place, shapes, stems
 from tools.scaling.study import StudyFile
 
@@ -248,9 +249,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     }
     text = yaml.dump(lined, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=True)
     head = "# What a study will run. Read it, then submit it; `mq sweep plan` makes it anew from the study.\n"
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(head + text)
-    fresh.replace(path)
+    atomic_write(path, head + text)
 
 
 def table(content: dict[str, Any]) -> str:
