@@ -13,7 +13,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, file_digest, read_
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.errors import ConfigError, DataError, Problem
-from megatron_qwen.files import publish, sync_stream, temporary_name
+from megatron_qwen.files import publish, sync_stream
 
 _COPY_BYTES = 1 << 24
 _DOCUMENTS = 1 << 20
@@ -106,7 +106,8 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
 
 
 def _write_single(files: Sequence[TokenFile], output: Path, together: Manifest) -> Manifest:
-    temporary = {ending: temporary_name(with_ending(output, ending)) for ending in (".bin", ".idx", ".mask")}
+    # Names that a merge after a kill takes again: what is left may be terabytes.
+    temporary = {ending: with_ending(output, f"{ending}.merging") for ending in (".bin", ".idx", ".mask")}
     masked = any(file.has_mask for file in files)
     try:
         digest = _concatenate([with_ending(file.prefix, ".bin") for file in files], temporary[".bin"])
