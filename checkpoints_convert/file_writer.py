@@ -4,7 +4,6 @@ A journal notes after every block how far a tensor is and the hash of its bytes 
 back, keeps what has these hashes, and writes on behind it. So a kill costs the blocks that were being written.
 """
 
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ import xxhash
 
 from checkpoints_convert.output import OutputFile, Piece, Record, cast
 from checkpoints_convert.progress import ByteProgress
+from megatron_qwen.files import sync_stream
 
 LARGEST_BLOCK, _SMALLEST_BLOCK = 1 << 23, 1 << 16
 # Blocks of as many workers as there may be are together smaller than a file.
@@ -134,7 +134,7 @@ class FileWriter:
                 for number in range(len(complete), len(self._file.records)):
                     self._record(number, stream, journal, half)
                     half = _Half()
-            os.fsync(stream.fileno())
+            sync_stream(stream)
         self._done.digest = self._digest.hexdigest()
         return self._done
 

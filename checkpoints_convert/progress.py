@@ -10,6 +10,7 @@ from typing import TextIO
 
 import psutil
 
+from megatron_qwen.files import sync_stream
 from megatron_qwen.metrics.console import duration
 
 _LIVE_S, _PLAIN_S = 0.2, 15.0
@@ -58,7 +59,7 @@ def trial_write_rate(directory: Path) -> float:
         with path.open("wb", buffering=0) as file:
             for _ in range(_TRIAL_BYTES // len(block)):
                 file.write(block)
-            os.fsync(file.fileno())
+            sync_stream(file)
     finally:
         path.unlink(missing_ok=True)
     return _TRIAL_BYTES / (time.perf_counter() - started)

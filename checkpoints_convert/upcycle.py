@@ -1,6 +1,5 @@
 """``mq convert upcycle``: a mixture of experts that starts from a dense model."""
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
+from megatron_qwen.files import atomic_write_json
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -101,9 +101,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         dtype_name = "fp32"
         found = compare_logits(dense, open_side(out), prompts=(), dtype=dtype_name, quiet=options.quiet)
         report["logits"] = found.as_json()
-    temporary = out / f".{REPORT}.part"
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
-    temporary.replace(out / REPORT)
+    atomic_write_json(out / REPORT, report)
     return done, report
 
 

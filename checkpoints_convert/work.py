@@ -5,23 +5,21 @@ complete. The same command finds it there, by what is noted of all that decides 
 """
 
 import errno
-import fcntl
 import json
 import logging
-import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.file_writer import Digest, FileWriter, Stopped, Written, block_bytes
 from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ByteProgress, free_bytes, gb
-from megatron_qwen.checkpoint.durable import sync
 from megatron_qwen.errors import CheckpointError, ConversionError, DataError, DiskFullError, Problem
+from megatron_qwen.files import LockHeldError, atomic_write, exclusive_lock, is_temporary, publish, sync_tree
 
 log = logging.getLogger(__name__)
 _JOURNAL, _PLAN = ".journal", ".plan.json"
@@ -123,17 +121,14 @@ class Work:
         Raises:
             OccupiedError: something has come into its place meanwhile.
         """
-        for folder, _, names in os.walk(self.directory):
-            for path in [*(Path(folder) / name for name in names), Path(folder)]:
-                sync(path)
+        sync_tree(self.directory)
         try:
-            self.directory.rename(self.out)
+            publish(self.directory, self.out, durable=True)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise OccupiedError(_occupied(self.out)) from None
         clear_notes(self.out)
-        sync(self.out.parent)
 
 
 @contextmanager
@@ -154,8 +149,7 @@ def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Wor
     out = out.absolute()
     require_free(out)
     directory = out.with_name(f".{out.name}.partial")
-    handle = _lock(directory, out)
-    try:
+    with _alone(directory, out):
         require_free(out)  # another process may have finished it meanwhile
         _claim(directory, out, identity, restart=restart)
         try:
@@ -165,29 +159,33 @@ def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Wor
                 _clear(directory)
                 directory.rmdir()
             raise
-    finally:
-        os.close(handle)
 
 
-def _lock(directory: Path, out: Path) -> int:
-    """Makes the work directory and locks it against every other process; the open directory."""
-    while True:
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileExistsError, NotADirectoryError):
-            raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(handle)
-            raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
-        except OSError as error:  # a network file system without locks
-            log.warning("%s cannot be locked (%s): see to it that no other process converts to it", out, error.strerror)
-        # Between opening and locking, another process may have renamed or removed what is locked now.
-        if directory.exists() and os.path.samestat(os.fstat(handle), directory.stat()):
-            return handle
-        os.close(handle)
+@contextmanager
+def _alone(directory: Path, out: Path) -> Iterator[None]:
+    """Makes the work directory and keeps every other process out of it.
+
+    Raises:
+        OccupiedError: another process converts to ``out``, or a file is in the way.
+    """
+
+    def warn(said: str) -> None:
+        log.warning("%s: see to it that no other process converts to %s", said, out)
+
+    with ExitStack() as stack:
+        while True:
+            try:
+                directory.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError):
+                raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
+            try:
+                stack.enter_context(exclusive_lock(directory, timeout_s=0, make=False, without_locks=warn))
+                break
+            except FileNotFoundError:  # another process has renamed or removed it meanwhile
+                continue
+            except LockHeldError:
+                raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
+        yield
 
 
 def _clear(directory: Path) -> None:
@@ -201,7 +199,7 @@ def _clear(directory: Path) -> None:
 def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: bool) -> None:
     plan = directory / _PLAN
     wanted = json.dumps(identity, indent=1, sort_keys=True)
-    there = [path for path in directory.iterdir() if path.name != f"{_PLAN}.part"]
+    there = [path for path in directory.iterdir() if not is_temporary(path)]
     if plan.is_file() and plan.read_text() == wanted:
         return
     if there and not plan.is_file():
@@ -213,7 +211,7 @@ def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: boo
         )
         raise OccupiedError(Problem(str(out), None, fix))
     _clear(directory)
-    _replace(plan, wanted)
+    atomic_write(plan, wanted)
 
 
 def _difference(plan: Path, identity: dict[str, Any]) -> str:
@@ -245,12 +243,6 @@ def require_free(out: Path) -> None:
 
 def _occupied(out: Path) -> Problem:
     return Problem(str(out), None, "exists already and is not empty; name a new directory or remove it.")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.part")
-    temporary.write_text(text)
-    temporary.replace(path)
 
 
 def _size(path: Path) -> int:

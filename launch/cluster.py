@@ -3,18 +3,30 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_origin
+from typing import Annotated, Any, Literal
 
 from launch.text import control_character
-from megatron_qwen.config.fields import FieldInfo, WrongType, bound_problems, coerce, field_infos, setting, type_name
-from megatron_qwen.config.source import did_you_mean
+from megatron_qwen.config.fields import Form, bound_problems, field_infos, setting, type_name
 from megatron_qwen.config.strict_yaml import read_mapping
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.config.typed_yaml import YamlReader
+from megatron_qwen.errors import ConfigError, Problem, did_you_mean
 from megatron_qwen.slurm import minutes
 
 CLUSTERS = Path(__file__).parent / "clusters"
 EXAMPLE = "h100_infiniband"
 LOCAL = "local"
+
+
+def _words(value: object) -> str:
+    """A value as text: YAML reads ``1`` and ``true`` where people mean the words."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str | int | float):
+        return str(value)
+    raise ValueError
+
+
+Words = Annotated[str, Form("text", _words)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +57,8 @@ class Cluster:
         300, doc="Seconds before the time limit at which the run is told to save and leave.", minimum=10
     )
     run_root: str = setting("runs", doc="Directory of runs, on a file system that all nodes share.")
-    environment: Mapping[str, str] = setting(
-        None, doc="Variables set in the job: network, NCCL. No secrets: they would be written down."
+    environment: Mapping[str, Words] = setting(
+        factory=dict, doc="Variables set in the job: network, NCCL. No secrets: they would be written down."
     )
     pass_environment: tuple[str, ...] = setting(
         (),
@@ -70,7 +82,7 @@ class Cluster:
     mean_hours_between_faults: float | None = setting(
         None, doc="Of one node, where known; advises on the save interval.", above=0
     )
-    sbatch: Mapping[str, str] = setting(None, doc="Further sbatch parameters, such as {switches: 1}.")
+    sbatch: Mapping[str, Words] = setting(factory=dict, doc="Further sbatch parameters, such as {switches: 1}.")
 
     @property
     def ranks(self) -> int:
@@ -127,26 +139,12 @@ def read(content: dict[str, Any], *, origin: str) -> Cluster:
     Raises:
         ConfigError: unknown fields, wrong types, control characters, values out of bounds.
     """
-    known = field_infos("cluster", Cluster)
-    problems: list[Problem] = []
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        if name not in known:
-            hint = did_you_mean(str(name), known)
-            problems.append(Problem(f"{origin}: {name}", None, f"no such field.{hint} docs/slurm.md lists them."))
-            continue
-        try:
-            values[name] = _coerce(value, known[name])
-        except WrongType:
-            kind = _type_name(known[name])
-            problems.append(Problem(f"{origin}: {name}", value, f"must be {kind}."))
-    missing = [name for name, info in known.items() if info.default is MISSING and name not in content]
-    problems += [Problem(f"{origin}: {name}", None, "must be given.") for name in missing]
-    if problems:
-        raise ConfigError(problems)
-    cluster = Cluster(**{"environment": {}, "sbatch": {}, **values})
-    if found := list(_problems(cluster, origin)):
-        raise ConfigError(found)
+    reader = YamlReader(origin, see="docs/slurm.md lists them.")
+    cluster = reader.read(Cluster, content)
+    if cluster is not None:
+        reader.problems += _problems(cluster, origin)
+    reader.require_right()
+    assert cluster is not None
     return cluster
 
 
@@ -157,43 +155,16 @@ def changed(cluster: Cluster, **values: Any) -> Cluster:
         ConfigError: they are not legal.
     """
     cluster = replace(cluster, **values)
-    if found := list(_problems(cluster, "--" + ", --".join(values).replace("_", "-"))):
+    origin = "--" + ", --".join(values).replace("_", "-")
+    if found := [*bound_problems(origin, cluster), *_problems(cluster, origin)]:
         raise ConfigError(found)
     return cluster
-
-
-def _is_mapping(info: FieldInfo) -> bool:
-    return get_origin(info.type) is Mapping
-
-
-def _type_name(info: FieldInfo) -> str:
-    return "mapping of text to text" if _is_mapping(info) else type_name(info.type)
-
-
-def _coerce(value: Any, info: FieldInfo) -> Any:
-    if not _is_mapping(info):
-        return coerce(value, info.type)
-    if value is None:
-        return {}
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise WrongType
-    return {key: _plain(item) for key, item in value.items()}
-
-
-def _plain(value: Any) -> str:
-    """A value of a mapping as text: YAML reads ``1`` and ``true`` where people mean the words."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str | int | float):
-        return str(value)
-    raise WrongType
 
 
 def _problems(cluster: Cluster, origin: str) -> Iterator[Problem]:
     for where, text in cluster.texts():
         if (character := control_character(text)) is not None:
             yield Problem(f"{origin}: {where}", None, f"holds the control character {character}; take it out.")
-    yield from bound_problems(origin, cluster)
     if minutes(cluster.time_limit) in (None, 0):
         yield Problem(f"{origin}: time_limit", cluster.time_limit, "must be a time as Slurm writes it (D-HH:MM:SS).")
     elif cluster.signal_delay_s >= cluster.time_limit_minutes * 60:
@@ -214,15 +185,12 @@ def reference() -> str:
     """The table of fields, for docs/slurm.md."""
     lines = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for info in field_infos("cluster", Cluster).values():
-        default = "required" if info.default is MISSING else f"`{_shown(info)}`"
-        lines.append(f"| `{info.name}` | {_type_name(info)} | {default} | {info.doc} |")
+        default = "required" if info.default is MISSING else f"`{_shown(info.default)}`"
+        lines.append(f"| `{info.name}` | {type_name(info.type)} | {default} | {info.doc} |")
     return "\n".join(lines)
 
 
-def _shown(info: FieldInfo) -> str:
-    if _is_mapping(info):
-        return "{}"
-    default = info.default
+def _shown(default: Any) -> str:
     if isinstance(default, tuple):
         return "[" + ", ".join(default) + "]"
     if default is None or isinstance(default, bool):

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from launch.finding import Finding, error, warning
 from launch.request import Request
 from megatron_qwen import slurm
-from megatron_qwen.config.source import did_you_mean
-from megatron_qwen.errors import Problem, UserError
+from megatron_qwen.errors import Problem, UserError, did_you_mean
 
 
 def cluster_limits(request: Request) -> list[Finding]:

@@ -16,6 +16,7 @@ from megatron_qwen.attempts import now
 from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import publish
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.rundir import RunDirectory
 
@@ -73,7 +74,7 @@ def _freeze_code(request: Request, directory: RunDirectory, *, new_code: bool) -
     snapshot = freeze_code(fresh, environ=request.environ)
     if directory.code.exists():
         directory.code.rename(directory.path / f"code.until_{now().replace(':', '')}")
-    fresh.rename(directory.code)
+    publish(fresh, directory.code)
     said = [f"code: {_named({'commit': snapshot.commit, 'modified': snapshot.modified})}"]
     return said + [f"left out of the snapshot: {name}" for name in snapshot.left_out]
 

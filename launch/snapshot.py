@@ -12,6 +12,7 @@ from pathlib import Path
 from launch.text import secret_in
 from megatron_qwen.attempts import now
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import publish
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE, DIFF = "snapshot.json", "uncommitted.diff"
@@ -68,7 +69,7 @@ def freeze(target: Path, *, environ: dict[str, str], root: Path = ROOT) -> Snaps
     (temporary / NOTE).write_text(json.dumps(note, indent=2) + "\n")
     removed = secret_in(diff or "", environ)  # a line that is taken out may have held one
     (temporary / DIFF).write_text(f"left out: it holds {removed}\n" if removed else diff or "")
-    temporary.rename(target)
+    publish(temporary, target)
     return snapshot
 
 

@@ -1,13 +1,11 @@
 """``mq launch submit``: preflight, freeze, hand over; and the same for many runs as one array."""
 
-import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch import freeze, run_jobs, submission
 from launch.finding import Finding
@@ -15,9 +13,11 @@ from launch.preflight import Preflight, check
 from launch.request import Request, absolute_paths, with_name
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
-from megatron_qwen.config.source import resolve
+from megatron_qwen.config.source import Override, resolve
 from megatron_qwen.config.strict_yaml import read_mapping
+from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.errors import EXIT_CONFIG, ConfigError, Problem, UserError
+from megatron_qwen.files import LockHeldError, atomic_write, exclusive_lock
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -125,7 +125,7 @@ def _queued(directories: Sequence[RunDirectory], *, forgive: bool) -> Iterator[N
             if text is None:
                 directory.status.unlink()
             else:
-                directory.status.write_text(text)
+                atomic_write(directory.status, text)
         raise
     if forgive:
         for directory in directories:
@@ -141,15 +141,17 @@ def _alone(run_dir: Path) -> Iterator[None]:
     """
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     path = run_dir.parent / f".{run_dir.name}.submitting"
-    with path.open("a") as file:
+
+    def warn(said: str) -> None:
+        print(f"warning: {said}: submit a run once only", file=sys.stderr)
+
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            stack.enter_context(exclusive_lock(path, timeout_s=0, without_locks=warn))
+        except LockHeldError:
             raise ConfigError(
                 Problem("run", run_dir, "is being submitted by another command; see its status.")
             ) from None
-        except OSError as error:
-            print(f"warning: {path.parent} has no locks ({error.strerror}): submit a run once only", file=sys.stderr)
         try:
             yield
         finally:
@@ -199,19 +201,19 @@ def submit_array(
     return [Submitted(request.name, request.run_dir, (job,), ()) for request, job in zip(requests, jobs, strict=True)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ArrayFile:
     """Runs of an array.
 
     Args:
-        recipe: of all.
+        recipe: of all, or a run.yaml.
         overrides: of all.
         runs: overrides by name.
     """
 
     recipe: str
-    overrides: list[str]
-    runs: dict[str, list[str]]
+    overrides: tuple[Override, ...] = ()
+    runs: dict[str, tuple[Override, ...] | None]
 
 
 def read_array(path: Path) -> ArrayFile:
@@ -220,22 +222,13 @@ def read_array(path: Path) -> ArrayFile:
     Raises:
         ConfigError: it is none.
     """
-    content = read_mapping(path)
-    runs, shared = content.get("runs"), content.get("overrides") or []
-    problems = [
-        Problem(f"{path}: {name}", None, "no such field; recipe, overrides and runs are.")
-        for name in sorted(set(map(str, content)) - {"recipe", "overrides", "runs"})
-    ]
-    if not isinstance(content.get("recipe"), str):
-        problems.append(Problem(f"{path}: recipe", content.get("recipe"), "must name a recipe or run.yaml."))
-    if not _words(shared):
-        problems.append(Problem(f"{path}: overrides", shared, "must be a list of section.field=value."))
-    if not isinstance(runs, dict) or not runs or not all(_words(words or []) for words in runs.values()):
-        problems.append(Problem(f"{path}: runs", None, "must map names to lists of section.field=value."))
-    if problems:
-        raise ConfigError(problems)
-    assert isinstance(runs, dict)
-    return ArrayFile(content["recipe"], list(shared), {str(name): list(words or []) for name, words in runs.items()})
+    reader = YamlReader(str(path))
+    found = reader.read(ArrayFile, read_mapping(path))
+    if found is not None and not found.runs:
+        reader.wrong("runs", None, "must map names to lists of section.field=value.")
+    reader.require_right()
+    assert found is not None
+    return found
 
 
 def requests_of(content: ArrayFile, base: Request, overrides: list[str]) -> list[Request]:
@@ -252,17 +245,13 @@ def requests_of(content: ArrayFile, base: Request, overrides: list[str]) -> list
     requests, problems = [], []
     for name, own in content.runs.items():
         try:
-            words = [*content.overrides, *overrides, *own]
+            words = [*content.overrides, *overrides, *(own or ())]
             requests.append(with_name(base, name, absolute_paths(resolve(content.recipe, words, RECIPES))))
         except ConfigError as error:
             problems += [Problem(f"run {name}: {item.where}", item.value, item.fix) for item in error.problems]
     if problems:
         raise ConfigError(problems)
     return requests
-
-
-def _words(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(word, str) for word in value)
 
 
 def show(findings: Sequence[Finding]) -> None:

@@ -1,18 +1,19 @@
 """attempts.jsonl: every attempt at a run, how it began and how it ended. Read leniently, appended to under a lock."""
 
 import datetime
-import fcntl
 import json
+import logging
 import os
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.files import LockHeldError, exclusive_lock
 from megatron_qwen.json_lines import objects
 
+log = logging.getLogger(__name__)
 # A rank that hangs while it holds the lock must not hold up the attempt that follows.
 _LOCK_TIMEOUT_S = 20.0
 
@@ -133,18 +134,9 @@ class AttemptLog:
 
         A file system without locks, and a holder that hangs, are passed over after a while.
         """
-        with self._lock.open("a") as file:
-            deadline = time.monotonic() + _LOCK_TIMEOUT_S
-            while True:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > deadline:
-                        break
-                    time.sleep(0.05)
-                except OSError:
-                    break
+        with ExitStack() as stack:
+            with suppress(LockHeldError):
+                stack.enter_context(exclusive_lock(self._lock, timeout_s=_LOCK_TIMEOUT_S, without_locks=log.debug))
             yield
 
 

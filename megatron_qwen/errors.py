@@ -1,6 +1,7 @@
 """The errors a user can cause or meet, each with the exit code that scripts rely on."""
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 EXIT_FAILURE = 1
@@ -32,6 +33,12 @@ class Problem:
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(self.value))
         shown = "" if self.value is None else f" = {text if len(text) <= 120 else text[:117] + '...'}"
         return f"{self.where}{shown}: {self.fix}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`` Did you mean X?`` for the nearest known word, or nothing; the end of a problem's ``fix``."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 class UserError(ValueError):

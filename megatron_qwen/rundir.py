@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import atomic_write, atomic_write_json, publish
 from megatron_qwen.recipes.registry import RECIPES
 
 log = logging.getLogger(__name__)
@@ -95,12 +95,13 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if config.data.blend is not None:
                 if self.blend.is_file():
-                    _replace(self.path / "blend.previous.yaml", self.blend.read_text(encoding="utf-8"))
-                _replace(self.blend, dump(read_blend(Path(config.data.blend)).as_dict()))
-            _replace(self.run_yaml, to_yaml(self.owned(config)))
+                    atomic_write(self.path / "blend.previous.yaml", self.blend.read_text(encoding="utf-8"))
+                atomic_write(self.blend, dump(read_blend(Path(config.data.blend)).as_dict()))
+            atomic_write(self.run_yaml, to_yaml(self.owned(config)))
             self._keep_tokenizer(config.data.tokenizer)
             if data_digest is not None:
-                _replace(self.data, json.dumps({"path": config.data.path, "bin_xxh3_128": data_digest}) + "\n")
+                digest = {"path": config.data.path, "bin_xxh3_128": data_digest}
+                atomic_write_json(self.data, digest, indent=None)
         except OSError as error:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
 
@@ -123,7 +124,7 @@ class RunDirectory:
         temporary = self.path / ".tokenizer.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         copy_tokenizer(Path(source), temporary)
-        temporary.rename(self.tokenizer)
+        publish(temporary, self.tokenizer)
 
     def _data_digest(self) -> str | None:
         try:
@@ -180,10 +181,4 @@ class RunDirectory:
 
     def write_status(self, state: RunState, **facts: Any) -> None:
         """Replaces status.json."""
-        _replace(self.status, json.dumps({"state": state, "time": now(), **facts}, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+        atomic_write_json(self.status, {"state": state, "time": now(), **facts})

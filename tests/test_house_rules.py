@@ -17,7 +17,13 @@ ONE_FILE = {
     "wandb": "metrics/wandb_writer.py",
     "apex": None,
     "submitit": "launch/submission.py",
+    "fcntl": "megatron_qwen/files.py",
 }
+RENAMES_AND_SYNCS = {
+    "os.rename", "os.renames", "os.replace", "shutil.move", "os.fsync", "os.fdatasync", "fcntl.flock", "fcntl.lockf"
+}  # fmt: skip
+# Renames that are no way to write a file: by file, the call and why.
+OTHER_RENAMES = {"launch/freeze.py": {"directory.code.rename": "moves the code of earlier jobs aside; writes nothing"}}
 
 
 def imports(path: Path) -> Iterator[str]:
@@ -99,6 +105,47 @@ def inside_function(tree: ast.Module, inner: ast.FunctionDef) -> bool:
         if isinstance(node, ast.ClassDef) and node.name.startswith("_") and inner in ast.walk(node):
             return True
     return False
+
+
+def renames_and_syncs(tree: ast.Module) -> Iterator[str]:
+    """Calls that write-then-rename is made of; not the methods of the same name that strings and dataclasses have."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            # str.replace has two arguments; those of dataclasses.replace and datetime.replace have names.
+            of_a_path = len(node.args) == 1 and not node.keywords and node.func.attr in ("rename", "renames", "replace")
+            if of_a_path or ast.unparse(node.func) in RENAMES_AND_SYNCS:
+                yield ast.unparse(node.func)
+
+
+@pytest.mark.parametrize(
+    ("code", "found"),
+    [
+        ("temporary.replace(path)", True),
+        ("path.with_name('a').rename(target)", True),
+        ("os.replace(temporary, path)", True),
+        ("os.rename(temporary, path)", True),
+        ("os.fsync(file.fileno())", True),
+        ("fcntl.lockf(file, fcntl.LOCK_EX)", True),
+        ("text.replace('a', 'b')", False),
+        ("replace(config, seed=1)", False),
+        ("dataclasses.replace(config, seed=1)", False),
+        ("moment.replace(microsecond=0)", False),
+    ],
+)
+def test_what_the_rule_on_files_finds(code, found):
+    assert bool(list(renames_and_syncs(ast.parse(code)))) == found
+
+
+def test_files_are_replaced_synced_and_locked_in_one_file():
+    calls = {}
+    for path in SOURCES:
+        name = str(path.relative_to(ROOT))
+        assert not RENAMES_AND_SYNCS.intersection(imports(path)), (
+            f"{name}: import the module, so that this test sees it"
+        )
+        if name != "megatron_qwen/files.py" and (found := set(renames_and_syncs(ast.parse(path.read_text())))):
+            calls[name] = found
+    assert calls == {name: set(listed) for name, listed in OTHER_RENAMES.items()}
 
 
 def test_cuda_is_asked_in_one_file():

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import atomic_path
 
 _MAGIC, _SECTION = 0xBA55ED50, b".nv_fatbin"
 _CONTAINER, _ENTRY = struct.Struct("<IHHQ"), struct.Struct("<HHIQ12xI")
@@ -98,23 +99,22 @@ def cut(library: bytes, keep: Sequence[int]) -> tuple[bytes, int]:
 
 def cut_wheel(wheel: Path, output: Path, keep: Sequence[int]) -> None:
     """Writes a wheel whose libraries hold code for some architectures only."""
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with zipfile.ZipFile(wheel) as source, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as target:
-            records: dict[str, str] = {}
-            # The record of all files comes last, with the new digests.
-            for member in sorted(source.infolist(), key=lambda member: member.filename.endswith(".dist-info/RECORD")):
-                content = source.read(member)
-                if member.filename.endswith(".so"):
-                    content, _ = cut(content, keep)
-                    records[member.filename] = f"{member.filename},{_digest(content)},{len(content)}"
-                elif member.filename.endswith(".dist-info/RECORD"):
-                    lines = content.decode().splitlines()
-                    content = "".join(f"{records.get(line.rsplit(',', 2)[0], line)}\n" for line in lines).encode()
-                target.writestr(member, content, zipfile.ZIP_DEFLATED, compresslevel=9)
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_path(output) as partial,
+        zipfile.ZipFile(wheel) as source,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        records: dict[str, str] = {}
+        # The record of all files comes last, with the new digests.
+        for member in sorted(source.infolist(), key=lambda member: member.filename.endswith(".dist-info/RECORD")):
+            content = source.read(member)
+            if member.filename.endswith(".so"):
+                content, _ = cut(content, keep)
+                records[member.filename] = f"{member.filename},{_digest(content)},{len(content)}"
+            elif member.filename.endswith(".dist-info/RECORD"):
+                lines = content.decode().splitlines()
+                content = "".join(f"{records.get(line.rsplit(',', 2)[0], line)}\n" for line in lines).encode()
+            target.writestr(member, content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def _digest(content: bytes) -> str:

@@ -9,8 +9,8 @@ from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpo
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
-from megatron_qwen.config.fields import bound_problems, coerce, field_infos
 from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.config import hf_config
@@ -65,14 +65,10 @@ def open_side(
 
 def _manifest_side(path: Path) -> Side:
     manifest = ReleaseManifest(path)
-    known = field_infos("model", ModelConfig)
-    try:
-        body = manifest.configuration["model"]
-        model = ModelConfig(**{name: coerce(value, known[name].type) for name, value in body.items() if name in known})
-        if list(bound_problems("model", model)):
-            raise ValueError
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ConversionError(Problem(str(path), "configuration", "is missing or damaged.")) from None
+    reader = YamlReader(extra_fields=True)
+    model = reader.read(ModelConfig, manifest.configuration.get("model"))
+    if model is None or reader.problems:
+        raise ConversionError(Problem(str(path), "configuration", "is missing or damaged."))
     described = {name: (noted.shape, noted.dtype, noted.xxh3_128) for name, noted in manifest.tensors.items()}
     tokenizer = {name: digest for name, (_, digest) in manifest.files.items() if name in TOKENIZER_FILES}
     return Side(path, "manifest", model, described, None, tokenizer, None, manifest=manifest)

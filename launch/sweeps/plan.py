@@ -10,6 +10,7 @@ from launch.sweeps.cells import Cell, Placed, Stem, cells, place, shapes, stems
 from launch.sweeps.study import StudyFile
 from megatron_qwen.config.render import difference
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import atomic_write
 
 FORMAT = 1
 # Fewer distinct values do not show a minimum.
@@ -248,9 +249,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
     }
     text = yaml.dump(lined, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=True)
     head = "# What a study will run. Read it, then submit it; `mq sweep plan` makes it anew from the study.\n"
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(head + text)
-    fresh.replace(path)
+    atomic_write(path, head + text)
 
 
 def table(content: dict[str, Any]) -> str:

@@ -1,34 +1,78 @@
 """A plan read back."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from launch.sweeps.plan import FORMAT
+from megatron_qwen.config.fields import Bounds, Form
 from megatron_qwen.config.strict_yaml import read_mapping
+from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.errors import ConfigError, Problem
 
-_NEEDED = {
-    "models": ("name", "sequences", "params", "total_params", "embedding_params", "overrides"),
-    "cells": (
-        "name",
-        "model",
-        "learning_rate",
-        "min_learning_rate",
-        "sequences",
-        "seed",
-        "iterations",
-        "warmup",
-        "tokens",
-    ),
-    "stems": ("name", "iterations", "save_at"),
-}
-
-_WHOLE = ("sequences", "params", "total_params", "embedding_params", "seed", "iterations", "warmup", "tokens", "from")
-_NUMBERS = ("learning_rate", "min_learning_rate")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+def _name(value: object) -> str:
+    if not _NAME.fullmatch(str(value)):
+        raise ValueError
+    return str(value)
+
+
+_Name = Annotated[str, Form("letters, digits, '.', '_' and '-', at most 100, the first a letter or digit", _name)]
+_Whole = Annotated[int, Bounds(minimum=0)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Model:
+    """What a run needs to know of its model."""
+
+    name: _Name
+    sequences: _Whole
+    params: _Whole
+    total_params: _Whole
+    embedding_params: _Whole
+    overrides: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Cell:
+    """What a run needs to know of itself; one with a stem has a ``from`` as well, its first iteration."""
+
+    name: _Name
+    model: str
+    learning_rate: float
+    min_learning_rate: float
+    sequences: _Whole
+    seed: _Whole
+    iterations: _Whole
+    warmup: _Whole
+    tokens: _Whole
+    stem: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stem:
+    name: _Name
+    iterations: _Whole
+    save_at: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What is read of a plan; all else in it is for people, and for the report."""
+
+    name: _Name
+    recipe: str
+    models: tuple[_Model, ...]
+    cells: tuple[_Cell, ...]
+    stems: tuple[_Stem, ...]
+    adaptive_rounds: _Whole = 0
+    budget_hours: float | None = None
+    study: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +81,7 @@ class PlanFile:
 
     Args:
         path: the file.
-        content: its mapping, with all that ``_NEEDED`` names.
+        content: its mapping, with all that ``_Plan`` names.
     """
 
     path: Path
@@ -58,8 +102,7 @@ def read_plan(path: Path) -> PlanFile:
     content = read_mapping(path)
     if content.get("format") != FORMAT:
         raise ConfigError(Problem(str(path), content.get("format"), "is no plan that mq sweep plan has written."))
-    if problems := list(_problems(str(path), content)):
-        raise ConfigError(problems)
+    _require_right(path, content)
     return PlanFile(path, content)
 
 
@@ -75,69 +118,35 @@ def merged(plan: PlanFile, rounds: Sequence[PlanFile]) -> PlanFile:
         for part in ("stems", "cells", "dropped", "warnings"):
             content[part] = [*(content.get(part) or ()), *(one.content.get(part) or ())]
         content["device_hours"] = float(content.get("device_hours") or 0) + float(one.content.get("device_hours") or 0)
-    if problems := list(_problems(str(rounds[-1].path), content)):
-        raise ConfigError(problems)
+    _require_right(rounds[-1].path, content)
     return PlanFile(plan.path, content)
 
 
-def _problems(where: str, content: dict[str, Any]) -> Iterator[Problem]:
-    for name in ("name", "recipe"):
-        if not isinstance(content.get(name), str):
-            yield Problem(f"{where}: {name}", content.get(name), "must be text.")
-    if not _NAME.fullmatch(str(content.get("name"))):
-        yield Problem(f"{where}: name", content.get("name"), "must be letters, digits, '.', '_' and '-'.")
-    rounds, budget = content.get("adaptive_rounds", 0), content.get("budget_hours")
-    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 0:
-        yield Problem(f"{where}: adaptive_rounds", rounds, "must be a whole number of at least 0.")
-    elif rounds and not isinstance(content.get("study"), dict):
-        yield Problem(f"{where}: study", None, "is missing: an adaptive study is widened from it.")
-    if budget is not None and (not isinstance(budget, int | float) or isinstance(budget, bool)):
-        yield Problem(f"{where}: budget_hours", budget, "must be a number.")
-    wrong = False
-    for part, fields in _NEEDED.items():
-        rows = content.get(part)
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            wrong = True
-            yield Problem(f"{where}: {part}", None, "must be a list of mappings.")
-            continue
-        for number, row in enumerate(rows):
-            for one in _row_problems(f"{where}: {part}[{number}]", row, fields):
-                wrong = True
-                yield one
-    if not wrong:
-        yield from _references(where, content)
+def _require_right(path: Path, content: dict[str, Any]) -> None:
+    reader = YamlReader(str(path), extra_fields=True)
+    plan = reader.read(_Plan, content)
+    for number, row in enumerate(content["cells"] if plan is not None else ()):
+        if "stem" in row and "from" not in row:
+            reader.wrong(f"cells[{number}].from", None, "must be given with a stem.")
+        elif "stem" in row:
+            reader.value(_Whole, row["from"], f"cells[{number}].from")
+    if plan is not None:
+        if plan.adaptive_rounds and plan.study is None:
+            reader.wrong("study", None, "is missing: an adaptive study is widened from it.")
+        _check_references(reader, plan)
+    reader.require_right()
 
 
-def _row_problems(where: str, row: dict[str, Any], fields: Sequence[str]) -> Iterator[Problem]:
-    if "stem" in row:
-        fields = (*fields, "from")
-    if missing := [name for name in fields if name not in row]:
-        yield Problem(where, None, f"lacks {', '.join(missing)}.")
-        return
-    for name in fields:
-        value = row[name]
-        if name == "name" and not _NAME.fullmatch(str(value)):
-            yield Problem(f"{where}.name", value, "must be letters, digits, '.', '_' and '-', at most 100.")
-        elif name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            yield Problem(f"{where}.{name}", value, "must be a whole number of at least 0.")
-        elif name in _NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            yield Problem(f"{where}.{name}", value, "must be a number.")
-        elif name == "overrides" and not isinstance(value, dict):
-            yield Problem(f"{where}.{name}", None, "must be a mapping.")
-        elif name == "save_at" and not (isinstance(value, list) and all(isinstance(one, int) for one in value)):
-            yield Problem(f"{where}.{name}", value, "must be a list of iterations.")
-
-
-def _references(where: str, content: dict[str, Any]) -> Iterator[Problem]:
-    models = {(one["name"], one["sequences"]) for one in content["models"]}
-    stems = {str(stem["name"]) for stem in content["stems"]}
-    names = [str(one["name"]) for one in (*content["stems"], *content["cells"])]
-    for name in sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        yield Problem(f"{where}: name", name, "is the name of several runs.")
-    for number, cell in enumerate(content["cells"]):
-        if (cell["model"], cell["sequences"]) not in models:
-            yield Problem(f"{where}: cells[{number}].model", cell["model"], "is none of its models.")
-        if "stem" in cell and str(cell["stem"]) not in stems:
-            yield Problem(f"{where}: cells[{number}].stem", cell["stem"], "is none of its stems.")
-    for lonely in sorted(stems - {str(cell.get("stem")) for cell in content["cells"]}):
-        yield Problem(f"{where}: stems", lonely, "has no cell that branches off it.")
+def _check_references(reader: YamlReader, plan: _Plan) -> None:
+    models = {(one.name, one.sequences) for one in plan.models}
+    stems = {stem.name for stem in plan.stems}
+    names = Counter(one.name for one in (*plan.stems, *plan.cells))
+    for name in sorted(name for name, count in names.items() if count > 1):
+        reader.wrong("name", name, "is the name of several runs.")
+    for number, cell in enumerate(plan.cells):
+        if (cell.model, cell.sequences) not in models:
+            reader.wrong(f"cells[{number}].model", cell.model, "is none of its models.")
+        if cell.stem is not None and cell.stem not in stems:
+            reader.wrong(f"cells[{number}].stem", cell.stem, "is none of its stems.")
+    for lonely in sorted(stems - {cell.stem for cell in plan.cells}):
+        reader.wrong("stems", lonely, "has no cell that branches off it.")

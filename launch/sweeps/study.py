@@ -14,28 +14,29 @@ budget_hours: 200                              # device-hours
 ```
 """
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from megatron_qwen.config.fields import Bounds
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.source import did_you_mean, resolve
+from megatron_qwen.config.source import Override, resolve
 from megatron_qwen.config.strict_yaml import read_mapping
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.config.typed_yaml import YamlReader
+from megatron_qwen.errors import ConfigError
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
 
-SCHEDULES = ("wsd", "cosine")
 _MOST_VALUES = 1000
 _MOST_ROUNDS = 20
-_SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels",
-    "num_moe_experts", "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size",
-)  # fmt: skip
+_Positive = Annotated[float, Bounds(above=0)]
+_Share = Annotated[float, Bounds(above=0, below=1)]
+_Count = Annotated[int, Bounds(minimum=1)]
+# One number stands for a list of one.
+_Numbers = tuple[_Positive, ...] | _Positive
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,87 @@ class StudyFile:
     content: dict[str, Any]
 
 
-_FIELDS = (
-    "name", "recipe", "overrides", "shapes", "horizons", "learning_rate", "batch_tokens", "schedule", "decay_share",
-    "warmup_share", "seeds", "device", "budget_hours", "adaptive_rounds",
-)  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class _Range:
+    """Values in equal ratios."""
+
+    low: _Positive
+    high: _Positive
+    count: Annotated[int, Bounds(minimum=1, maximum=_MOST_VALUES)]
+
+    def values(self) -> tuple[float, ...]:
+        """All of them."""
+        ratio = (self.high / self.low) ** (1 / max(1, self.count - 1))
+        return tuple(self.low * ratio**step for step in range(self.count))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Values:
+    values: _Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Params:
+    params: _Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Fields of the recipe's model that are given instead of its own."""
+
+    num_layers: _Count | None = None
+    hidden_size: _Count | None = None
+    ffn_hidden_size: _Count | None = None
+    num_attention_heads: _Count | None = None
+    num_query_groups: _Count | None = None
+    kv_channels: _Count | None = None
+    num_moe_experts: _Count | None = None
+    moe_router_topk: _Count | None = None
+    moe_ffn_hidden_size: _Count | None = None
+    moe_shared_expert_intermediate_size: _Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Models:
+    models: tuple[_Shape, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TokensPerParam:
+    tokens_per_param: _Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Tokens:
+    tokens: _Numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Device:
+    gpu: str | None = None
+    tflops: _Positive | None = None
+    count: _Count = 1
+    memory_gib: _Positive | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Content:
+    """The file; see ``StudyFile``."""
+
+    name: str | None = None
+    recipe: str
+    overrides: tuple[Override, ...] = ()
+    shapes: _Params | _Range | _Models
+    horizons: _TokensPerParam | _Tokens
+    learning_rate: _Values | _Range
+    batch_tokens: _Values | _Range
+    schedule: Literal["wsd", "cosine"] = "wsd"
+    decay_share: _Share = 0.2
+    warmup_share: _Share = 0.05
+    seeds: tuple[Annotated[int, Bounds(minimum=0)], ...] | None = None
+    device: _Device
+    budget_hours: _Positive | None = None
+    adaptive_rounds: Annotated[int, Bounds(minimum=0, maximum=_MOST_ROUNDS)] = 0
 
 
 def read_study(path: Path) -> StudyFile:
@@ -125,229 +203,119 @@ def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
     Raises:
         ConfigError: with everything that is wrong with it.
     """
-    reader = _Reader(str(path), content)
-    reader.unknown("", content, _FIELDS)
-    base = reader.base(path)
-    params, models = reader.shapes()
-    per_param, tokens = reader.one_of("horizons", ("tokens_per_param", "tokens"))
-    study = {
-        "name": str(content.get("name") or path.stem),
-        "recipe": reader.recipe(path),
-        "overrides": tuple(map(str, content.get("overrides") or ())),
-        "params": params,
-        "models": models,
-        "tokens_per_param": per_param,
-        "tokens": tokens,
-        "learning_rates": reader.values("learning_rate"),
-        "batches": reader.values("batch_tokens"),
-        "schedule": reader.choice("schedule", SCHEDULES),
-        "decay_share": reader.number("decay_share", 0.2, below=1.0),
-        "warmup_share": reader.number("warmup_share", 0.05, below=1.0),
-        "seeds": reader.seeds(base),
-        "device": reader.device(base),
-        "budget_hours": reader.number("budget_hours", None),
-        "adaptive_rounds": reader.rounds(),
-        "content": content | {"name": str(content.get("name") or path.stem)} | reader.independent(path),
-    }
-    if reader.problems:
-        raise ConfigError(reader.problems)
+    reader = YamlReader(str(path))
+    given = reader.read_fields(_Content, content)
+    recipe = _recipe(path, str(given.get("recipe")))
+    base = _base(reader, recipe, given)
+    for name in ("shapes", "horizons", "learning_rate", "batch_tokens"):
+        _check_values(reader, name, given.get(name))
+    seeds = given.get("seeds")
+    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
+        reader.wrong("seeds", list(seeds), "must be a list of different whole numbers.")
+    kind = _kind(reader, content.get("device") or {}, given.get("device"), base)
+    reader.require_right()
+    study = _Content(**given)
     assert base is not None
-    return StudyFile(base=base, **study)  # type: ignore[arg-type]
+    named = study.name or path.stem
+    return StudyFile(
+        name=named,
+        base=base,
+        recipe=recipe,
+        overrides=study.overrides,
+        params=_numbers(study.shapes),
+        models=_models(study.shapes),
+        tokens_per_param=_numbers(study.horizons) if isinstance(study.horizons, _TokensPerParam) else (),
+        tokens=_numbers(study.horizons) if isinstance(study.horizons, _Tokens) else (),
+        learning_rates=_numbers(study.learning_rate),
+        batches=_numbers(study.batch_tokens),
+        schedule=study.schedule,
+        decay_share=study.decay_share,
+        warmup_share=study.warmup_share,
+        seeds=study.seeds or (base.training.seed,),
+        device=_device(study.device, kind),
+        budget_hours=study.budget_hours,
+        adaptive_rounds=study.adaptive_rounds,
+        content=content | {"name": named, "recipe": recipe} | _full_paths(content),
+    )
 
 
-class _Reader:
-    """Takes a study file apart and keeps what is wrong.
+def _recipe(path: Path, named: str) -> str:
+    """The recipe's name, or the full path of a run.yaml, which is looked for beside the study first."""
+    if named in RECIPES:
+        return named
+    beside = path.parent / named
+    return str((beside if beside.is_file() else Path(named)).absolute())
 
-    Args:
-        where: the file.
-        content: its mapping.
-    """
 
-    def __init__(self, where: str, content: dict[str, Any]) -> None:
-        self.where, self.content = where, content
-        self.problems: list[Problem] = []
+def _full_paths(content: dict[str, Any]) -> dict[str, Any]:
+    """The device, where a file describes it, by its full path."""
+    device = content["device"]
+    if not Path(str(device.get("gpu"))).is_file():
+        return {}
+    return {"device": device | {"gpu": str(Path(str(device["gpu"])).absolute())}}
 
-    def wrong(self, name: str, value: object, fix: str) -> None:
-        """Notes a problem."""
-        self.problems.append(Problem(f"{self.where}: {name}", value, fix))
 
-    def unknown(self, section: str, found: dict[str, Any], known: tuple[str, ...]) -> None:
-        """Notes fields that do not exist."""
-        for name in found:
-            if name not in known:
-                hint = did_you_mean(str(name), known) or f" {', '.join(known)} are."
-                self.wrong(f"{section}.{name}" if section else str(name), None, f"no such field.{hint}")
+def _base(reader: YamlReader, recipe: str, given: Mapping[str, Any]) -> RunConfig | None:
+    """The recipe with its overrides."""
+    if "recipe" not in given:
+        return None
+    try:
+        return resolve(recipe, given.get("overrides", ()), RECIPES)
+    except ConfigError as error:
+        reader.problems += error.problems
+        return None
 
-    def recipe(self, path: Path) -> str:
-        """The recipe's name, or the full path of a run.yaml, which is looked for beside the study first."""
-        named = str(self.content.get("recipe"))
-        if named in RECIPES:
-            return named
-        beside = path.parent / named
-        return str((beside if beside.is_file() else Path(named)).absolute())
 
-    def independent(self, path: Path) -> dict[str, Any]:
-        """What names files, by their full paths."""
-        device = self.content.get("device")
-        found: dict[str, Any] = {"recipe": self.recipe(path)}
-        if isinstance(device, dict) and Path(str(device.get("gpu"))).is_file():
-            found["device"] = device | {"gpu": str(Path(str(device["gpu"])).absolute())}
-        return found
+def _check_values(reader: YamlReader, name: str, found: object) -> None:
+    """Notes a list without values, and a range without a way from its low to its high end."""
+    if isinstance(found, _Range):
+        low, high = found.low, found.high
+        if high < low or (high == low) != (found.count == 1):
+            fix = "must go from low to a larger high, with a count above 1."
+            reader.wrong(name, f"{low:g} to {high:g}", fix)
+    elif found is not None and () in vars(found).values():
+        (listed,) = vars(found)
+        reader.wrong(f"{name}.{listed}", "[]", "is empty.")
 
-    def base(self, path: Path) -> RunConfig | None:
-        """The recipe with its overrides."""
-        recipe, overrides = self.content.get("recipe"), self.content.get("overrides") or []
-        if not isinstance(recipe, str):
-            self.wrong("recipe", recipe, "must name a recipe or a run.yaml.")
-            return None
-        if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-            self.wrong("overrides", overrides, "must be a list of section.field=value.")
-            return None
-        try:
-            return resolve(self.recipe(path), overrides, RECIPES)
-        except ConfigError as error:
-            self.problems += error.problems
-            return None
 
-    def section(self, name: str, known: tuple[str, ...]) -> dict[str, Any]:
-        """A mapping with known fields."""
-        found = self.content.get(name)
-        if not isinstance(found, dict):
-            self.wrong(name, found, f"must be a mapping with {', '.join(known)}.")
-            return {}
-        self.unknown(name, found, known)
-        return found
+def _numbers(found: object) -> tuple[float, ...]:
+    """What a file lists, or the values of its range; of models none."""
+    if isinstance(found, _Range):
+        return found.values()
+    if isinstance(found, _Models):
+        return ()
+    (value,) = vars(found).values()
+    return value if isinstance(value, tuple) else (value,)
 
-    def shapes(self) -> tuple[tuple[float, ...], tuple[dict[str, int], ...]]:
-        """Wanted parameters, or models."""
-        found = self.section("shapes", ("params", "low", "high", "count", "models"))
-        if "models" not in found:
-            return (self._range("shapes", found, "params") if found else ()), ()
-        models = found["models"]
-        if len(found) > 1 or not isinstance(models, list) or not models:
-            self.wrong("shapes.models", models, "must be a list of shapes, and goes alone.")
-            return (), ()
-        kept = []
-        for number, model in enumerate(models):
-            name = f"shapes.models[{number}]"
-            if not isinstance(model, dict):
-                self.wrong(name, model, "must be a mapping of model fields.")
-                continue
-            self.unknown(name, model, _SHAPE_FIELDS)
-            for field, value in model.items():
-                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                    self.wrong(f"{name}.{field}", value, "must be a whole number of at least 1.")
-            kept.append(model)
-        return (), tuple(kept)
 
-    def one_of(self, name: str, fields: tuple[str, str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Two ways to say the same, of which one is used."""
-        found = self.section(name, fields)
-        if found and len(found) != 1:
-            self.wrong(name, None, f"takes one of {' and '.join(fields)}.")
-        first, second = (tuple(self._numbers(f"{name}.{field}", found.get(field))) for field in fields)
-        return first, second
+def _models(found: object) -> tuple[dict[str, int], ...]:
+    if not isinstance(found, _Models):
+        return ()
+    return tuple({name: value for name, value in asdict(one).items() if value is not None} for one in found.models)
 
-    def values(self, name: str) -> tuple[float, ...]:
-        """Values, or a range in equal ratios."""
-        found = self.section(name, ("values", "low", "high", "count"))
-        return self._range(name, found, "values") if found else ()
 
-    def _range(self, name: str, found: dict[str, Any], listed: str) -> tuple[float, ...]:
-        if listed in found:
-            if len(found) > 1:
-                self.wrong(name, None, f"takes {listed}, or low, high and count.")
-            return tuple(self._numbers(f"{name}.{listed}", found[listed]))
-        low, high = (
-            next(iter(self._numbers(f"{name}.{end}", found.get(end), one=True)), None) for end in ("low", "high")
-        )
-        count = found.get("count")
-        if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= _MOST_VALUES:
-            self.wrong(f"{name}.count", count, f"must be a whole number from 1 to {_MOST_VALUES}.")
-            return ()
-        if low is None or high is None:
-            return ()
-        if high < low or (high == low) != (count == 1):
-            self.wrong(name, f"{low:g} to {high:g}", "must go from low to a larger high, with a count above 1.")
-            return ()
-        ratio = (high / low) ** (1 / max(1, count - 1))
-        return tuple(low * ratio**step for step in range(count))
+def _kind(
+    reader: YamlReader, body: Mapping[str, Any], device: _Device | None, base: RunConfig | None
+) -> Hardware | None:
+    """The device whose speed is predicted; None where a measured rate is given, or something is wrong."""
+    if device is None:
+        return None
+    if (body.get("gpu") is None) == (body.get("tflops") is None):
+        fix = "takes gpu, or tflops: model FLOP/s x 1e-12 that one device reaches in a step."
+        reader.wrong("device", None, fix)
+        return None
+    if device.gpu is None:
+        return None
+    try:
+        kind = find_hardware(device.gpu)
+    except ConfigError as error:
+        reader.problems += error.problems
+        return None
+    if base is not None and (reason := why_not(base, kind)):
+        reader.wrong("device.gpu", device.gpu, f"cannot be planned for: the recipe {reason} Or give device.tflops.")
+    return kind
 
-    def _numbers(self, name: str, value: Any, *, one: bool = False) -> Iterator[float]:
-        if value is None and not one:
-            return
-        items = [value] if one or not isinstance(value, list) else value
-        if not items:
-            self.wrong(name, value, "is empty.")
-        for item in items:
-            if isinstance(item, bool) or not isinstance(item, int | float) or not (0 < item < math.inf):
-                self.wrong(name, item, "must be a number above 0.")
-            else:
-                yield float(item)
 
-    def number(self, name: str, default: float | None, *, below: float = math.inf) -> float | None:
-        """A number above 0."""
-        value = self.content.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < below:
-            limit = "" if below == math.inf else f" and below {below:g}"
-            self.wrong(name, value, f"must be a number above 0{limit}.")
-            return default
-        return float(value)
-
-    def choice(self, name: str, known: tuple[str, ...]) -> str:
-        """One of some words, the first by default."""
-        value = self.content.get(name, known[0])
-        if value not in known:
-            self.wrong(name, value, f"must be one of {', '.join(known)}.")
-        return str(value)
-
-    def rounds(self) -> int:
-        """A small whole number, 0 by default."""
-        value = self.content.get("adaptive_rounds", 0)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _MOST_ROUNDS:
-            self.wrong("adaptive_rounds", value, f"must be a whole number from 0 to {_MOST_ROUNDS}.")
-            return 0
-        return value
-
-    def seeds(self, base: RunConfig | None) -> tuple[int, ...]:
-        """Whole numbers; the recipe's where none is given."""
-        value = self.content.get("seeds")
-        if value is None:
-            return (base.training.seed if base is not None else 0,)
-        right = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
-        if not right or not value or len(set(value)) != len(value) or min(value) < 0:
-            self.wrong("seeds", value, "must be a list of different whole numbers.")
-            return ()
-        return tuple(value)
-
-    def device(self, base: RunConfig | None) -> Device:
-        """A kind of GPU, or a measured rate."""
-        found = self.section("device", ("gpu", "tflops", "count", "memory_gib"))
-        count = found.get("count", 1)
-        if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-            self.wrong("device.count", count, "must be a whole number of at least 1.")
-            count = 1
-        rates = tuple(self._numbers("device.tflops", found["tflops"], one=True)) if "tflops" in found else ()
-        memory = (
-            tuple(self._numbers("device.memory_gib", found["memory_gib"], one=True)) if "memory_gib" in found else ()
-        )
-        kind = None
-        if found and ("gpu" in found) == ("tflops" in found):
-            self.wrong("device", None, "takes gpu, or tflops: model FLOP/s x 1e-12 that one device reaches in a step.")
-        elif "gpu" in found:
-            kind = self._kind(str(found["gpu"]), base)
-        return Device(
-            kind, count, rates[0] if rates else None, memory[0] if memory else kind.memory_gib if kind else None
-        )
-
-    def _kind(self, name: str, base: RunConfig | None) -> Hardware | None:
-        try:
-            kind = find_hardware(name)
-        except ConfigError as error:
-            self.problems += error.problems
-            return None
-        if base is not None and (reason := why_not(base, kind)):
-            self.wrong("device.gpu", name, f"cannot be planned for: the recipe {reason} Or give device.tflops.")
-        return kind
+def _device(found: _Device, kind: Hardware | None) -> Device:
+    memory = kind.memory_gib if found.memory_gib is None and kind is not None else found.memory_gib
+    return Device(kind, found.count, found.tflops, memory)

@@ -1,14 +1,11 @@
 """A study's directory: its plan, its database and the run directories of its stems and cells."""
 
-import fcntl
 import hashlib
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,12 @@ from typing import Any
 from launch.sweeps.plan_file import PlanFile, merged, read_plan
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import LockHeldError, atomic_write, exclusive_lock, is_temporary, sync_stream
 from megatron_qwen.json_lines import objects
 from megatron_qwen.rundir import RunDirectory
 
 STEM, CELL = "stem", "cell"
+_LOCK = ".controller.lock"
 # A branch may begin so much of its length late.
 _NEAR = 0.1
 
@@ -68,14 +67,16 @@ class StudyDirectory:
         Raises:
             ConfigError: another one is at work.
         """
-        with (self.path / ".controller.lock").open("a") as file:
+
+        def warn(said: str) -> None:
+            print(f"warning: {said}: run one controller only", file=sys.stderr)
+
+        with ExitStack() as stack:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                stack.enter_context(exclusive_lock(self.path / _LOCK, timeout_s=0, without_locks=warn))
+            except LockHeldError:
                 fix = "has another controller of this study at work; its runs go on with it. See `mq sweep status`."
                 raise ConfigError(Problem("STUDY", self.path, fix)) from None
-            except OSError as error:
-                print(f"warning: {self.path} has no locks ({error.strerror}): run one controller only", file=sys.stderr)
             yield
 
     def claim(self, plan: PlanFile) -> None:
@@ -89,18 +90,12 @@ class StudyDirectory:
                 fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
-        begun = {
-            self.runs.name,
-            ".plan.yaml.new",
-            self.database.name,
-            ".controller.lock",
-        }  # by a command that was killed here
-        if self.path.exists() and {one.name for one in self.path.iterdir()} - begun:
+        begun = {self.runs.name, self.database.name, _LOCK}  # by a command that was killed here
+        there = {one.name for one in self.path.iterdir() if not is_temporary(one)} if self.path.exists() else set()
+        if there - begun:
             raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = self.path / ".plan.yaml.new"
-        shutil.copyfile(plan.path, fresh)
-        fresh.replace(self.plan_yaml)
+        atomic_write(self.plan_yaml, plan.path.read_bytes())
 
     def job_name(self, run: "Run") -> str:
         """Name of a run's job: another study of the same models has others."""
@@ -118,8 +113,7 @@ class StudyDirectory:
         torn = "" if not text or text.endswith(b"\n") else "\n"  # by a full disk
         with self.arrays_jsonl.open("a") as file:
             file.write(f"{torn}{json.dumps({'name': name, 'runs': [run.name for run in runs]})}\n")
-            file.flush()
-            os.fsync(file.fileno())
+            sync_stream(file)
         return name
 
     def arrays(self) -> dict[str, list[str]]:

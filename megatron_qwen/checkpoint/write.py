@@ -19,10 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_qwen import device
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint import manifest
-from megatron_qwen.checkpoint.durable import sync
-from megatron_qwen.checkpoint.paths import LATEST, MANIFEST, committed, iteration_dir, temporary_dir
+from megatron_qwen.checkpoint.paths import LATEST, committed, iteration_dir, temporary_dir
 from megatron_qwen.checkpoint.retain import prune
 from megatron_qwen.errors import Problem, UserError
+from megatron_qwen.files import atomic_write, publish, sync_tree
 
 log = logging.getLogger(__name__)
 # torch's zip writer reports a disk that filled up as a position it did not expect.
@@ -190,26 +190,23 @@ class CheckpointWriter:
         directory, final = pending.directory, iteration_dir(self.root, pending.iteration)
         entries: dict[str, manifest.FileEntry] = {}
 
-        def publish() -> None:
+        def commit() -> None:
             entries.update(self._hash_written(pending))
             if dist.get_rank() != 0:
                 return
             self._require_current()
             manifest.write(directory, entries, iteration=pending.iteration, attempt=self.attempt)
-            for name in [*entries, MANIFEST]:
-                sync(directory / name)
-            sync(directory)
+            sync_tree(directory)
             # No attempt begins between the question and the rename.
             with self.attempts.exclusive():
                 self._require_current()
                 if final.exists():
                     shutil.rmtree(final)
-                directory.rename(final)
-                sync(self.root)
-                _write_latest(self.root, final.name)
+                publish(directory, final, durable=True)
+                atomic_write(self.root / LATEST, final.name + "\n", durable=True)
             self._prune(pending.iteration)
 
-        self._together(publish, directory)
+        self._together(commit, directory)
         if dist.get_rank() == 0:
             size = sum(entry.size for entry in entries.values())
             log.info("saved %s, %.1f MiB in %.1f s", final, size / 2**20, time.monotonic() - pending.started)
@@ -311,11 +308,3 @@ def _all_agree(flag: bool) -> bool:
 def _size(directory: Path) -> int:
     """Bytes of all files in a directory, 0 where there is none."""
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
-
-
-def _write_latest(root: Path, name: str) -> None:
-    temporary = root / f".{LATEST}.tmp"
-    temporary.write_text(name + "\n")
-    sync(temporary)
-    temporary.replace(root / LATEST)
-    sync(root)

@@ -11,18 +11,19 @@ stages:
 ```
 """
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from megatron_qwen.config.fields import WrongType, coerce, type_name
+from megatron_qwen.config.fields import Bounds, Form
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.strict_yaml import read_mapping
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.config.typed_yaml import YamlReader
+from megatron_qwen.errors import did_you_mean
 
+_Part = Annotated[float, Bounds(minimum=0, maximum=1)]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _AMOUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([KMBT])", re.IGNORECASE)
 _UNITS = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
@@ -46,9 +47,9 @@ class SourceSpec:
 
     path: str
     packing: Literal["windows", "best_fit"] = "windows"
-    fim_rate: float = 0.0
-    fim_spm_rate: float = 0.5
-    max_epochs: float = _MAX_EPOCHS
+    fim_rate: _Part = 0.0
+    fim_spm_rate: _Part = 0.5
+    max_epochs: Annotated[float, Bounds(minimum=0, finite=False)] = _MAX_EPOCHS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,74 +145,22 @@ def read_blend(path: Path) -> Blend:
     Raises:
         ConfigError: with everything that is wrong with it.
     """
-    content = read_mapping(path)
-    problems: list[Problem] = []
-    reader = _Reader(str(path), problems)
-    reader.only_known("", content, ("sources", "stages"))
-    sources = dict(_sources(reader, content.get("sources"), path.parent))
-    stages = list(_stages(reader, content.get("stages"), sources))
-    names = [stage.name for stage in stages]
-    problems += [
-        Problem(f"{path}: stages", name, "two stages have this name; a run finds its place by it.")
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
-    problems += [
-        Problem(f"{path}: stages.{stage.name}.tokens", None, "must be given in every stage but the last.")
-        for stage in stages[:-1]
-        if stage.tokens is None
-    ]
-    if problems:
-        raise ConfigError(problems)
-    return Blend(sources, tuple(stages))
-
-
-class _Reader:
-    """Takes typed values out of mappings and notes what is wrong."""
-
-    def __init__(self, origin: str, problems: list[Problem]) -> None:
-        self.origin, self.problems = origin, problems
-
-    def wrong(self, where: str, value: object, fix: str) -> None:
-        """Notes a problem."""
-        self.problems.append(Problem(f"{self.origin}: {where}", value, fix))
-
-    def only_known(self, where: str, content: Mapping[str, Any], known: tuple[str, ...]) -> None:
-        """Notes keys that mean nothing."""
-        for key in content:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f" Did you mean {near[0]}?" if near else f" Known are {', '.join(known)}."
-                self.wrong(f"{where}{key}", None, f"no such key.{hint}")
-
-    def take(self, where: str, content: Mapping[str, Any], key: str, kind: Any, default: Any = None) -> Any:
-        """A value of a type, or the default where it is missing or wrong."""
-        if key not in content:
-            return default
-        try:
-            return coerce(content[key], kind)
-        except WrongType:
-            self.wrong(f"{where}{key}", content[key], f"must be {type_name(kind)}.")
-            return default
-
-    def within(self, where: str, value: float | None, least: float, most: float = float("inf")) -> None:
-        """Notes a number out of bounds."""
-        if value is not None and not least <= value <= most:
-            bound = f"from {least:g} to {most:g}" if most < float("inf") else f"at least {least:g}"
-            self.wrong(where, value, f"must be {bound}.")
-
-    def shares(self, where: str, content: Any) -> dict[Any, float]:
-        """Numbers above zero by key."""
-        if not isinstance(content, dict) or not content:
-            self.wrong(where, content, "must be a mapping to numbers above 0.")
-            return {}
-        found = {}
-        for key, value in content.items():
-            number = amount(value)
-            if number is None or not 0 < number < float("inf"):
-                self.wrong(f"{where}.{key}", value, "must be a number above 0.")
-            else:
-                found[key] = number
-        return found
+    content, reader = read_mapping(path), YamlReader(str(path))
+    file = reader.read(_BlendFile, content)
+    assert file is not None
+    if not content.get("sources"):
+        reader.wrong("sources", None, "must name at least one source: a mapping of names.")
+    if not content.get("stages"):
+        reader.wrong("stages", None, "must be a list of at least one stage.")
+    if file.stages:
+        _check_stages(reader, content, file.stages)
+    reader.require_right()
+    folder = path.parent.absolute()
+    sources = {
+        name: source if "://" in source.path else replace(source, path=str(folder / source.path))
+        for name, source in file.sources.items()
+    }
+    return Blend(sources, tuple(map(_stage, file.stages)))
 
 
 def amount(value: object) -> float | None:
@@ -223,119 +172,100 @@ def amount(value: object) -> float | None:
     return None
 
 
-def _sources(reader: _Reader, content: Any, folder: Path) -> Iterator[tuple[str, SourceSpec]]:
-    if not isinstance(content, dict) or not content:
-        reader.wrong("sources", content, "must name at least one source: a mapping of names.")
-        return
-    for name, body in content.items():
-        where = f"sources.{name}."
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            reader.wrong("sources", name, "must be letters, digits, '.', '_' and '-', at most 100.")
-        elif not isinstance(body, dict):
-            reader.wrong(f"sources.{name}", body, "must be a mapping with at least a path.")
-        else:
-            reader.only_known(where, body, ("path", "packing", "fim_rate", "fim_spm_rate", "max_epochs"))
-            path = reader.take(where, body, "path", str)
-            if path is None:
-                reader.wrong(f"{where}path", None, "must be given: the prefix of a token file.")
-            spec = SourceSpec(
-                path=str(folder.absolute() / path) if path and "://" not in path else str(path),
-                packing=reader.take(where, body, "packing", Literal["windows", "best_fit"], "windows"),
-                fim_rate=reader.take(where, body, "fim_rate", float, 0.0),
-                fim_spm_rate=reader.take(where, body, "fim_spm_rate", float, 0.5),
-                max_epochs=reader.take(where, body, "max_epochs", float, _MAX_EPOCHS),
-            )
-            reader.within(f"{where}fim_rate", spec.fim_rate, 0, 1)
-            reader.within(f"{where}fim_spm_rate", spec.fim_spm_rate, 0, 1)
-            reader.within(f"{where}max_epochs", spec.max_epochs, 0)
-            yield name, spec
+def _name(value: object) -> str:
+    if not isinstance(value, str) or not _NAME.fullmatch(value):
+        raise ValueError
+    return value
 
 
-_STAGE_KEYS = (
-    "name",
-    "weights",
-    "budgets",
-    "tokens",
-    "seq_length",
-    "rotary_base",
-    "lengths",
-    "global_batch_size",
-    "micro_batch_size",
-)
+def _share(value: object) -> float:
+    number = amount(value)
+    if number is None or number <= 0:
+        raise ValueError
+    return number
 
 
-def _stages(reader: _Reader, content: Any, sources: Mapping[str, SourceSpec]) -> Iterator[Stage]:
-    if not isinstance(content, list) or not content:
-        reader.wrong("stages", content, "must be a list of at least one stage.")
-        return
-    for index, body in enumerate(content):
-        if not isinstance(body, dict):
-            reader.wrong(f"stages.{index}", body, "must be a mapping.")
-            continue
-        name = reader.take(f"stages.{index}.", body, "name", str)
-        if name is None or not _NAME.fullmatch(name):
-            reader.wrong(f"stages.{index}.name", name, "must be given: letters, digits, '.', '_' and '-'.")
-            name = str(index)
-        where = f"stages.{name}."
-        reader.only_known(where, body, _STAGE_KEYS)
-        weights, tokens = _mix(reader, where, body, sources)
-        stage = Stage(
-            name=name,
-            weights=weights,
-            tokens=tokens,
-            seq_length=reader.take(where, body, "seq_length", int),
-            rotary_base=reader.take(where, body, "rotary_base", float),
-            lengths=_lengths(reader, where, body),
-            global_batch_size=reader.take(where, body, "global_batch_size", int),
-            micro_batch_size=reader.take(where, body, "micro_batch_size", int),
-        )
-        reader.within(f"{where}seq_length", stage.seq_length, 2)
-        reader.within(f"{where}rotary_base", stage.rotary_base, 1)
-        reader.within(f"{where}global_batch_size", stage.global_batch_size, 1)
-        reader.within(f"{where}micro_batch_size", stage.micro_batch_size, 1)
-        yield stage
+def _tokens(value: object) -> int:
+    number = amount(value)
+    if number is None or number < 1:
+        raise ValueError
+    return int(number)
 
 
-def _mix(
-    reader: _Reader, where: str, body: Mapping[str, Any], sources: Mapping[str, SourceSpec]
-) -> tuple[dict[str, float], int | None]:
-    """Weights that add up to one, and the tokens of the stage."""
-    given = [key for key in ("weights", "budgets") if key in body]
-    if len(given) != 1:
-        reader.wrong(where.rstrip("."), None, "must have either weights (shares) or budgets (tokens) of its sources.")
-        return {}, None
-    shares = reader.shares(f"{where}{given[0]}", body[given[0]])
-    for name in shares:
-        if name not in sources:
-            near = difflib.get_close_matches(str(name), list(sources), n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            reader.wrong(f"{where}{given[0]}.{name}", None, f"no such source.{hint}")
+_Name = Annotated[str, Form("letters, digits, '.', '_' and '-', at most 100, the first a letter or digit", _name)]
+_Shares = dict[str, Annotated[float, Form("a number above 0", _share)]]
+_Count = Annotated[int, Bounds(minimum=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StageEntry:
+    """A stage as the file has it; see ``Stage``."""
+
+    name: _Name
+    weights: _Shares | None = None
+    budgets: _Shares | None = None
+    tokens: Annotated[int, Form("a number of tokens, such as 300B", _tokens)] | None = None
+    seq_length: Annotated[int, Bounds(minimum=2)] | None = None
+    rotary_base: Annotated[float, Bounds(minimum=1)] | None = None
+    lengths: dict[_Count, Annotated[float, Form("a number above 0", _share)]] = field(default_factory=dict)
+    global_batch_size: _Count | None = None
+    micro_batch_size: _Count | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _BlendFile:
+    sources: dict[_Name, SourceSpec] = field(default_factory=dict)
+    stages: tuple[_StageEntry, ...] = ()
+
+
+def _check_stages(reader: YamlReader, content: Mapping[str, Any], stages: Sequence[_StageEntry]) -> None:
+    """Notes what is wrong with stages together, with their sources, and with their fields together."""
+    sources = content.get("sources")
+    known = [str(name) for name in sources] if isinstance(sources, dict) else []
+    names = [stage.name for stage in stages]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        reader.wrong("stages", name, "two stages have this name; a run finds its place by it.")
+    for index, (stage, body) in enumerate(zip(stages, content["stages"], strict=True)):
+        where = f"stages[{index}]"
+        _check_mix(reader, where, body, stage, known)
+        if index < len(stages) - 1 and body.get("tokens") is None and body.get("budgets") is None:
+            reader.wrong(f"{where}.tokens", None, "must be given in every stage but the last.")
+        if stage.lengths and body.get("seq_length") is None:
+            reader.wrong(f"{where}.lengths", None, "needs the stage's seq_length.")
+        for length in stage.lengths if stage.seq_length is not None else ():
+            if length >= 1 and stage.seq_length % length:
+                reader.wrong(f"{where}.lengths", length, f"must divide the stage's seq_length, {stage.seq_length}.")
+
+
+def _check_mix(
+    reader: YamlReader, where: str, body: Mapping[str, Any], stage: _StageEntry, sources: Sequence[str]
+) -> None:
+    given = [key for key in ("weights", "budgets") if body.get(key) is not None]
+    shares = getattr(stage, given[0]) if len(given) == 1 else None
+    if len(given) != 1 or shares == {}:
+        reader.wrong(where, None, "must have either weights (shares) or budgets (tokens) of its sources.")
+    for name in shares or ():
+        if sources and name not in sources:
+            reader.wrong(f"{where}.{given[0]}.{name}", None, f"no such source.{did_you_mean(name, sources)}")
+    if stage.budgets and stage.tokens is not None and stage.tokens != (total := sum(stage.budgets.values())):
+        reader.wrong(f"{where}.tokens", body["tokens"], f"contradicts the budgets, which add up to {total:,.0f}.")
+
+
+def _stage(entry: _StageEntry) -> Stage:
+    """A stage whose shares add up to one."""
+    shares = entry.weights or entry.budgets or {}
+    return Stage(
+        name=entry.name,
+        weights=_normalised(shares),
+        tokens=int(sum(entry.budgets.values())) if entry.budgets else entry.tokens,
+        seq_length=entry.seq_length,
+        rotary_base=entry.rotary_base,
+        lengths=_normalised(entry.lengths),
+        global_batch_size=entry.global_batch_size,
+        micro_batch_size=entry.micro_batch_size,
+    )
+
+
+def _normalised[Key: (str, int)](shares: Mapping[Key, float]) -> dict[Key, float]:
     total = sum(shares.values())
-    tokens = amount(body["tokens"]) if "tokens" in body else None
-    if "tokens" in body and (tokens is None or tokens < 1):
-        reader.wrong(f"{where}tokens", body["tokens"], "must be a number of tokens, such as 300B.")
-    if given == ["budgets"]:
-        if tokens is not None and tokens != total:
-            reader.wrong(f"{where}tokens", body["tokens"], f"contradicts the budgets, which add up to {total:,.0f}.")
-        tokens = total
-    weights = {str(name): share / total for name, share in shares.items()}
-    return weights, None if tokens is None else int(tokens)
-
-
-def _lengths(reader: _Reader, where: str, body: Mapping[str, Any]) -> dict[int, float]:
-    if "lengths" not in body:
-        return {}
-    shares = reader.shares(f"{where}lengths", body["lengths"])
-    longest = body.get("seq_length")
-    found: dict[int, float] = {}
-    for length, share in shares.items():
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            reader.wrong(f"{where}lengths", length, "must be a length in tokens.")
-        elif isinstance(longest, int) and (length > longest or longest % length):
-            reader.wrong(f"{where}lengths", length, f"must divide the stage's seq_length, {longest}.")
-        else:
-            found[length] = share
-    if not isinstance(longest, int):
-        reader.wrong(f"{where}lengths", None, "needs the stage's seq_length.")
-    total = sum(found.values())
-    return {length: share / total for length, share in found.items()}
+    return {key: share / total for key, share in shares.items()}

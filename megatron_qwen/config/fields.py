@@ -3,36 +3,60 @@
 The text given here is what ``docs/configuration.md`` prints.
 """
 
+import math
 import types
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_qwen.errors import Problem
+
+# So many fields of a mapping are named in a message.
+LISTED_FIELDS = 15
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Inclusive limits of a number; ``above`` is exclusive."""
+    """Inclusive limits of a number; ``above`` and ``below`` are exclusive. ``finite=False`` allows infinity."""
 
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    below: float | None = None
+    finite: bool = True
 
     def complaint(self, value: float) -> str | None:
         """What is wrong with ``value``, or None."""
+        if value != value or (self.finite and value in (math.inf, -math.inf)):
+            return "must be a finite number"
         if self.above is not None and not value > self.above:
             return f"must be greater than {self.above:g}"
         if self.minimum is not None and value < self.minimum:
             return f"must be at least {self.minimum:g}"
         if self.maximum is not None and value > self.maximum:
             return f"must be at most {self.maximum:g}"
+        if self.below is not None and not value < self.below:
+            return f"must be less than {self.below:g}"
         return None
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way of writing a value that its type alone does not tell, for ``Annotated``.
+
+    Args:
+        name: what the value must be, for messages: ``a number of tokens, such as 300B``.
+        read: the value from what YAML has read; raises ValueError for anything else.
+    """
+
+    name: str
+    read: Callable[[object], Any]
 
 
 def setting(
     default: Any = MISSING,
     *,
+    factory: Callable[[], Any] | None = None,
     doc: str,
     minimum: float | None = None,
     maximum: float | None = None,
@@ -42,12 +66,18 @@ def setting(
 
     Args:
         default: the value when nothing is said; left out, the field must be given.
+        factory: makes the default, where it is a mapping.
         doc: one or two sentences for the reference page.
         minimum: least allowed number.
         maximum: greatest allowed number.
         above: the number must be greater than this.
     """
-    return field(default=default, metadata={"doc": doc, "bounds": Bounds(minimum, maximum, above)})
+    metadata = {"doc": doc, "bounds": Bounds(minimum, maximum, above)}
+    return (
+        field(default=default, metadata=metadata)
+        if factory is None
+        else field(default_factory=factory, metadata=metadata)
+    )
 
 
 @dataclass(frozen=True)
@@ -73,69 +103,38 @@ def field_infos(section: str, cls: type) -> dict[str, FieldInfo]:
 
     def info(item: Field[Any]) -> FieldInfo:
         metadata = item.metadata
-        return FieldInfo(section, item.name, hints[item.name], item.default, metadata["doc"], metadata["bounds"])
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        return FieldInfo(section, item.name, hints[item.name], default, metadata["doc"], metadata["bounds"])
 
     return {item.name: info(item) for item in fields(cls)}
 
 
 def type_name(kind: Any) -> str:
     """A type as the reference page and the messages write it: ``int or null``, ``one of te, torch``."""
-    origin = get_origin(kind)
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        forms = [extra.name for extra in arguments[1:] if isinstance(extra, Form)]
+        return forms[0] if forms else type_name(arguments[0])
     if origin in (Union, types.UnionType):
-        inner = [part for part in get_args(kind) if part is not type(None)]
-        return f"{type_name(inner[0])} or null" if len(inner) < len(get_args(kind)) else str(kind)
+        return " or ".join("null" if part is types.NoneType else type_name(part) for part in arguments)
     if origin is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind)))
-    if origin is tuple:
-        return f"list of {type_name(get_args(kind)[0])}"
+        return "one of " + ", ".join(map(str, arguments))
+    if origin in (tuple, list):
+        fixed = origin is tuple and arguments[-1] is not Ellipsis
+        return f"list of {f'{len(arguments)} ' if fixed else ''}{type_name(arguments[0])}"
+    if origin in (dict, Mapping):
+        return _mapping_name(*arguments)
+    if is_dataclass(kind):
+        names = [item.name for item in fields(kind)]
+        return f"a mapping with {', '.join(names)}" if len(names) <= LISTED_FIELDS else "a mapping of fields"
     return "true or false" if kind is bool else str(kind.__name__)
 
 
-def accepts_text(kind: Any) -> bool:
-    """Whether a field of this type takes any text."""
-    return kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
-
-
-class WrongType(ValueError):
-    """A value does not have the type of its field."""
-
-
-def coerce(value: Any, kind: Any) -> Any:
-    """``value`` as the type ``kind``, or WrongType.
-
-    Strict where YAML is lax: ``true`` is no integer and ``3.0`` is no integer; lenient only where YAML
-    surprises people: ``1e-4`` (a string to YAML 1.1) is a float, and 3 is a float too.
-    """
-    origin = get_origin(kind)
-    if origin in (Union, types.UnionType):
-        if value is None:
-            return None
-        inner = next(part for part in get_args(kind) if part is not type(None))
-        return coerce(value, inner)
-    if origin is Literal:
-        if value in get_args(kind) and not isinstance(value, bool):
-            return value
-        raise WrongType
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise WrongType
-        return tuple(coerce(item, get_args(kind)[0]) for item in value)
-    return _coerce_scalar(value, kind)
-
-
-def _coerce_scalar(value: Any, kind: Any) -> Any:
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except (ValueError, OverflowError):
-            raise WrongType from None
-    if value == "":
-        raise WrongType
-    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, bool) is not (kind is bool) or not isinstance(value, kind):
-        raise WrongType
-    return value
+def _mapping_name(key: Any, value: Any) -> str:
+    if value is Any:
+        return "a mapping of fields"
+    key_name, value_name = ("text" if kind is str else type_name(kind) for kind in (key, value))
+    return f"mapping of {key_name} to {value_name}"
 
 
 def bound_problems(section: str, values: object) -> Iterator[Problem]:
@@ -143,8 +142,6 @@ def bound_problems(section: str, values: object) -> Iterator[Problem]:
     for info in field_infos(section, type(values)).values():
         value = getattr(values, info.name)
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, int | float) and not isinstance(number, bool):
-                if number != number or number in (float("inf"), float("-inf")):
-                    yield Problem(info.path, value, "must be a finite number")
-                elif complaint := info.bounds.complaint(number):
-                    yield Problem(info.path, value, complaint)
+            is_number = isinstance(number, int | float) and not isinstance(number, bool)
+            if is_number and (complaint := info.bounds.complaint(number)):
+                yield Problem(info.path, value, complaint)

@@ -1,22 +1,33 @@
 """From a recipe or a run.yaml and overrides to a RunConfig: strict, with every mistake reported at once."""
 
-import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from megatron_qwen.config import checks
-from megatron_qwen.config.fields import FieldInfo, WrongType, accepts_text, coerce, type_name
+from megatron_qwen.config.fields import Form
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig, all_fields
 from megatron_qwen.config.strict_yaml import UNREADABLE, read_mapping, read_scalar
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.config.typed_yaml import YamlReader
+from megatron_qwen.errors import ConfigError, Problem, did_you_mean
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` for the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
+def _override(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError
+    return value
+
+
+# A word of a command line in a file.
+Override = Annotated[str, Form("section.field=value", _override)]
+Recipes = Mapping[str, Callable[[], RunConfig]]
+# A file: a recipe's name, and of every section some fields.
+_RunFile = make_dataclass(
+    "_RunFile",
+    [("recipe", str | None, None), *((name, dict[str, Any], field(default_factory=dict)) for name in SECTION_TYPES)],
+)
 
 
 def unknown_field(path: str) -> Problem:
@@ -60,58 +71,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
     return values, problems
 
 
-def _typed(info: FieldInfo, value: Any, where: str) -> tuple[Any, Problem | None]:
-    if isinstance(value, Typed):
-        if accepts_text(info.type) and value.text not in ("", "null", "~"):
-            return value.text, None
-        try:
-            value = read_scalar(value.text)
-        except UNREADABLE:
-            value = value.text
-    try:
-        return coerce(value, info.type), None
-    except WrongType:
-        shown = "null" if value is None else repr(value)
-        return None, Problem(where, shown, f"must be {type_name(info.type)}.")
-
-
-def _flatten(content: Mapping[str, Any], origin: str) -> tuple[dict[str, Any], list[Problem]]:
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for section, body in content.items():
-        if section == "recipe":
-            continue
-        if section not in SECTION_TYPES:
-            problems.append(
-                Problem(f"{origin}: {section}", None, f"no such section.{did_you_mean(str(section), SECTION_TYPES)}")
-            )
-        elif not isinstance(body, dict):
-            problems.append(Problem(f"{origin}: {section}", body, "must be a mapping of fields."))
-        else:
-            values.update({f"{section}.{name}": value for name, value in body.items()})
-    return values, problems
-
-
-def apply(config: RunConfig, values: Mapping[str, Any]) -> tuple[RunConfig, list[Problem]]:
-    """``config`` with values by path laid over it, and what is wrong with them."""
-    known = all_fields()
-    problems: list[Problem] = []
-    changes: dict[str, dict[str, Any]] = {}
-    for path, raw in values.items():
-        if path not in known:
-            problems.append(unknown_field(path))
-            continue
-        value, problem = _typed(known[path], raw, path)
-        if problem:
-            problems.append(problem)
-        else:
-            changes.setdefault(known[path].section, {})[known[path].name] = value
-    for section, fields_ in changes.items():
-        config = config.with_section(section, **fields_)
-    return config, problems
-
-
-def resolve(source: str, overrides: Sequence[str], recipes: Mapping[str, Callable[[], RunConfig]]) -> RunConfig:
+def resolve(source: str, overrides: Sequence[str], recipes: Recipes) -> RunConfig:
     """The configuration that a command line names.
 
     Args:
@@ -124,56 +84,78 @@ def resolve(source: str, overrides: Sequence[str], recipes: Mapping[str, Callabl
             legal is not asked here; see ``checks.py``.
     """
     over, problems = parse_overrides(overrides)
-    if source in recipes:
-        base = recipes[source]()
-    elif source.endswith((".yaml", ".yml")) or Path(source).is_file():
-        content = read_mapping(Path(source))
-        name = content.get("recipe")
-        values, more = _flatten(content, source)
-        problems += more
-        base, more = _from_values(name, values, recipes, source)
-        problems += more
-    else:
-        raise ConfigError(
-            Problem(
-                "recipe", source, f"no such recipe or run.yaml.{did_you_mean(source, recipes)} `mq recipes` lists them."
-            )
-        )
-    config, more = apply(base, over)
-    problems += more
+    changes, more = _read(over)
+    base, own = _base(source, recipes)
+    problems += more + own
+    if base is None:
+        raise ConfigError(problems)
+    config = _changed(base, changes)
     if problems:
         # What else is wrong with the rest is said in the same breath.
         raise ConfigError(problems + checks.problems(config))
     return config
 
 
-def _from_values(
-    name: Any, values: dict[str, Any], recipes: Mapping[str, Callable[[], RunConfig]], origin: str
-) -> tuple[RunConfig, list[Problem]]:
-    """A file names its recipe and says what differs, or gives every required field itself."""
-    if isinstance(name, str) and name in recipes:
-        return apply(recipes[name](), values)
-    if name is not None and name != "custom":
-        hint = did_you_mean(str(name), recipes)
-        raise ConfigError(Problem(f"{origin}: recipe", name, f"no such recipe.{hint} `mq recipes` lists them."))
-    required = [path for path, info in all_fields().items() if info.section == "model" and path not in values]
-    missing = [path for path in required if all_fields()[path].default is MISSING]
-    if missing:
-        unknown = [unknown_field(path) for path in values if path not in all_fields()]
-        raise ConfigError(
-            [Problem(path, None, f"must be given in {origin}, or name a recipe there.") for path in missing] + unknown
-        )
-    shape: dict[str, Any] = {}
-    problems: list[Problem] = []
-    known = all_fields()
-    for path in [path for path in values if path.startswith("model.")]:
+def _base(source: str, recipes: Recipes) -> tuple[RunConfig | None, list[Problem]]:
+    """What overrides are laid over, and what is wrong with it; None where nothing can be made of it."""
+    if source in recipes:
+        return recipes[source](), []
+    if not source.endswith((".yaml", ".yml")) and not Path(source).is_file():
+        fix = f"no such recipe or run.yaml.{did_you_mean(source, recipes)} `mq recipes` lists them."
+        return None, [Problem("recipe", source, fix)]
+    reader = YamlReader(source)
+    try:
+        sections = reader.read_fields(_RunFile, read_mapping(Path(source)))
+    except ConfigError as error:
+        return None, list(error.problems)
+    name = sections.pop("recipe", None)
+    values = {f"{section}.{name}": value for section, body in sections.items() for name, value in body.items()}
+    changes, problems = _read(values)
+    if name in recipes:
+        return _changed(recipes[name](), changes), reader.problems + problems
+    if name not in (None, "custom"):
+        reader.wrong("recipe", name, f"no such recipe.{did_you_mean(name, recipes)} `mq recipes` lists them.")
+        return None, reader.problems + problems
+    # Without a recipe the file gives every field of the model that has no default.
+    shape = changes.pop("model", {})
+    needed = {path: info for path, info in all_fields().items() if info.section == "model" and info.default is MISSING}
+    fix = f"must be given in {source}, or name a recipe there."
+    problems += [Problem(path, None, fix) for path in needed if path not in values]
+    if any(info.name not in shape for info in needed.values()):
+        return None, reader.problems + problems
+    config = RunConfig(recipe="custom", model=SECTION_TYPES["model"](**shape))
+    return _changed(config, changes), reader.problems + problems
+
+
+def _read(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
+    """Values by path as fields by section, each of its type, and what is wrong with the others."""
+    known, reader = all_fields(), YamlReader()
+    changes: dict[str, dict[str, Any]] = {}
+    for path, raw in values.items():
         if path not in known:
+            reader.problems.append(unknown_field(path))
             continue
-        value, problem = _typed(known[path], values[path], path)
-        shape[known[path].name] = value
-        if problem:
-            problems.append(problem)
-    if problems:
-        raise ConfigError(problems)
-    base = RunConfig(recipe="custom", model=SECTION_TYPES["model"](**shape))
-    return apply(base, values)
+        info = known[path]
+        value = reader.value(info.type, _as_yaml(raw, info.type), path)
+        if value is not MISSING:
+            changes.setdefault(info.section, {})[info.name] = value
+    return changes, reader.problems
+
+
+def _as_yaml(value: Any, kind: Any) -> Any:
+    """What YAML would have read; a field that takes any text takes what was typed as it stands."""
+    if not isinstance(value, Typed):
+        return value
+    takes_text = kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
+    if takes_text and value.text not in ("", "null", "~"):
+        return value.text
+    try:
+        return read_scalar(value.text)
+    except UNREADABLE:
+        return value.text
+
+
+def _changed(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+    for section, values in changes.items():
+        config = config.with_section(section, **values)
+    return config

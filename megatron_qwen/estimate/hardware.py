@@ -7,8 +7,13 @@ reaches, on their data sheets' peaks: not measured. Links: data sheets, one dire
 
 import re
 from dataclasses import dataclass, replace
+from typing import Annotated
 
+from megatron_qwen.config.fields import Bounds
 from megatron_qwen.errors import ConfigError, Problem
+
+Positive = Annotated[float, Bounds(above=0)]
+NotNegative = Annotated[float, Bounds(minimum=0)]
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,10 @@ class ProductRate:
         element_bytes: of an operand.
     """
 
-    tflops: float
-    exposed_traffic: float
-    launch_us: float
-    element_bytes: float
+    tflops: Positive
+    exposed_traffic: NotNegative
+    launch_us: NotNegative
+    element_bytes: Positive
 
     def seconds(self, m: float, n: float, k: float, *, memory_gb_s: float, result_bytes: float = 2.0) -> float:
         """[m, k] x [k, n]."""
@@ -59,18 +64,18 @@ class Hardware:
     """
 
     name: str
-    memory_gib: float
-    peak_tflops: float
+    memory_gib: Positive
+    peak_tflops: Positive
     bf16: ProductRate
     fp8: ProductRate | None
-    attention_tflops: tuple[float, float]
-    memory_gb_s: float
-    nvlink_gb_s: float
-    network_gb_s: float
-    devices_per_node: int
-    host_us_per_layer: float
+    attention_tflops: tuple[Positive, Positive]
+    memory_gb_s: Positive
+    nvlink_gb_s: Positive
+    network_gb_s: Positive
+    devices_per_node: Annotated[int, Bounds(minimum=1)]
+    host_us_per_layer: NotNegative
     source: str
-    host_us_per_expert: float = 0.0
+    host_us_per_expert: NotNegative = 0.0  # files that were measured before this was a field have none
 
 
 _BF16 = ProductRate(tflops=704.0, exposed_traffic=0.44, launch_us=9.0, element_bytes=2.0)

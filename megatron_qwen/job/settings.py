@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import atomic_write_json
 
 NAME = "job.json"
 
@@ -34,9 +35,7 @@ class JobSettings:
 
     def write(self, run_dir: Path) -> None:
         """Writes job.json."""
-        temporary = run_dir / f".{NAME}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        temporary.replace(run_dir / NAME)
+        atomic_write_json(run_dir / NAME, asdict(self))
 
     @classmethod
     def read(cls, run_dir: Path) -> "JobSettings":

@@ -4,12 +4,13 @@ The file holds one entry an attempt, each replaced by its own attempt alone, and
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from megatron_qwen.files import atomic_write_json
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,4 @@ def write_card(path: Path, facts: dict[str, Any], attempts: Sequence[AttemptTime
         attempts: all of them.
     """
     content = {**facts, "goodput": goodput(attempts), "attempts": [asdict(one) for one in attempts]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    atomic_write_json(path, content)

@@ -5,6 +5,8 @@ from typing import Any, Protocol
 
 import orjson
 
+from megatron_qwen.files import atomic_write
+
 
 class MetricsWriter(Protocol):
     """Takes the record of a step."""
@@ -32,9 +34,7 @@ class JsonlWriter:
         if moved := [line for line in lines if _iteration(line) > resumed_at]:
             with path.with_name("metrics.superseded.jsonl").open("ab") as file:
                 file.write(b"".join(moved))
-        temporary = path.with_suffix(".jsonl.tmp")
-        temporary.write_bytes(b"".join(kept))
-        temporary.replace(path)
+        atomic_write(path, b"".join(kept))
         self._file = path.open("ab")
 
     def write(self, record: dict[str, Any]) -> None:

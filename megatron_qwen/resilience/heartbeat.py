@@ -2,11 +2,12 @@
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from megatron_qwen.files import atomic_write_json
 
 log = logging.getLogger(__name__)
 _INTERVAL_S = 1.0
@@ -51,10 +52,9 @@ class Heartbeat:
             return False
         self._count += 1
         self._phase, self._written = phase, time.monotonic()
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        beat = Beat(self.attempt, phase, iteration, self.resumed_at, self._count)
         try:
-            temporary.write_text(json.dumps(vars(Beat(self.attempt, phase, iteration, self.resumed_at, self._count))))
-            temporary.replace(self.path)
+            atomic_write_json(self.path, vars(beat), indent=None)
         except OSError as error:  # a full disk must not hide why a run ends
             log.warning("no sign of life could be written: %s", error)
         return True

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_qwen.files import atomic_write_json
+
 # Set by the controller for its ranks.
 ATTEMPT_VARIABLE = "MQ_ATTEMPT"
 # As CUDA words them.
@@ -45,9 +47,7 @@ class RankEnd:
         """Leaves the record in the logs of the attempt."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / _PATTERN.replace("*", str(self.rank))
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(self)))
-        temporary.replace(path)
+        atomic_write_json(path, asdict(self), indent=None)
 
 
 def rank_end(rank: int, *, exit_code: int, error: BaseException | None, message: str = "") -> RankEnd:

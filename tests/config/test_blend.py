@@ -52,10 +52,13 @@ def test_what_a_stage_changes(tmp_path):
     [
         ({"sources": None}, ["sources", "must name at least one source"]),
         ({"stages": []}, ["must be a list of at least one stage"]),
-        ({"stage": []}, ["stage: no such key. Did you mean stages?"]),
-        ({"sources": {"web": {"paht": "x"}, "code": {"path": "y"}}}, ["paht: no such key. Did you mean path?"]),
+        ({"stage": []}, ["stage: no such field. Did you mean stages?"]),
+        ({"sources": {"web": {"paht": "x"}, "code": {"path": "y"}}}, ["paht: no such field. Did you mean path?"]),
         ({"sources": {"a b": {"path": "x"}}}, ["must be letters", "no such source"]),
-        ({"sources": {**GOOD["sources"], "web": {"path": "x", "fim_rate": 2}}}, ["fim_rate = 2.0: must be from"]),
+        (
+            {"sources": {**GOOD["sources"], "web": {"path": "x", "fim_rate": 2}}},
+            ["sources.web.fim_rate = 2.0: must be at most 1."],
+        ),
         ({"sources": {**GOOD["sources"], "web": {"path": "x", "packing": "tight"}}}, ["one of windows, best_fit"]),
         ({"stages": [{"name": "s", "weights": {"wbe": 1}}]}, ["no such source. Did you mean web?"]),
         ({"stages": [{"name": "s", "weights": {"web": 0}}]}, ["must be a number above 0"]),
@@ -67,7 +70,10 @@ def test_what_a_stage_changes(tmp_path):
         ({"stages": [{"name": "s", "weights": {"web": 1}, "tokens": "many"}]}, ["such as 300B"]),
         ({"stages": [{"name": "s", "weights": {"web": 1}, "seq_length": 64, "lengths": {48: 1}}]}, ["must divide"]),
         ({"stages": [{"name": "s", "weights": {"web": 1}, "lengths": {64: 1}}]}, ["needs the stage's seq_length"]),
-        ({"stages": [{"name": "s", "weights": {"web": 1}, "seq_length": "long"}]}, ["must be int."]),
+        (
+            {"stages": [{"name": "s", "weights": {"web": 1}, "seq_length": "long"}]},
+            ["stages[0].seq_length = 'long': must be int."],
+        ),
         ({"stages": ["s"]}, ["must be a mapping"]),
     ],
 )

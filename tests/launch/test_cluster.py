@@ -23,7 +23,7 @@ def test_everything_wrong_is_said_at_once():
         read({"partitoin": "a", "gpus_per_node": "eight", "environment": [1], "time_limit": 3.5}, origin="x.yaml")
     text = caught.value.render()
     assert "x.yaml: partitoin: no such field. Did you mean partition?" in text
-    assert "x.yaml: gpus_per_node = eight: must be int" in text
+    assert "x.yaml: gpus_per_node = 'eight': must be int" in text
     assert "environment = [1]: must be mapping of text to text" in text
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen import device
+from megatron_qwen.files import sync
 from tools.benchmarks.train_step_workers import bench_config
 
 _STEPS = 4
@@ -82,15 +83,12 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
 
 def _copy_seconds(root: Path) -> float:
     """What cp and a sync of the same files take."""
-    import os
-
     target = root / "copy"
     started = time.perf_counter()
     shutil.copytree(root / "checkpoints", target)
     for path in target.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            sync(path)
     seconds = time.perf_counter() - started
     shutil.rmtree(target)
     return seconds

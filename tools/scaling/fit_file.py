@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import atomic_write
 from tools.scaling.basin import Basin
 from tools.scaling.fit import Fit, Settings
 from tools.scaling.observations import Array
@@ -119,9 +120,7 @@ def _rounded(values: Array) -> Any:
 
 def write(path: Path, content: dict[str, Any]) -> None:
     """Writes a fit's file in one step."""
-    fresh = path.with_name(f".{path.name}.new")
-    fresh.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    fresh.replace(path)
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 class FitFile:

@@ -20,6 +20,7 @@ from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.data.text.records import Span, read_span
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem
+from megatron_qwen.files import publish, temporary_name
 
 _SAMPLES, _SHOWN_CHARACTERS = 5, 300
 _FILE_CHARACTERS = 1 << 30
@@ -113,7 +114,7 @@ def clean(
     )
     names += [one.name for one in (exact, near) if one is not None]
     report = Report(dropped={name: Dropped() for name in names})
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    partial = temporary_name(output)
     partial.mkdir(parents=True)
     try:
         with _Writer(partial) as writer:
@@ -132,7 +133,7 @@ def clean(
         if not report.kept:
             raise DataError(Problem(str(output), None, "nothing is left of the input; nothing was written."))
         (partial / "report.json").write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
-        partial.rename(output)
+        publish(partial, output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

@@ -1,11 +1,8 @@
 """A preparation from a plan to token files, alone or as one of many tasks."""
 
 import contextlib
-import errno
-import fcntl
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +19,7 @@ from megatron_qwen.data.tokenizers import encoder as encoders
 from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, Plain
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
+from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
 
 log = logging.getLogger(__name__)
 
@@ -178,9 +176,7 @@ def _claim(plan: Plan) -> None:
                 pass
     require_free(plan)
     plan.work.mkdir(parents=True, exist_ok=True)
-    temporary = plan.work / f".plan.{os.getpid()}"
-    temporary.write_text(json.dumps(plan.identity, indent=2) + "\n")
-    temporary.replace(stated)
+    atomic_write_json(stated, plan.identity)
 
 
 def _made_before(plan: Plan) -> Manifest | None:
@@ -221,12 +217,11 @@ def _nothing_left_of_nothing(plan: Plan) -> Iterator[None]:
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    with lock.open("w") as file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock, not held on by forked processes
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise
+            # Workers are forked: one that outlives a killed preparation must not keep the next one out.
+            stack.enter_context(exclusive_lock(lock, timeout_s=0, inherited=False))
+        except LockHeldError:
             fix = "another process is at work on this; wait for it, or end it."
             raise ConfigError(Problem("--output", lock.parent, fix)) from None
         yield

@@ -1,6 +1,5 @@
 """Parts in order to a token file; the last thing that appears is its manifest."""
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import publish, sync_stream
 
 _COPY_BYTES = 1 << 22
 _SYNC_TOKENS = 1 << 24
@@ -75,7 +75,7 @@ class ShardWriter:
             for file in self._files.values():
                 file.flush()
                 # The disk writes while more is made, and has little left to do at the end.
-                self._syncs.append(self._syncer.submit(os.fdatasync, file.fileno()))
+                self._syncs.append(self._syncer.submit(sync_stream, file))
 
     def commit(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype[Any]) -> Manifest:
         """Writes index, set-aside records and manifest and gives all files their names."""
@@ -86,8 +86,7 @@ class ShardWriter:
             sync.result()
         write_index(self._temporary("idx"), self._lengths, documents=counts["documents"], dtype=dtype)
         for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            sync_stream(file)
             file.close()
         names: list[tuple[Path, Path]] = [
             (self._temporary(ending), with_ending(prefix, f".{ending}")) for ending in (*self._endings, "idx")
@@ -110,7 +109,7 @@ class ShardWriter:
             inputs=_inputs(self.shard),
         )
         for temporary, path in names:
-            temporary.replace(path)
+            publish(temporary, path)
         write_manifest(prefix, manifest)
         for unit in self.shard.units:
             for ending in PART_ENDINGS:

@@ -1,7 +1,6 @@
 """A unit encoded: its tokens, the lengths of its documents, and what was counted on the way."""
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_qwen.data.text.records import read_span
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.errors import DataError
+from megatron_qwen.files import atomic_write_json, publish, temporary_name
 
 _FLUSH_TOKENS = 1 << 21
 # Of every unit so much text is encoded a second time by the tokenizer's own library, and compared.
@@ -108,9 +108,7 @@ class _PartWriter:
         self._end = np.asarray([encoder.end_of_text], dtype=np.uint32)
         endings = ["bin", "len", "bad", *(["mask"] if masked else [])]
         self._paths = {ending: part_path(work, key, ending) for ending in endings}
-        self._temporary = {
-            ending: path.with_name(f".{path.name}.{os.getpid()}") for ending, path in self._paths.items()
-        }
+        self._temporary = {ending: temporary_name(path) for ending, path in self._paths.items()}
         self._files = {ending: path.open("wb") for ending, path in self._temporary.items()}
         self._done = part_path(work, key, "json")
         self._digest = xxhash.xxh3_128()
@@ -192,11 +190,9 @@ class _PartWriter:
         for file in self._files.values():
             file.close()
         for ending, path in self._temporary.items():
-            path.replace(self._paths[ending])
-        temporary = self._done.with_name(f".{self._done.name}.{os.getpid()}")
+            publish(path, self._paths[ending])
         noted = {name: value for name, value in asdict(self.part).items() if name != "samples"}
-        temporary.write_text(json.dumps(noted))
-        temporary.replace(self._done)
+        atomic_write_json(self._done, noted, indent=None)
         return self.part
 
 

@@ -1,7 +1,6 @@
 """PREFIX.json beside a token file: what is in it, out of which text it was made, and its checksums."""
 
 import json
-import os
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -9,6 +8,7 @@ from typing import Any, get_origin
 import xxhash
 
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import atomic_write_json
 
 _COPY_BYTES = 1 << 24
 
@@ -100,13 +100,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
     """Writes it beside its token file, whole or not at all."""
-    path = manifest_path(prefix)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(manifest), indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    atomic_write_json(manifest_path(prefix), asdict(manifest), durable=True)
 
 
 def file_digest(path: Path) -> str:

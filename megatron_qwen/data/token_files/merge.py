@@ -13,6 +13,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, file_digest, read_
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.errors import ConfigError, DataError, Problem
+from megatron_qwen.files import publish, sync_stream
 
 _COPY_BYTES = 1 << 24
 _DOCUMENTS = 1 << 20
@@ -105,6 +106,7 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
 
 
 def _write_single(files: Sequence[TokenFile], output: Path, together: Manifest) -> Manifest:
+    # Names that a merge after a kill takes again: what is left may be terabytes.
     temporary = {ending: with_ending(output, f"{ending}.merging") for ending in (".bin", ".idx", ".mask")}
     masked = any(file.has_mask for file in files)
     try:
@@ -114,7 +116,7 @@ def _write_single(files: Sequence[TokenFile], output: Path, together: Manifest) 
         write_index(temporary[".idx"], lambda: _lengths(files), documents=documents, dtype=files[0].dtype)
         index = file_digest(temporary[".idx"])
         for ending in (".bin", ".idx", *([".mask"] if masked else [])):
-            temporary[ending].replace(with_ending(output, ending))
+            publish(temporary[ending], with_ending(output, ending))
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -129,8 +131,7 @@ def _concatenate(paths: Sequence[Path], target: Path) -> str:
                 while piece := source.read(_COPY_BYTES):
                     digest.update(piece)
                     out.write(piece)
-        out.flush()
-        os.fsync(out.fileno())
+        sync_stream(out)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import atomic_path
 
 CACHE_VARIABLE = "MQ_DATA_CACHE"
 
@@ -82,9 +83,8 @@ def fetch_beside(prefix: str, endings: tuple[str, ...]) -> Path:
         target = local.with_name(local.name + ending)
         if not target.is_file():
             client, path = _resolve(prefix + ending)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}")
-            client.download_file(path, str(temporary))
-            temporary.replace(target)  # many ranks of a node may do this at once
+            with atomic_path(target) as temporary:  # many ranks of a node may do this at once
+                client.download_file(path, str(temporary))
     return local
 
 

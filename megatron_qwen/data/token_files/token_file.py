@@ -4,7 +4,6 @@ The .bin holds the tokens of all documents one after the other; ``token_index.py
 """
 
 import bisect
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +17,7 @@ from megatron_qwen.data.token_files.manifest import read_manifest, with_ending
 from megatron_qwen.data.token_files.object_store import StoredArray
 from megatron_qwen.data.token_files.token_index import DTYPES, HEADER, read_header, token_dtype, write_index
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import publish, sync_stream, temporary_name
 
 _DOCUMENTS = 1 << 20
 
@@ -151,7 +151,7 @@ class TokenFileWriter:
         self.prefix = Path(prefix)
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self.dtype = token_dtype(vocab_size)
-        self._temporary = self.prefix.with_name(f".{self.prefix.name}.{os.getpid()}.bin")
+        self._temporary = temporary_name(with_ending(self.prefix, ".bin"))
         self._bin = self._temporary.open("wb")
         self._lengths: list[int] = []
         self._digest = xxhash.xxh3_128()
@@ -170,14 +170,13 @@ class TokenFileWriter:
 
     def close(self) -> None:
         """Writes the index and gives both files their names."""
-        self._bin.flush()
-        os.fsync(self._bin.fileno())
+        sync_stream(self._bin)
         self._bin.close()
         lengths = np.asarray(self._lengths, dtype=np.int32)
-        index = self._temporary.with_suffix(".idx")
+        index = temporary_name(with_ending(self.prefix, ".idx"))
         write_index(index, lambda: iter([lengths]), documents=len(lengths), dtype=self.dtype)
-        self._temporary.replace(self.prefix.with_name(self.prefix.name + ".bin"))
-        index.replace(self.prefix.with_name(self.prefix.name + ".idx"))
+        publish(self._temporary, with_ending(self.prefix, ".bin"))
+        publish(index, with_ending(self.prefix, ".idx"))
 
     def discard(self) -> None:
         """Removes what was written."""

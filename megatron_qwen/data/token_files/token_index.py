@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.files import sync_stream
 
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 4: np.int32, 5: np.int64, 8: np.uint16}
@@ -72,5 +73,4 @@ def write_index(path: Path, lengths: Lengths, *, documents: int, dtype: np.dtype
             end = int(ends[-1]) if len(some) else end
         for first in range(0, documents + 1, _ENTRIES):
             file.write(np.arange(first, min(first + _ENTRIES, documents + 1), dtype=np.int64).data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync_stream(file)

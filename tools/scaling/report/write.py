@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from megatron_qwen.files import atomic_write
 from tools.scaling.observations import write_csv
 from tools.scaling.report import vega
 from tools.scaling.report.charts import charts
@@ -21,9 +22,7 @@ def write(content: Content, page: Path, figures: Path | None) -> list[Path]:
         What was written.
     """
     drawn = charts(content.results.observations, content.fit)
-    fresh = page.with_name(f".{page.name}.new")
-    fresh.write_text(render(content, drawn), encoding="utf-8")
-    fresh.replace(page)
+    atomic_write(page, render(content, drawn))
     written = [page]
     if figures is not None:
         figures.mkdir(parents=True, exist_ok=True)
