@@ -115,7 +115,7 @@ def _serve(address: str, rank: int, size: int, port: int) -> None:
 
     from megatron_qwen.distributed import groups
 
-    for needed_by_most_jobs in ("megatron_qwen.training.run", "tests.distributed.jobs"):
+    for needed_by_most_jobs in ("megatron_qwen.training.attempt", "tests.distributed.jobs"):
         importlib.import_module(needed_by_most_jobs)
     # megatron-core collects garbage at every save: 0.7 s with all that was imported, nothing without.
     gc.collect()

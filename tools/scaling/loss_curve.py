@@ -27,9 +27,9 @@ def tail_means(losses: Sequence[float]) -> Array:
     width = max(min(_LEAST_STEPS, len(values)), round(TAIL * len(values)))
     windows = np.lib.stride_tricks.sliding_window_view(values, width)
     counted = np.isfinite(windows).sum(axis=1)  # a step that was skipped has no loss; one of many is no divergence
-    return np.where(
-        counted > 0, np.nansum(np.where(np.isfinite(windows), windows, 0.0), axis=1), np.nan
-    ) / counted.clip(1)
+    sums = np.nansum(np.where(np.isfinite(windows), windows, 0.0), axis=1)
+    means: Array = np.where(counted > 0, sums, np.nan) / counted.clip(1)
+    return means
 
 
 def went_astray(means: Array) -> str | None:
