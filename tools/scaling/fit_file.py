@@ -14,9 +14,11 @@ from megatron_qwen.files import atomic_write
 from tools.scaling.basin import Basin
 from tools.scaling.fit import Fit, Settings
 from tools.scaling.observations import Array
-from tools.scaling.surface import Points, Surface
+from tools.scaling.surface import HIGH, LOW, Points, Surface
 
 FORMAT = 1
+# Names of coefficients that are logarithms begin with it.
+_LOG = "ln_"
 
 
 def document(fit: Fit, *, source: str) -> dict[str, Any]:
@@ -66,12 +68,17 @@ def document(fit: Fit, *, source: str) -> dict[str, Any]:
 
 
 def _surface(found: Surface) -> dict[str, Any]:
-    low, high = np.percentile(found.draws, [5, 95], axis=0)
+    low, high = np.percentile(found.draws, [LOW, HIGH], axis=0)
+    coefficients = {
+        name: {"value": float(value), "low": float(a), "high": float(b)}
+        for name, value, a, b in zip(found.names, found.coefficients, low, high, strict=True)
+    }
+    shown = {name: coefficient(name, known) for name, known in coefficients.items() if name.startswith(_LOG)}
     return {
         "law": _law(found.names),
-        "coefficients": {
-            name: {"value": float(value), "low": float(a), "high": float(b)}
-            for name, value, a, b in zip(found.names, found.coefficients, low, high, strict=True)
+        "coefficients": coefficients,
+        "constants": {
+            name: {"value": value, "low": first, "high": last} for name, value, first, last in shown.values()
         },
         "spread": found.spread,
         "resampled": found.resampled,
@@ -106,12 +113,27 @@ def _basin(found: Basin) -> dict[str, Any]:
     return {
         "variables": list(found.variables),
         "features": list(found.features),
+        "factors": {
+            name: _factor(float(found.centre[0, v]), found.draws[:, 0, v] if len(found.draws) else None)
+            for v, name in enumerate(found.variables)
+        },
         "curvature": found.curvature.tolist(),
         "centre": found.centre.tolist(),
         "spread": found.spread,
         "without_minimum": found.without_minimum,
         "draws": _rounded(found.draws),
     }
+
+
+def _factor(middle: float, draws: Array | None) -> dict[str, float | None]:
+    """What stands before the powers in the law of a setting, whose fit has its logarithm."""
+    low, high = (None, None) if draws is None else (_exp(one) for one in np.percentile(draws, [LOW, HIGH]))
+    return {"value": _exp(middle), "low": low, "high": high}
+
+
+def _exp(value: float) -> float:
+    """Finite whatever a version of the data gives: JSON has no infinity."""
+    return math.exp(min(value, 700.0))
 
 
 def _rounded(values: Array) -> Any:
@@ -220,9 +242,9 @@ def table(content: dict[str, Any]) -> str:
 def coefficient(name: str, value: dict[str, float]) -> tuple[str, float, float, float]:
     """A coefficient as people name it, with its interval: A, where the fit has ln A."""
     middle, low, high = (value[key] for key in ("value", "low", "high"))
-    if name.startswith("ln_"):
-        middle, low, high = (math.exp(min(one, 700.0)) for one in (middle, low, high))
-    return name.removeprefix("ln_"), middle, low, high
+    if name.startswith(_LOG):
+        middle, low, high = (_exp(one) for one in (middle, low, high))
+    return name.removeprefix(_LOG), middle, low, high
 
 
 def setting_laws(laws: dict[str, Any]) -> list[str]:
@@ -230,10 +252,12 @@ def setting_laws(laws: dict[str, Any]) -> list[str]:
     centre, draws = np.array(laws["centre"]), np.array(laws["draws"])
     lines = []
     for v, name in enumerate(laws["variables"]):
-        parts = [f"best {name} = {math.exp(min(centre[0, v], 700.0)):.4g}"]
+        factor = _factor(float(centre[0, v]), draws[:, 0, v] if len(draws) else None)
+        sure = "" if factor["low"] is None else f" ({factor['low']:.3g} to {factor['high']:.3g})"
+        parts = [f"best {name} = {factor['value']:.4g}{sure}"]
         for k, feature in enumerate(laws["features"][1:], start=1):
-            low, high = np.percentile(draws[:, k, v], [5, 95]) if len(draws) else (math.nan, math.nan)
-            parts.append(f"{feature.removeprefix('ln_')}^{centre[k, v]:.3f} ({low:.3f} to {high:.3f})")
+            low, high = np.percentile(draws[:, k, v], [LOW, HIGH]) if len(draws) else (math.nan, math.nan)
+            parts.append(f"{feature.removeprefix(_LOG)}^{centre[k, v]:.3f} ({low:.3f} to {high:.3f})")
         lines.append(" ".join(parts))
     return lines
 
