@@ -13,6 +13,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.core_patches.group_step_adam import adam_in_use
 from megatron_qwen.data.loaders.batches import Shard
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
 from megatron_qwen.data.reading.preflight import require_legal_stages
@@ -26,7 +27,6 @@ from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
 from megatron_qwen.models.torch_backend.compiled import compiler_is_here, kernels
-from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step
 from megatron_qwen.training.progress import Progress
@@ -82,7 +82,6 @@ def build_parts(config: RunConfig) -> Parts:
         raise ConfigError(wrong)
     config, choices = choose(config, machine, world_size=dist.get_world_size())
     data = TrainingData(config)
-    adam = install_where_needed()
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
@@ -94,6 +93,7 @@ def build_parts(config: RunConfig) -> Parts:
     if dist.get_rank() == 0:
         if foreign_apex_is_here():
             log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
+        adam = adam_in_use()
         log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
         log.info("performance: output layer and cross-entropy in one, %d tokens at once", loss_chunk_tokens(config))
         for choice in choices:
