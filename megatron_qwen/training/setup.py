@@ -26,7 +26,8 @@ from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import Model, build_model
-from megatron_qwen.models.torch_backend.compiled import compiler_is_here, kernels
+from megatron_qwen.models.torch_backend.compiled import Kernels, compiler_failure, compiler_is_here
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.forward import ForwardStep, loss_chunk_tokens, make_forward_step
 from megatron_qwen.training.progress import Progress
@@ -161,7 +162,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
     """
     reasons: list[str | None] = [None] * dist.get_world_size()
     if config.performance.compile:
-        dist.all_gather_object(reasons, kernels.why_not())
+        dist.all_gather_object(reasons, compiler_failure())
     broken = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), None)
     if broken is not None:
         reason = "torch.compile does not work on rank {}: {}".format(*broken)
@@ -172,7 +173,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
         config = config.with_section("performance", compile=False)
         off = Choice(field, False, reason)
         choices = [off if choice.field == field else choice for choice in choices]
-    kernels.use(bool(config.performance.compile))
+    PROCESS_KERNELS.use(Kernels() if config.performance.compile else None)
     return config, choices
 
 
