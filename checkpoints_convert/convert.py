@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from checkpoints_convert.arguments import TAKES_OVERRIDES, parser, size_in_bytes
+from megatron_qwen import process_settings
 from megatron_qwen.cli import run_program
 from megatron_qwen.errors import ConfigError, Problem
 
@@ -161,9 +162,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(Problem("--workers", options.workers, "must be at least 1."))
     if hasattr(options, "max_shard_size"):
         size_in_bytes(options.max_shard_size)
-    from megatron_qwen import device
-
-    device.keep_freed_memory()
+    process_settings.keep_freed_memory()
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("checkpoints_convert").setLevel(logging.INFO)
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from megatron_qwen import device
+from megatron_qwen.core_patches.install import prepare_process
 from megatron_qwen.resilience import stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
 from megatron_qwen.resilience.signals import StopSignals
@@ -26,7 +27,7 @@ def main(run_dir: str) -> int:
     stack_dump.install()
     # Overlap of tensor-parallel communication on Hopper needs the order that one connection gives.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    device.prepare()
+    prepare_process()
     from megatron_qwen.config.checks import require_legal
     from megatron_qwen.config.source import resolve
     from megatron_qwen.distributed.rank import RankInfo, join, leave

@@ -109,8 +109,9 @@ def _serve(address: str, rank: int, size: int, port: int) -> None:
     pipe = Client(address, "AF_UNIX")
     pipe.send(rank)
     from megatron_qwen import device
+    from megatron_qwen.core_patches.install import prepare_process
 
-    device.prepare()
+    prepare_process()
     import torch.distributed as dist
 
     from megatron_qwen.distributed import groups

@@ -1,60 +1,38 @@
-"""The device layer maps CUDA to the CPU where there is no GPU, and changes nothing where there is one."""
+"""What a process computes on, as the rest of the tree asks for it."""
 
-import subprocess
-import sys
+import os
 
-from tests.conftest import environment
-
-WITH_A_GPU = """
 import torch
-names = [name for name in dir(torch.cuda) if not name.startswith("__")]
-before = {name: getattr(torch.cuda, name) for name in names}
-others = (torch.empty, torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda)
-collectives = (torch.distributed.all_gather, torch.distributed.reduce_scatter, torch.distributed.all_gather_into_tensor)
-torch.cuda.is_available = before["is_available"] = lambda: True
+
 from megatron_qwen import device
-device.prepare()
-assert all(getattr(torch.cuda, name) is value for name, value in before.items())
-assert others == (
-    torch.empty, torch.zeros, torch.Tensor.to, torch.Tensor.type, torch.Tensor.cuda, torch.nn.Module.cuda
-)
-assert collectives == (
-    torch.distributed.all_gather, torch.distributed.reduce_scatter, torch.distributed.all_gather_into_tensor
-)
-assert device.backend() == "nccl"
-"""
-
-WITHOUT = """
-from megatron_qwen import device
-device.prepare()
-device.prepare()
-import torch
-assert device.backend() == "gloo"
-assert torch.empty(3, device="cuda").device.type == "cpu"
-assert torch.zeros(2).to("cuda:0").device.type == "cpu"
-assert torch.zeros(2).to(device=torch.device("cuda"), dtype=torch.float64).dtype == torch.float64
-assert torch.zeros(2).cuda().type() == "torch.cuda.FloatTensor"
-with torch.cuda.stream(torch.cuda.Stream()):
-    torch.cuda.current_stream().wait_stream(torch.cuda.Stream())
-torch.cuda.synchronize()
-state = torch.cuda.get_rng_state()
-first = torch.rand(3)
-torch.cuda.set_rng_state(state)
-assert torch.equal(first, torch.rand(3))
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
-with torch.device("meta"):
-    assert torch.empty(2).device.type == "meta"
-"""
 
 
-def run_script(text: str) -> None:
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, env=environment(), check=False)
-    assert done.returncode == 0, done.stderr
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: False)
+    assert (device.backend(), device.count(), device.compute_capability()) == ("gloo", 0, (0, 0))
+    assert device.current() == torch.device("cpu")
+    assert device.total_memory_gib() is None
+    assert device.peak_memory_bytes() > 1 << 20
+    device.select(3, local_world_size=4)
+    device.synchronize()
 
 
-def test_changes_nothing_where_a_gpu_is():
-    run_script(WITH_A_GPU)
+def test_random_state_there_and_back(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: False)
+    state = device.rng_state()
+    first = torch.rand(3)
+    device.set_rng_state(state)
+    assert torch.equal(first, torch.rand(3))
 
 
-def test_maps_what_the_core_calls():
-    run_script(WITHOUT)  # the environment hides a GPU where there is one
+def test_tokens_of_a_loss_chunk_fill_64_mib(monkeypatch):
+    monkeypatch.setattr(device, "has_cuda", lambda: False)
+    assert [device.loss_chunk_tokens(row_bytes) for row_bytes in (1 << 10, 1 << 15, 1 << 30)] == [4096, 2048, 128]
+    monkeypatch.setattr(device, "has_cuda", lambda: True)
+    assert device.loss_chunk_tokens(1 << 30) == 4096
+
+
+def test_ranks_share_the_cores():
+    cores = len(os.sched_getaffinity(0))
+    assert device.fair_threads(1) == cores
+    assert device.fair_threads(10 * cores) == 1

@@ -11,6 +11,8 @@ from tests.conftest import ROOT
 
 PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert")
 SOURCES = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+# Where torch and megatron-core are patched, one file a patch.
+PATCHES = ROOT / "megatron_qwen" / "core_patches"
 # What is imported in one file only, so that one file knows whether it is there.
 ONE_FILE = {
     "transformer_engine": "te_backend/provider.py",
@@ -150,5 +152,100 @@ def test_files_are_replaced_synced_and_locked_in_one_file():
 
 def test_cuda_is_asked_in_one_file():
     for path in SOURCES:
-        if path.name != "device.py":
+        if path.name != "device.py" and path.parent != PATCHES:
             assert "torch.cuda" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_only_core_patches_changes_other_libraries(path):
+    if path.parent != PATCHES:
+        assert list(changes_of_libraries(ast.parse(path.read_text()))) == []
+
+
+LIBRARIES = ("torch", "megatron", "transformer_engine", "apex")
+
+
+def changes_of_libraries(tree: ast.Module) -> Iterator[str]:
+    """Lines that replace something in torch or megatron-core: in a module, in a class, or a method of one object."""
+    names = names_of_libraries(tree)
+    for node in ast.walk(tree):
+        line = f"line {getattr(node, 'lineno', 0)}: {ast.unparse(node)[:80]}"
+        if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.Delete):
+            targets = node.targets if isinstance(node, ast.Assign | ast.Delete) else [node.target]
+            stored = [part for target in targets for part in ast.walk(target) if is_stored(part)]
+            value = getattr(node, "value", None)
+            method = isinstance(value, ast.Call) and ast.unparse(value.func).endswith("MethodType")
+            if any(belongs_to(part, names) for part in stored) or (method and stored):
+                yield line
+        elif isinstance(node, ast.Call):
+            function = ast.unparse(node.func)
+            if function in ("setattr", "delattr") and root_of(node.args[0]) in names:
+                yield line
+            if function.rpartition(".")[0] == "sys.modules" and not function.endswith((".get", ".items", ".values")):
+                yield line
+
+
+def names_of_libraries(tree: ast.Module) -> set[str]:
+    """Names that a file has imported from these libraries, and names that it has given to attributes of them."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            module = node.module if isinstance(node, ast.ImportFrom) else None
+            for alias in node.names:
+                if (module or alias.name).split(".")[0] in LIBRARIES:
+                    names.add(alias.asname or alias.name.split(".")[0])
+        if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Name | ast.Attribute):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if root_of(node.value) in names:
+                names.update(target.id for target in targets if isinstance(target, ast.Name))
+    return names
+
+
+def is_stored(node: ast.AST) -> bool:
+    """Whether an attribute or an item is assigned or deleted here, not a name."""
+    return isinstance(node, ast.Attribute | ast.Subscript) and not isinstance(node.ctx, ast.Load)
+
+
+def belongs_to(node: ast.AST, names: set[str]) -> bool:
+    """Whether it is reached from one of these names, or from sys.modules."""
+    return root_of(node) in names or ast.unparse(node).startswith("sys.modules")
+
+
+def root_of(node: ast.AST) -> str:
+    """The name at the beginning of a chain of attributes and items."""
+    while isinstance(node, ast.Attribute | ast.Subscript):
+        node = node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\ntorch.empty = None",
+        "import torch.distributed as dist\ndist.all_gather, x = None, None",
+        "import torch._inductor.config\ntorch._inductor.config.compile_threads = 1",
+        "from megatron.core.optimizer import clip_grads\ndef f():\n    other: Any = clip_grads\n    other.scale = None",
+        "from megatron.core.models.gpt import GPTModel\nsetattr(GPTModel, 'forward', None)",
+        "from megatron.core import utils\nutils.table['a'] += 1",
+        "import torch\ndel torch.Tensor.cuda",
+        "part.state = MethodType(state, part)",
+        "import sys\nsys.modules['apex'] = None",
+        "import sys\nsys.modules.setdefault('apex', None)",
+    ],
+)
+def test_a_change_of_a_library_is_seen(text):
+    assert len(list(changes_of_libraries(ast.parse(text)))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import torch\nweight = torch.empty(3)\nweight.shared = True",
+        "import torch\nempty = torch.empty\nempty(3)",
+        "core.grad_scale_func = scale",
+        "import sys\nsys.modules.get('torch')",
+        "from megatron.core import utils\nsetattr(self, 'utils', utils)",
+    ],
+)
+def test_other_assignments_are_fine(text):
+    assert list(changes_of_libraries(ast.parse(text))) == []

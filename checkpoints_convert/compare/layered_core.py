@@ -3,24 +3,20 @@
 from dataclasses import replace
 from typing import Any
 
-from megatron_qwen import device
+import torch
+import torch.distributed as dist
 
-device.prepare()
-
-import torch  # noqa: E402
-import torch.distributed as dist  # noqa: E402
-
-from checkpoints_convert.compare.layered import Ends  # noqa: E402
-from checkpoints_convert.tensor_set import ExportedWeights  # noqa: E402
-from megatron_qwen.checkpoint.weights import CheckpointWeights  # noqa: E402
-from megatron_qwen.config.run import RunConfig  # noqa: E402
-from megatron_qwen.config.sections import DataConfig, PrecisionConfig  # noqa: E402
-from megatron_qwen.distributed import groups as process_groups  # noqa: E402
-from megatron_qwen.distributed.rank import RankInfo, join  # noqa: E402
-from megatron_qwen.hf.mapping import CoreTensor, rules  # noqa: E402
-from megatron_qwen.models.backend import choose  # noqa: E402
-from megatron_qwen.models.build import bare_module  # noqa: E402
-from megatron_qwen.models.sharding import Slice, slices  # noqa: E402
+from checkpoints_convert.compare.layered import Ends
+from checkpoints_convert.tensor_set import ExportedWeights
+from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import DataConfig, PrecisionConfig
+from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.distributed.rank import RankInfo, join
+from megatron_qwen.hf.mapping import CoreTensor, rules
+from megatron_qwen.models.backend import choose
+from megatron_qwen.models.build import bare_module
+from megatron_qwen.models.sharding import Slice, slices
 
 _VOCABULARY = 128  # of the one-layer model, whose embedding is not used
 

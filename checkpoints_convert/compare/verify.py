@@ -190,6 +190,9 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
     from megatron_qwen import device
 
     if side.checkpoint is not None:
+        from megatron_qwen.core_patches.install import prepare_process
+
+        prepare_process()
         from checkpoints_convert.compare.layered_core import CoreLayers
 
         return CoreLayers(side.checkpoint.weights, dtype=_DTYPES[dtype], place=device.current())

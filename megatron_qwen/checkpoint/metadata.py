@@ -18,9 +18,9 @@ import torch
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint import planner
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo, _StoragePrefix
 
+from megatron_qwen.core_patches import plain_objects
 from megatron_qwen.errors import CheckpointError, Problem
 
 _METADATA_CLASSES = (
@@ -159,33 +159,18 @@ def _are_sizes(sizes: Any) -> bool:
 
 @contextmanager
 def plain_objects_only() -> Iterator[None]:
-    """Inside, torch's checkpoint loader takes tensors and plain containers, whatever a shard holds.
+    """Loads inside take tensors and plain containers only, and say so in an error of ours where a shard holds more.
 
-    Beside tensors a shard holds pickled objects, which torch's planner reads without restriction.
+    Beside tensors a shard holds pickled objects, which torch's planner reads without restriction: see
+    core_patches/plain_objects.py.
 
     Raises:
         CheckpointError: a shard holds anything else.
     """
 
-    def load_bytes(planner_: Any, item: Any, value: io.BytesIO) -> None:
-        name = item.dest_index.fqn
-        try:
-            content = torch.load(value, weights_only=True)
-        except pickle.UnpicklingError as error:
-            why = str(error).splitlines()[0]
-            raise CheckpointError(Problem(name, None, f"is refused: {why} Do not load this checkpoint.")) from None
-        plain = io.BytesIO()
-        torch.save(content, plain)
-        plain.seek(0)
-        unrestricted(planner_, item, plain)
-
-    loader: Any = DefaultLoadPlanner
-    unrestricted = loader.load_bytes
-    loader.load_bytes = load_bytes
+    plain_objects.apply()
     try:
         yield
     except CheckpointException as error:
         refused = [cause for _, (cause, _) in error.failures.items() if isinstance(cause, CheckpointError)]
         raise (refused[0] if refused else error) from None
-    finally:
-        loader.load_bytes = unrestricted

@@ -31,7 +31,7 @@ def sharded(
 
 
 def _claim(state: Any) -> None:
-    """Has each rank save what it has gathered: nobody else has the same (optim/gathering.py)."""
+    """Has each rank save what it has gathered: nobody else has the same (core_patches/state_gather.py)."""
     for tensors in (state or {}).values():
         for tensor in tensors.values():
             pipeline, tensor_rank, _ = tensor.replica_id

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_qwen import device
@@ -21,6 +20,7 @@ from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.paths import LATEST, committed, iteration_dir, temporary_dir
 from megatron_qwen.checkpoint.retain import prune
+from megatron_qwen.core_patches import results_queue
 from megatron_qwen.errors import Problem, UserError
 from megatron_qwen.files import atomic_write, publish, sync_tree
 
@@ -75,8 +75,7 @@ class CheckpointWriter:
         self.root, self.attempt, self.attempts = root, attempt, attempts
         self.keep_last, self.keep_every, self.keep_at = keep_last, keep_every, keep_at
         self._pending: _Pending | None = None
-        # The core would start a manager process for this queue; threads of this process need none.
-        filesystem_async._results_queue = queue.Queue()
+        self._results = results_queue.apply()
 
     def save(
         self, iteration: int, state: dict[str, Any], write_small_files: Callable[[Path], None], *, background: bool
@@ -95,7 +94,7 @@ class CheckpointWriter:
         self.finish(wait=True)
         directory = temporary_dir(self.root, iteration, self.attempt)
         started = time.monotonic()
-        _drain(filesystem_async._results_queue)
+        _drain(self._results)
         self._together(lambda: self._prepare(directory), directory)
         self._together(lambda: write_small_files(directory), directory)
         request = dist_checkpointing.save(
@@ -236,7 +235,7 @@ class CheckpointWriter:
 def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
     """Tensors of a background save, apart from those that training goes on to change.
 
-    The optimizer's are copies already: they were gathered into buffers of their own (optim/gathering.py).
+    The optimizer's are copies already: they were gathered into buffers of their own (core_patches/state_gather.py).
     """
     if not copy:
         return buckets

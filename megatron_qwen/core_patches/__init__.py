@@ -1,1 +1,1 @@
-"""What megatron-core and torch must do differently here: one file a patch, applied by ``main`` and never at import."""
+"""Patches of megatron-core and torch, one file each: what is replaced, why, since when, and when it can go."""

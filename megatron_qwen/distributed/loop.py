@@ -8,7 +8,7 @@ import sys
 import torch
 import torch.distributed as dist
 
-from megatron_qwen import device
+from megatron_qwen import device, process_settings
 from megatron_qwen.distributed.rank import RankInfo, join, leave
 
 _TIMEOUT_MINUTES = 3
@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 20
 
 def main() -> int:
     """Joins, adds up, compares."""
-    device.prepare()
+    process_settings.apply(gpu=device.has_cuda())  # no model: it needs nothing of megatron-core
     info = RankInfo.from_environment()
     join(info, timeout_minutes=_TIMEOUT_MINUTES)
     share = torch.full((_ELEMENTS,), float(info.rank + 1), device=device.current())

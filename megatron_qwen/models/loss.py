@@ -18,7 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.models.torch_backend import dense_gemm as dense_product
 from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 # Logits that plain torch's passes take at once: 4 MiB in fp32.
 _BLOCK_ELEMENTS = 1 << 20
@@ -169,7 +169,7 @@ def _chunk_loss(
 def _block_loss(logits: torch.Tensor, target: _Target, *, with_gradient: bool) -> torch.Tensor:
     """Loss of each row, [n]; the gradient takes the place of the logits, [n, v / TP]."""
     alone = with_gradient and target.group.size() == 1
-    if alone and (kernel := kernels.of(formulas.loss_and_gradient_)):
+    if alone and (kernel := PROCESS_KERNELS.of(formulas.loss_and_gradient_)):
         return kernel(logits, target.index, target.mine, target.weights, target.valid)
     wide = logits.float()
     if target.valid < wide.shape[1]:

@@ -5,11 +5,10 @@ from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megat
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.core_patches import precision_aware_state
 from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.optim import host_state
-from megatron_qwen.optim.gathering import gather_in_place
-from megatron_qwen.optim.lean_state import make_exchangeable
 
 # Transformer Engine's Adam keeps FP8 moments in bytes, with a scale a tensor.
 _MOMENTS = {**DTYPES, "fp8": torch.uint8}
@@ -49,8 +48,7 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         if part.is_stub_optimizer:  # a rank may hold no parameter of a chain's part
             continue
         if precision.use_precision_aware_optimizer:
-            make_exchangeable(part)
-        gather_in_place(part)
+            precision_aware_state.apply(optimizer=part)
         # Moments from the start: a run may have to be saved before its first step was taken.
         if on_host:
             host_state.start(part.optimizer)

@@ -4,6 +4,7 @@ import torch.distributed as dist
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.core_patches.group_step_adam import adam_in_use
 from megatron_qwen.data.loaders.batches import Shard
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
 from megatron_qwen.data.reading.preflight import require_legal_stages
@@ -14,7 +15,6 @@ from megatron_qwen.estimate.choices import choose, impossible
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import build_model
-from megatron_qwen.optim.adamw import install_where_needed
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import make_forward_step
@@ -43,7 +43,6 @@ def build_components(config: RunConfig) -> TrainingComponents:
     # Before groups and model, which take long at scale: a wrong path is said at once.
     data = TrainingData(config)
     # Before megatron-core is asked for an optimizer, which then finds this Adam.
-    adam = install_where_needed()
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
@@ -54,7 +53,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
     optimizer = build_optimizer(config, model, groups)
     install_schedule_hooks(model, optimizer, groups)
     if dist.get_rank() == 0:
-        log_build(config, choices, backend, adam=adam)
+        log_build(config, choices, backend, adam=adam_in_use())
     require_legal_stages(data, world_size=dist.get_world_size())
     require_separable(data, backend)
     shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)

@@ -5,7 +5,8 @@ import torch.distributed as dist
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import Choice
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.compiled import Kernels, compiler_failure
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
 def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, list[Choice]]:
@@ -23,7 +24,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
     """
     reasons: list[str | None] = [None] * dist.get_world_size()
     if config.performance.compile:
-        dist.all_gather_object(reasons, kernels.why_not())
+        dist.all_gather_object(reasons, compiler_failure())
     broken = next(((rank, reason) for rank, reason in enumerate(reasons) if reason is not None), None)
     if broken is not None:
         reason = "torch.compile does not work on rank {}: {}".format(*broken)
@@ -34,5 +35,5 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
         config = config.with_section("performance", compile=False)
         off = Choice(field, False, reason)
         choices = [off if choice.field == field else choice for choice in choices]
-    kernels.use(bool(config.performance.compile))
+    PROCESS_KERNELS.use(Kernels() if config.performance.compile else None)
     return config, choices

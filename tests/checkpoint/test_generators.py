@@ -3,11 +3,9 @@
 import random
 
 import numpy as np
-import pytest
 import torch
 from megatron.core import tensor_parallel
 
-from megatron_qwen import device
 from megatron_qwen.checkpoint import generators
 
 
@@ -22,11 +20,6 @@ class Tracker:
 
     def set_states(self, states: dict[str, object]) -> None:
         self.states = states
-
-
-@pytest.fixture(autouse=True)
-def prepared() -> None:
-    device.prepare()
 
 
 def test_a_tracked_generator_keeps_its_identity(monkeypatch):

@@ -44,7 +44,7 @@ def export_run(run_dir: Path, out: Path, **options: Any) -> None:
 
 def core_logits(checkpoint: Path, tokens: torch.Tensor) -> Any:
     """[b, s] -> [b, s, vocabulary] by megatron-core, on the calling rank."""
-    from checkpoints_convert.agreement import checkpoint_logits, load_checkpoint
+    from checkpoints_convert.compare.whole_models import checkpoint_logits, load_checkpoint
 
     config, model, _ = load_checkpoint(checkpoint)
     return checkpoint_logits(model, tokens, vocab_size=config.model.vocab_size).numpy()

@@ -1,6 +1,6 @@
 """The warm interpreter: has imported the libraries that programs use, and forks a child for each command line.
 
-It imports none of this project's modules and not megatron-core, which binds names that ``device.prepare`` replaces
+It imports none of this project's modules and not megatron-core, which binds names that ``prepare_process`` replaces
 first: every child imports those anew, from the checkout or the snapshot that its PYTHONPATH names.
 """
 

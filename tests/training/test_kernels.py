@@ -6,9 +6,9 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.estimate.choices import Choice
 from megatron_qwen.models.torch_backend import dense_gemm as dense_product
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 from megatron_qwen.recipes.registry import RECIPES
-from megatron_qwen.training.kernels import start_kernels
+from megatron_qwen.training import kernels
 from tests.distributed import jobs
 
 
@@ -40,8 +40,8 @@ def with_large_products(config, steps):
         for name, value in (("_LEAST_ROWS", 1), ("_LEAST_WEIGHTS", 1), ("_onednn_pays", lambda: True)):
             patch.setattr(dense_product, name, value)
         patch.setattr(dense_product, "_onednn", counted)
-        kernels._made.clear()
-        return jobs.train(config, steps)["losses"], len(calls), len(kernels._made)
+        losses = jobs.train(config, steps)["losses"]
+        return losses, len(calls), 0 if PROCESS_KERNELS.present is None else len(PROCESS_KERNELS.present._made)
 
 
 def with_a_broken_compiler(config, choices):
@@ -49,14 +49,13 @@ def with_a_broken_compiler(config, choices):
     import torch.distributed as dist
 
     last = dist.get_rank() == dist.get_world_size() - 1
-    kernels.why_not = lambda: "no space left" if last else None
-    try:
-        config, choices = start_kernels(config, choices)
-        return config.performance.compile, kernels._on, [str(choice) for choice in choices]
-    except ConfigError as error:
-        return str(error)
-    finally:
-        del kernels.why_not
+    with pytest.MonkeyPatch.context() as patch, PROCESS_KERNELS.using(None):
+        patch.setattr(kernels, "compiler_failure", lambda: "no space left" if last else None)
+        try:
+            config, choices = kernels.start_kernels(config, choices)
+        except ConfigError as error:
+            return str(error)
+        return config.performance.compile, PROCESS_KERNELS.present is not None, [str(choice) for choice in choices]
 
 
 def test_one_broken_compiler_counts_for_all(pool):

@@ -22,8 +22,9 @@ def run(*, rounds: int) -> list[Row]:
         rounds: steps that are timed.
     """
     from megatron_qwen import device
+    from megatron_qwen.core_patches.install import prepare_process
 
-    device.prepare()
+    prepare_process()
     from megatron_qwen.distributed.rank import RankInfo, join, leave
     from megatron_qwen.training.build import build_components
     from megatron_qwen.training.callbacks.base import Callback

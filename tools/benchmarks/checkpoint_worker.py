@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen import device
+from megatron_qwen.core_patches.install import prepare_process
 from megatron_qwen.files import sync
 from tools.benchmarks.train_step_workers import bench_config
 
@@ -16,7 +16,7 @@ _STEPS = 4
 
 def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     """Seconds of steps, by round, and what a save takes."""
-    device.prepare()
+    prepare_process()
     import torch.distributed as dist
 
     from megatron_qwen.attempts import AttemptLog

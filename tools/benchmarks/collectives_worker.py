@@ -9,13 +9,14 @@ from functools import partial
 from typing import Any
 
 from megatron_qwen import device
+from megatron_qwen.core_patches.install import prepare_process
 
 SIZES = {"64 KiB": 1 << 16, "1 MiB": 1 << 20, "64 MiB": 1 << 26}
 
 
 def main(rounds: int) -> dict[str, dict[str, list[float]]]:
     """GB/s by message, size and round: bytes that a rank must send at least, over the time; and a copy's."""
-    device.prepare()
+    prepare_process()
     import torch
     import torch.distributed as dist
 

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 
 from megatron_qwen import device
+from megatron_qwen.core_patches.install import prepare_process
 
 _HELD_OUT = 0.1  # of the documents, where a case is validated
 
@@ -96,7 +97,7 @@ def overrides(case: Case) -> list[str]:
 def measure(case: Case) -> Measured:
     """Trains on one device."""
     born = time.perf_counter()
-    device.prepare()
+    prepare_process()
     from megatron_qwen.config.source import resolve
     from megatron_qwen.distributed.rank import RankInfo, join
     from megatron_qwen.estimate.flops import training_flops_per_token

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, PrecisionConfig, TrainingConfig
+from megatron_qwen.core_patches.install import prepare_process
 from tools.benchmarks.turns import serve
 
 BATCH, SEQUENCE = 2, 512
@@ -40,7 +41,7 @@ def config(kind: str, dtype: str) -> RunConfig:
 
 def ours(kind: str, dtype: str) -> Callable[[], object]:
     """A layer of this project, wrapped for data parallelism as in a run."""
-    device.prepare()
+    prepare_process()
     import torch
 
     from megatron_qwen.distributed import groups as process_groups

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainingConfig
+from megatron_qwen.core_patches.install import prepare_process
 from tools.benchmarks.turns import serve
 
 BATCH, SEQUENCE = 4, 512
@@ -39,7 +40,7 @@ def bench_config(dtype: str, data_path: str | None = None) -> RunConfig:
 
 def ours(dtype: str, data_path: str) -> Callable[[], float]:
     """A training step of this project; the call returns the loss."""
-    device.prepare()
+    prepare_process()
     from megatron_qwen.distributed.rank import RankInfo, join
     from megatron_qwen.training.build import build_components
     from megatron_qwen.training.trainer import Trainer

@@ -1,7 +1,5 @@
 """Processes that encode units: forked once the encoder is loaded, so that they share its tables."""
 
-import contextlib
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -12,6 +10,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from megatron_qwen import process_settings
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.prepare.part import Part, encode_unit
 from megatron_qwen.data.prepare.plan import Plan, Unit
@@ -23,7 +22,8 @@ from megatron_qwen.errors import Problem, UserError
 _AHEAD = 1
 _NICE_S = 5.0
 _TELL_S = 0.1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+# Of freed memory a process keeps blocks of up to 32 MiB, 64 MiB in all: it shares its machine with the others.
+_KEPT_BLOCK_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
 
 
 class WorkerDied(UserError):
@@ -134,7 +134,7 @@ def _serve(
 ) -> None:
     """Encodes the units that come until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-    _keep_freed_memory()
+    process_settings.keep_freed_memory(largest_block=_KEPT_BLOCK_BYTES, most_free=_KEPT_BYTES)
     tokenizers_without_threads()
     for one in foreign:  # else the end of the parent would go unnoticed
         one.close()
@@ -167,11 +167,3 @@ def _serve(
         os._exit(0)
     except Exception:
         connection.send(RuntimeError(f"in a worker process:\n{traceback.format_exc()}"))
-
-
-def _keep_freed_memory() -> None:
-    """Has glibc hand out freed blocks again, up to 64 MiB each, instead of asking the kernel for new zeroed pages."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)

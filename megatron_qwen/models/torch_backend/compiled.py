@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._dynamo.exc import TorchDynamoException
+
+from megatron_qwen.core_patches import compiler_settings
 
 log = logging.getLogger(__name__)
 
@@ -21,42 +22,42 @@ def compiler_is_here() -> bool:
     return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
 
 
+def compiler_failure() -> str | None:
+    """Compiles something small: what the compiler says, or None where it works."""
+    try:
+        _compiled(_trial)(torch.ones(8))
+    except Exception as error:  # whatever a compiler raises
+        return _first_line(error)
+    return None
+
+
 class Kernels:
-    """The kernels of a process: autograd's functions have no module that could hold a switch."""
+    """The compiled formulas of a run, made as they are asked for; the run is handed formulas no more once one fails."""
 
     def __init__(self) -> None:
-        self._on = False
+        self._work = True
         self._made: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-    def use(self, on: bool) -> None:
-        """Whether ``of`` gives kernels from now on."""
-        self._on = on
-
     def of[T](self, formula: Callable[..., T]) -> Callable[..., T] | None:
-        """The compiled formula, or None where this process does without."""
-        if not self._on:
+        """The compiled formula, or None once the compiler has failed."""
+        if not self._work:
             return None
         if formula not in self._made:
             self._made[formula] = self._or_as_written(formula)
         return self._made[formula]
 
-    def why_not(self) -> str | None:
-        """Compiles something small: what the compiler says, or None where it works."""
-        try:
-            _compiled(_trial)(torch.ones(8))
-        except Exception as error:  # whatever a compiler raises
-            return _first_line(error)
-        return None
-
     def _or_as_written[T](self, formula: Callable[..., T]) -> Callable[..., T]:
         """A run does not end because a later kernel cannot be made: the formula is then computed as it stands."""
+        # Imported here: it brings torch's compiler with it, which a run without kernels need not wait for.
+        from torch._dynamo.exc import TorchDynamoException
+
         compiled = _compiled(formula)
 
         def call(*args: Any) -> T:
             try:
                 return compiled(*_without_autograd(args))
             except TorchDynamoException as error:  # of the compiler: nothing has been computed yet
-                self.use(False)
+                self._work = False
                 log.warning("this rank goes on without kernels, and rounds otherwise: %s", _first_line(error))
                 return formula(*args)
 
@@ -64,11 +65,7 @@ class Kernels:
 
 
 def _compiled[T](formula: Callable[..., T]) -> Callable[..., T]:
-    import torch._dynamo.config
-    import torch._inductor.config
-
-    torch._inductor.config.compile_threads = 1  # else it starts processes of its own, which outlive a killed rank
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_KERNELS)
+    compiler_settings.apply(kernels=_MOST_KERNELS)
     return torch.compile(formula)
 
 
@@ -83,6 +80,3 @@ def _trial(x: torch.Tensor) -> torch.Tensor:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
-kernels = Kernels()

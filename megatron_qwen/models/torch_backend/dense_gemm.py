@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 # From so many rows and weights on, oneDNN's weight gradients pay for their transposed copies.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
@@ -45,7 +45,7 @@ def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.T
         x: [n, k].
     """
     m, k = total.shape
-    transposed, add_transposed_ = kernels.of(formulas.transposed), kernels.of(formulas.add_transposed_)
+    transposed, add_transposed_ = PROCESS_KERNELS.of(formulas.transposed), PROCESS_KERNELS.of(formulas.add_transposed_)
     large = len(x) >= _LEAST_ROWS and m * k >= _LEAST_WEIGHTS
     narrow, wide = (gradient, x) if m < k else (x, gradient)
     if transposed is None or add_transposed_ is None or not large or not _is_onednns(narrow, wide):

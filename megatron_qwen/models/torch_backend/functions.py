@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_qwen.models.torch_backend import formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
 class SwiGLU(torch.autograd.Function):
@@ -31,7 +31,7 @@ class SwiGLU(torch.autograd.Function):
 
 def swiglu(x: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up, [..., 2 f] -> [..., f]; without autograd."""
-    if x.shape[:-1].numel() > 1 and (kernel := kernels.of(formulas.swiglu)):
+    if x.shape[:-1].numel() > 1 and (kernel := PROCESS_KERNELS.of(formulas.swiglu)):
         return kernel(x.flatten(0, -2)).view(*x.shape[:-1], x.shape[-1] // 2)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
@@ -39,7 +39,7 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 def swiglu_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Gradient of its input [..., 2 f], in one buffer, by that of its output [..., f]."""
-    if x.shape[:-1].numel() > 1 and (kernel := kernels.of(formulas.swiglu_gradient)):
+    if x.shape[:-1].numel() > 1 and (kernel := PROCESS_KERNELS.of(formulas.swiglu_gradient)):
         return kernel(x.flatten(0, -2), gradient.flatten(0, -2)).view_as(x)
     gate, up = x.chunk(2, dim=-1)
     result = torch.empty_like(x)
@@ -55,7 +55,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        if kernel := kernels.of(formulas.rms_norm):
+        if kernel := PROCESS_KERNELS.of(formulas.rms_norm):
             out, scale = kernel(x.flatten(0, -2), weight, eps)
             ctx.save_for_backward(x, weight, scale.view(*x.shape[:-1], 1))
             return out.view_as(x)
@@ -70,7 +70,7 @@ class RMSNormFunction(torch.autograd.Function):
         """d/dx: scale x (g w - x_hat mean(g w x_hat)); d/dw: sum over tokens of g x_hat."""
         x, weight, scale = ctx.saved_tensors
         gradient = gradients[0]
-        if kernel := kernels.of(formulas.rms_norm_gradient):
+        if kernel := PROCESS_KERNELS.of(formulas.rms_norm_gradient):
             grad_x, grad_weight = kernel(x.flatten(0, -2), weight, scale.flatten(0, -2), gradient.flatten(0, -2))
             return grad_x.view_as(x), grad_weight, None
         normal = x * scale.to(x.dtype)
@@ -104,7 +104,7 @@ class RotateQKV(torch.autograd.Function):
         """
         ctx.save_for_backward(cos, sin)
         ctx.mixed_shape = mixed.shape
-        if kernel := kernels.of(formulas.rotate_qkv):
+        if kernel := PROCESS_KERNELS.of(formulas.rotate_qkv):
             return kernel(mixed, cos, sin)
         s, b, groups, slots, d = mixed.shape
         by_head = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
@@ -120,7 +120,7 @@ class RotateQKV(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         s, b, groups, slots, d = ctx.mixed_shape
         grad_query, grad_key, grad_value = gradients
-        if kernel := kernels.of(formulas.rotate_qkv_gradient):
+        if kernel := PROCESS_KERNELS.of(formulas.rotate_qkv_gradient):
             return kernel(grad_query, grad_key, grad_value, cos, sin), None, None
         result = grad_query.new_empty(ctx.mixed_shape)
         by_head = result.permute(1, 2, 3, 0, 4)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from megatron_qwen.models.torch_backend import compiled, formulas
+from megatron_qwen.models.torch_backend import compiled
 from megatron_qwen.models.torch_backend import dense_gemm as dense_product
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.compiled import Kernels
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 # [m, k] of weights: those whose gradients are copied and those whose inputs are; no multiples of a vector's length.
 NARROW, WIDE = (70, 130), (130, 70)
-TRANSPOSING = formulas.transposed, formulas.add_transposed_
 
 
 @pytest.fixture
@@ -23,21 +23,18 @@ def large(monkeypatch):
 @pytest.fixture(params=["compiled", "as written", "plain"])
 def way(request, monkeypatch):
     """With kernels, with their formulas, and without."""
-    monkeypatch.setattr(kernels, "_made", {})
     if request.param == "as written":
         monkeypatch.setattr(compiled.torch, "compile", lambda formula: formula)
-    kernels.use(request.param != "plain")
-    yield request.param
-    kernels.use(False)
+    with PROCESS_KERNELS.using(None if request.param == "plain" else Kernels()):
+        yield request.param
 
 
 @pytest.fixture
 def with_formulas(monkeypatch):
     """As if compiled."""
-    monkeypatch.setattr(kernels, "_made", {formula: formula for formula in TRANSPOSING})
-    kernels.use(True)
-    yield
-    kernels.use(False)
+    monkeypatch.setattr(compiled.torch, "compile", lambda formula: formula)
+    with PROCESS_KERNELS.using(Kernels()):
+        yield
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from torch._dynamo.exc import TorchDynamoException
 
 from megatron_qwen.models.loss import _block_loss, _Target
 from megatron_qwen.models.torch_backend import compiled, formulas
-from megatron_qwen.models.torch_backend.compiled import kernels
+from megatron_qwen.models.torch_backend.compiled import Kernels
 from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
+from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -48,27 +49,24 @@ def small_operations(dtype: torch.dtype) -> list[torch.Tensor]:
 @pytest.fixture
 def as_written(monkeypatch):
     """The formulas take part, without a compiler."""
-    monkeypatch.setattr(kernels, "_made", {})
     monkeypatch.setattr(compiled.torch, "compile", lambda formula: formula)
-    kernels.use(True)
-    yield
-    kernels.use(False)
+    with PROCESS_KERNELS.using(Kernels()):
+        yield
 
 
 @pytest.fixture
-def by_kernels(monkeypatch):
-    monkeypatch.setattr(kernels, "_made", {})
-    kernels.use(True)
-    yield
-    kernels.use(False)
+def by_kernels():
+    with PROCESS_KERNELS.using(Kernels()):
+        yield
 
 
 def compare(dtype: torch.dtype) -> None:
-    assert kernels.of(formulas.swiglu) is not None
+    assert PROCESS_KERNELS.of(formulas.swiglu) is not None
     ours = small_operations(dtype)
-    assert kernels.of(formulas.swiglu) is not None, "the compiler failed"
-    kernels.use(False)
-    for mine, plain in zip(ours, small_operations(dtype), strict=True):
+    assert PROCESS_KERNELS.of(formulas.swiglu) is not None, "the compiler failed"
+    with PROCESS_KERNELS.using(None):
+        step_by_step = small_operations(dtype)
+    for mine, plain in zip(ours, step_by_step, strict=True):
         assert mine.dtype == plain.dtype
         assert mine.shape == plain.shape
         torch.testing.assert_close(mine, plain, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
@@ -88,7 +86,7 @@ def test_tokens_of_experts_change_from_step_to_step(by_kernels):
     for length in (3, 5, 0, 1, 9):
         rows = torch.randn(length, 64, requires_grad=length > 3)
         torch.testing.assert_close(SwiGLU.apply(rows), formulas.swiglu(rows))
-    assert kernels.of(formulas.swiglu) is not None, "the compiler failed"
+    assert PROCESS_KERNELS.of(formulas.swiglu) is not None, "the compiler failed"
 
 
 def broken(formula):
@@ -99,9 +97,8 @@ def broken(formula):
 
 
 def test_a_kernel_that_cannot_be_made(monkeypatch, caplog):
-    monkeypatch.setattr(kernels, "_made", {})
     monkeypatch.setattr(compiled.torch, "compile", broken)
-    kernels.use(True)
+    kernels = Kernels()
     rows = torch.randn(3, 8)
     with caplog.at_level(logging.WARNING):
         torch.testing.assert_close(kernels.of(formulas.swiglu)(rows), formulas.swiglu(rows))
@@ -111,14 +108,14 @@ def test_a_kernel_that_cannot_be_made(monkeypatch, caplog):
 
 def test_an_error_of_an_operation_is_not_the_compilers(as_written):
     with pytest.raises(RuntimeError):
-        kernels.of(formulas.swiglu_gradient)(torch.randn(3, 8), torch.randn(2, 4))
-    assert kernels.of(formulas.swiglu) is not None
+        PROCESS_KERNELS.of(formulas.swiglu_gradient)(torch.randn(3, 8), torch.randn(2, 4))
+    assert PROCESS_KERNELS.of(formulas.swiglu) is not None
 
 
 def test_a_compiler_is_tried(monkeypatch):
-    assert kernels.why_not() is None
+    assert compiled.compiler_failure() is None
     monkeypatch.setattr(compiled.torch, "compile", broken)
-    assert kernels.why_not() == "g++: no such file"
+    assert compiled.compiler_failure() == "g++: no such file"
 
 
 def test_a_compiler_is_looked_for(monkeypatch):

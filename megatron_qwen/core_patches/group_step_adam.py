@@ -1,15 +1,44 @@
-"""AdamW with torch's fused kernel behind the interface of FusedAdam.
+"""AdamW with torch's fused kernel and one step count a group, where megatron-core would take torch's own.
 
-Where neither Transformer Engine nor NVIDIA's apex is there, megatron-core falls back to torch.optim.AdamW, whose
-step count per parameter breaks the load of a fully reshardable checkpoint. This one keeps the step in the
-parameter group, as FusedAdam does.
+Replaces: ``Adam`` and ``USING_PYTORCH_OPTIMIZER`` of ``megatron.core.optimizer``, ``Adam`` and ``HAVE_APEX_OR_TE`` of
+    its ``distrib_optimizer``, where neither Transformer Engine nor NVIDIA's apex has a fused Adam: the class below has
+    FusedAdam's interface, and megatron-core then treats it as FusedAdam.
+Needed: with megatron-core 0.19.2. It falls back to torch.optim.AdamW, whose step count per parameter breaks the load of
+    a fully reshardable checkpoint; FusedAdam and this one keep the step in the parameter group.
+When: after megatron.core is imported, on every process.
+Can go: when a fully reshardable checkpoint of torch's AdamW loads.
 """
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.optim.adamw import adamw
+
+
+def apply() -> None:
+    """Puts GroupStepAdamW where megatron-core looks for its Adam, unless a fused one is there."""
+    from megatron.core import optimizer
+    from megatron.core.optimizer import distrib_optimizer
+
+    module: Any = optimizer
+    distributed: Any = distrib_optimizer
+    if not module.USING_PYTORCH_OPTIMIZER:  # a fused one, or ours already
+        return
+    module.Adam = distributed.Adam = GroupStepAdamW
+    module.USING_PYTORCH_OPTIMIZER = False
+    distributed.HAVE_APEX_OR_TE = True
+
+
+def adam_in_use() -> str:
+    """Which Adam megatron-core takes, for the log."""
+    from megatron.core import optimizer
+
+    adam: Any = optimizer.Adam
+    if adam is GroupStepAdamW:
+        return "AdamW with torch's fused kernel (neither Transformer Engine nor NVIDIA apex is there)"
+    return f"FusedAdam of {adam.__module__.split('.')[0]}"
 
 
 class GroupStepAdamW(torch.optim.Optimizer):
@@ -23,6 +52,12 @@ class GroupStepAdamW(torch.optim.Optimizer):
         weight_decay: decoupled decay.
         adam_w_mode: must be true; there for FusedAdam's signature.
     """
+
+    # torch wraps these so that its compiler leaves them alone, and the wrapper imports the compiler. FIGURES
+    # Nobody compiles this optimizer.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     def __init__(
         self,
@@ -71,31 +106,3 @@ class GroupStepAdamW(torch.optim.Optimizer):
         if not state:
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(param), torch.zeros_like(param)
         return state
-
-
-def _scale(chunk_size: int, noop_flag: torch.Tensor, tensors: list[list[torch.Tensor]], factor: float) -> None:
-    """What clips gradients, with the signature of apex: in one pass, where the core's multiplies into a copy first."""
-    for source, target in zip(*tensors, strict=True):
-        torch.mul(source, factor, out=target)
-
-
-def install_where_needed() -> str:
-    """Puts GroupStepAdamW where megatron-core looks for its Adam, unless a fused one is there, and clipping beside it.
-
-    Returns:
-        Which optimizer will run, for the log.
-    """
-    from megatron.core import optimizer, utils
-    from megatron.core.optimizer import clip_grads, distrib_optimizer
-
-    module: Any = optimizer
-    if not module.USING_PYTORCH_OPTIMIZER and module.Adam is not GroupStepAdamW:
-        return f"FusedAdam of {module.Adam.__module__.split('.')[0]}"
-    distributed: Any = distrib_optimizer
-    module.Adam = distributed.Adam = GroupStepAdamW
-    module.USING_PYTORCH_OPTIMIZER = False
-    clipping: Any = clip_grads
-    if clipping.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
-        clipping.multi_tensor_scale_impl = _scale
-    distributed.HAVE_APEX_OR_TE = True
-    return "AdamW with torch's fused kernel (neither Transformer Engine nor NVIDIA apex is there)"

@@ -1,10 +1,19 @@
-"""Transformer Engine's Adam with lean state: of the fp32 main weights it keeps the 16 bits that the bf16 weights lack.
+"""The state of the precision-aware optimizer is saved and loaded as any other optimizer's.
 
-megatron-core 0.19.2 saves those 16 bits where a checkpoint has the main weights, so no other optimizer could read it,
-and its own load refuses them. Here they are put together with the bf16 weights on the way out and taken apart on the
-way in: a checkpoint is the same whatever the optimizer kept. A weight exactly between two bf16 numbers is rounded up
-here and to the even one elsewhere: after a load from another optimizer, data-parallel ranks may differ in such weights
-(one in some 130,000) until the first update gathers them.
+Transformer Engine's Adam keeps, of the fp32 main weights, the 16 bits that the bf16 weights lack. Here they are put
+together with the bf16 weights on the way into a checkpoint and taken apart on the way out of one, so a checkpoint does
+not tell what the optimizer kept. A weight exactly between two bf16 numbers is rounded up here and to the even one
+elsewhere: after a load from another optimizer, data-parallel ranks may differ in such weights (one in some 130,000)
+until the first update gathers them.
+
+Replaces: of one ``DistributedOptimizer`` of megatron-core, ``_get_main_param_and_optimizer_states``,
+    ``_set_main_param_and_optimizer_states`` and ``init_state_fn``; of the FusedAdam in it, ``state_dict``.
+Needed: with megatron-core 0.19.2, which saves those 16 bits where a checkpoint has the main weights, so that no other
+    optimizer could read it, and whose own load refuses them. Its ``init_state_fn`` calls ``initialize_state`` without
+    an argument that Transformer Engine requires since 2.1.
+When: on each optimizer that is built with precision.use_precision_aware_optimizer; optim/build.py applies it.
+Upstream: NVIDIA/Megatron-LM pull requests 4222 (the load, open) and 7288 (``initialize_state``, open).
+Can go: when megatron-core saves whole main weights of this optimizer, and loads them.
 """
 
 from types import MethodType
@@ -39,12 +48,15 @@ def split_weights(whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return upper.view(torch.bfloat16), rest
 
 
-def make_exchangeable(part: Any) -> None:
-    """Gives one of the core's distributed optimizers the ways in and out described above.
+def apply(*, optimizer: Any) -> None:
+    """Gives one optimizer the ways in and out described above, once.
 
     Args:
-        part: a DistributedOptimizer around FusedAdam with use_precision_aware_optimizer.
+        optimizer: a DistributedOptimizer around FusedAdam with use_precision_aware_optimizer.
     """
+    part = optimizer
+    if part.init_state_fn is _initialise:
+        return
     plain_get, plain_set = part._get_main_param_and_optimizer_states, part._set_main_param_and_optimizer_states
 
     def shard_of(model_param: torch.Tensor) -> torch.Tensor:
@@ -70,14 +82,14 @@ def make_exchangeable(part: Any) -> None:
     part._get_main_param_and_optimizer_states = MethodType(get, part)
     part._set_main_param_and_optimizer_states = MethodType(put, part)
     part.init_state_fn = _initialise
-    # Transformer Engine's own makes an fp32 copy of all state; the core takes only the groups from it.
+    # Transformer Engine's own makes an fp32 copy of all state; megatron-core takes only the groups from it.
     part.optimizer.state_dict = MethodType(torch.optim.Optimizer.state_dict, part.optimizer)
 
 
 def _initialise(adam: Any, _: object = None) -> None:
     """Zero moments, and main weights equal to the bf16 ones.
 
-    The core calls ``initialize_state`` without the argument that it has in Transformer Engine 2.20.
+    megatron-core calls ``initialize_state`` without its second argument.
     """
     for group in adam.param_groups:
         for param in group["params"]:

@@ -1,43 +1,53 @@
 """The optimizer's state of all data-parallel ranks in whole tensors, as a checkpoint wants it.
 
-megatron-core gathers everything on one rank, which then also writes everything: it fills buffers with zeros, receives
-into others, joins those and copies the result, and the step that a save holds up waits for all of it. Here each kind of
-state (main weights, first and second moments) goes to a rank of its own, at once and into place.
+Replaces: ``DistributedOptimizer.get_parameter_state_dp_zero`` of ``megatron.core.optimizer.distrib_optimizer``, for the
+    gather over gloo (models/sharding.py asks for it). Each kind of state (main weights, first and second moments) goes
+    to a rank of its own, at once and into place. Each rank then has only the kinds that it gathered: who saves them
+    must not go by megatron-core's rule that rank 0 has all (checkpoint/optimizer_state.py).
+Needed: with megatron-core 0.19.2, for two reasons. It leaves the padding at the ends of buckets out, and then cuts
+    parameters at places that count it, so that with several buckets main weights and moments are saved shifted. And it
+    gathers everything on one rank, which then also writes everything: it fills buffers with zeros, receives into
+    others, joins those and copies the result, while the step that the save holds up waits.
+When: after megatron.core is imported, on every process.
+Upstream: NVIDIA/Megatron-LM pull request 5077 (merged, not in 0.19.2) mends the places by counting them without the
+    padding; 5255 (closed) gathered into place.
+Can go: it must go, or leave the padding out, with the first version that has 5077, for which the places below would be
+    wrong; its test fails then.
 """
 
-from types import MethodType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
-def gather_in_place(part: Any) -> None:
-    """Gives one of the core's distributed optimizers the faster way.
+def apply() -> None:
+    """Replaces the method; what is replaced is the same after every call."""
+    from megatron.core.optimizer import distrib_optimizer
 
-    Each rank has only the kinds of state that it gathered: who saves them must not go by the core's rule that rank 0
-    has all (checkpoint/optimizer_state.py). And buckets lie where the parameters' places count from, padding included;
-    0.19.2's own leaves the padding out between buckets and then cuts parameters at places that count it, so that
-    with several buckets main weights and moments are saved shifted.
+    optimizer: Any = distrib_optimizer.DistributedOptimizer
+    optimizer.get_parameter_state_dp_zero = gathered_state
+
+
+def gathered_state(
+    self: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
+) -> dict[Any, Any]:
+    """State by buffer, format and kind, [buffer's elements] each; buckets lie where parameters' places count from.
 
     Args:
-        part: a DistributedOptimizer.
+        self: a DistributedOptimizer.
+        use_gloo_comm: must be true, unless ``empty_data``.
+        empty_data: room for every kind on every rank, which a checkpoint is loaded into.
+        return_on_all_ranks: must be false, unless ``empty_data``.
     """
-
-    def gathered(
-        _: Any, use_gloo_comm: bool = True, empty_data: bool = False, return_on_all_ranks: bool = False
-    ) -> dict[Any, Any] | None:
-        if empty_data:
-            return _empty(part)
-        assert use_gloo_comm, "models/sharding.py asks for it"
-        assert not return_on_all_ranks
-        return _gathered(part)
-
-    part.get_parameter_state_dp_zero = MethodType(gathered, part)
+    if empty_data:
+        return _empty(self)
+    assert use_gloo_comm, "models/sharding.py asks for it"
+    assert not return_on_all_ranks
+    return _gathered(self)
 
 
 def _empty(part: Any) -> dict[Any, Any]:
-    """Room for every kind of state on every rank: what a checkpoint is loaded into."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(part.gbuf_ranges):
         room = part.buffers[index].numel
@@ -67,7 +77,7 @@ def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
     for bucket, content in zip(buffer.buckets, buckets, strict=True):
         size = bucket.grad_data.numel()
         shards = _local_shards(part, content["param_map"], size // ranks, keys)
-        messages = [
+        gathers = [
             dist.gather(
                 shards[key],
                 list(whole[key][bucket.offset : bucket.offset + size].chunk(ranks)) if key in whole else None,
@@ -77,9 +87,9 @@ def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
             )
             for key in keys
         ]
-        for message in messages:
-            assert message is not None  # as for a rank outside of the group
-            message.wait()
+        for pending in gathers:
+            assert pending is not None  # as for a rank outside of the group
+            pending.wait()
     return whole
 
 
