@@ -1,11 +1,12 @@
 """All gloo groups of a process share one device, that is one thread that waits for their sockets.
 
-Replaced: ``torch.distributed.distributed_c10d._create_gloo_process_group`` (seen in torch 2.15). torch gives each group
-a device of its own. The thread of a device wakes up a hundred times a second, whether or not there is anything to read,
-and megatron-core makes some twenty groups a rank: an idle rank took 3 % of a core, with one device 0.2 %. Twenty-five
-steps of ``tiny_dense`` on two tensor-parallel ranks that share two cores took 7 to 25 % less CPU time.
-
-It can go when torch shares devices between groups.
+Replaces: ``torch.distributed.distributed_c10d._create_gloo_process_group``.
+Needed: with torch 2.15, which gives each group a device of its own. The thread of a device wakes up a hundred times a
+    second, whether or not there is anything to read, and megatron-core makes some twenty groups a rank: an idle rank
+    took 3 % of a core, with one device 0.2 %. Twenty-five steps of ``tiny_dense`` on two tensor-parallel ranks that
+    share two cores took 7 to 25 % less CPU time.
+When: before the first process group is made, on every process.
+Can go: when torch shares devices between groups.
 """
 
 import os
@@ -13,6 +14,8 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import ProcessGroupGloo
+
+from megatron_qwen.core_patches.replacement import wrap
 
 _THREADS = 2  # of each group, torch's own number
 
@@ -22,9 +25,11 @@ def apply() -> None:
 
     With several interfaces in GLOO_SOCKET_IFNAME torch makes a device for each, and is left alone.
     """
-    plain: Any = distributed_c10d._create_gloo_process_group
-    if getattr(plain, "shares_device", False) or "," in os.environ.get("GLOO_SOCKET_IFNAME", ""):
-        return
+    if "," not in os.environ.get("GLOO_SOCKET_IFNAME", ""):
+        wrap(distributed_c10d, "_create_gloo_process_group", _with_one_device)
+
+
+def _with_one_device(plain: Any) -> Any:
     devices: list[Any] = []
 
     def create(group: Any, backend_options: object) -> Any:
@@ -37,5 +42,4 @@ def apply() -> None:
         options.global_ranks_in_group, options.group_name = group.global_ranks_in_group, group.group_id
         return ProcessGroupGloo(group.store, group.group_rank, group.group_size, options)
 
-    create.shares_device = True  # type: ignore[attr-defined]
-    distributed_c10d._create_gloo_process_group = create
+    return create
