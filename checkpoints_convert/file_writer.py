@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, Protocol, TextIO
 import torch
 import xxhash
 
-from checkpoints_convert.output import OutputFile, Piece, Record, cast
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, cast
 from checkpoints_convert.progress import ByteProgress
 from megatron_qwen.files import sync_stream
 
@@ -62,7 +62,7 @@ class Written:
 class _Block:
     """Rows of one piece, written at once."""
 
-    piece: Piece
+    piece: RowSpan
     start: int
     stop: int
 
@@ -164,7 +164,7 @@ class FileWriter:
         self._finish(record, half)
         _note(journal, number, len(blocks), half.whole.hexdigest())
 
-    def _finish(self, record: Record, half: _Half) -> None:
+    def _finish(self, record: OutputTensor, half: _Half) -> None:
         self._done.tensors[record.name] = half.values.hexdigest()
         self._done.parts.append((record.size, half.whole.hexdigest()))
 
@@ -199,7 +199,9 @@ class FileWriter:
             complete.append(half.whole.hexdigest())
         return complete, _Half()
 
-    def _half_of(self, record: Record, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int) -> _Half | None:
+    def _half_of(
+        self, record: OutputTensor, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int
+    ) -> _Half | None:
         """The state of a record after the blocks that are noted, or None where they are not there."""
         if noted is None or noted[0] > blocks or (noted[0] == 0 and blocks):
             return None
@@ -220,14 +222,14 @@ class FileWriter:
                 length -= len(data)
         return half if half.whole.hexdigest() == noted[1] else None
 
-    def _blocks(self, record: Record) -> list[_Block]:
+    def _blocks(self, record: OutputTensor) -> list[_Block]:
         blocks = []
         for piece in record.pieces:
             rows = max(1, self._block // max(1, record.row_bytes, piece.row_bytes))
             blocks += [_Block(piece, start, min(piece.rows, start + rows)) for start in range(0, piece.rows, rows)]
         return blocks
 
-    def _bytes(self, record: Record, blocks: int) -> int:
+    def _bytes(self, record: OutputTensor, blocks: int) -> int:
         """Bytes of the values in the first blocks of a record."""
         return sum(block.stop - block.start for block in self._blocks(record)[:blocks]) * record.row_bytes
 

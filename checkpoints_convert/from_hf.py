@@ -8,7 +8,7 @@ from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.conversion import DTYPES, Converted
 from checkpoints_convert.hf_directory import HfDirectory
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
-from checkpoints_convert.output import Piece
+from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
 from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
@@ -76,5 +76,5 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     return write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
 
 
-def _piece(source: HfDirectory, name: str, first: int, last: int) -> Piece:
-    return Piece(last - first, lambda start, stop: source.rows(name, first + start, first + stop))
+def _piece(source: HfDirectory, name: str, first: int, last: int) -> RowSpan:
+    return RowSpan(last - first, lambda start, stop: source.rows(name, first + start, first + stop))

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_convert import work
 from checkpoints_convert.conversion import Converted, predict
-from checkpoints_convert.output import OutputFile, Piece, Record, pack
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import identity_digest, sha256
 from megatron_qwen.checkpoint import manifest
@@ -90,20 +90,20 @@ def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> Envelope:
     return envelope(dtype, shape)
 
 
-def record_of(item: CoreTensor, dtype: torch.dtype, pieces: Sequence[Piece]) -> Record:
+def record_of(item: CoreTensor, dtype: torch.dtype, pieces: Sequence[RowSpan]) -> OutputTensor:
     """A weight at one layer and expert as a slice in a shard; its name carries the index of the slice."""
     shape = (1,) * len(item.leading) + item.rule.core_shape
     around = _envelope(dtype, shape)
     name = "/".join([item.rule.core, *map(str, item.leading)])
-    return Record(name, shape, dtype, tuple(pieces), around.before, around.after)
+    return OutputTensor(name, shape, dtype, tuple(pieces), around.before, around.after)
 
 
-def shards(records: Sequence[Record], *, limit: int) -> list[OutputFile]:
+def shards(records: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
     """The shards of a checkpoint; the last one also holds what megatron-core keeps beside the tensors: nothing."""
     groups = pack(records, [record.size for record in records], limit=limit)
     buffer = io.BytesIO()
     torch.save([{}], buffer)
-    groups[-1].append(Record(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
+    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
     folder = iteration_dir(Path(_CHECKPOINTS), 0)
     return [OutputFile(str(folder / f"__{number}_0.distcp"), b"", tuple(group)) for number, group in enumerate(groups)]
 
@@ -196,7 +196,7 @@ def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
     return Metadata(state_dict_metadata=tensors, storage_data=storage)
 
 
-def _described(item: CoreTensor, record: Record, model: ModelConfig) -> TensorStorageMetadata:
+def _described(item: CoreTensor, record: OutputTensor, model: ModelConfig) -> TensorStorageMetadata:
     leading = (model.num_layers, model.num_moe_experts or 0)[: len(item.leading)]
     size = torch.Size((*leading, *item.rule.core_shape))
     return TensorStorageMetadata(TensorProperties(dtype=record.dtype), size, [])

@@ -17,7 +17,7 @@ ReadRows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSpan:
     """Rows of a tensor that come from one place.
 
     Args:
@@ -32,7 +32,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Record:
+class OutputTensor:
     """A tensor in a file.
 
     Args:
@@ -47,7 +47,7 @@ class Record:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[RowSpan, ...]
     before: bytes = b""
     after: bytes = b""
 
@@ -79,7 +79,7 @@ class OutputFile:
 
     name: str
     header: bytes
-    records: tuple[Record, ...]
+    records: tuple[OutputTensor, ...]
 
     def __post_init__(self) -> None:
         assert ".." not in Path(self.name).parts, self.name
@@ -96,7 +96,7 @@ class OutputFile:
         return [start for start, _ in pairwise(starts)]
 
 
-def cast(block: torch.Tensor, record: Record) -> torch.Tensor:
+def cast(block: torch.Tensor, record: OutputTensor) -> torch.Tensor:
     """A block in the record's format.
 
     Raises:

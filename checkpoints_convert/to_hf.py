@@ -19,7 +19,7 @@ from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
-from checkpoints_convert.output import OutputFile, Piece, Record, pack
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
@@ -156,15 +156,15 @@ def _converted_from(source: CheckpointSource) -> dict[str, Any]:
 def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype: Any) -> OutputFile:
     ordered = safetensors_format.in_file_order(items, key=lambda item: (dtype(item), item.name))
     records = tuple(
-        Record(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
+        OutputTensor(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
         for item in ordered
     )
     header = safetensors_format.header([(record.name, record.dtype, record.shape) for record in records])
     return OutputFile(name, header, records)
 
 
-def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> Piece:
-    return Piece(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
+def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> RowSpan:
+    return RowSpan(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
 
 
 def _configs(
@@ -239,7 +239,7 @@ def _identity(
     }
 
 
-def _noted(record: Record, file: str, digest: str) -> NotedTensor:
+def _noted(record: OutputTensor, file: str, digest: str) -> NotedTensor:
     return NotedTensor(str(record.dtype).removeprefix("torch."), record.shape, digest, file)
 
 

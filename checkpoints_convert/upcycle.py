@@ -13,7 +13,7 @@ from checkpoints_convert.compare.sides import Side, open_side
 from checkpoints_convert.compare.verify import compare_logits
 from checkpoints_convert.conversion import Converted
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
-from checkpoints_convert.output import Piece, Record
+from checkpoints_convert.output import OutputTensor, RowSpan
 from checkpoints_convert.tensor_set import TensorSet
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from megatron_qwen.config.checks import require_legal
@@ -128,16 +128,16 @@ class Cutter:
         self._tensors: TensorSet = dense.tensors
         self._cut, self._seed, self._ffn = cut, seed, dense.model.ffn_hidden_size
 
-    def record(self, item: CoreTensor, dtype: torch.dtype) -> Record:
+    def record(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
         """One weight of the mixture."""
         return record_of(item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()])
 
-    def _piece(self, name: str, part: int, span: tuple[int, int]) -> Piece:
+    def _piece(self, name: str, part: int, span: tuple[int, int]) -> RowSpan:
         first, last = span
         read = self._reader(name)
         # An expert's output matrix takes some columns of rows that are read whole, in fp32.
         wide = 4 * self._ffn if name.endswith("down_proj.weight") else 0
-        return Piece(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
+        return RowSpan(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
 
     def _reader(self, name: str) -> Callable[[int, int], torch.Tensor]:
         """What gives rows of a Hugging Face tensor of the mixture."""

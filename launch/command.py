@@ -9,7 +9,7 @@ from launch import cluster, cluster_init, control, dry_run, logs, run_jobs, stat
 from launch.arguments import DEFAULT_RUNS, TAKES_OVERRIDES, parser
 from launch.freeze import freeze, note_jobs
 from launch.preflight import check
-from launch.request import Request, make
+from launch.request import SubmitRequest, make
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.cli import run_program
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     return actions[options.action](options, overrides)
 
 
-def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = False) -> Request:
+def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = False) -> SubmitRequest:
     return make(
         options.source,
         overrides,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import run_jobs
-from launch.request import Request, make
+from launch.request import SubmitRequest, make
 from launch.submit import hand_over
 from megatron_qwen import slurm
 from megatron_qwen.errors import ConfigError, Problem
@@ -83,7 +83,7 @@ def _requeue(run: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> str:
     return f"{run.path.name}: submitted again as job {', '.join(jobs)}"
 
 
-def _request_of(run: RunDirectory, newest: run_jobs.Submission) -> Request:
+def _request_of(run: RunDirectory, newest: run_jobs.Submission) -> SubmitRequest:
     """The request that the run's newest submission was made from."""
     return make(
         str(run.run_yaml),

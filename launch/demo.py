@@ -37,7 +37,7 @@ _AXES = (*_LAYOUT_FIELDS, "dp", "sp")
 _LAYOUT = "tp=2"
 
 
-class Stages:
+class DemoStages:
     """Prints what is done and how long it took."""
 
     def __init__(self) -> None:
@@ -128,7 +128,7 @@ class Demo:
     layout: str
     overrides: tuple[str, ...]
     ranks: int
-    stages: Stages
+    stages: DemoStages
 
     @property
     def run_dir(self) -> Path:
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
         out.mkdir(parents=True)
     except OSError as error:
         raise UserError(Problem("--output", out, f"cannot be made ({error.strerror}).")) from None
-    demo = Demo(out, " ".join(options.layout), tuple(overrides), ranks, Stages())
+    demo = Demo(out, " ".join(options.layout), tuple(overrides), ranks, DemoStages())
     demo.prepare(config.model.vocab_size)
     demo.pretrain()
     agreement = demo.export()

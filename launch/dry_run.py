@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from launch.estimates import Prediction
+from launch.estimates import RunPrediction
 from launch.preflight import Preflight
-from launch.request import Request
+from launch.request import SubmitRequest
 from launch.submission import script
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import as_dict
@@ -14,7 +14,7 @@ from megatron_qwen.estimate.memory import ALLOWANCE_GIB
 _GIB = 2.0**30
 
 
-def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
+def figures(request: SubmitRequest, prediction: RunPrediction) -> list[tuple[str, str]]:
     """Name and value of every predicted figure, for people."""
     memory, cluster = prediction.memory, request.cluster
     interval = request.config.checkpoint.save_interval
@@ -43,14 +43,14 @@ def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(prediction: Prediction) -> str:
+def _memory(prediction: RunPrediction) -> str:
     total = prediction.memory.total_gib
     if prediction.device_gib is None:
         return f"{total:.1f} GiB"
     return f"{total:.1f} of {prediction.device_gib:.0f} GiB"
 
 
-def show(request: Request, found: Preflight) -> None:
+def show(request: SubmitRequest, found: Preflight) -> None:
     """Prints configuration, script, figures and findings."""
     print(f"# {request.run_dir}/run.yaml")
     print(to_yaml(request.config))
@@ -73,7 +73,7 @@ def show(request: Request, found: Preflight) -> None:
             print(finding)
 
 
-def as_json(request: Request, found: Preflight) -> str:
+def as_json(request: SubmitRequest, found: Preflight) -> str:
     """The same for programs."""
     content: dict[str, Any] = {
         "name": request.name,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.cluster_limits import cluster_limits
-from launch.estimates import Prediction, predict
+from launch.estimates import RunPrediction, predict
 from launch.finding import Finding, error, warning
-from launch.request import Request
+from launch.request import SubmitRequest
 from launch.text import control_character, is_secret_name, secret_in
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config import checks
@@ -34,7 +34,7 @@ class Preflight:
     """
 
     findings: tuple[Finding, ...]
-    prediction: Prediction | None
+    prediction: RunPrediction | None
     data_digest: str | None
 
     @property
@@ -49,7 +49,7 @@ class Preflight:
         return 0 if not kinds else EXIT_DATA if kinds == {"data"} else EXIT_CONFIG
 
 
-def check(request: Request, *, on_site: bool) -> Preflight:
+def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """Runs every check.
 
     Args:
@@ -74,7 +74,7 @@ def check(request: Request, *, on_site: bool) -> Preflight:
     return Preflight(tuple(findings), prediction, digest)
 
 
-def _config_texts(request: Request) -> Iterator[tuple[str, str]]:
+def _config_texts(request: SubmitRequest) -> Iterator[tuple[str, str]]:
     content = as_dict(request.config)
     for section in SECTION_TYPES:
         for name, value in content[section].items():
@@ -83,7 +83,7 @@ def _config_texts(request: Request) -> Iterator[tuple[str, str]]:
                     yield f"{section}.{name}", text
 
 
-def _texts(request: Request) -> Iterator[Finding]:
+def _texts(request: SubmitRequest) -> Iterator[Finding]:
     """Nothing that could end a line of a script; nothing that Slurm would read as a pattern."""
     for where, text in (*_config_texts(request), ("--run-dir", str(request.run_dir))):
         if (character := control_character(text)) is not None:
@@ -92,7 +92,7 @@ def _texts(request: Request) -> Iterator[Finding]:
         yield error(Problem("--run-dir", request.run_dir, "must not hold %, which Slurm replaces in file names."))
 
 
-def _secrets(request: Request) -> Iterator[Finding]:
+def _secrets(request: SubmitRequest) -> Iterator[Finding]:
     fix = "would be written into files of the run; pass it through the environment (pass_environment of the cluster)."
     for where, text in (*_config_texts(request), *request.cluster.texts()):
         if (what := secret_in(text, request.environ)) is not None:
@@ -102,7 +102,7 @@ def _secrets(request: Request) -> Iterator[Finding]:
             yield error(Problem(f"cluster: {name}", None, f"is named like a secret, which {fix}"))
 
 
-def _run_directory(request: Request) -> Iterator[Finding]:
+def _run_directory(request: SubmitRequest) -> Iterator[Finding]:
     """Nobody else may be able to write what the job will read and run."""
     path = request.run_dir
     if path.exists():
@@ -128,7 +128,7 @@ def _run_directory(request: Request) -> Iterator[Finding]:
         yield error(Problem("--run-dir", path, f"cannot be made: {existing} cannot be written."))
 
 
-def _data(request: Request) -> tuple[list[Finding], str | None]:
+def _data(request: SubmitRequest) -> tuple[list[Finding], str | None]:
     """Data, tokenizer and epochs."""
     config = request.config
     if config.data.path is None and config.data.blend is None:
@@ -151,7 +151,7 @@ def _data(request: Request) -> tuple[list[Finding], str | None]:
     return [warning(problem) for problem in warnings(data, plan(data))], digest
 
 
-def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _memory(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     capacity = prediction.device_gib
     if capacity is None:
         return
@@ -167,7 +167,7 @@ def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:
         yield warning(Problem("memory", None, fix.format(f"an estimated {memory.total_gib:.1f}")))
 
 
-def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _disk(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     config = request.config
     existing = next(parent for parent in (request.run_dir, *request.run_dir.parents) if parent.is_dir())
     kept = config.checkpoint.keep_last + 1  # the one that is being written
@@ -184,7 +184,7 @@ def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
         yield Finding(severity, Problem("disk", existing, fix), "configuration")
 
 
-def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _intervals(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     """Saves often enough for the time limit, and a warning early enough for a save."""
     cluster, config = request.cluster, request.config
     speed = prediction.speed

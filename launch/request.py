@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """One run on one cluster.
 
     Args:
@@ -67,7 +67,7 @@ def make(
     ranks_per_node: int | None = None,
     chain: int | None = None,
     dry: bool = False,
-) -> Request:
+) -> SubmitRequest:
     """Reads what was asked for.
 
     Args:
@@ -118,7 +118,7 @@ def make(
     assert described is not None
     assert config is not None
     where = run_dir if run_dir is not None else Path(described.run_root) / named
-    return Request(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+    return SubmitRequest(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
 
 
 def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
@@ -126,7 +126,7 @@ def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
     return named or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
 
 
-def with_name(request: Request, name: str, config: RunConfig) -> Request:
+def with_name(request: SubmitRequest, name: str, config: RunConfig) -> SubmitRequest:
     """The same request for another run beside it.
 
     Raises:

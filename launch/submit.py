@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import freeze, run_jobs, submission
 from launch.finding import Finding
 from launch.preflight import Preflight, check
-from launch.request import Request, absolute_paths, with_name
+from launch.request import SubmitRequest, absolute_paths, with_name
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.source import Override, resolve
@@ -39,7 +39,7 @@ class Submitted:
     notes: tuple[str, ...]
 
 
-def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
+def submit(request: SubmitRequest, *, new_code: bool) -> tuple[Submitted | None, int]:
     """Submits a run, or says why not.
 
     Returns:
@@ -62,7 +62,7 @@ def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
     return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
 
 
-def _in_the_way(request: Request, directory: RunDirectory, digest: str | None) -> str | None:
+def _in_the_way(request: SubmitRequest, directory: RunDirectory, digest: str | None) -> str | None:
     """A word where there is nothing to submit.
 
     Raises:
@@ -81,7 +81,7 @@ def _in_the_way(request: Request, directory: RunDirectory, digest: str | None) -
     return None
 
 
-def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]:
+def _prepare(request: SubmitRequest, found: Preflight, *, new_code: bool) -> list[str]:
     """The run directory; taken back where that fails half way and nothing was there before."""
     existed = request.run_dir.exists()
     try:
@@ -91,7 +91,7 @@ def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]
         raise
 
 
-def hand_over(request: Request, directory: RunDirectory, *, forgive: bool) -> list[str]:
+def hand_over(request: SubmitRequest, directory: RunDirectory, *, forgive: bool) -> list[str]:
     """Submits the run's job or chain and notes it; the run's state is as before where Slurm refuses.
 
     Args:
@@ -159,7 +159,11 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
 
 def submit_array(
-    requests: Sequence[Request], *, at_once: int, name: str | None = None, between: Callable[[], None] = lambda: None
+    requests: Sequence[SubmitRequest],
+    *,
+    at_once: int,
+    name: str | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Submitted]:
     """Submits runs beside one another as one array.
 
@@ -231,7 +235,7 @@ def read_array(path: Path) -> ArrayFile:
     return found
 
 
-def requests_of(content: ArrayFile, base: Request, overrides: list[str]) -> list[Request]:
+def requests_of(content: ArrayFile, base: SubmitRequest, overrides: list[str]) -> list[SubmitRequest]:
     """A request for each run of an array.
 
     Args:

@@ -77,7 +77,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
 
 def _run(options: argparse.Namespace, study: Any) -> int:
     """As the study's one controller on this file system."""
-    from launch.sweeps.controller import Controller
+    from launch.sweeps.controller import StudyController
     from launch.sweeps.database import Database
     from launch.sweeps.look import table
 
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace, study: Any) -> int:
         database.take()
         try:
             place = _place(options, database.remember())
-            controller = Controller(study, database, place, lambda line: print(line, flush=True))
+            controller = StudyController(study, database, place, lambda line: print(line, flush=True))
             database.remember(json.dumps(asdict(place)))
             if options.action == "resume":
                 database.try_again()

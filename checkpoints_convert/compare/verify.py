@@ -44,7 +44,7 @@ class Difference:
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """What a comparison found.
 
     Args:
@@ -102,7 +102,7 @@ class Verdict:
         }
 
 
-def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet: bool = False) -> Verdict:
+def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet: bool = False) -> VerifyResult:
     """Compares tensors, configuration and tokenizer of two sides.
 
     Args:
@@ -116,7 +116,7 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     Raises:
         CheckpointError: a checkpoint is damaged.
     """
-    verdict = Verdict(tolerance=tolerance)
+    verdict = VerifyResult(tolerance=tolerance)
     verdict.differences += _configurations(a, b) + _tokenizers(a, b) + _files(a, b) + _files(b, a)
     for name in sorted(a.described.keys() ^ b.described.keys()):
         where = a.path if name in a.described else b.path

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 
 from launch.sweeps import adapt
-from launch.sweeps.database import ACTIVE, READY, Database, Row
+from launch.sweeps.database import ACTIVE, READY, Database, RunRow
 from launch.sweeps.handover import HandOver, Place
 from launch.sweeps.look import ENDED, look
 from launch.sweeps.observe import observed
@@ -20,7 +20,7 @@ _BEAT_S = 20.0
 _DRAWS = 200
 
 
-class Controller:
+class StudyController:
     """Runs a study; one at a time may act on it.
 
     Args:
@@ -38,7 +38,7 @@ class Controller:
         self.hand_over = HandOver(study, str(plan.content["recipe"]), place, database, say, self._later)
         self._said: dict[str, str] = {}
 
-    def run(self, *, poll_s: float) -> dict[str, Row]:
+    def run(self, *, poll_s: float) -> dict[str, RunRow]:
         """Goes on until every run has ended; returns how each stands."""
         while True:
             try:
@@ -52,7 +52,7 @@ class Controller:
                     continue
             self._wait(poll_s)
 
-    def _widened(self, rows: dict[str, Row]) -> bool:
+    def _widened(self, rows: dict[str, RunRow]) -> bool:
         """Whether an adaptive study has runs to add, now that all have ended; they are noted before any begins."""
         number = len(self.study.rounds()) + 1
         if number > self.rounds:
@@ -86,7 +86,7 @@ class Controller:
             self._said[about] = line
             self.say(line)
 
-    def step(self) -> dict[str, Row]:
+    def step(self) -> dict[str, RunRow]:
         """Looks once, and hands over what is ready and fits."""
         self.database.beat()
         rows = look(self.study, self.runs, self.database.rows())
@@ -103,7 +103,7 @@ class Controller:
                 room -= sum(row.status == ACTIVE for row in now)
         return rows
 
-    def _note(self, rows: dict[str, Row]) -> None:
+    def _note(self, rows: dict[str, RunRow]) -> None:
         before = self.database.rows()
         changed = [row for row in rows.values() if before.get(row.name) != row]
         for row in changed:

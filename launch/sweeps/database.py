@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS place (id INTEGER PRIMARY KEY CHECK (id = 1), content
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """How a run stands.
 
     Args:
@@ -96,11 +96,11 @@ class Database:
                 raise
             self._connection.execute("COMMIT")
 
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, RunRow]:
         """All runs by name."""
         columns = "name, kind, status, why, loss, iteration, submissions"
         with _said(self.path):
-            return {row[0]: Row(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
+            return {row[0]: RunRow(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
 
     def try_again(self) -> None:
         """Forgets refusals and lost jobs: a person wants the study to go on."""
@@ -118,7 +118,7 @@ class Database:
             found = self._connection.execute("SELECT content FROM place").fetchone()
         return None if found is None else str(found[0])
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[RunRow]) -> None:
         """Replaces rows."""
         with self._writing() as connection:
             connection.executemany(

@@ -7,11 +7,11 @@ from itertools import batched, groupby
 
 from launch import cluster as clusters
 from launch import preflight, submit
-from launch.request import Request, chosen_cluster, make
+from launch.request import SubmitRequest, chosen_cluster, make
 from launch.sweeps.arguments import AT_ONCE
-from launch.sweeps.database import ACTIVE, Database, Row
+from launch.sweeps.database import ACTIVE, Database, RunRow
 from launch.sweeps.outcome import outcome
-from launch.sweeps.study_directory import Run, StudyDirectory
+from launch.sweeps.study_directory import StudyDirectory, StudyRun
 from megatron_qwen import slurm
 from megatron_qwen.errors import UserError
 from tools.scaling.observations import FAILED, UNFINISHED
@@ -64,7 +64,7 @@ class HandOver:
         # Fewer where Slurm has refused so many at once: sites limit arrays and jobs of a user.
         self._most = self.at_once
 
-    def groups(self, runs: Sequence[Run]) -> list[list[Run]]:
+    def groups(self, runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
         """Runs that go together, in the order of their first."""
         if not self.as_arrays:
             return [[run] for run in runs]
@@ -73,7 +73,7 @@ class HandOver:
         found = [list(members) for _, members in groupby(ordered, key=lambda run: (run.kind, run.shape))]
         return [part for group in found for part in map(list, batched(group, self._most))]
 
-    def __call__(self, runs: Sequence[Run], rows: dict[str, Row]) -> list[Row]:
+    def __call__(self, runs: Sequence[StudyRun], rows: dict[str, RunRow]) -> list[RunRow]:
         """Submits a group; what is wrong with a run is its own failure, what is wrong with the place is waited for.
 
         Args:
@@ -83,8 +83,8 @@ class HandOver:
         Returns:
             How they stand now.
         """
-        found: dict[str, Row] = {}
-        requests: dict[str, Request] = {}
+        found: dict[str, RunRow] = {}
+        requests: dict[str, SubmitRequest] = {}
         for run in runs:
             self.database.beat()
             row = rows[run.name]
@@ -92,7 +92,7 @@ class HandOver:
                 found[run.name] = row  # it has just ended: the next look says how
                 continue
             answer = self._request(run)
-            if isinstance(answer, Request):
+            if isinstance(answer, SubmitRequest):
                 requests[run.name] = answer
             else:
                 found[run.name] = replace(row, status=FAILED, why=answer[:500]) if answer else row
@@ -100,7 +100,7 @@ class HandOver:
             found |= self._submit([run for run in runs if run.name in requests], rows, requests)
         return [found[run.name] for run in runs]
 
-    def _request(self, run: Run) -> Request | str:
+    def _request(self, run: StudyRun) -> SubmitRequest | str:
         """What is to be submitted, or why that cannot be; an empty word where it may be possible later."""
         try:
             request = make(
@@ -121,7 +121,9 @@ class HandOver:
         wrong = [str(item.problem) for item in found.findings if item.severity != "warning"]
         return "; ".join(wrong) if wrong else request
 
-    def _submit(self, runs: list[Run], rows: dict[str, Row], requests: dict[str, Request]) -> dict[str, Row]:
+    def _submit(
+        self, runs: list[StudyRun], rows: dict[str, RunRow], requests: dict[str, SubmitRequest]
+    ) -> dict[str, RunRow]:
         before = {run.name: rows[run.name] for run in runs}
         noted = {
             name: replace(row, status=ACTIVE, why="", submissions=row.submissions + 1) for name, row in before.items()
@@ -142,7 +144,7 @@ class HandOver:
         self._most = min(self.at_once, 2 * self._most)
         return noted if submitted else before
 
-    def _as_one(self, run: Run, requests: dict[str, Request]) -> bool:
+    def _as_one(self, run: StudyRun, requests: dict[str, SubmitRequest]) -> bool:
         submitted, code = submit.submit(requests[run.name], new_code=False)
         if submitted is None:
             if code:
@@ -151,7 +153,7 @@ class HandOver:
         self.say(f"{run.name}: handed over as job {', '.join(submitted.jobs)}")
         return True
 
-    def _as_array(self, runs: list[Run], requests: dict[str, Request]) -> bool:
+    def _as_array(self, runs: list[StudyRun], requests: dict[str, SubmitRequest]) -> bool:
         name = self.study.note_array(runs)
         submitted = submit.submit_array(
             list(requests.values()), at_once=len(runs), name=name, between=self.database.beat
@@ -160,7 +162,7 @@ class HandOver:
             self.say(f"{one.run_dir.name}: handed over as job {', '.join(one.jobs)}")
         return True
 
-    def _later(self, rows: dict[str, Row], why: str) -> dict[str, Row]:
+    def _later(self, rows: dict[str, RunRow], why: str) -> dict[str, RunRow]:
         for name in rows:
             self.later(name, why)
         self.database.write(list(rows.values()))

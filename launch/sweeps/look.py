@@ -8,9 +8,9 @@ from pathlib import Path
 import psutil
 
 from launch import run_jobs
-from launch.sweeps.database import ACTIVE, READY, WAITING, Row
+from launch.sweeps.database import ACTIVE, READY, WAITING, RunRow
 from launch.sweeps.outcome import astray_by, outcome
-from launch.sweeps.study_directory import Run, StudyDirectory
+from launch.sweeps.study_directory import StudyDirectory, StudyRun
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
@@ -21,7 +21,9 @@ _MOST_SUBMISSIONS = 3
 _OF_THE_STEM = "its stem"
 
 
-def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, ask: bool = True) -> dict[str, Row]:
+def look(
+    study: StudyDirectory, runs: Sequence[StudyRun], known: dict[str, RunRow], *, ask: bool = True
+) -> dict[str, RunRow]:
     """How every run stands, by its directory and the scheduler.
 
     Args:
@@ -31,12 +33,12 @@ def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, a
         ask: whether to ask the scheduler; without it what is under way looks ready.
     """
     alive = _alive(study, runs) if ask else {}
-    rows: dict[str, Row] = {}
+    rows: dict[str, RunRow] = {}
     for run in runs:
         directory = RunDirectory(study.runs / run.name)
         old = known.get(run.name)
         if old is None:
-            old = Row(run.name, run.kind, READY, submissions=len(run_jobs.submissions(directory)))
+            old = RunRow(run.name, run.kind, READY, submissions=len(run_jobs.submissions(directory)))
         if run.name in alive:  # asked before its files are read: what has ended since has said how
             rows[run.name] = replace(old, status=ACTIVE, why=alive[run.name])
             continue
@@ -61,7 +63,7 @@ def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, a
     return rows
 
 
-def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
+def _alive(study: StudyDirectory, runs: Sequence[StudyRun]) -> dict[str, str]:
     """Runs whose job waits or runs, with what a person must know of it.
 
     Also those whose job a controller was killed before it could note: it is found by its name.
@@ -90,7 +92,7 @@ def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _unnoted(
-    study: StudyDirectory, runs: Sequence[Run], queue: dict[str, slurm.QueuedJob], noted: dict[str, set[str]]
+    study: StudyDirectory, runs: Sequence[StudyRun], queue: dict[str, slurm.QueuedJob], noted: dict[str, set[str]]
 ) -> set[str]:
     """Runs that have a job by its name, or are members of an array by its, which their directories do not name."""
     alive: dict[str, set[str]] = {}
@@ -118,7 +120,7 @@ def _command_lines() -> list[str]:
     return found
 
 
-def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) -> Row:
+def _waiting(study: StudyDirectory, run: StudyRun, row: RunRow, rows: dict[str, RunRow]) -> RunRow:
     """A run that is not under way: ready, or waiting for its stem, or never to be."""
     if run.stem is None or RunDirectory(study.runs / run.name).run_yaml.is_file():
         return replace(row, status=READY, why="")
@@ -136,7 +138,7 @@ def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) ->
     return replace(row, status=WAITING, why=f"for iteration {run.begins} of {run.stem}")
 
 
-def table(rows: dict[str, Row], controller: str | None, path: Path) -> str:
+def table(rows: dict[str, RunRow], controller: str | None, path: Path) -> str:
     """How a study stands, for a terminal."""
     counts = Counter((row.kind, row.status) for row in rows.values())
     lines = [f"{path}: controller {controller or 'not at work; `mq sweep resume` starts it'}"]

@@ -18,7 +18,7 @@ _FEWEST_RATES = 4
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedCells:
     """What the study names and the plan does not hold.
 
     Args:
@@ -35,7 +35,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study, expanded.
 
     Args:
@@ -49,7 +49,7 @@ class Plan:
     study: StudyFile
     placed: list[Placed]
     cells: list[Cell]
-    dropped: list[Dropped]
+    dropped: list[DroppedCells]
     warnings: list[str]
 
     @property
@@ -69,7 +69,7 @@ class Plan:
         return sum(map(self.hours, self.cells)) + sum(map(self.hours, self.stems))
 
 
-def make_plan(study: StudyFile) -> Plan:
+def make_plan(study: StudyFile) -> StudyPlan:
     """Expands a study and fits it into its budget.
 
     Whole horizons of whole models are taken or dropped, by their compute: a grid with holes would move the optima that
@@ -81,7 +81,7 @@ def make_plan(study: StudyFile) -> Plan:
     placed = [place(study, shape, batch) for shape in shapes(study) for batch in study.batches]
     everything = sorted(cells(study, placed), key=lambda cell: (cell.placed.shape.params * cell.tokens, cell.name))
     dropped = [
-        Dropped(f"{one.shape.name}, {one.sequences} sequences a step", _of(study), None, one.why_not)
+        DroppedCells(f"{one.shape.name}, {one.sequences} sequences a step", _of(study), None, one.why_not)
         for one in placed
         if one.why_not is not None
     ]
@@ -93,7 +93,7 @@ def make_plan(study: StudyFile) -> Plan:
     if not kept:
         reasons = "; ".join(f"{one.what}: {one.reason}" for one in (*dropped, *late)[:5])
         raise ConfigError(Problem("study", study.name, f"holds no cell that can run: {reasons}"))
-    return Plan(study, placed, kept, [*dropped, *late], _warnings(study, placed, kept))
+    return StudyPlan(study, placed, kept, [*dropped, *late], _warnings(study, placed, kept))
 
 
 def _of(study: StudyFile) -> int:
@@ -102,14 +102,14 @@ def _of(study: StudyFile) -> int:
     return horizons * len(study.learning_rates) * len(study.seeds)
 
 
-def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell], list[Dropped]]:
+def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell], list[DroppedCells]]:
     """Horizons of models in order of compute until one does not fit; and those from there on."""
     blocks: dict[tuple[str, int], list[Cell]] = {}
     for cell in everything:
         blocks.setdefault((cell.placed.shape.name, cell.horizon), []).append(cell)
     ordered = sorted(blocks.items(), key=lambda item: max(c.placed.shape.params * c.tokens for c in item[1]))
     kept: list[Cell] = []
-    late: list[Dropped] = []
+    late: list[DroppedCells] = []
     spent, full = 0.0, False
     for (shape, _), block in ordered:
         before = {cell.stem: cell.branch_point for cell in kept if cell.stem is not None}
@@ -118,7 +118,7 @@ def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell]
         full = full or (study.budget_hours is not None and spent + cost > study.budget_hours)
         if full:
             reason = f"the budget of {study.budget_hours:g} device-hours ends before it"
-            late.append(Dropped(f"{shape}, {block[0].tokens:.3g} tokens", len(block), cost, reason))
+            late.append(DroppedCells(f"{shape}, {block[0].tokens:.3g} tokens", len(block), cost, reason))
         else:
             spent += cost
             kept += block
@@ -155,7 +155,7 @@ def _warnings(study: StudyFile, placed: list[Placed], kept: list[Cell]) -> list[
     return sorted(set(found))
 
 
-def document(plan: Plan) -> dict[str, Any]:
+def document(plan: StudyPlan) -> dict[str, Any]:
     """The plan as JSON and YAML hold it."""
     study = plan.study
     return {
@@ -181,7 +181,7 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _model(plan: Plan, one: Placed) -> dict[str, Any]:
+def _model(plan: StudyPlan, one: Placed) -> dict[str, Any]:
     shape = one.shape
     changes = difference(one.config, plan.study.base)
     return {
@@ -197,7 +197,7 @@ def _model(plan: Plan, one: Placed) -> dict[str, Any]:
     }
 
 
-def _stem(plan: Plan, stem: Stem) -> dict[str, Any]:
+def _stem(plan: StudyPlan, stem: Stem) -> dict[str, Any]:
     return {
         "name": stem.name,
         "iterations": stem.iterations,
@@ -206,7 +206,7 @@ def _stem(plan: Plan, stem: Stem) -> dict[str, Any]:
     }
 
 
-def _cell(plan: Plan, cell: Cell) -> dict[str, Any]:
+def _cell(plan: StudyPlan, cell: Cell) -> dict[str, Any]:
     shape = cell.placed.shape
     return {
         "name": cell.name,

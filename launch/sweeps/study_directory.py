@@ -24,7 +24,7 @@ _NEAR = 0.1
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of a study.
 
     Args:
@@ -97,14 +97,14 @@ class StudyDirectory:
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
         atomic_write(self.plan_yaml, plan.path.read_bytes())
 
-    def job_name(self, run: "Run") -> str:
+    def job_name(self, run: "StudyRun") -> str:
         """Name of a run's job: another study of the same models has others."""
         return f"{run.name[:90]}.{self._mark()}"
 
     def _mark(self) -> str:
         return hashlib.sha256(str(self.path).encode()).hexdigest()[:6]
 
-    def note_array(self, runs: Sequence[Run]) -> str:
+    def note_array(self, runs: Sequence[StudyRun]) -> str:
         """Notes which runs are about to go as one array, and names it: who is killed then finds it by its name."""
         text = self.arrays_jsonl.read_bytes() if self.arrays_jsonl.is_file() else b""
         # Slurm's lists are read by their separators: a name holds none, whatever the directory is called.
@@ -142,7 +142,7 @@ class StudyDirectory:
         """Where the plan of the next one goes."""
         return self.path / f"round{len(self.rounds()) + 1}.yaml"
 
-    def all_runs(self, plan: PlanFile) -> list[Run]:
+    def all_runs(self, plan: PlanFile) -> list[StudyRun]:
         """Stems, then cells, in the order of the plan."""
         content = plan.content
         cells = {str(cell["name"]): cell for cell in content["cells"]}
@@ -152,7 +152,7 @@ class StudyDirectory:
                 members.setdefault(str(cell["stem"]), cell)
         shared = [str(word) for word in content.get("overrides") or ()]
         found = [
-            Run(
+            StudyRun(
                 str(stem["name"]),
                 STEM,
                 int(stem["iterations"]),
@@ -166,10 +166,12 @@ class StudyDirectory:
         for name, cell in cells.items():
             words = (*shared, *_model(plan, cell), *_cell(cell))
             stem = str(cell["stem"]) if "stem" in cell else None
-            found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell)))
+            found.append(
+                StudyRun(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell))
+            )
         return found
 
-    def branching_point(self, run: Run) -> tuple[int, Path] | None:
+    def branching_point(self, run: StudyRun) -> tuple[int, Path] | None:
         """The checkpoint of its stem that a branch goes on from, and its iteration; None while there is none.
 
         A step whose numbers were not finite is not saved: then it is the next one, if it is near.
@@ -179,7 +181,7 @@ class StudyDirectory:
         found = committed(RunDirectory(self.runs / run.stem).checkpoints)
         return min((one for one in found if run.begins <= one[0] <= last), default=None)
 
-    def overrides(self, run: Run) -> list[str]:
+    def overrides(self, run: StudyRun) -> list[str]:
         """All of a run's; of a branch those that depend on where its stem was saved too."""
         if run.stem is None:
             return list(run.overrides)

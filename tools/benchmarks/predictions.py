@@ -12,7 +12,7 @@ from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.step_time import step_time
 from tools.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 
 WITHIN = 0.15
 
@@ -29,7 +29,7 @@ def calibrate(steps: Sequence[PublishedStep]) -> float:
     return fit_achieved([(step.tokens_per_second, partial(predicted, step)) for step in steps])
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """A row for every step; ``ratio`` is predicted over published.
 
     Args:
@@ -44,7 +44,7 @@ def run(*, rounds: int) -> list[Row]:
         near = min(ratio, 1 / ratio)
         conditions = f"predicted / published {ratio:.3f}; {achieved:.3f} of the ceilings; {step.devices} x {step.gpu}"
         rows.append(
-            Row(
+            BenchmarkRow(
                 benchmark=f"predicted tokens/s, {step.name}",
                 ours=ours,
                 against=step.tokens_per_second,

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
 
@@ -13,7 +13,7 @@ _CELLS, _DRAWS = 10_000, 1_000
 _RATES, _BATCHES = 5, 5
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Ten thousand models and horizons; then four hundred, each with five learning rates and five batches."""
     generator = np.random.default_rng(0)
     studies = {"10,000 models": _models(generator), "400 models x 25 settings": _settings(generator)}

@@ -10,10 +10,10 @@ from megatron_qwen.errors import DataError, Problem
 from tools.scaling import basin as basins
 from tools.scaling import compute_optimal, law, surface
 from tools.scaling.basin import Basin, Cells
-from tools.scaling.compute_optimal import Allocation, Profile
+from tools.scaling.compute_optimal import ComputeAllocation, Profile
 from tools.scaling.observations import DIVERGED, DONE, STATUSES, Array, Observation, column
 from tools.scaling.optimum import Optimum, optima
-from tools.scaling.surface import Points, Prediction, Surface
+from tools.scaling.surface import LossPrediction, Points, Surface
 
 VARIABLES = ("learning_rate", "batch_tokens")
 # In ln D.
@@ -64,9 +64,9 @@ class Fit:
     optima: list[Optimum]
     basin: Basin | None
     surface: Surface | None
-    allocations: list[Allocation]
+    allocations: list[ComputeAllocation]
     profiles: list[Profile]
-    left_out: Prediction | None
+    left_out: LossPrediction | None
     notes: list[str]
 
     @property
@@ -233,7 +233,7 @@ def _basin_notes(cells: Cells, basin: Basin | None) -> list[str]:
 
 def _surface(
     points: Points, settings: Settings, notes: list[str]
-) -> tuple[Surface | None, list[Allocation], list[Profile], Prediction | None]:
+) -> tuple[Surface | None, list[ComputeAllocation], list[Profile], LossPrediction | None]:
     found = compute_optimal.profiles(points)
     allocations = [one for one in (compute_optimal.from_envelope(points), compute_optimal.from_profiles(found)) if one]
     needed = points.terms().size + 1

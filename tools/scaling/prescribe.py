@@ -11,7 +11,7 @@ from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.layouts import Candidate, layouts
 from tools.scaling.fit_file import FitFile
-from tools.scaling.ladder import Shape, shape_near
+from tools.scaling.ladder import ModelShape, shape_near
 from tools.scaling.surface import Points
 
 # Compute of the wanted run over that of the largest fitted one: said from here on, and refused from there on.
@@ -67,7 +67,7 @@ class Prescription:
     config: RunConfig
     origins: dict[str, str]
     layout: Candidate
-    shape: Shape
+    shape: ModelShape
     params: float
     tokens: float
     loss: float | None
@@ -107,7 +107,7 @@ def prescribe(fit: FitFile, wish: Wish) -> Prescription:
     return _for_shape(fit, wish, shape, params, wish.tokens, chosen="asked for")
 
 
-def _shape(fit: FitFile, base: RunConfig, params: float) -> tuple[Shape, float]:
+def _shape(fit: FitFile, base: RunConfig, params: float) -> tuple[ModelShape, float]:
     """The family's shape with so many parameters as the fit counts them, and its exact count."""
     if not fit.settings.embeddings:
         shape = shape_near(base, params)
@@ -155,11 +155,11 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
     return _for_shape(fit, wish, shape, params, tokens * wish.gpu_hours / (first.hours * wish.gpus), chosen=chosen)
 
 
-def _with_shape(base: RunConfig, shape: Shape) -> RunConfig:
+def _with_shape(base: RunConfig, shape: ModelShape) -> RunConfig:
     return replace(base, recipe="custom", model=shape.model)
 
 
-def _point(shape: Shape, params: float, tokens: float) -> Points:
+def _point(shape: ModelShape, params: float, tokens: float) -> Points:
     one = np.ones(1)
     return Points(
         one * params,
@@ -170,7 +170,9 @@ def _point(shape: Shape, params: float, tokens: float) -> Points:
     )
 
 
-def _for_shape(fit: FitFile, wish: Wish, shape: Shape, params: float, tokens: float, *, chosen: str) -> Prescription:
+def _for_shape(
+    fit: FitFile, wish: Wish, shape: ModelShape, params: float, tokens: float, *, chosen: str
+) -> Prescription:
     point = _point(shape, params, tokens)
     beyond = params * tokens / float((fit.points.params * fit.points.tokens).max())
     warnings = _extrapolation(fit, wish, params, tokens, beyond)

@@ -207,7 +207,7 @@ def fittable(points: Points) -> bool:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class LossPrediction:
     """How a fit without the largest models foretells them.
 
     Args:
@@ -228,7 +228,7 @@ class Prediction:
         return float(np.abs(self.predicted / self.measured - 1).mean())
 
 
-def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction | None:
+def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> LossPrediction | None:
     """Fits without the largest N and predicts it; None where too few points would be left."""
     largest = points.params.max()
     out = points.params >= largest * (1 - 1e-9)
@@ -238,4 +238,4 @@ def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction
         return None
     found = law.fit(terms, rest.log_loss, delta=delta)
     surface = Surface(terms.names, found, found[None], "points", 0.0, len(rest.params), (0.0, 0.0, 0.0))
-    return Prediction(float(largest), left.tokens, np.exp(left.log_loss), surface.loss(left))
+    return LossPrediction(float(largest), left.tokens, np.exp(left.log_loss), surface.loss(left))
