@@ -1,4 +1,4 @@
-"""Writes one file of tensors and goes on with what an earlier attempt left of it.
+"""Writes one file of tensors, and resumes what an earlier attempt left of it.
 
 A journal notes after every block how far a tensor is and the hash of its bytes so far. Another attempt reads the file
 back, keeps what has these hashes, and writes on behind it. So a kill costs the blocks that were being written.

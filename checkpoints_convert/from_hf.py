@@ -36,7 +36,7 @@ class ImportOptions:
 
 
 def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
-    """Writes ``out``, which appears only when it is complete; goes on with what an earlier attempt left.
+    """Writes ``out``, which appears only when it is complete; resumes what an earlier attempt left.
 
     Raises:
         ConversionError: the directory cannot be converted, with everything that is wrong; or ``out`` is occupied.

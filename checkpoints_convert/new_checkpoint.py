@@ -72,7 +72,7 @@ class NewCheckpoint:
 
 
 def new_run(model: ModelConfig, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
-    """The configuration with which training goes on from the checkpoint."""
+    """The configuration to continue training from the checkpoint."""
     return RunConfig(
         recipe="custom",
         model=model,
@@ -213,7 +213,7 @@ def _is_complete(out: Path, identity: Mapping[str, Any]) -> bool:
     damage = manifest.damage(iteration_dir(out / _CHECKPOINTS, 0))
     for name, digest in noted["files"].items():
         if not (out / name).is_file() or sha256(out / name) != digest:
-            damage.append(Problem(str(out / name), None, "is missing or has other bytes than when it was written."))
+            damage.append(Problem(str(out / name), None, "is missing, or its bytes have changed since it was written."))
     if damage:
         raise ConversionError(damage)
     return True

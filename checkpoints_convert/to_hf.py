@@ -61,7 +61,7 @@ class ExportOptions:
 
 
 def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Converted:
-    """Writes ``out``, which appears only when it is complete; goes on with what an earlier attempt left.
+    """Writes ``out``, which appears only when it is complete; resumes what an earlier attempt left.
 
     Raises:
         ConversionError: ``out`` is occupied, or no class of transformers has this architecture.

@@ -1,7 +1,8 @@
-"""The directory of a conversion under way, which can be killed at any moment and gone on with.
+"""The directory of a conversion under way, which can be killed at any moment and resumed.
 
-Everything goes to ``.NAME.partial`` beside the directory that is to be made, which appears by one rename when it is
-complete. The same command finds it there, by what is noted of all that decides its bytes, and goes on.
+Everything goes to ``.NAME.partial`` next to the output directory, which appears by one rename when it is
+complete. The plan next to the files records everything that determines their bytes, so the same command recognises
+its own work there and resumes.
 """
 
 import errno
@@ -59,7 +60,7 @@ class Work:
         """Raises DiskFullError where the files cannot fit."""
         needed, free = self.left_to_write(files) + _SMALL_FILES, free_bytes(self.directory)
         if needed > free:
-            fix = f"{needed:,} bytes ({gb(needed)}) are needed and {free:,} are free; make room or choose another disk."
+            fix = f"{needed:,} bytes ({gb(needed)}) are needed and {free:,} are free; free some space or choose another disk."
             raise DiskFullError(Problem(str(self.out), None, fix))
 
     def write(
@@ -111,7 +112,7 @@ class Work:
         needed = self.left_to_write(files) + _SMALL_FILES
         fix = (
             f"the disk is full: {needed:,} bytes ({gb(needed)}) more are needed and {free_bytes(self.directory):,} are "
-            "free. What is written is kept; make room and run the same command again."
+            "free. What is written so far is kept; free some space and run the same command again."
         )
         return DiskFullError(Problem(str(self.directory), None, fix))
 
@@ -133,7 +134,7 @@ class Work:
 
 @contextmanager
 def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Work]:
-    """Opens the work directory of a conversion, or goes on with the one that is there.
+    """Opens the work directory of a conversion, or resumes the one that exists.
 
     What stops a conversion and can be mended (a full disk, Ctrl-C, a kill) leaves the directory; what makes its
     source unusable removes it.
@@ -170,14 +171,16 @@ def _alone(directory: Path, out: Path) -> Iterator[None]:
     """
 
     def warn(said: str) -> None:
-        log.warning("%s: see to it that no other process converts to %s", said, out)
+        log.warning("%s: make sure that no other process converts to %s", said, out)
 
     with ExitStack() as stack:
         while True:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
+                raise OccupiedError(
+                    Problem(str(directory), None, "cannot be created: a file of that name exists.")
+                ) from None
             try:
                 stack.enter_context(exclusive_lock(directory, timeout_s=0, make=False, without_locks=warn))
                 break
@@ -203,11 +206,13 @@ def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: boo
     if plan.is_file() and plan.read_text() == wanted:
         return
     if there and not plan.is_file():
-        raise OccupiedError(Problem(str(directory), None, "is needed for the work and is not empty; remove it."))
+        raise OccupiedError(
+            Problem(str(directory), None, "is needed as the work directory and is not empty; remove it.")
+        )
     if there and not restart:
         fix = (
-            f"an unfinished conversion that differs in {_difference(plan, identity)} lies in {directory}; repeat the "
-            "command that began it, or give --restart to throw it away."
+            f"an unfinished conversion that differs in {_difference(plan, identity)} is in {directory}; repeat the "
+            "command that began it, or pass --restart to discard it."
         )
         raise OccupiedError(Problem(str(out), None, fix))
     _clear(directory)
@@ -242,7 +247,7 @@ def require_free(out: Path) -> None:
 
 
 def _occupied(out: Path) -> Problem:
-    return Problem(str(out), None, "exists already and is not empty; name a new directory or remove it.")
+    return Problem(str(out), None, "already exists and is not empty; name a new directory or remove it.")
 
 
 def _size(path: Path) -> int:

@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (%(default)s)")
     layout_help = f"{', '.join(_AXES)} ({_LAYOUT})"
     parser.add_argument("--layout", nargs="+", default=[_LAYOUT], metavar="AXIS=SIZE", help=layout_help)
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="number of optimizer steps; default: the recipe's")
     options = parser.parse_args(arguments)
     layout, ranks = layout_overrides(options.layout)
     out = fresh_directory(options.output.absolute())
@@ -241,7 +241,7 @@ def _figures(agreement: dict[str, Any], validation: float) -> list[tuple[str, st
             f"{agreement['checkpoint_loss']:.6f} / {agreement['hf_loss']:.6f}",
         ),
         ("largest difference of a logit between the two", f"{agreement['max_abs_logit_difference']:.2e}"),
-        ("positions where both have the same likeliest token", f"{agreement['top1_agreement']:.2%}"),
+        ("positions where both have the same argmax token", f"{agreement['top1_agreement']:.2%}"),
     ]
 
 

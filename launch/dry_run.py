@@ -31,7 +31,7 @@ def figures(request: SubmitRequest, prediction: RunPrediction) -> list[tuple[str
     if prediction.speed is None or prediction.hours is None or prediction.gpu_hours is None:
         return [*rows, ("speed", "not predicted: the cluster file names no GPU with a known peak for this precision")]
     speed = prediction.speed
-    share = f"{speed.achieved:.0%} of a {cluster.gpu}'s ceilings (mq plan)"
+    share = f"{speed.achieved:.0%} of a {cluster.gpu}'s peak rates (mq plan)"
     jobs = prediction.hours * 60 / cluster.time_limit_minutes
     return [
         *rows,
@@ -55,12 +55,12 @@ def show(request: SubmitRequest, found: Preflight) -> None:
     print(f"# {request.run_dir}/run.yaml")
     print(to_yaml(request.config))
     if request.cluster.scheduler == "slurm":
-        print("# sbatch would get")
+        print("# script for sbatch")
         print(script(request))
     else:
         print("# submitit's local executor would start the run on this machine\n")
     if found.prediction is not None:
-        print("# predicted (megatron_qwen/estimate; nothing of it was measured)")
+        print("# predicted (megatron_qwen/estimate; not measured)")
         for name, value in figures(request, found.prediction):
             print(f"{name:<38}{value}")
         print("\n# performance.preset would choose")

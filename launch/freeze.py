@@ -68,7 +68,7 @@ def _require_readable(request: SubmitRequest, directory: RunDirectory) -> None:
 
 def _freeze_code(request: SubmitRequest, directory: RunDirectory, *, new_code: bool) -> list[str]:
     if directory.code.exists() and not new_code:
-        return [f"code: the snapshot {_when(directory.code)} stays; --new-code takes the present one"]
+        return [f"code: the snapshot {_when(directory.code)} is kept; --new-code replaces it by the current code"]
     fresh = directory.path / "code.new"
     shutil.rmtree(fresh, ignore_errors=True)
     snapshot = freeze_code(fresh, environ=request.environ)
@@ -84,11 +84,11 @@ def _when(code: Path) -> str:
         note = json.loads((code / NOTE).read_text())
         return f"of {note['time']} ({_named(note)})"
     except (OSError, ValueError, KeyError):
-        return "without a readable note"
+        return "without a readable snapshot.json"
 
 
 def _named(note: dict[str, Any]) -> str:
-    commit = f"commit {note['commit'][:12]}" if note["commit"] else "no git checkout"
+    commit = f"commit {note['commit'][:12]}" if note["commit"] else "not a git checkout"
     return commit + (" with uncommitted changes" if note["modified"] else "")
 
 

@@ -112,7 +112,7 @@ def make(
             Problem("--nodes", nodes, f"the cluster {chosen} is one machine; use 1, or name another cluster.")
         )
     if described is not None and described.scheduler == "local" and chain is not None:
-        problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue in which jobs could wait."))
+        problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue for waiting jobs."))
     if problems:
         raise ConfigError(problems)
     assert described is not None

@@ -72,12 +72,14 @@ def _in_the_way(request: SubmitRequest, directory: RunDirectory, digest: str | N
         raise ConfigError(problems)
     queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
     if jobs := run_jobs.active(directory, queue):
-        fix = f"is under way already as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
+        fix = (
+            f"is already in progress as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
+        )
         raise ConfigError(Problem("run", request.name, fix))
     if directory.state() is RunState.DONE and directory.run_yaml.is_file():
         there = resolve(str(directory.run_yaml), [], RECIPES)
         if there.training.train_iters >= request.config.training.train_iters:
-            return f"{request.run_dir} is done already; more training.train_iters would have it go on."
+            return f"{request.run_dir} is already done; raise training.train_iters to continue it."
     return None
 
 
@@ -150,7 +152,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
             stack.enter_context(exclusive_lock(path, timeout_s=0, without_locks=warn))
         except LockHeldError:
             raise ConfigError(
-                Problem("run", run_dir, "is being submitted by another command; see its status.")
+                Problem("run", run_dir, "is being submitted by another command; see `mq launch status`.")
             ) from None
         try:
             yield
@@ -189,7 +191,7 @@ def submit_array(
         wrong += RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=found.data_digest)
         problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
         if run_jobs.active(RunDirectory(request.run_dir), queue):
-            problems.append(Problem("run", request.name, "is under way already."))
+            problems.append(Problem("run", request.name, "is already in progress."))
     if problems:
         raise ConfigError(problems)
     directories = [RunDirectory(request.run_dir) for request in requests]
@@ -266,7 +268,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 def _counted(findings: Sequence[Finding]) -> str:
     wrong = sum(finding.severity != "warning" for finding in findings)
-    return f"{wrong} thing{'s' if wrong > 1 else ''} to mend"
+    return f"{wrong} error{'s' if wrong > 1 else ''} to correct"
 
 
 def as_json(submitted: Sequence[Submitted]) -> str:

@@ -133,7 +133,7 @@ def _noted(directory: Path, tensors: list[TensorRow]) -> tuple[str, dict[str, An
         entries = manifest.read(directory)
         facts["manifest"] = entries.fix if isinstance(entries, Problem) else f"{len(entries)} files"
     else:
-        facts["manifest"] = "none: nothing tells whether the files are as they were written"
+        facts["manifest"] = "none: damage to the files cannot be detected"
     if (directory / STATE).is_file():
         state = read_state(directory)
         progress, code = state.get("progress", {}), state.get("code") or {}

@@ -1,4 +1,4 @@
-"""More cells where the optimum lies at the edge of its grid, or is too flat to call: the next round of a study.
+"""More cells where the optimum lies at the edge of its grid, or is too flat to locate: the next round of a study.
 
 A grid is widened by one value, in the ratio of its outermost two, at the end beyond which the optimum lies; at both
 ends where it is flat, as the curvature shows better the wider the grid, but not beyond what has diverged. All horizons
@@ -69,7 +69,7 @@ def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) ->
             continue
         cost = StudyPlan(study, there, found, [], []).device_hours
         if cost > left:
-            reason = f"{'; '.join(grid.why)}, but {max(0.0, left):.3g} device-hours of the budget are left"
+            reason = f"{'; '.join(grid.why)}, but {max(0.0, left):.3g} device-hours of the budget remain"
             late.append(DroppedCells(f"{shape.name}, a wider grid", len(found), cost, reason))
             continue
         left -= cost
@@ -123,10 +123,10 @@ def _widen(grid: _Grid, optima: Sequence[Optimum], mine: Sequence[Observation], 
         name = variable.replace("_", " ")
         if flags & {EDGE_LOW, FLAT} and below > min(asked) / _FARTHEST:
             new.append(below)
-            grid.why.append(f"best {name} {'at the lower end' if EDGE_LOW in flags else 'too flat to call'}")
+            grid.why.append(f"best {name} {'at the lower end' if EDGE_LOW in flags else 'too flat to locate'}")
         if flags & {EDGE_HIGH, FLAT} and above < max(asked) * _FARTHEST and not _blows_up(mine, variable):
             new.append(above)
-            grid.why.append(f"best {name} {'at the upper end' if EDGE_HIGH in flags else 'too flat to call'}")
+            grid.why.append(f"best {name} {'at the upper end' if EDGE_HIGH in flags else 'too flat to locate'}")
 
 
 def _blows_up(mine: Sequence[Observation], variable: str) -> bool:
@@ -150,7 +150,7 @@ def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell], lis
             placed = [one for one in placed if one.sequences not in old]
         fits = [one for one in placed if one.why_not is None]
         unfit += [
-            DroppedCells(f"{grid.shape.name}, {one.sequences} sequences a step", len(rates), None, one.why_not)
+            DroppedCells(f"{grid.shape.name}, {one.sequences} sequences per step", len(rates), None, one.why_not)
             for one in placed
             if one.why_not is not None
         ]

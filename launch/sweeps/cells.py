@@ -87,7 +87,7 @@ class Cell:
         return (self.iterations - self.branch_point) * self.step_tokens
 
     def config(self) -> RunConfig:
-        """The run as ``mq train`` takes it; a branch goes on from its stem."""
+        """The run as ``mq train`` takes it; a branch resumes from its stem."""
         optim: dict[str, Any] = {"learning_rate": self.learning_rate, "lr_warmup_iters": self.warmup}
         share = self.placed.config.optim.min_learning_rate / self.placed.config.optim.learning_rate
         optim["min_learning_rate"] = self.learning_rate * share
@@ -133,7 +133,7 @@ def shapes(study: StudyFile) -> list[ModelShape]:
     seen: dict[object, ModelShape] = {}
     for shape in found:
         if shape.model in seen:
-            fix = "is two rungs of the ladder; space them further."
+            fix = "stands for two shapes that are nearly equal; space params further apart."
             wrong.append(Problem("shapes", f"{shape.name}, {shape.params:.3g} parameters", fix))
         seen[shape.model] = shape
         single = _single(study.base, shape)
@@ -180,7 +180,12 @@ def place(study: StudyFile, shape: ModelShape, batch_tokens: float) -> Placed:
         return Placed(shape, best.config, sequences, best.tokens_per_second * count, best.memory_gib)
     if sequences % count:
         return Placed(
-            shape, config, sequences, 0.0, 0.0, f"{sequences} sequences a step do not divide among {count} devices."
+            shape,
+            config,
+            sequences,
+            0.0,
+            0.0,
+            f"{sequences} sequences per step cannot be divided among {count} devices.",
         )
     assert study.device.tflops is not None
     micro = max(size for size in (1, 2, 4, 8, 16, 32) if (sequences // count) % size == 0)

@@ -116,4 +116,4 @@ class StudyController:
         self.database.write(changed)
 
     def _later(self, name: str, why: str) -> None:
-        self._say_once(name, f"{name}: not handed over yet ({why[:300]})")
+        self._say_once(name, f"{name}: not submitted yet ({why[:300]})")

@@ -64,7 +64,7 @@ def _said(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:  # locked, read-only, no such folder
         raise ConfigError(Problem("state", path, f"cannot be used ({error}).")) from None
     except sqlite3.DatabaseError as error:
-        fix = f"is no database that can be read ({error}); move it away, it is made anew from the runs."
+        fix = f"is not a readable database ({error}); move it away, and it is recreated from the runs."
         raise ConfigError(Problem("state", path, fix)) from None
 
 
@@ -136,7 +136,7 @@ class Database:
         with self._writing() as connection:
             found = connection.execute("SELECT host, pid, begun, seen FROM controller").fetchone()
             if found is not None and not self._is_dead(*found):
-                fix = "is another controller of this study at work; its runs go on with it. See `mq sweep status`."
+                fix = "is already controlling this study, and its runs continue. See `mq sweep status`."
                 raise ConfigError(Problem("controller", f"process {found[1]} on {found[0]}", fix))
             begun = psutil.Process().create_time()
             connection.execute("DELETE FROM controller")
@@ -157,7 +157,7 @@ class Database:
                 (time.time(), socket.gethostname(), os.getpid()),
             ).rowcount
         if not changed:
-            raise ConfigError(Problem("controller", os.getpid(), "was taken over by another one, and ends."))
+            raise ConfigError(Problem("controller", os.getpid(), "was replaced by another controller and ends."))
 
     def leave(self) -> None:
         """Ends being the controller."""

@@ -148,9 +148,9 @@ class HandOver:
         submitted, code = submit.submit(requests[run.name], new_code=False)
         if submitted is None:
             if code:
-                self.later(run.name, "the place is not fit for it (see above)")
+                self.later(run.name, "the cluster cannot take it (see above)")
             return False
-        self.say(f"{run.name}: handed over as job {', '.join(submitted.jobs)}")
+        self.say(f"{run.name}: submitted as job {', '.join(submitted.jobs)}")
         return True
 
     def _as_array(self, runs: list[StudyRun], requests: dict[str, SubmitRequest]) -> bool:
@@ -159,7 +159,7 @@ class HandOver:
             list(requests.values()), at_once=len(runs), name=name, between=self.database.beat
         )
         for one in submitted:
-            self.say(f"{one.run_dir.name}: handed over as job {', '.join(one.jobs)}")
+            self.say(f"{one.run_dir.name}: submitted as job {', '.join(one.jobs)}")
         return True
 
     def _later(self, rows: dict[str, RunRow], why: str) -> dict[str, RunRow]:

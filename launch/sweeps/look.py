@@ -134,14 +134,14 @@ def _waiting(study: StudyDirectory, run: StudyRun, row: RunRow, rows: dict[str, 
     if stem.status == FAILED:
         return replace(row, status=FAILED, why=f"{_OF_THE_STEM} failed: {stem.why}"[:500])
     if stem.status == DONE:
-        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} kept no checkpoint of iteration {run.begins}")
+        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} has no checkpoint of iteration {run.begins}")
     return replace(row, status=WAITING, why=f"for iteration {run.begins} of {run.stem}")
 
 
 def table(rows: dict[str, RunRow], controller: str | None, path: Path) -> str:
     """How a study stands, for a terminal."""
     counts = Counter((row.kind, row.status) for row in rows.values())
-    lines = [f"{path}: controller {controller or 'not at work; `mq sweep resume` starts it'}"]
+    lines = [f"{path}: controller {controller or 'not running; `mq sweep resume` starts it'}"]
     for kind in ("stem", "cell"):
         each = {status: count for (which, status), count in counts.items() if which == kind}
         if each:

@@ -35,7 +35,7 @@ def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins:
     """Reads a run directory.
 
     Divergence is a result: numbers that were not finite, or a loss that ends more than a tenth above where it has
-    been, in the run or in the stem that it went on from.
+    been, in the run or in the stem that it resumed from.
 
     Args:
         run_dir: of the run; need not exist.
@@ -48,7 +48,7 @@ def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins:
     last = max(steps, default=0)
     state = directory.state()
     if _numerics(directory):
-        return RunOutcome(DIVERGED, math.nan, "", last, "numbers that were not finite stopped it")
+        return RunOutcome(DIVERGED, math.nan, "", last, "stopped because loss or gradients were not finite")
     if state in (RunState.STOPPED, RunState.CANCELLED):
         attempts = AttemptLog(directory.attempts).read()
         reason = attempts[-1].reason if attempts else None

@@ -81,18 +81,18 @@ def make_plan(study: StudyFile) -> StudyPlan:
     placed = [place(study, shape, batch) for shape in shapes(study) for batch in study.batches]
     everything = sorted(cells(study, placed), key=lambda cell: (cell.placed.shape.params * cell.tokens, cell.name))
     dropped = [
-        DroppedCells(f"{one.shape.name}, {one.sequences} sequences a step", _of(study), None, one.why_not)
+        DroppedCells(f"{one.shape.name}, {one.sequences} sequences per step", _of(study), None, one.why_not)
         for one in placed
         if one.why_not is not None
     ]
     names = [cell.name for cell in everything]
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        fix = "is two cells: learning rates or batches that are nearly equal; space them further."
+        fix = "names two cells with nearly equal learning rates or batches; space them further apart."
         raise ConfigError([Problem("study", name, fix) for name in twice[:5]])
     kept, late = _within_budget(study, everything)
     if not kept:
         reasons = "; ".join(f"{one.what}: {one.reason}" for one in (*dropped, *late)[:5])
-        raise ConfigError(Problem("study", study.name, f"holds no cell that can run: {reasons}"))
+        raise ConfigError(Problem("study", study.name, f"has no cell that can run: {reasons}"))
     return StudyPlan(study, placed, kept, [*dropped, *late], _warnings(study, placed, kept))
 
 
@@ -117,7 +117,7 @@ def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell]
         cost = sum(tokens[c.name] / c.placed.tokens_per_second for c in block) * study.device.count / 3600
         full = full or (study.budget_hours is not None and spent + cost > study.budget_hours)
         if full:
-            reason = f"the budget of {study.budget_hours:g} device-hours ends before it"
+            reason = f"the budget of {study.budget_hours:g} device-hours is used up before it"
             late.append(DroppedCells(f"{shape}, {block[0].tokens:.3g} tokens", len(block), cost, reason))
         else:
             spent += cost
@@ -137,9 +137,9 @@ def _warnings(study: StudyFile, placed: list[Placed], kept: list[Cell]) -> list[
     sizes = {cell.placed.shape.name for cell in kept}
     horizons = {cell.tokens for cell in kept}
     if len(sizes) < 3 or len(horizons) < 3:
-        found.append(f"{len(sizes)} sizes and {len(horizons)} horizons: the law of the loss needs three of each")
+        found.append(f"{len(sizes)} sizes and {len(horizons)} horizons: the law of the loss requires three of each")
     if len(study.learning_rates) < _FEWEST_RATES:
-        found.append(f"{len(study.learning_rates)} learning rates show no minimum; give at least {_FEWEST_RATES}")
+        found.append(f"{len(study.learning_rates)} learning rates cannot show a minimum; give at least {_FEWEST_RATES}")
     short = [cell for cell in kept if cell.iterations < 100]
     if short:
         found.append(
@@ -248,7 +248,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
         for name, value in content.items()
     }
     text = yaml.dump(lined, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=True)
-    head = "# What a study will run. Read it, then submit it; `mq sweep plan` makes it anew from the study.\n"
+    head = "# What a study will run. Read it, then submit it; `mq sweep plan` recreates it from the study.\n"
     atomic_write(path, head + text)
 
 
@@ -279,5 +279,5 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"dropped: {one['what']} ({one['cells']} cells{cost}): {one['reason']}")
     lines += [f"warning: {warning}" for warning in content["warnings"]]
     if rounds := content["adaptive_rounds"]:
-        lines.append(f"up to {rounds} rounds more where an optimum lies at the edge of its grid or is flat")
+        lines.append(f"up to {rounds} more rounds where an optimum is at the edge of its grid or is flat")
     return "\n".join(lines)

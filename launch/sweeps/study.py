@@ -301,7 +301,7 @@ def _kind(
     if device is None:
         return None
     if (body.get("gpu") is None) == (body.get("tflops") is None):
-        fix = "takes gpu, or tflops: model FLOP/s x 1e-12 that one device reaches in a step."
+        fix = "requires either gpu, or tflops (measured model TFLOP/s of one device in a step)."
         reader.wrong("device", None, fix)
         return None
     if device.gpu is None:

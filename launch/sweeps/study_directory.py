@@ -75,7 +75,7 @@ class StudyDirectory:
             try:
                 stack.enter_context(exclusive_lock(self.path / _LOCK, timeout_s=0, without_locks=warn))
             except LockHeldError:
-                fix = "has another controller of this study at work; its runs go on with it. See `mq sweep status`."
+                fix = "already has an active controller, and its runs continue. See `mq sweep status`."
                 raise ConfigError(Problem("STUDY", self.path, fix)) from None
             yield
 
@@ -87,13 +87,15 @@ class StudyDirectory:
         """
         if self.plan_yaml.is_file():
             if self.plan_yaml.read_bytes() != plan.path.read_bytes():
-                fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
+                fix = f"differs from the plan in {self.path}; give the study another name, or continue that study with `mq sweep resume`."
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
         begun = {self.runs.name, self.database.name, _LOCK}  # by a command that was killed here
         there = {one.name for one in self.path.iterdir() if not is_temporary(one)} if self.path.exists() else set()
         if there - begun:
-            raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
+            raise ConfigError(
+                Problem("study", self.path, "is not empty and has no plan.yaml; choose another directory.")
+            )
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
         atomic_write(self.plan_yaml, plan.path.read_bytes())
 
@@ -128,7 +130,7 @@ class StudyDirectory:
             ConfigError: there is none.
         """
         if not self.plan_yaml.is_file():
-            raise ConfigError(Problem("STUDY", self.path, "holds no plan.yaml: it is no study that was submitted."))
+            raise ConfigError(Problem("STUDY", self.path, "has no plan.yaml: it is not a submitted study."))
         return merged(read_plan(self.plan_yaml), [read_plan(path) for path in self.rounds()])
 
     def rounds(self) -> list[Path]:
@@ -172,7 +174,7 @@ class StudyDirectory:
         return found
 
     def branching_point(self, run: StudyRun) -> tuple[int, Path] | None:
-        """The checkpoint of its stem that a branch goes on from, and its iteration; None while there is none.
+        """The checkpoint of its stem that a branch resumes from, and its iteration; None while there is none.
 
         A step whose numbers were not finite is not saved: then it is the next one, if it is near.
         """

@@ -42,7 +42,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
         ours = predicted(step, achieved)
         ratio = ours / step.tokens_per_second
         near = min(ratio, 1 / ratio)
-        conditions = f"predicted / published {ratio:.3f}; {achieved:.3f} of the ceilings; {step.devices} x {step.gpu}"
+        conditions = f"predicted / published {ratio:.3f}; {achieved:.3f} of the peak rates; {step.devices} x {step.gpu}"
         rows.append(
             BenchmarkRow(
                 benchmark=f"predicted tokens/s, {step.name}",

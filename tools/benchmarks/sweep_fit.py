@@ -1,4 +1,4 @@
-"""``mq bench sweep_fit``: the fit of 10,000 cells with 1,000 versions of the data, against a minute."""
+"""``mq bench sweep_fit``: the fit of 10,000 cells with 1,000 bootstrap resamples, against a minute."""
 
 import time
 
@@ -25,7 +25,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
             found = fit(cells, Settings(draws=_DRAWS))
             seconds.append(time.perf_counter() - started)
             assert found.surface is not None
-        conditions = f"{len(cells)} cells, {_DRAWS} versions of the data, {rounds} rounds"
+        conditions = f"{len(cells)} cells, {_DRAWS} bootstrap resamples, {rounds} rounds"
         rows.append(against_limit(f"mq sweep fit, {name}", seconds, limit=_LIMIT_S, unit="s", conditions=conditions))
     return rows
 

@@ -26,7 +26,7 @@ class Settings:
 
     Args:
         embeddings: whether N counts the input embedding and the output matrix.
-        draws: versions of the data behind every interval.
+        draws: bootstrap resamples behind every interval.
         seed: of their drawing.
         delta: of the Huber loss, in ln L.
         window: how far above the best a cell may lie for the quadratic of its settings, in ln L.
@@ -85,10 +85,10 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     observations = _counted_as_asked(observations, settings)
     done = [one for one in observations if one.status == DONE]
     if not done:
-        raise DataError(Problem("observations", len(observations), "hold none that is done; there is nothing to fit."))
+        raise DataError(Problem("observations", len(observations), "have no finished cell; there is nothing to fit."))
     notes = [f"{counts[status]} {status}, not fitted" for status in STATUSES if status != DONE and counts[status]]
     if unknown := sum(one.total_params is not None and one.granularity is None for one in done):
-        notes.append(f"{unknown} mixtures have no granularity: it is left out of the law")
+        notes.append(f"{unknown} MoE models have no granularity: it is left out of the law")
         done = [replace(one, granularity=None) for one in done]
     varied = _varied(done)
     basin: Basin | None = None
@@ -220,13 +220,13 @@ def _basin_notes(cells: Cells, basin: Basin | None) -> list[str]:
         f"{int(basin.inside.sum())} of {len(basin.inside)} cells are near enough to the best for a quadratic in {names}"
     ]
     if missing := [name for name in ("ln_N", "ln_D") if name not in basin.features]:
-        notes.append(f"the study does not tell how the best {names} move with {' and '.join(missing)}")
+        notes.append(f"the study does not determine how the best {names} move with {' and '.join(missing)}")
     if not len(basin.draws):
         notes.append(
-            f"there are no more cells than the basin over {names} has coefficients: nothing tells how sure it is"
+            f"there are no more cells than the basin over {names} has coefficients: its uncertainty cannot be estimated"
         )
     if basin.without_minimum > 0.01:
-        share = f"{basin.without_minimum:.0%} of the versions of the data have no minimum over {names}"
+        share = f"{basin.without_minimum:.0%} of the bootstrap resamples have no minimum over {names}"
         notes.append(share + (": intervals of the best do not hold" if basin.without_minimum > 0.1 else ""))
     return notes
 
@@ -240,15 +240,15 @@ def _surface(
     if len(points.params) < needed or not surface.fittable(points):
         notes.append(
             f"{len(points.params)} points do not make a law of the loss: it takes {needed}, three sizes and three "
-            "horizons, and tokens that do not go with the size in one line"
+            "horizons, and tokens that are not proportional to size"
         )
         return None, allocations, found, None
     fitted = surface.fit(points, draws=settings.draws, seed=settings.seed, delta=settings.delta)
     if not (fitted.named("alpha") > 0 and fitted.named("beta") > 0):
-        notes.append("the loss does not fall with both size and tokens: there is no law of it")
+        notes.append("the loss does not fall with both size and tokens: no law is fitted")
         return None, allocations, found, None
     if points.has_mixtures and (missing := {"sigma", "gamma"} - set(fitted.names)):
-        notes.append(f"the mixtures do not tell {' and '.join(sorted(missing))}")
+        notes.append(f"the MoE models do not determine {' and '.join(sorted(missing))}")
     if allocation := compute_optimal.from_surface(fitted):
         allocations.append(allocation)
     left_out = surface.leave_largest_out(points, delta=settings.delta)

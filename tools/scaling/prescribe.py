@@ -123,7 +123,7 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
     """The size whose predicted loss is least for a budget: small ones see more tokens."""
     if fit.surface is None:
         raise ConfigError(
-            Problem("--gpu-hours", wish.gpu_hours, "needs a law of the loss, which the fit lacks; see its notes.")
+            Problem("--gpu-hours", wish.gpu_hours, "requires a law of the loss, which the fit lacks; see its notes.")
         )
     assert wish.gpu_hours is not None
     shape, params = _shape(fit, wish.base, float(fit.points.params.max()))
@@ -146,7 +146,7 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
         elif loss > least * 1.05:
             break
     if best is None:
-        fix = f"x {wish.device.name} hold no size of this family with its layouts; take more, or another recipe."
+        fix = f"x {wish.device.name} cannot hold any size of this family; use more devices or another recipe."
         raise ConfigError(Problem("--gpus", wish.gpus, fix))
     chosen = f"least predicted loss for {wish.gpu_hours:g} GPU-hours"
     shape, params, tokens = best
@@ -210,20 +210,22 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
     fitted = f"the largest fitted point (N D = {largest:.3g})"
     if beyond > wish.refuse_factor:
         fix = (
-            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit says nothing. "
+            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit is not reliable. "
             "Fit larger models, or raise --refuse-factor."
         )
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
-    warnings = [note for note in fit.notes if "does not tell" in note or "do not tell" in note or "no minimum" in note]
+    warnings = [
+        note for note in fit.notes if "does not determine" in note or "do not determine" in note or "no minimum" in note
+    ]
     if beyond < 1 / wish.refuse_factor:
-        fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it says nothing."
+        fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it is not reliable."
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
     if beyond > WARN_FACTOR:
         warnings.append(f"extrapolates {beyond:.3g} times beyond the compute of {fitted}")
     ratio, ratios = tokens / params, fit.points.tokens / fit.points.params
     if not ratios.min() / 2 <= ratio <= ratios.max() * 2:
         warnings.append(
-            f"{ratio:.3g} tokens a parameter lie outside the {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
+            f"{ratio:.3g} tokens per parameter are outside the {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
         )
     return warnings
 
@@ -244,7 +246,7 @@ def _learning_rate(
     batch = config.training.global_batch_size * config.data.seq_length
     answer = _setting(fit, "learning_rate", params, tokens, batch=batch)
     if answer is None:
-        warnings.append("the fit does not say which learning rate is best: the recipe's stays")
+        warnings.append("the fit does not determine the best learning rate: the recipe's is kept")
         return config
     value, low, high = answer
     share = config.optim.min_learning_rate / config.optim.learning_rate
@@ -300,7 +302,7 @@ def _batch_and_layout(
     answer = _setting(fit, "batch_tokens", params, tokens)
     length = config.data.seq_length
     if answer is None:
-        warnings.append("the fit does not say which batch is best: the recipe's stays")
+        warnings.append("the fit does not determine the best batch: the recipe's is kept")
         sizes = [config.training.global_batch_size]
     else:
         wanted = answer[0] / length
@@ -324,7 +326,7 @@ def _batch_and_layout(
     why = (
         f"the least needs {least:.0f} GiB" if least is not None else rejected[0].reason if rejected else "none is legal"
     )
-    fix = f"x {wish.device.name} have no layout for {params:.3g} parameters: {why}; take another number."
+    fix = f"x {wish.device.name} have no layout for {params:.3g} parameters: {why}; use another number."
     raise ConfigError(Problem("--gpus", wish.gpus, fix))
 
 
