@@ -7,7 +7,7 @@ from pathlib import Path
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.conversion import DTYPES, Converted
 from checkpoints_convert.hf_directory import HfDirectory
-from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
 from megatron_qwen.hf.mapping import core_tensors
@@ -67,11 +67,11 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
         "code": code_version(),
     }
     config = new_run(source.shape, out, dtype=dtype, tokenizer=has_tokenizer)
-    records = [
-        record_of(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
+    outputs = [
+        output_tensor(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
         for item in core_tensors(source.shape)
     ]
-    files = shards(records, limit=options.max_shard_bytes or SHARD_BYTES)
+    files = shards(outputs, limit=options.max_shard_bytes or SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, hf_dir if has_tokenizer else None, note, identity)
     return write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
 

@@ -186,7 +186,7 @@ class HfDirectory:
         """How the tensors differ from those that config.json names."""
         named = count_hf_tensors(model)
         if named > len(self._entries) + _MOST_MISSING:
-            fix = f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not belong together."
+            fix = f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not match."
             return [Problem(str(self.path), None, fix)]
         expected = {item.name: item.shape for item in hf_tensors(model)}
         found = []

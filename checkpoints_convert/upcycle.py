@@ -12,7 +12,7 @@ from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.compare.sides import Side, open_side
 from checkpoints_convert.compare.verify import compare_logits
 from checkpoints_convert.conversion import Converted
-from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import OutputTensor, RowSpan
 from checkpoints_convert.tensor_set import TensorSet
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
@@ -78,7 +78,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
     config = new_run(cut.model, out, dtype=dtype, tokenizer=dense.tokenizer_dir is not None)
     require_legal(config)
     cutter = Cutter(dense, cut, seed=options.seed)
-    records = [cutter.record(item, dtype) for item in core_tensors(cut.model)]
+    outputs = [cutter.output_tensor(item, dtype) for item in core_tensors(cut.model)]
     note = {
         "kind": "upcycled",
         "path": str(dense.path.absolute()),
@@ -93,7 +93,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         "model": asdict(cut.model),
         "code": code_version(),
     }
-    files = shards(records, limit=SHARD_BYTES)
+    files = shards(outputs, limit=SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, dense.tokenizer_dir, note, identity)
     done = write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
     report: dict[str, Any] = {"exact": cut.exact, "nearly": cut.nearly, "notes": list(cut.notes), "logits": None}
@@ -115,7 +115,7 @@ def _digest(dense: Side) -> str:
 
 
 class Cutter:
-    """Makes the records of a mixture's weights from a dense model's.
+    """Makes the tensors of a mixture's weights from a dense model's.
 
     Args:
         dense: the dense model.
@@ -128,9 +128,11 @@ class Cutter:
         self._tensors: TensorSet = dense.tensors
         self._cut, self._seed, self._ffn = cut, seed, dense.model.ffn_hidden_size
 
-    def record(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
+    def output_tensor(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
         """One weight of the mixture."""
-        return record_of(item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()])
+        return output_tensor(
+            item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()]
+        )
 
     def _piece(self, name: str, part: int, span: tuple[int, int]) -> RowSpan:
         first, last = span

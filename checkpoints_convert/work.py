@@ -60,7 +60,7 @@ class Work:
         """Raises DiskFullError where the files cannot fit."""
         needed, free = self.left_to_write(files) + _SMALL_FILES, free_bytes(self.directory)
         if needed > free:
-            fix = f"{needed:,} bytes ({gb(needed)}) are needed and {free:,} are free; free some space or choose another disk."
+            fix = f"{needed:,} bytes ({gb(needed)}) are needed and {free:,} are free; make room or choose another disk."
             raise DiskFullError(Problem(str(self.out), None, fix))
 
     def write(

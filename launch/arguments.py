@@ -159,7 +159,7 @@ def _site_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
     draft = actions.add_parser(
         "cluster-init",
         help="draft a cluster file from what Slurm reports",
-        description="Asks sinfo and scontrol about the cluster and prints a draft of a cluster file. Review it before you use it.",
+        description="Asks sinfo and scontrol about the cluster and prints a draft of a cluster file for review.",
         examples=["mq launch cluster-init > launch/clusters/ours.yaml", "mq launch cluster-init --partition gpu"],
     )
     draft.add_argument("--partition", help="default: the cluster's default one")

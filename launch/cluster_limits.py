@@ -38,7 +38,7 @@ def _limits(
         yield error(Problem("partition", name, f"is {partition.get('State')}; use another, or wait until it is UP."))
     limit = slurm.minutes(partition.get("MaxTime", ""))
     if limit is not None and cluster.time_limit_minutes > limit:
-        fix = f"exceeds the {partition['MaxTime']} of partition {name}; a longer run resumes in its next job automatically."
+        fix = f"exceeds the {partition['MaxTime']} of partition {name}; a longer run resumes in its next job."
         yield error(Problem("time_limit", cluster.time_limit, fix))
     largest = partition.get("MaxNodes", "UNLIMITED")
     if largest.isdecimal() and request.nodes > int(largest):

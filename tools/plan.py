@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         "mq plan",
-        description="Ranks the layouts of a recipe by predicted tokens per second, and gives the reason why others are rejected. "
-        "The model, the sequence length and the global batch are the recipe's, unless overridden.",
+        description="Ranks the layouts of a recipe by predicted tokens per second, and gives the reason why "
+        "others are rejected. The model, the sequence length and the global batch are the recipe's, unless overridden.",
         examples=[
             "mq plan qwen2_5_72b --gpus 1024 --gpu h100",
             "mq plan qwen2_5_7b --gpus 64 --gpu h200 --precision fp8 --png memory.png",
@@ -99,7 +99,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     if options.precision is not None:
         config = config.with_section("precision", fp8="tensorwise" if options.precision == "fp8" else None)
     if config.data.blend is not None:
-        fix = "has data stages with their own length and batch; plan each with data.seq_length and training.global_batch_size."
+        fix = "has data stages with their own length and batch; plan each with data.seq_length, training.global_batch_size."
         raise ConfigError(Problem("data.blend", config.data.blend, fix))
     if reason := why_not(config, find_hardware(options.gpu)):
         raise ConfigError(Problem(config.recipe, None, reason))
@@ -113,8 +113,8 @@ def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
         least = min(needs, key=lambda one: one.need_gib or 0.0)
         layout = layout_name(least.config.parallel)
         return (
-            f"cannot hold this model in any layout: the smallest needs {least.need_gib:.0f} GiB of {device.memory_gib:.0f} "
-            f"({layout}, {_kept(least.config)}); use more devices or a shorter sequence."
+            f"cannot hold this model in any layout: the smallest needs {least.need_gib:.0f} GiB of "
+            f"{device.memory_gib:.0f} ({layout}, {_kept(least.config)}); use more devices or a shorter sequence."
         )
     simplest = min(rejected, key=lambda one: one.config.parallel.model_parallel_size)
     return f"have no legal layout; the simplest one, {layout_name(simplest.config.parallel)}, says: {simplest.reason}"

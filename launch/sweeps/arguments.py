@@ -79,8 +79,8 @@ def _add_fitting(actions: Any) -> None:
     fit.add_argument("--json", action="store_true")
     report = actions.add_parser(
         "report",
-        description="Fits the finished cells and writes one page that needs no network: laws, charts, cells with links to "
-        "their runs, failed runs and hours spent; next to it the charts as SVG and PNG and the data as CSV.",
+        description="Fits the finished cells and writes one page that needs no network: laws, charts, cells with links "
+        "to their runs, failed runs and hours spent; next to it the charts as SVG and PNG and the data as CSV.",
         examples=["mq sweep report runs/study", "mq sweep report runs.csv --output report.html --figures figures"],
         help="a page of a study",
     )
@@ -123,8 +123,9 @@ def _add_running(actions: Any) -> None:
     """What runs a study."""
     submit = actions.add_parser(
         "submit",
-        description="Runs a plan to its end: submits runs that are ready, a few at a time, and branches once their stem has "
-        "written their checkpoint; records the result of each. After a kill `resume` resumes; running jobs are not disturbed.",
+        description="Runs a plan to its end: submits runs that are ready, a few at a time, and branches once their "
+        "stem has written their checkpoint; records the result of each. After a kill, `resume` continues; running "
+        "jobs are not disturbed.",
         examples=["mq sweep submit study.plan.yaml", "mq sweep submit study.plan.yaml --cluster cpu --at-once 8"],
         help="run a plan",
     )

@@ -87,7 +87,10 @@ class StudyDirectory:
         """
         if self.plan_yaml.is_file():
             if self.plan_yaml.read_bytes() != plan.path.read_bytes():
-                fix = f"differs from the plan in {self.path}; give the study another name, or continue that study with `mq sweep resume`."
+                fix = (
+                    f"differs from the plan in {self.path}; give the study another name, or continue that study with "
+                    "`mq sweep resume`."
+                )
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
         begun = {self.runs.name, self.database.name, _LOCK}  # by a command that was killed here

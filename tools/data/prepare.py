@@ -49,9 +49,7 @@ def main(options: argparse.Namespace) -> int:
     whole = prepare(plan, workers=workers, task=Task(*task), on_progress=show)
     show.close()
     if whole is None:
-        print(
-            f"{options.output}: the shards of task {task[0]}/{task[1]} are made; shards of other tasks are still missing"
-        )
+        print(f"{options.output}: the shards of task {task[0]}/{task[1]} are made; those of other tasks are missing")
     elif options.json:
         print(json.dumps(asdict(whole), indent=2))
     else:

@@ -205,8 +205,8 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"  scatter about the law {surface['spread']:.2%}")
     for one in content["on_par"]:
         lines.append(
-            f"an MoE model with {one['sparsity']:.3g} times its active parameters, granularity {one['granularity']:.3g}, "
-            f"is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
+            f"an MoE model with {one['sparsity']:.3g} times its active parameters, granularity "
+            f"{one['granularity']:.3g}, is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
         )
     if laws := content["settings_laws"]:
         lines += ["", *setting_laws(laws)]

@@ -210,8 +210,8 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
     fitted = f"the largest fitted point (N D = {largest:.3g})"
     if beyond > wish.refuse_factor:
         fix = (
-            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit is not reliable. "
-            "Fit larger models, or raise --refuse-factor."
+            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit is "
+            "not reliable. Fit larger models, or raise --refuse-factor."
         )
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
     warnings = [
@@ -225,7 +225,7 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
     ratio, ratios = tokens / params, fit.points.tokens / fit.points.params
     if not ratios.min() / 2 <= ratio <= ratios.max() * 2:
         warnings.append(
-            f"{ratio:.3g} tokens per parameter are outside the {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
+            f"{ratio:.3g} tokens per parameter are outside {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
         )
     return warnings
 
