@@ -1,7 +1,10 @@
 """Writes one file of tensors, and resumes what an earlier attempt left of it.
 
-A journal notes after every block how far a tensor is and the hash of its bytes so far. Another attempt reads the file
-back, keeps what has these hashes, and writes on behind it. So a kill costs the blocks that were being written.
+A journal records after every block how far a tensor is and the hash of its bytes so far. The next attempt reads the
+file back, keeps what has these hashes, and continues after it. So a kill costs only the blocks that were being written.
+
+The journal is not synced: its hashes are compared with the bytes of the file, so a line that outlived its bytes after a
+power loss is found out and the block is written again.
 """
 
 import threading
@@ -18,7 +21,7 @@ from checkpoints_convert.progress import ByteProgress
 from megatron_qwen.files import sync_stream
 
 LARGEST_BLOCK, _SMALLEST_BLOCK = 1 << 23, 1 << 16
-# Blocks of as many workers as there may be are together smaller than a file.
+# A block is at most an eighth of the largest file, so that the blocks of several workers together stay smaller than it.
 _BLOCKS_OF_A_FILE = 8
 
 
@@ -29,19 +32,19 @@ class Digest(Protocol):
         """Takes bytes."""
 
     def copy(self) -> Any:
-        """The same state, apart."""
+        """An independent copy of the state."""
 
     def hexdigest(self) -> str:
         """The hash so far."""
 
 
 class Stopped(Exception):
-    """Another file failed; this one stays as far as it is."""
+    """Another file failed; this one is left as it is, to be resumed."""
 
 
 @dataclass
 class Written:
-    """A file that is there, whole.
+    """A complete file.
 
     Args:
         size: its bytes.
@@ -69,7 +72,7 @@ class _Block:
 
 @dataclass
 class _Unfinished:
-    """A tensor that is begun: its hashes so far, and how many of its blocks are there."""
+    """A tensor that is partly written: its hashes so far, and the number of its blocks in the file."""
 
     values: Any = field(default_factory=xxhash.xxh3_128)
     whole: Any = field(default_factory=xxhash.xxh3_128)
@@ -88,7 +91,7 @@ class FileWriter:
     Args:
         file: what to write.
         path: where.
-        journal: where it is noted how far it is.
+        journal: file that records the progress.
         new_digest: begins the hash of the file.
         block: bytes read and written at once.
         progress: told of every byte.
@@ -115,7 +118,7 @@ class FileWriter:
         """Writes what is missing.
 
         Raises:
-            OSError: what is written so far stays, and is noted.
+            OSError: what is written so far stays and is in the journal.
             Stopped: another file failed.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -126,7 +129,8 @@ class FileWriter:
             complete, begun = self._keep(stream, noted)
             stream.truncate(stream.tell())
             with self._journal.open("w") as journal:
-                # What is kept is noted again, so that a journal never promises more than the file holds.
+                # The journal is rewritten for what is kept: an old line about bytes that were just truncated must not
+                # survive.
                 for number, whole in enumerate(complete):
                     _note(journal, number, len(self._blocks(self._file.tensors[number])), whole)
                 if begun.blocks:
@@ -139,7 +143,7 @@ class FileWriter:
         return self._done
 
     def _write_tensor(self, number: int, stream: BinaryIO, journal: TextIO, begun: _Unfinished) -> None:
-        """Writes a tensor from the block on at which ``begun`` stands."""
+        """Writes a tensor, from the first block that ``begun`` does not have."""
         output = self._file.tensors[number]
 
         def put(data: Any) -> None:
@@ -157,6 +161,7 @@ class FileWriter:
             begun.values.update(data)
             put(data)
             begun.blocks += 1
+            # The last block is recorded below, after the bytes of the file format that follow the values.
             if begun.blocks < len(blocks):
                 _note(journal, number, begun.blocks, begun.whole.hexdigest())
             self._progress.add(len(data))
@@ -169,7 +174,7 @@ class FileWriter:
         self._done.parts.append((output.size, begun.whole.hexdigest()))
 
     def _keep(self, stream: BinaryIO, noted: dict[int, tuple[int, str]]) -> tuple[list[str], _Unfinished]:
-        """Reads back what is there; leaves the stream behind the last block that is as noted.
+        """Reads the file back; leaves the stream after the last block that matches the journal.
 
         Returns:
             The hash of every complete tensor, and the state of the one that is begun.
@@ -187,6 +192,7 @@ class FileWriter:
             blocks = self._blocks(output)
             begun = self._begun_of(output, stream, noted.get(number), len(blocks))
             if begun is None:
+                # The bytes of this tensor do not match: go back to its start, also in the hash of the file.
                 stream.seek(begin)
                 self._digest = digest
                 break
@@ -202,7 +208,7 @@ class FileWriter:
     def _begun_of(
         self, output: OutputTensor, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int
     ) -> _Unfinished | None:
-        """The state of a tensor after the blocks that are noted, or None where they are not there."""
+        """The state of a tensor after its recorded blocks, or None if the file does not have them."""
         if noted is None or noted[0] > blocks or (noted[0] == 0 and blocks):
             return None
         begun = _Unfinished(blocks=noted[0])
@@ -245,7 +251,7 @@ def _note(journal: TextIO, number: int, blocks: int, whole: str) -> None:
 
 
 def _read_journal(path: Path) -> dict[int, tuple[int, str]]:
-    """By tensor, the blocks that are noted and the hash up to there; a line that was cut off says nothing."""
+    """By tensor, the recorded blocks and the hash up to there; a truncated line fails its checksum and is ignored."""
     noted: dict[int, tuple[int, str]] = {}
     for line in _lines(path):
         text, _, check = line.rpartition(" ")

@@ -99,7 +99,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     if options.precision is not None:
         config = config.with_section("precision", fp8="tensorwise" if options.precision == "fp8" else None)
     if config.data.blend is not None:
-        fix = "has data stages with their own length and batch; plan each with data.seq_length, training.global_batch_size."
+        fix = "has data stages with their own length and batch; plan each with data.seq_length and its batch."
         raise ConfigError(Problem("data.blend", config.data.blend, fix))
     if reason := why_not(config, find_hardware(options.gpu)):
         raise ConfigError(Problem(config.recipe, None, reason))

@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_qwen.cli import Parser
 
-# Where neither the command line nor an earlier submission of the study says it. A machine has its cores, a cluster a
-# queue: so many runs together by scheduler.
+# Defaults where neither the command line nor an earlier submission of the study gives a value. AT_ONCE by scheduler:
+# runs on one machine share its cores, so one at a time; on a cluster they queue.
 NODES = 1
 AT_ONCE = {"local": 1, "slurm": 32}
 RUNS = Path("runs")

@@ -1,4 +1,4 @@
-"""Brings a study to its end: looks at every run, hands over what is ready, and notes what became of it."""
+"""The loop of a study: reads the state of every run, submits runs that are ready, and records their results."""
 
 import time
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import DONE
 
 _BEAT_S = 20.0
-# Versions of the data by which a round judges how flat an optimum is.
+# Bootstrap resamples by which a round judges how flat an optimum is; `mq sweep fit` reports intervals and takes more.
 _DRAWS = 200
 
 
 class StudyController:
-    """Runs a study; one at a time may act on it.
+    """Runs a study; one controller at a time may act on it.
 
     Args:
         study: its directory.
@@ -39,7 +39,7 @@ class StudyController:
         self._said: dict[str, str] = {}
 
     def run(self, *, poll_s: float) -> dict[str, RunRow]:
-        """Goes on until every run has ended; returns how each stands."""
+        """Loops until every run has ended; returns the state of each."""
         while True:
             try:
                 rows = self.step()
@@ -69,13 +69,13 @@ class StudyController:
         if not found.cells:
             return False
         content, path = document(found), self.study.next_round()
-        merged(plan, [PlanFile(path, content)])  # a round that does not go with the plan is not written
+        merged(plan, [PlanFile(path, content)])  # a round that contradicts the plan is not written
         write(path, content)
         self.runs = self.study.all_runs(self.study.plan())
         return True
 
     def _wait(self, seconds: float) -> None:
-        """Sleeps, and says meanwhile that it is alive."""
+        """Sleeps, and renews the heartbeat that keeps a second controller out."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _BEAT_S))
@@ -87,7 +87,7 @@ class StudyController:
             self.say(line)
 
     def step(self) -> dict[str, RunRow]:
-        """Looks once, and hands over what is ready and fits."""
+        """One iteration: reads all states, and submits runs that are ready while there is room."""
         self.database.beat()
         rows = look(self.study, self.runs, self.database.rows())
         self._note(rows)

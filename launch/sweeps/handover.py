@@ -1,4 +1,8 @@
-"""Hands runs of a study to the scheduler: one job each on a machine, on Slurm runs of one shape as an array."""
+"""Submits runs of a study to the scheduler: one job per run on a machine, on Slurm one array per model shape.
+
+The order of writes makes a kill harmless. The database records a run as active, and the study directory the members of
+an array, before anything is submitted. A controller that is killed in between leaves runs that look active; the next
+one (look.py) asks the scheduler for jobs of these names and finds out which exist."""
 
 import subprocess
 from collections.abc import Callable, Sequence
@@ -25,7 +29,7 @@ class Place:
         cluster: name or path of a cluster file; None picks one.
         nodes: of a run.
         ranks_per_node: instead of the cluster's.
-        at_once: runs that may wait or run together; None is the scheduler's.
+        at_once: runs that may be pending or running at once; None is the scheduler's default.
     """
 
     cluster: str | None
@@ -41,9 +45,9 @@ class HandOver:
         study: whose runs they are.
         recipe: that they change.
         place: where they go.
-        database: is told before a job is submitted: who is killed in between finds the job by its name.
-        say: gets a line for everything that changes.
-        later: gets a run and why it is not handed over yet.
+        database: written before a job is submitted, so that the next controller finds the job by its name.
+        say: called with a line for everything that changes.
+        later: called with a run and the reason why it is not submitted yet.
     """
 
     def __init__(
@@ -61,11 +65,12 @@ class HandOver:
         scheduler = clusters.load(chosen_cluster(place.cluster)).scheduler
         self.as_arrays = scheduler == "slurm"
         self.at_once = place.at_once or AT_ONCE[scheduler]
-        # Fewer where Slurm has refused so many at once: sites limit arrays and jobs of a user.
+        # Smaller after Slurm has refused an array: sites limit the size of arrays and the jobs of a user. It doubles
+        # again after each array that Slurm accepts.
         self._most = self.at_once
 
     def groups(self, runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
-        """Runs that go together, in the order of their first."""
+        """Runs that are submitted together, in the order of their first."""
         if not self.as_arrays:
             return [[run] for run in runs]
         order = {shape: place for place, shape in enumerate(dict.fromkeys((run.kind, run.shape) for run in runs))}
@@ -74,14 +79,14 @@ class HandOver:
         return [part for group in found for part in map(list, batched(group, self._most))]
 
     def __call__(self, runs: Sequence[StudyRun], rows: dict[str, RunRow]) -> list[RunRow]:
-        """Submits a group; what is wrong with a run is its own failure, what is wrong with the place is waited for.
+        """Submits a group. An error of a run makes that run fail; an error of the cluster is retried later.
 
         Args:
             runs: of one group.
-            rows: how they stand.
+            rows: their states before.
 
         Returns:
-            How they stand now.
+            Their states now.
         """
         found: dict[str, RunRow] = {}
         requests: dict[str, SubmitRequest] = {}
@@ -89,7 +94,7 @@ class HandOver:
             self.database.beat()
             row = rows[run.name]
             if outcome(self.study.runs / run.name, iterations=run.iterations).status != UNFINISHED:
-                found[run.name] = row  # it has just ended: the next look says how
+                found[run.name] = row  # it has ended meanwhile: look.py reads the result in the next iteration
                 continue
             answer = self._request(run)
             if isinstance(answer, SubmitRequest):
@@ -101,7 +106,7 @@ class HandOver:
         return [found[run.name] for run in runs]
 
     def _request(self, run: StudyRun) -> SubmitRequest | str:
-        """What is to be submitted, or why that cannot be; an empty word where it may be possible later."""
+        """The request, or the reason why the run cannot be submitted; an empty text where it may be possible later."""
         try:
             request = make(
                 self.recipe,
@@ -132,13 +137,14 @@ class HandOver:
         try:
             submitted = self._as_one(runs[0], requests) if len(runs) == 1 else self._as_array(runs, requests)
         except (slurm.SlurmError, subprocess.TimeoutExpired, OSError) as error:
-            # Not now: of what has taken too long to answer it is not known whether it was taken.
+            # A timeout does not tell whether Slurm took the jobs. The rows go back to their state before; if jobs
+            # exist, look.py finds them by name. Slurm may have refused the size of the array: halve the next one.
             self._most = max(1, len(runs) // 2)
             return self._later(before, _line(error))
         except UserError as error:
-            if len(runs) > 1:  # one by one each has its own say
+            if len(runs) > 1:  # submitted one by one, each run gets its own error
                 return {name: row for run in runs for name, row in self._submit([run], before, requests).items()}
-            if any(problem.where == "run" for problem in error.problems):  # another command has it in hand
+            if any(problem.where == "run" for problem in error.problems):  # another command is submitting or running it
                 return self._later(before, _line(error))
             return {name: replace(row, status=FAILED, why=_line(error)[:500]) for name, row in before.items()}
         self._most = min(self.at_once, 2 * self._most)

@@ -1,4 +1,4 @@
-"""What became of a run of a study, by its run directory alone."""
+"""The result of a run of a study, from its run directory alone."""
 
 import math
 from dataclasses import dataclass

@@ -43,7 +43,7 @@ class ComputeAllocation:
         exponent: of C.
         flops: of the points it was fitted to, [n].
         params: best N there, [n].
-        interval: 90 % of the exponent; None where there are no versions of the data.
+        interval: 90 % of the exponent; None where there are no bootstrap resamples.
     """
 
     approach: str

@@ -206,7 +206,8 @@ def table(content: dict[str, Any]) -> str:
     for one in content["on_par"]:
         lines.append(
             f"an MoE model with {one['sparsity']:.3g} times its active parameters, granularity "
-            f"{one['granularity']:.3g}, is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
+            f"{one['granularity']:.3g}, is on par with a dense model of {one['factor']:.2f} "
+            f"({one['low']:.2f} to {one['high']:.2f}) times them"
         )
     if laws := content["settings_laws"]:
         lines += ["", *setting_laws(laws)]
