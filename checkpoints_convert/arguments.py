@@ -149,7 +149,7 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "upcycle",
         help="a mixture-of-experts (MoE) model that starts from a dense model",
-        description="Cuts experts from a dense model's feed-forward: copies, or slices beside a shared expert, "
+        description="Cuts experts from a dense model's feed-forward: copies, or slices with a shared expert, "
         "whichever the recipe's sizes make of it. Says whether that gives the dense model's logits, and measures it.",
         examples=["mq convert upcycle runs/dense start/moe --recipe qwen1_5_moe_a2_7b model.num_layers=28"],
     )

@@ -99,7 +99,7 @@ def output_tensor(item: CoreTensor, dtype: torch.dtype, spans: Sequence[RowSpan]
 
 
 def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
-    """The shards of a checkpoint; the last one also holds what megatron-core keeps beside the tensors: nothing."""
+    """The shards of a checkpoint; megatron-core's own objects, which are empty, are in the last one."""
     groups = pack(outputs, [output.size for output in outputs], limit=limit)
     buffer = io.BytesIO()
     torch.save([{}], buffer)

@@ -170,7 +170,7 @@ def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> R
 def _configs(
     source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str, origin: dict[str, Any]
 ) -> dict[str, str]:
-    """The text files beside the weights, by name."""
+    """The text files next to the weights, by name."""
     formats = {output.dtype for file in files for output in file.tensors}
     dtype = str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
     eos, bos = _token_ids(source)

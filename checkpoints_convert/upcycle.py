@@ -1,4 +1,4 @@
-"""``mq convert upcycle``: a mixture of experts that starts from a dense model."""
+"""``mq convert upcycle``: an MoE model that starts from a dense model."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -50,7 +50,7 @@ class UpcycleOptions:
 
 
 def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) -> tuple[Converted, dict[str, Any]]:
-    """Writes a checkpoint of the mixture.
+    """Writes a checkpoint of the MoE model.
 
     Args:
         dense: a checkpoint or a Hugging Face directory.
@@ -115,7 +115,7 @@ def _digest(dense: Side) -> str:
 
 
 class Cutter:
-    """Makes the tensors of a mixture's weights from a dense model's.
+    """Makes the tensors of an MoE model's weights from a dense model's.
 
     Args:
         dense: the dense model.
@@ -129,7 +129,7 @@ class Cutter:
         self._cut, self._seed, self._ffn = cut, seed, dense.model.ffn_hidden_size
 
     def output_tensor(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
-        """One weight of the mixture."""
+        """One weight of the MoE model."""
         return output_tensor(
             item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()]
         )
@@ -142,7 +142,7 @@ class Cutter:
         return RowSpan(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
 
     def _reader(self, name: str) -> Callable[[int, int], torch.Tensor]:
-        """What gives rows of a Hugging Face tensor of the mixture."""
+        """What gives rows of a Hugging Face tensor of the MoE model."""
         before, mlp, rest = name.partition(".mlp.")
         if not mlp:
             return lambda start, stop: self._tensors.rows(name, start, stop)

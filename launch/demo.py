@@ -119,7 +119,7 @@ class Demo:
     Args:
         out: the directory everything goes to.
         layout: as typed, for the eye.
-        overrides: the configuration, beside the recipe ``demo``.
+        overrides: the configuration, in addition to the recipe ``demo``.
         ranks: how many.
         stages: what announces them.
     """

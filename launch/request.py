@@ -127,7 +127,7 @@ def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
 
 
 def with_name(request: SubmitRequest, name: str, config: RunConfig) -> SubmitRequest:
-    """The same request for another run beside it.
+    """The same request for another run next to it.
 
     Raises:
         ConfigError: the name could lead elsewhere.

@@ -24,7 +24,7 @@ from megatron_qwen.rundir import RunDirectory, RunState
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that was handed over.
+    """A run that was submitted.
 
     Args:
         name: of the run.
@@ -167,7 +167,7 @@ def submit_array(
     name: str | None = None,
     between: Callable[[], None] = lambda: None,
 ) -> list[Submitted]:
-    """Submits runs beside one another as one array.
+    """Submits runs together as one array.
 
     Args:
         requests: runs that differ in name, directory and configuration only.
@@ -243,7 +243,7 @@ def requests_of(content: ArrayFile, base: SubmitRequest, overrides: list[str]) -
     Args:
         content: of the file.
         base: what the runs share; its run directory's parent takes theirs.
-        overrides: of all runs, beside the file's.
+        overrides: of all runs, in addition to those of the file.
 
     Raises:
         ConfigError: with everything that is wrong with any of them.

@@ -158,12 +158,12 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _beside(source: Path, name: str) -> Path:
-    """In a study's directory; beside a CSV with its name before."""
+    """The path in a study directory, or next to a CSV with its name as prefix."""
     return source / name if source.is_dir() else source.with_suffix(f".{name}")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
-    """Fits anew, as the fit that lies there was made: a page and a fit that differ would mislead."""
+    """Fits again with the settings of the existing fit, so that page and fit agree."""
     page = options.output or _beside(options.source, "report.html")
     figures = options.figures or _beside(options.source, "figures")
     fit_json = options.fit or _beside(options.source, "fit.json")

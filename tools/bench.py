@@ -19,7 +19,7 @@ _NAMES = {
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
-    "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and beside megatron-core's GPTDataset",
+    "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and against megatron-core's GPTDataset",
     "loader": "tokens read and collated on one core against 20 million a second",
     "gpu_step": "steps of Qwen2.5 shapes on one GPU against its peak, FP8 against bf16, te against torch",
     "ceilings": "GEMMs, attention and copies of this machine against its data sheet",

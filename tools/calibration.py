@@ -20,7 +20,7 @@ _WARM_UP = 5
 
 
 def calibration_report(runs: Sequence[Path], device: Hardware, *, as_json: bool) -> str:
-    """Fits the share of the ceilings to measured steps, and shows predicted beside measured.
+    """Fits the achieved fraction of peak to measured steps, and shows predicted and measured figures.
 
     Args:
         runs: run directories.

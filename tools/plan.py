@@ -125,7 +125,7 @@ def _optimizer(config: RunConfig) -> str:
 
 
 def _kept(config: RunConfig) -> str:
-    """What decides a layout's memory beside its sizes, in words."""
+    """What decides a layout's memory in addition to its sizes, in words."""
     recompute = config.training.recompute_granularity
     words = [f"batch {config.training.micro_batch_size}"]
     words += [f"{recompute} recompute"] if recompute not in (None, "none") else []

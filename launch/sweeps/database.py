@@ -1,7 +1,7 @@
 """The state of a study in one SQLite file: what a controller knows, and which controller may act.
 
 Everything in it follows from the run directories but the number of submissions and the reason of a run that never
-began; when the file is lost it is made anew from them.
+began; when the file is lost it is recreated from them.
 """
 
 import os

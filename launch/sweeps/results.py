@@ -12,7 +12,7 @@ from tools.scaling.study_results import StudyResults
 
 
 def read(source: Path) -> StudyResults:
-    """Reads a CSV, or the runs of a study, whose observations are also written beside its plan as a CSV.
+    """Reads a CSV, or the runs of a study, whose observations are also written next to its plan as a CSV.
 
     Args:
         source: the CSV or the directory of the study.

@@ -1,4 +1,4 @@
-"""``mq bench ceilings``: what this machine's products, attention and memory reach at most, beside its data sheet."""
+"""``mq bench ceilings``: the peak rates of GEMMs, attention and memory on this machine, against its data sheet."""
 
 import datetime
 import statistics
@@ -53,7 +53,7 @@ _COPY_BYTES = {True: 8 << 30, False: 1 << 28}
 
 
 def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
-    """Rows of TFLOP/s and GB/s; what has no data sheet is beside itself.
+    """Rows of TFLOP/s and GB/s; without a data sheet a figure is compared with itself.
 
     Args:
         rounds: timings of each, of which the median counts.

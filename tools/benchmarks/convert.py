@@ -1,4 +1,4 @@
-"""``mq bench convert``: a 7B-shaped checkpoint to Hugging Face and back, beside cp of the same bytes."""
+"""``mq bench convert``: a 7B-shaped checkpoint to Hugging Face and back, against cp of the same bytes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""``mq bench data_prepare``: text to tokens with Qwen's vocabulary, beside a stock loop and gigatoken alone."""
+"""``mq bench data_prepare``: text to tokens with Qwen's vocabulary, against a stock loop and gigatoken alone."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""``mq bench data_start``: from nothing to the first batch over 2,000 sources, beside megatron-core's GPTDataset."""
+"""``mq bench data_start``: from nothing to the first batch over 2,000 sources, against megatron-core's GPTDataset."""
 
 import statistics
 import subprocess

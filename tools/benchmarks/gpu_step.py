@@ -109,7 +109,7 @@ def loss_case(case: Case, *, fp8: str | None) -> Case:
 
 
 def _losses(case: Case) -> Iterator[BenchmarkRow]:
-    """Loss after 200 steps in FP8 beside bf16, and of bf16 beside itself: so much two runs of one case differ."""
+    """Loss after 200 steps in FP8 against bf16, and of a second bf16 run: by so much two equal runs differ."""
     half, again, eight = (run_case(loss_case(case, fp8=fp8)) for fp8 in (None, None, "tensorwise"))
     yield _loss_gap(f"{case.recipe}, FP8 tensorwise", eight, half, required=1.0)
     yield _loss_gap(f"{case.recipe}, bf16 once more", again, half, required=0.0)

@@ -25,7 +25,7 @@ def predicted(step: PublishedStep, achieved: float = 1.0) -> float:
 
 
 def calibrate(steps: Sequence[PublishedStep]) -> float:
-    """The share of the ceilings that makes the predictions right in the geometric mean."""
+    """The achieved fraction of peak that makes the predictions right in the geometric mean."""
     return fit_achieved([(step.tokens_per_second, partial(predicted, step)) for step in steps])
 
 

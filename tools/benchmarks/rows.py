@@ -1,4 +1,4 @@
-"""What a benchmark answers with: one figure of ours beside a peer's or a limit, measured in the same run."""
+"""What a benchmark answers with: one figure of ours against a peer's or a limit, measured in the same run."""
 
 import statistics
 from collections.abc import Sequence
@@ -65,7 +65,7 @@ def against_peer(
     required: float,
     conditions: str,
 ) -> BenchmarkRow:
-    """A row for figures beside a peer's: the ratio is the median over rounds, with the worst and the best."""
+    """A row for figures against a peer's: the ratio is the median over rounds, with the worst and the best."""
     return BenchmarkRow(
         benchmark, ours, against, unit, peer, statistics.median(ratios), min(ratios), max(ratios), required, conditions
     )

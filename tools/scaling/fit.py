@@ -247,7 +247,7 @@ def _surface(
     if not (fitted.named("alpha") > 0 and fitted.named("beta") > 0):
         notes.append("the loss does not fall with both size and tokens: no law is fitted")
         return None, allocations, found, None
-    if points.has_mixtures and (missing := {"sigma", "gamma"} - set(fitted.names)):
+    if points.has_moe and (missing := {"sigma", "gamma"} - set(fitted.names)):
         notes.append(f"the MoE models do not determine {' and '.join(sorted(missing))}")
     if allocation := compute_optimal.from_surface(fitted):
         allocations.append(allocation)

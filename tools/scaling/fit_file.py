@@ -82,7 +82,7 @@ def _surface(found: Surface) -> dict[str, Any]:
 
 
 def _on_par(fit: Fit) -> list[dict[str, float]]:
-    """Every kind of mixture beside its dense equal."""
+    """Every kind of MoE model and its dense equal."""
     if fit.surface is None or not {"sigma", "gamma"} & set(fit.surface.names):
         return []
     kinds = {

@@ -63,7 +63,7 @@ def shape_of(model: ModelConfig) -> ModelShape:
 
 
 def shape_near(config: RunConfig, params: float) -> ModelShape:
-    """The family's shape with about so many parameters without embeddings (active ones of a mixture).
+    """The family's shape with about so many parameters without embeddings (active ones of an MoE model).
 
     Everything that is no size (vocabulary, ties, experts and how many a token visits, biases) is the configuration's;
     experts keep their share of the feed-forward.

@@ -55,7 +55,7 @@ class Terms:
         return _parts(self, np.atleast_2d(coefficients))[0].reshape(*coefficients.shape[:-1], -1)
 
 
-def mixture(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
+def moe(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
     """L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta: for dense models L = E + A / N^alpha + B / D^beta.
 
     Args:

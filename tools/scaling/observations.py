@@ -36,7 +36,7 @@ class Observation:
         learning_rate: the peak, where it was varied.
         batch_tokens: tokens of a step, where they were varied.
         embedding_params: of the input embedding and the output matrix.
-        total_params: all parameters of a mixture, counted as ``params`` are; None is a dense model.
+        total_params: all parameters of an MoE model, counted as ``params`` are; None is a dense model.
         granularity: size of a dense feed-forward over that of an expert; None is a dense model.
         name: of the cell.
     """

@@ -25,7 +25,7 @@ class Points:
     """Losses at the best settings, one a model and horizon.
 
     Args:
-        params: N, active parameters of a mixture, [n].
+        params: N, active parameters of an MoE model, [n].
         tokens: D, [n].
         log_loss: ln L, [n].
         sparsity: all parameters over active ones, 1 for a dense model, [n].
@@ -45,8 +45,8 @@ class Points:
         )
 
     @property
-    def has_mixtures(self) -> bool:
-        """Whether any is a mixture of experts."""
+    def has_moe(self) -> bool:
+        """Whether any is an MoE model."""
         return bool((self.sparsity > 1).any())
 
     @property
@@ -62,12 +62,12 @@ class Points:
         """The law over them.
 
         Args:
-            factors: of mixtures; None are those that the points tell.
+            factors: of MoE models; None are those that the points tell.
         """
         factors = self.factors if factors is None else factors
         sparsity = self.sparsity if "sigma" in factors else None
         granularity = self.granularity if "gamma" in factors else None
-        return law.mixture(self.params, self.tokens, sparsity, granularity)
+        return law.moe(self.params, self.tokens, sparsity, granularity)
 
 
 @dataclass(frozen=True)
