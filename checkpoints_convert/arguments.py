@@ -13,7 +13,9 @@ _UNITS = {"": 1e9, "GB": 1e9, "MB": 1e6, "KB": 1e3, "B": 1}
 SHARD_BYTES = 5_000_000_000
 _SHARD_SIZE = f"{SHARD_BYTES / 1e9:g}GB"
 _DTYPES = ["bf16", "fp16", "fp32"]
-_CONFIG_HELP = "recipe or run.yaml, for what Megatron-LM or Megatron-Bridge wrote; section.field=value words change it"
+_CONFIG_HELP = (
+    "recipe or run.yaml, for a checkpoint of Megatron-LM or Megatron-Bridge; followed by section.field=value overrides"
+)
 TAKES_OVERRIDES = ("to-hf", "verify", "diff", "upcycle")
 
 
@@ -22,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         "mq convert",
         description="Converts between checkpoints and Hugging Face directories, and compares them. Needs no GPU, no "
-        "process group and no model in memory; a killed conversion goes on with the same command.",
+        "process group and no model in memory; the same command resumes a killed conversion.",
         examples=[
             "mq convert to-hf runs/first out/first-hf",
             "mq convert from-hf Qwen2.5-7B runs/qwen2.5-7b-start",
@@ -44,7 +46,7 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "to-hf",
         help="checkpoint to Hugging Face directory",
         description="Writes a directory that transformers loads: weights, configuration, tokenizer, model card and a "
-        "manifest of hashes. It appears only when it is complete; killed, the same command goes on.",
+        "manifest of hashes. It appears only when it is complete; after a kill the same command resumes.",
         examples=[
             "mq convert to-hf runs/first out/first-hf --license apache-2.0",
             "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
@@ -52,10 +54,10 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         ],
     )
     parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
-    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("out", type=Path, help="the directory to create")
     parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--config", help=_CONFIG_HELP)
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the checkpoint")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the dtype of the checkpoint")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the one the run had")
     parser.add_argument("--license", help="licence in the model card, such as apache-2.0")
     told = "name data, tokenizer and checkpoint by their paths on this machine in README.md and manifest.json"
@@ -64,7 +66,7 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "--check",
         choices=["all", "weights"],
         default="all",
-        help="what is compared with the checkpoint's manifest: all of it, or only what is exported (%(default)s)",
+        help="compare with the checkpoint's manifest: all files, or only what is exported (%(default)s)",
     )
     _writing_options(parser, default=f"{_SHARD_SIZE}, or the files the model came in")
 
@@ -74,20 +76,20 @@ def _from_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "from-hf",
         help="Hugging Face directory to checkpoint",
         description="Writes a checkpoint that any layout loads, with run.yaml and tokenizer, from a Qwen2, Qwen2-MoE, "
-        "Qwen3 or Qwen3-MoE directory with safetensors. Training goes on from it with "
+        "Qwen3 or Qwen3-MoE directory with safetensors. Continue training from it with "
         "`mq train OUT/run.yaml data.path=... --run-dir RUN`.",
         examples=["mq convert from-hf Qwen2.5-7B start/qwen2.5-7b", "mq convert from-hf hf start/fp32 --dtype fp32"],
     )
     parser.add_argument("hf_dir", type=Path, help="directory with config.json and safetensors files")
-    parser.add_argument("out", type=Path, help="the directory to make")
-    parser.add_argument("--dtype", choices=_DTYPES, help="default: the format of the directory")
+    parser.add_argument("out", type=Path, help="the directory to create")
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the dtype of the directory")
     _writing_options(parser, default=_SHARD_SIZE)
 
 
 def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "verify",
-        help="whether two things are the same model",
+        help="compare two models",
         description="Compares every tensor (shape, format, bits), the configuration and the tokenizer of A and B, each "
         "a checkpoint, a Hugging Face directory or a manifest.json. Exit code 1 where anything differs.",
         examples=[
@@ -105,12 +107,12 @@ def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "--tolerance",
         type=float,
         default=0.0,
-        help="largest difference in units of a tensor's largest value; above 0 formats may differ (%(default)g)",
+        help="largest difference in units of a tensor's largest value; above 0 dtypes may differ (%(default)g)",
     )
     parser.add_argument("--logits", action="store_true", help="also run both models, layer by layer")
     parser.add_argument("--prompt", action="append", default=[], help="text for --logits; default: built-in ones")
     parser.add_argument(
-        "--dtype", choices=["fp32", "bf16"], default="fp32", help="format --logits computes in (%(default)s)"
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="dtype that --logits computes in (%(default)s)"
     )
     _common_options(parser)
 
@@ -146,13 +148,13 @@ def _diff_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
 def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "upcycle",
-        help="a mixture of experts that starts from a dense model",
-        description="Cuts experts from a dense model's feed-forward: copies, or slices beside a shared expert, "
+        help="a mixture-of-experts (MoE) model that starts from a dense model",
+        description="Cuts experts from a dense model's feed-forward: copies, or slices with a shared expert, "
         "whichever the recipe's sizes make of it. Says whether that gives the dense model's logits, and measures it.",
         examples=["mq convert upcycle runs/dense start/moe --recipe qwen1_5_moe_a2_7b model.num_layers=28"],
     )
     parser.add_argument("dense", type=Path, help="checkpoint or Hugging Face directory of a dense model")
-    parser.add_argument("out", type=Path, help="the directory to make")
+    parser.add_argument("out", type=Path, help="the directory to create")
     parser.add_argument(
         "--recipe", required=True, help="recipe or run.yaml whose experts are taken; then section.field=value words"
     )
@@ -164,20 +166,20 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     share_help = "of the output that routed experts give where the shared expert holds the whole too (%(default)g)"
     parser.add_argument("--routed-share", type=float, default=0.5, help=share_help)
     parser.add_argument("--no-logits", action="store_true", help="do not run both models to compare them")
-    parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
+    parser.add_argument("--restart", action="store_true", help="discard a different unfinished conversion to OUT")
     _common_options(parser)
 
 
 def _writing_options(parser: argparse.ArgumentParser, *, default: str) -> None:
     size_help = f"size of a file, such as 5GB or 200MB; a bare number is GB ({default})"
     parser.add_argument("--max-shard-size", type=str, metavar="SIZE", help=size_help)
-    parser.add_argument("--restart", action="store_true", help="throw away another unfinished conversion to OUT")
+    parser.add_argument("--restart", action="store_true", help="discard a different unfinished conversion to OUT")
     _common_options(parser)
 
 
 def _common_options(parser: argparse.ArgumentParser) -> None:
     workers = max(1, min(4, os.cpu_count() or 1))
-    parser.add_argument("--workers", type=int, default=workers, help="files or tensors at a time (%(default)s)")
+    parser.add_argument("--workers", type=int, default=workers, help="files or tensors in parallel (%(default)s)")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
 
 

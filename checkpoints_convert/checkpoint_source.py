@@ -147,11 +147,11 @@ def open_checkpoint(
     entries = _trusted_entries(chosen.path)
     run_yaml = chosen.path / RUN_YAML
     if config is None and not run_yaml.is_file():
-        fix = f"{chosen.path} says nothing of its architecture; name it: a recipe (mq recipes) or a run.yaml."
+        fix = f"{chosen.path} does not describe its architecture; name a recipe (mq recipes) or a run.yaml."
         raise ConfigError(Problem("--config", None, fix))
     if run_yaml.is_file():
         if (config is not None or overrides) and not where_needed:
-            fix = f"{chosen.path} has a run.yaml of its own, which says what it is; leave this out."
+            fix = f"{chosen.path} has its own run.yaml, which describes it; omit this option."
             raise ConfigError(Problem("--config", config or " ".join(overrides), fix))
         config, overrides = str(run_yaml), ()
     assert config is not None
@@ -204,7 +204,9 @@ def damaged(directory: Path, error: CheckpointError | None = None) -> Checkpoint
         return error
     others = [candidate for candidate in _others(directory) if candidate.path != directory]
     if others:
-        found.append(Problem("--iteration", None, f"there is also iteration {others[0].iteration}; choose it by hand."))
+        found.append(
+            Problem("--iteration", None, f"there is also iteration {others[0].iteration}; choose it with --iteration.")
+        )
     return CheckpointError(found)
 
 
@@ -244,7 +246,7 @@ def _contradictions(common: dict[str, Any], model: ModelConfig, directory: Path)
             Problem("model.share_embeddings_and_output_weights", model.share_embeddings_and_output_weights, fix)
         )
     found += [
-        Problem(str(directory), f"{name}={arguments[name]}", "no model of the family has that; it cannot be converted.")
+        Problem(str(directory), f"{name}={arguments[name]}", "no supported model has that; it cannot be converted.")
         for name, allowed in _FIXED_ARGUMENTS.items()
         if arguments.get(name) is not None and arguments[name] not in allowed
     ]
@@ -259,13 +261,13 @@ def _tokenizer(directory: Path, config: RunConfig, asked: Path | None) -> Path |
     """The tokenizer's directory: the one asked for, the checkpoint's own copy, or where run.yaml says it lies."""
     if asked is not None:
         if not asked.is_dir():
-            raise DataError(Problem("--tokenizer", asked, "is no directory."))
+            raise DataError(Problem("--tokenizer", asked, "is not a directory."))
         return asked
     if (directory / TOKENIZER).is_dir():
         return directory / TOKENIZER
     if config.data.tokenizer is None:
         return None
     if not Path(config.data.tokenizer).is_dir():
-        fix = "is not there any more, and the checkpoint holds no copy; name it with --tokenizer."
+        fix = "no longer exists, and the checkpoint has no copy; name a tokenizer with --tokenizer."
         raise ConversionError(Problem("data.tokenizer", config.data.tokenizer, fix))
     return Path(config.data.tokenizer)

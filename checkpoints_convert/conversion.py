@@ -10,7 +10,7 @@ import torch
 from checkpoints_convert import work
 from checkpoints_convert.file_writer import LARGEST_BLOCK
 from checkpoints_convert.output import OutputFile
-from checkpoints_convert.progress import Prediction, free_bytes, peak_resident_bytes, trial_write_rate
+from checkpoints_convert.progress import ConversionPrediction, free_bytes, peak_resident_bytes, trial_write_rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
@@ -39,7 +39,7 @@ class Converted:
     kept_bytes: int
     seconds: float
     complete_before: bool
-    prediction: Prediction | None
+    prediction: ConversionPrediction | None
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -55,12 +55,12 @@ class Converted:
         }
 
 
-def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> Prediction:
+def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> ConversionPrediction:
     """What is needed, from what is known before the first byte."""
     left = task.left_to_write(files)
     rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
     seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
-    return Prediction(
+    return ConversionPrediction(
         peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * LARGEST_BLOCK,
         disk_bytes=left,
         free_bytes=free_bytes(out.absolute().parent),

@@ -84,7 +84,7 @@ def _diff(options: argparse.Namespace) -> int:
     if options.png.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ConfigError(Problem("--png", options.png, "must end in .png, .svg or .pdf."))
     if options.png.exists():
-        raise ConfigError(Problem("--png", options.png, "exists already; name another file."))
+        raise ConfigError(Problem("--png", options.png, "already exists; name another file."))
     how = {"config": options.config, "overrides": options.overrides}
     a, b = open_side(options.a, **how), open_side(options.b, **how)
     changes = measure(a, b, workers=options.workers, quiet=options.json)
@@ -116,14 +116,14 @@ def _upcycle(options: argparse.Namespace) -> int:
         print(json.dumps({"source": str(options.dense), **done.as_json(), **report}))
         return 0
     _say(done, str(options.dense), as_json=False)
-    answer = "yes, but for rounding" if report["exact"] else "nearly" if report["nearly"] else "no"
+    answer = "yes, up to rounding" if report["exact"] else "nearly" if report["nearly"] else "no"
     print(f"gives the dense model's function: {answer}")
     print("\n".join(f"- {note}" for note in report["notes"]))
     if report["logits"]:
         found = report["logits"]
         print(
             f"measured: largest difference of a logit {found['max_abs_difference']:.2e} (rms {found['rms']:.2f}), "
-            f"cosine {found['cosine']:.7f}, same likeliest token at {found['top1_agreement']:.2%}"
+            f"cosine {found['cosine']:.7f}, same argmax token at {found['top1_agreement']:.2%}"
         )
     return 0
 
@@ -134,7 +134,7 @@ def _say(done: "Converted", source: str, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"source": source, **done.as_json()}))
     elif done.complete_before:
-        print(f"{done.out}: is complete already, every file as its manifest says")
+        print(f"{done.out}: is already complete; every file matches its manifest")
     else:
         kept = f", {gb(done.kept_bytes)} of it kept from before" if done.kept_bytes else ""
         rate = (done.weight_bytes - done.kept_bytes) / max(done.seconds, 1e-9) / 1e9
@@ -169,7 +169,7 @@ def main(arguments: Sequence[str]) -> int:
         return _ACTIONS[options.action](options)
     except KeyboardInterrupt:
         if hasattr(options, "out"):
-            logging.getLogger(__name__).warning("interrupted; the same command goes on where this stopped")
+            logging.getLogger(__name__).warning("interrupted; run the same command again to resume")
         raise
 
 

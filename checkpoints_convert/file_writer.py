@@ -1,7 +1,10 @@
-"""Writes one file of tensors and goes on with what an earlier attempt left of it.
+"""Writes one file of tensors, and resumes what an earlier attempt left of it.
 
-A journal notes after every block how far a tensor is and the hash of its bytes so far. Another attempt reads the file
-back, keeps what has these hashes, and writes on behind it. So a kill costs the blocks that were being written.
+A journal records after every block how far a tensor is and the hash of its bytes so far. The next attempt reads the
+file back, keeps what has these hashes, and continues after it. So a kill costs only the blocks that were being written.
+
+The journal is not synced: its hashes are compared with the bytes of the file, so a line that outlived its bytes after a
+power loss is found out and the block is written again.
 """
 
 import threading
@@ -13,12 +16,12 @@ from typing import Any, BinaryIO, Protocol, TextIO
 import torch
 import xxhash
 
-from checkpoints_convert.output import OutputFile, Piece, Record, cast
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, cast
 from checkpoints_convert.progress import ByteProgress
 from megatron_qwen.files import sync_stream
 
 LARGEST_BLOCK, _SMALLEST_BLOCK = 1 << 23, 1 << 16
-# Blocks of as many workers as there may be are together smaller than a file.
+# A block is at most an eighth of the largest file, so that the blocks of several workers together stay smaller than it.
 _BLOCKS_OF_A_FILE = 8
 
 
@@ -29,25 +32,25 @@ class Digest(Protocol):
         """Takes bytes."""
 
     def copy(self) -> Any:
-        """The same state, apart."""
+        """An independent copy of the state."""
 
     def hexdigest(self) -> str:
         """The hash so far."""
 
 
 class Stopped(Exception):
-    """Another file failed; this one stays as far as it is."""
+    """Another file failed; this one is left as it is, to be resumed."""
 
 
 @dataclass
 class Written:
-    """A file that is there, whole.
+    """A complete file.
 
     Args:
         size: its bytes.
         digest: hash of the file.
         tensors: xxh3-128 of the values of each tensor.
-        parts: bytes and xxh3-128 of the header and of each record, in order.
+        parts: bytes and xxh3-128 of the header and of each tensor, in order.
         kept_bytes: of the values, those that an earlier attempt had written.
     """
 
@@ -60,16 +63,16 @@ class Written:
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows of one piece, written at once."""
+    """Rows of one row span, written at once."""
 
-    piece: Piece
+    span: RowSpan
     start: int
     stop: int
 
 
 @dataclass
-class _Half:
-    """A record that is begun: its hashes so far, and how many of its blocks are there."""
+class _Unfinished:
+    """A tensor that is partly written: its hashes so far, and the number of its blocks in the file."""
 
     values: Any = field(default_factory=xxhash.xxh3_128)
     whole: Any = field(default_factory=xxhash.xxh3_128)
@@ -88,7 +91,7 @@ class FileWriter:
     Args:
         file: what to write.
         path: where.
-        journal: where it is noted how far it is.
+        journal: file that records the progress.
         new_digest: begins the hash of the file.
         block: bytes read and written at once.
         progress: told of every byte.
@@ -115,7 +118,7 @@ class FileWriter:
         """Writes what is missing.
 
         Raises:
-            OSError: what is written so far stays, and is noted.
+            OSError: what is written so far stays and is in the journal.
             Stopped: another file failed.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,56 +126,58 @@ class FileWriter:
         there = self._path.is_file()
         noted = _read_journal(self._journal) if there else {}
         with self._path.open("r+b" if there else "w+b", buffering=0) as stream:
-            complete, half = self._keep(stream, noted)
+            complete, begun = self._keep(stream, noted)
             stream.truncate(stream.tell())
             with self._journal.open("w") as journal:
-                # What is kept is noted again, so that a journal never promises more than the file holds.
+                # The journal is rewritten for what is kept: an old line about bytes that were just truncated must not
+                # survive.
                 for number, whole in enumerate(complete):
-                    _note(journal, number, len(self._blocks(self._file.records[number])), whole)
-                if half.blocks:
-                    _note(journal, len(complete), half.blocks, half.whole.hexdigest())
-                for number in range(len(complete), len(self._file.records)):
-                    self._record(number, stream, journal, half)
-                    half = _Half()
+                    _note(journal, number, len(self._blocks(self._file.tensors[number])), whole)
+                if begun.blocks:
+                    _note(journal, len(complete), begun.blocks, begun.whole.hexdigest())
+                for number in range(len(complete), len(self._file.tensors)):
+                    self._write_tensor(number, stream, journal, begun)
+                    begun = _Unfinished()
             sync_stream(stream)
         self._done.digest = self._digest.hexdigest()
         return self._done
 
-    def _record(self, number: int, stream: BinaryIO, journal: TextIO, half: _Half) -> None:
-        """Writes a tensor from the block on at which ``half`` stands."""
-        record = self._file.records[number]
+    def _write_tensor(self, number: int, stream: BinaryIO, journal: TextIO, begun: _Unfinished) -> None:
+        """Writes a tensor, from the first block that ``begun`` does not have."""
+        output = self._file.tensors[number]
 
         def put(data: Any) -> None:
             self._digest.update(data)
-            half.whole.update(data)
+            begun.whole.update(data)
             _write(stream, data)
 
-        if not half.blocks:
-            put(record.before)
-        blocks = self._blocks(record)
-        for block in blocks[half.blocks :]:
+        if not begun.blocks:
+            put(output.before)
+        blocks = self._blocks(output)
+        for block in blocks[begun.blocks :]:
             self._check()
-            rows = cast(block.piece.read(block.start, block.stop), record)
+            rows = cast(block.span.read(block.start, block.stop), output)
             data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
-            half.values.update(data)
+            begun.values.update(data)
             put(data)
-            half.blocks += 1
-            if half.blocks < len(blocks):
-                _note(journal, number, half.blocks, half.whole.hexdigest())
+            begun.blocks += 1
+            # The last block is recorded below, after the bytes of the file format that follow the values.
+            if begun.blocks < len(blocks):
+                _note(journal, number, begun.blocks, begun.whole.hexdigest())
             self._progress.add(len(data))
-        put(record.after)
-        self._finish(record, half)
-        _note(journal, number, len(blocks), half.whole.hexdigest())
+        put(output.after)
+        self._finish(output, begun)
+        _note(journal, number, len(blocks), begun.whole.hexdigest())
 
-    def _finish(self, record: Record, half: _Half) -> None:
-        self._done.tensors[record.name] = half.values.hexdigest()
-        self._done.parts.append((record.size, half.whole.hexdigest()))
+    def _finish(self, output: OutputTensor, begun: _Unfinished) -> None:
+        self._done.tensors[output.name] = begun.values.hexdigest()
+        self._done.parts.append((output.size, begun.whole.hexdigest()))
 
-    def _keep(self, stream: BinaryIO, noted: dict[int, tuple[int, str]]) -> tuple[list[str], _Half]:
-        """Reads back what is there; leaves the stream behind the last block that is as noted.
+    def _keep(self, stream: BinaryIO, noted: dict[int, tuple[int, str]]) -> tuple[list[str], _Unfinished]:
+        """Reads the file back; leaves the stream after the last block that matches the journal.
 
         Returns:
-            The hash of every complete record, and the state of the one that is begun.
+            The hash of every complete tensor, and the state of the one that is begun.
         """
         header = self._file.header
         if not noted or stream.read(len(header)) != header:
@@ -182,31 +187,34 @@ class FileWriter:
         if header:
             self._done.parts.append((len(header), xxhash.xxh3_128_hexdigest(header)))
         complete: list[str] = []
-        for number, record in enumerate(self._file.records):
+        for number, output in enumerate(self._file.tensors):
             begin, digest = stream.tell(), self._digest.copy()
-            blocks = self._blocks(record)
-            half = self._half_of(record, stream, noted.get(number), len(blocks))
-            if half is None:
+            blocks = self._blocks(output)
+            begun = self._begun_of(output, stream, noted.get(number), len(blocks))
+            if begun is None:
+                # The bytes of this tensor do not match: go back to its start, also in the hash of the file.
                 stream.seek(begin)
                 self._digest = digest
                 break
-            kept = self._bytes(record, half.blocks)
+            kept = self._bytes(output, begun.blocks)
             self._done.kept_bytes += kept
             self._progress.add(kept)
-            if half.blocks < len(blocks):
-                return complete, half
-            self._finish(record, half)
-            complete.append(half.whole.hexdigest())
-        return complete, _Half()
+            if begun.blocks < len(blocks):
+                return complete, begun
+            self._finish(output, begun)
+            complete.append(begun.whole.hexdigest())
+        return complete, _Unfinished()
 
-    def _half_of(self, record: Record, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int) -> _Half | None:
-        """The state of a record after the blocks that are noted, or None where they are not there."""
+    def _begun_of(
+        self, output: OutputTensor, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int
+    ) -> _Unfinished | None:
+        """The state of a tensor after its recorded blocks, or None if the file does not have them."""
         if noted is None or noted[0] > blocks or (noted[0] == 0 and blocks):
             return None
-        half = _Half(blocks=noted[0])
-        lengths = [(len(record.before), False), (self._bytes(record, noted[0]), True)]
+        begun = _Unfinished(blocks=noted[0])
+        lengths = [(len(output.before), False), (self._bytes(output, noted[0]), True)]
         if noted[0] == blocks:
-            lengths.append((len(record.after), False))
+            lengths.append((len(output.after), False))
         for length, is_values in lengths:
             while length:
                 self._check()
@@ -214,22 +222,22 @@ class FileWriter:
                 if not data:
                     return None
                 self._digest.update(data)
-                half.whole.update(data)
+                begun.whole.update(data)
                 if is_values:
-                    half.values.update(data)
+                    begun.values.update(data)
                 length -= len(data)
-        return half if half.whole.hexdigest() == noted[1] else None
+        return begun if begun.whole.hexdigest() == noted[1] else None
 
-    def _blocks(self, record: Record) -> list[_Block]:
+    def _blocks(self, output: OutputTensor) -> list[_Block]:
         blocks = []
-        for piece in record.pieces:
-            rows = max(1, self._block // max(1, record.row_bytes, piece.row_bytes))
-            blocks += [_Block(piece, start, min(piece.rows, start + rows)) for start in range(0, piece.rows, rows)]
+        for span in output.spans:
+            rows = max(1, self._block // max(1, output.row_bytes, span.row_bytes))
+            blocks += [_Block(span, start, min(span.rows, start + rows)) for start in range(0, span.rows, rows)]
         return blocks
 
-    def _bytes(self, record: Record, blocks: int) -> int:
-        """Bytes of the values in the first blocks of a record."""
-        return sum(block.stop - block.start for block in self._blocks(record)[:blocks]) * record.row_bytes
+    def _bytes(self, output: OutputTensor, blocks: int) -> int:
+        """Bytes of the values in the first blocks of a tensor."""
+        return sum(block.stop - block.start for block in self._blocks(output)[:blocks]) * output.row_bytes
 
     def _check(self) -> None:
         if self._stop.is_set():
@@ -243,7 +251,7 @@ def _note(journal: TextIO, number: int, blocks: int, whole: str) -> None:
 
 
 def _read_journal(path: Path) -> dict[int, tuple[int, str]]:
-    """By record, the blocks that are noted and the hash up to there; a line that was cut off says nothing."""
+    """By tensor, the recorded blocks and the hash up to there; a truncated line fails its checksum and is ignored."""
     noted: dict[int, tuple[int, str]] = {}
     for line in _lines(path):
         text, _, check = line.rpartition(" ")

@@ -7,8 +7,8 @@ from pathlib import Path
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.conversion import DTYPES, Converted
 from checkpoints_convert.hf_directory import HfDirectory
-from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
-from checkpoints_convert.output import Piece
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
+from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
 from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
@@ -36,7 +36,7 @@ class ImportOptions:
 
 
 def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
-    """Writes ``out``, which appears only when it is complete; goes on with what an earlier attempt left.
+    """Writes ``out``, which appears only when it is complete; resumes what an earlier attempt left.
 
     Raises:
         ConversionError: the directory cannot be converted, with everything that is wrong; or ``out`` is occupied.
@@ -67,14 +67,14 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
         "code": code_version(),
     }
     config = new_run(source.shape, out, dtype=dtype, tokenizer=has_tokenizer)
-    records = [
-        record_of(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
+    outputs = [
+        output_tensor(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
         for item in core_tensors(source.shape)
     ]
-    files = shards(records, limit=options.max_shard_bytes or SHARD_BYTES)
+    files = shards(outputs, limit=options.max_shard_bytes or SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, hf_dir if has_tokenizer else None, note, identity)
     return write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
 
 
-def _piece(source: HfDirectory, name: str, first: int, last: int) -> Piece:
-    return Piece(last - first, lambda start, stop: source.rows(name, first + start, first + stop))
+def _piece(source: HfDirectory, name: str, first: int, last: int) -> RowSpan:
+    return RowSpan(last - first, lambda start, stop: source.rows(name, first + start, first + stop))

@@ -40,7 +40,7 @@ class HfDirectory:
         self.path = path
         problems: list[Problem] = []
         if not path.is_dir():
-            raise ConversionError(Problem(str(path), None, "is no directory."))
+            raise ConversionError(Problem(str(path), None, "is not a directory."))
         self.config = self._config(problems)
         self.model: ModelConfig | None = None
         try:
@@ -74,7 +74,7 @@ class HfDirectory:
             while len(view):
                 taken = file.readinto(view)
                 if not taken:
-                    raise ConversionError(Problem(str(self._files[name]), name, "is cut off."))
+                    raise ConversionError(Problem(str(self._files[name]), name, "is truncated."))
                 view = view[taken:]
         return values
 
@@ -121,7 +121,7 @@ class HfDirectory:
             files = {SINGLE: None}
         else:
             pickled = sorted(item.name for item in self.path.iterdir() if item.suffix in (".bin", ".pt", ".pth"))
-            fix = f"holds neither {SINGLE} nor {INDEX}"
+            fix = f"has neither {SINGLE} nor {INDEX}"
             if pickled:
                 fix += (
                     f", only pickled weights ({', '.join(pickled[:3])}), which can run code when they are read; save "
@@ -147,7 +147,7 @@ class HfDirectory:
         weight_map = None if content is None else content.get("weight_map")
         if not isinstance(weight_map, dict):
             if content is not None:
-                problems.append(Problem(str(self.path / INDEX), "weight_map", "is missing or no mapping."))
+                problems.append(Problem(str(self.path / INDEX), "weight_map", "is missing or not a mapping."))
             return {}
         files: dict[str, set[str] | None] = {}
         refused: set[str] = set()
@@ -175,7 +175,7 @@ class HfDirectory:
         twice = [entry.name for entry in entries if entry.name in self._entries]
         strangers = [entry.name for entry in entries if expected is not None and entry.name not in expected]
         if twice:
-            problems.append(_many(path, twice, "tensors stand in another file too"))
+            problems.append(_many(path, twice, "tensors are in another file too"))
         if strangers:
             problems.append(_many(path, strangers, "tensors are not in the index, or are there for another file"))
         for entry in entries:
@@ -186,9 +186,7 @@ class HfDirectory:
         """How the tensors differ from those that config.json names."""
         named = count_hf_tensors(model)
         if named > len(self._entries) + _MOST_MISSING:
-            fix = (
-                f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not go together."
-            )
+            fix = f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not match."
             return [Problem(str(self.path), None, fix)]
         expected = {item.name: item.shape for item in hf_tensors(model)}
         found = []
@@ -202,13 +200,13 @@ class HfDirectory:
                 fix = f"has the shape {list(entry.shape)} where config.json says {list(expected[name])}."
                 found.append(Problem(str(self._files[name]), name, fix))
             if entry.dtype not in FORMATS:
-                fix = f"has the format {entry.dtype}; bfloat16, float16 and float32 can be converted."
+                fix = f"has the dtype {entry.dtype}; bfloat16, float16 and float32 can be converted."
                 found.append(Problem(str(self._files[name]), name, fix))
         formats = Counter(entry.dtype for entry in self._entries.values())
         if len(formats) > 1 and not mixed:
             rarest = min(formats, key=lambda dtype: formats[dtype])
             names = [name for name, entry in self._entries.items() if entry.dtype == rarest]
-            fix = f"tensors have the format {rarest} and others do not; give --dtype to bring all to one"
+            fix = f"tensors have the dtype {rarest} and others do not; give --dtype to convert all to one"
             found.append(_many(self.path, names, fix))
         return found
 
@@ -237,7 +235,7 @@ def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     except OSError as error:
         problems.append(Problem(str(path), None, f"cannot be read ({error.strerror})."))
     except (ValueError, TypeError, RecursionError):
-        problems.append(Problem(str(path), None, "is no JSON object, or too large: damaged."))
+        problems.append(Problem(str(path), None, "is not a JSON object, or is too large: damaged."))
     else:
         return content
     return None

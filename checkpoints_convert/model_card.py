@@ -37,7 +37,7 @@ def model_card(
     """
     config = source.config
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    front.append(f"license: {license_}" if license_ else "license: other  # to be decided by who releases this")
+    front.append(f"license: {license_}" if license_ else "license: other  # to be decided by whoever releases this")
     rows = [
         ("Architecture", f"`{architecture}`, {_shape(config.model)}"),
         ("Parameters", _parameters(config.model)),

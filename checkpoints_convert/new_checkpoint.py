@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_convert import work
 from checkpoints_convert.conversion import Converted, predict
-from checkpoints_convert.output import OutputFile, Piece, Record, pack
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import identity_digest, sha256
 from megatron_qwen.checkpoint import manifest
@@ -72,7 +72,7 @@ class NewCheckpoint:
 
 
 def new_run(model: ModelConfig, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
-    """The configuration with which training goes on from the checkpoint."""
+    """The configuration to continue training from the checkpoint."""
     return RunConfig(
         recipe="custom",
         model=model,
@@ -90,20 +90,20 @@ def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> Envelope:
     return envelope(dtype, shape)
 
 
-def record_of(item: CoreTensor, dtype: torch.dtype, pieces: Sequence[Piece]) -> Record:
+def output_tensor(item: CoreTensor, dtype: torch.dtype, spans: Sequence[RowSpan]) -> OutputTensor:
     """A weight at one layer and expert as a slice in a shard; its name carries the index of the slice."""
     shape = (1,) * len(item.leading) + item.rule.core_shape
     around = _envelope(dtype, shape)
     name = "/".join([item.rule.core, *map(str, item.leading)])
-    return Record(name, shape, dtype, tuple(pieces), around.before, around.after)
+    return OutputTensor(name, shape, dtype, tuple(spans), around.before, around.after)
 
 
-def shards(records: Sequence[Record], *, limit: int) -> list[OutputFile]:
-    """The shards of a checkpoint; the last one also holds what megatron-core keeps beside the tensors: nothing."""
-    groups = pack(records, [record.size for record in records], limit=limit)
+def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
+    """The shards of a checkpoint; megatron-core's own objects, which are empty, are in the last one."""
+    groups = pack(outputs, [output.size for output in outputs], limit=limit)
     buffer = io.BytesIO()
     torch.save([{}], buffer)
-    groups[-1].append(Record(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
+    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
     folder = iteration_dir(Path(_CHECKPOINTS), 0)
     return [OutputFile(str(folder / f"__{number}_0.distcp"), b"", tuple(group)) for number, group in enumerate(groups)]
 
@@ -116,7 +116,7 @@ def write_checkpoint(checkpoint: NewCheckpoint, *, workers: int, restart: bool, 
         DiskFullError: there is not enough room.
     """
     out, files = checkpoint.out, checkpoint.files
-    total = sum(record.value_bytes for file in files for record in file.records)
+    total = sum(output.value_bytes for file in files for output in file.tensors)
     if _is_complete(out, checkpoint.identity):
         work.clear_notes(out)
         return Converted(out, total, total, 0.0, True, None)
@@ -182,24 +182,24 @@ def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
     tensors: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
-        for record, start in zip(file.records, file.record_offsets(), strict=True):
-            info = _StorageInfo(Path(file.name).name, start, record.size)
-            item = by_name.get(record.name)
+        for output, start in zip(file.tensors, file.tensor_offsets(), strict=True):
+            info = _StorageInfo(Path(file.name).name, start, output.size)
+            item = by_name.get(output.name)
             if item is None:
-                tensors[record.name] = BytesStorageMetadata()
-                storage[MetadataIndex(record.name)] = info
+                tensors[output.name] = BytesStorageMetadata()
+                storage[MetadataIndex(output.name)] = info
                 continue
             offsets = torch.Size(item.leading + (0,) * len(item.rule.core_shape))
-            entry = tensors.setdefault(item.rule.core, _described(item, record, model))
-            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(record.shape)))
+            entry = tensors.setdefault(item.rule.core, _described(item, output, model))
+            entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(output.shape)))
             storage[MetadataIndex(item.rule.core, offsets)] = info
     return Metadata(state_dict_metadata=tensors, storage_data=storage)
 
 
-def _described(item: CoreTensor, record: Record, model: ModelConfig) -> TensorStorageMetadata:
+def _described(item: CoreTensor, output: OutputTensor, model: ModelConfig) -> TensorStorageMetadata:
     leading = (model.num_layers, model.num_moe_experts or 0)[: len(item.leading)]
     size = torch.Size((*leading, *item.rule.core_shape))
-    return TensorStorageMetadata(TensorProperties(dtype=record.dtype), size, [])
+    return TensorStorageMetadata(TensorProperties(dtype=output.dtype), size, [])
 
 
 def _is_complete(out: Path, identity: Mapping[str, Any]) -> bool:
@@ -213,7 +213,7 @@ def _is_complete(out: Path, identity: Mapping[str, Any]) -> bool:
     damage = manifest.damage(iteration_dir(out / _CHECKPOINTS, 0))
     for name, digest in noted["files"].items():
         if not (out / name).is_file() or sha256(out / name) != digest:
-            damage.append(Problem(str(out / name), None, "is missing or has other bytes than when it was written."))
+            damage.append(Problem(str(out / name), None, "is missing, or its bytes have changed since it was written."))
     if damage:
         raise ConversionError(damage)
     return True

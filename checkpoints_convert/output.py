@@ -17,12 +17,12 @@ ReadRows = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Piece:
+class RowSpan:
     """Rows of a tensor that come from one place.
 
     Args:
         rows: how many.
-        read: gives rows start to stop of the piece, [stop - start, ...].
+        read: gives rows start to stop of the row span, [stop - start, ...].
         row_bytes: bytes that are read for a row, where that is more than is written of it.
     """
 
@@ -32,14 +32,14 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Record:
+class OutputTensor:
     """A tensor in a file.
 
     Args:
         name: of the tensor, as the reader of the file knows it.
         shape: its shape there.
         dtype: its format there.
-        pieces: where its rows come from, from top to bottom.
+        spans: where its rows come from, from top to bottom.
         before: bytes of the file format in front of the values.
         after: bytes of the file format behind them.
     """
@@ -47,7 +47,7 @@ class Record:
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    spans: tuple[RowSpan, ...]
     before: bytes = b""
     after: bytes = b""
 
@@ -63,8 +63,8 @@ class Record:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row of a piece."""
-        return self.value_bytes // max(1, sum(piece.rows for piece in self.pieces))
+        """Bytes of one row of a row span."""
+        return self.value_bytes // max(1, sum(span.rows for span in self.spans))
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class OutputFile:
     Args:
         name: relative to the directory that is made.
         header: bytes in front of the first tensor.
-        records: the tensors, in order.
+        tensors: in order.
     """
 
     name: str
     header: bytes
-    records: tuple[Record, ...]
+    tensors: tuple[OutputTensor, ...]
 
     def __post_init__(self) -> None:
         assert ".." not in Path(self.name).parts, self.name
@@ -88,24 +88,24 @@ class OutputFile:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return len(self.header) + sum(record.size for record in self.records)
+        return len(self.header) + sum(output.size for output in self.tensors)
 
-    def record_offsets(self) -> list[int]:
-        """Where each record begins."""
-        starts = accumulate((record.size for record in self.records), initial=len(self.header))
+    def tensor_offsets(self) -> list[int]:
+        """Where each tensor begins."""
+        starts = accumulate((output.size for output in self.tensors), initial=len(self.header))
         return [start for start, _ in pairwise(starts)]
 
 
-def cast(block: torch.Tensor, record: Record) -> torch.Tensor:
-    """A block in the record's format.
+def cast(block: torch.Tensor, output: OutputTensor) -> torch.Tensor:
+    """A block in the tensor's format.
 
     Raises:
         ConversionError: a finite value would become infinite (float16 ends at 65,504).
     """
-    converted = block.to(record.dtype)
-    narrower = record.dtype == torch.float16 and block.dtype != torch.float16
+    converted = block.to(output.dtype)
+    narrower = output.dtype == torch.float16 and block.dtype != torch.float16
     if narrower and not torch.equal(converted.isfinite(), block.isfinite()):
-        raise ConversionError(Problem(record.name, "fp16", "holds values beyond 65,504; choose bf16 or fp32."))
+        raise ConversionError(Problem(output.name, "fp16", "holds values beyond 65,504; choose bf16 or fp32."))
     return converted
 
 

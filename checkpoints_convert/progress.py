@@ -26,7 +26,7 @@ def gb(count: float) -> str:
 
 
 @dataclass(frozen=True)
-class Prediction:
+class ConversionPrediction:
     """What a conversion will need.
 
     Args:

@@ -19,7 +19,7 @@ from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
-from checkpoints_convert.output import OutputFile, Piece, Record, pack
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
@@ -61,7 +61,7 @@ class ExportOptions:
 
 
 def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Converted:
-    """Writes ``out``, which appears only when it is complete; goes on with what an earlier attempt left.
+    """Writes ``out``, which appears only when it is complete; resumes what an earlier attempt left.
 
     Raises:
         ConversionError: ``out`` is occupied, or no class of transformers has this architecture.
@@ -76,7 +76,7 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
     }
     configs = _configs(source, files, options, name=out.name, origin=origin)
     identity = _identity(source, options, configs, origin)
-    total = sum(record.value_bytes for file in files for record in file.records)
+    total = sum(output.value_bytes for file in files for output in file.tensors)
     if is_complete(out, identity):
         work.clear_notes(out)
         return Converted(out, total, total, 0.0, True, None)
@@ -102,9 +102,9 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
             task.directory,
             files={name: done.digest for name, done in written.items()},
             tensors={
-                record.name: _noted(record, file.name, written[file.name].tensors[record.name])
+                output.name: _noted(output, file.name, written[file.name].tensors[output.name])
                 for file in files
-                for record in file.records
+                for output in file.tensors
             },
             origin=origin,
             identity=identity,
@@ -155,23 +155,23 @@ def _converted_from(source: CheckpointSource) -> dict[str, Any]:
 
 def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype: Any) -> OutputFile:
     ordered = safetensors_format.in_file_order(items, key=lambda item: (dtype(item), item.name))
-    records = tuple(
-        Record(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
+    outputs = tuple(
+        OutputTensor(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
         for item in ordered
     )
-    header = safetensors_format.header([(record.name, record.dtype, record.shape) for record in records])
-    return OutputFile(name, header, records)
+    header = safetensors_format.header([(output.name, output.dtype, output.shape) for output in outputs])
+    return OutputFile(name, header, outputs)
 
 
-def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> Piece:
-    return Piece(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
+def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> RowSpan:
+    return RowSpan(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
 
 
 def _configs(
     source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str, origin: dict[str, Any]
 ) -> dict[str, str]:
-    """The text files beside the weights, by name."""
-    formats = {record.dtype for file in files for record in file.records}
+    """The text files next to the weights, by name."""
+    formats = {output.dtype for file in files for output in file.tensors}
     dtype = str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
     eos, bos = _token_ids(source)
     if source.tokenizer is None:
@@ -211,12 +211,12 @@ def _token_ids(source: CheckpointSource) -> tuple[Any, Any]:
 
 
 def _index(files: Sequence[OutputFile]) -> str:
-    records = [(record, file.name) for file in files for record in file.records]
+    outputs = [(output, file.name) for file in files for output in file.tensors]
     metadata = {
-        "total_parameters": sum(torch.Size(record.shape).numel() for record, _ in records),
-        "total_size": sum(record.value_bytes for record, _ in records),
+        "total_parameters": sum(torch.Size(output.shape).numel() for output, _ in outputs),
+        "total_size": sum(output.value_bytes for output, _ in outputs),
     }
-    return _dump({"metadata": metadata, "weight_map": {record.name: name for record, name in records}}, sort_keys=True)
+    return _dump({"metadata": metadata, "weight_map": {output.name: name for output, name in outputs}}, sort_keys=True)
 
 
 def _identity(
@@ -239,8 +239,8 @@ def _identity(
     }
 
 
-def _noted(record: Record, file: str, digest: str) -> NotedTensor:
-    return NotedTensor(str(record.dtype).removeprefix("torch."), record.shape, digest, file)
+def _noted(output: OutputTensor, file: str, digest: str) -> NotedTensor:
+    return NotedTensor(str(output.dtype).removeprefix("torch."), output.shape, digest, file)
 
 
 def _dump(content: dict[str, Any], *, sort_keys: bool = False) -> str:

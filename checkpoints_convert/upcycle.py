@@ -1,4 +1,4 @@
-"""``mq convert upcycle``: a mixture of experts that starts from a dense model."""
+"""``mq convert upcycle``: an MoE model that starts from a dense model."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,8 +12,8 @@ from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.compare.sides import Side, open_side
 from checkpoints_convert.compare.verify import compare_logits
 from checkpoints_convert.conversion import Converted
-from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, record_of, shards, write_checkpoint
-from checkpoints_convert.output import Piece, Record
+from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
+from checkpoints_convert.output import OutputTensor, RowSpan
 from checkpoints_convert.tensor_set import TensorSet
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from megatron_qwen.config.checks import require_legal
@@ -50,7 +50,7 @@ class UpcycleOptions:
 
 
 def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) -> tuple[Converted, dict[str, Any]]:
-    """Writes a checkpoint of the mixture.
+    """Writes a checkpoint of the MoE model.
 
     Args:
         dense: a checkpoint or a Hugging Face directory.
@@ -78,7 +78,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
     config = new_run(cut.model, out, dtype=dtype, tokenizer=dense.tokenizer_dir is not None)
     require_legal(config)
     cutter = Cutter(dense, cut, seed=options.seed)
-    records = [cutter.record(item, dtype) for item in core_tensors(cut.model)]
+    outputs = [cutter.output_tensor(item, dtype) for item in core_tensors(cut.model)]
     note = {
         "kind": "upcycled",
         "path": str(dense.path.absolute()),
@@ -93,7 +93,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         "model": asdict(cut.model),
         "code": code_version(),
     }
-    files = shards(records, limit=SHARD_BYTES)
+    files = shards(outputs, limit=SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, dense.tokenizer_dir, note, identity)
     done = write_checkpoint(checkpoint, workers=options.workers, restart=options.restart, quiet=options.quiet)
     report: dict[str, Any] = {"exact": cut.exact, "nearly": cut.nearly, "notes": list(cut.notes), "logits": None}
@@ -115,7 +115,7 @@ def _digest(dense: Side) -> str:
 
 
 class Cutter:
-    """Makes the records of a mixture's weights from a dense model's.
+    """Makes the tensors of an MoE model's weights from a dense model's.
 
     Args:
         dense: the dense model.
@@ -128,19 +128,21 @@ class Cutter:
         self._tensors: TensorSet = dense.tensors
         self._cut, self._seed, self._ffn = cut, seed, dense.model.ffn_hidden_size
 
-    def record(self, item: CoreTensor, dtype: torch.dtype) -> Record:
-        """One weight of the mixture."""
-        return record_of(item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()])
+    def output_tensor(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
+        """One weight of the MoE model."""
+        return output_tensor(
+            item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()]
+        )
 
-    def _piece(self, name: str, part: int, span: tuple[int, int]) -> Piece:
+    def _piece(self, name: str, part: int, span: tuple[int, int]) -> RowSpan:
         first, last = span
         read = self._reader(name)
         # An expert's output matrix takes some columns of rows that are read whole, in fp32.
         wide = 4 * self._ffn if name.endswith("down_proj.weight") else 0
-        return Piece(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
+        return RowSpan(last - first, lambda start, stop: read(first + start, first + stop), row_bytes=wide)
 
     def _reader(self, name: str) -> Callable[[int, int], torch.Tensor]:
-        """What gives rows of a Hugging Face tensor of the mixture."""
+        """What gives rows of a Hugging Face tensor of the MoE model."""
         before, mlp, rest = name.partition(".mlp.")
         if not mlp:
             return lambda start, stop: self._tensors.rows(name, start, stop)

@@ -1,4 +1,4 @@
-"""How the experts of a mixture are cut from a dense feed-forward, and whether that gives the dense model's function.
+"""How experts are made from a dense feed-forward, and whether that preserves the function of the dense model.
 
 A SwiGLU feed-forward of width F is a sum over its channels: down[:, c] x silu(gate[c] . x) x (up[c] . x). Cut into G
 slices, the slices' outputs add up to the whole. The first experts are slices 0 to G - 1, the next G the same again,
@@ -23,14 +23,14 @@ class UpcyclePlan:
     """What goes where.
 
     Args:
-        model: the mixture's shape.
+        model: the shape of the MoE model.
         slices: G, slices the routed experts share the dense channels in.
         first_channel: first dense channel that the routed experts hold.
         shared_channels: dense channels that the shared expert holds, from 0.
         routed_scale: factor on the routed experts' output matrices.
         shared_scale: factor on the shared expert's.
         router_std: standard deviation of the router's rows.
-        exact: whether the mixture computes what the dense model does, but for rounding.
+        exact: whether the MoE model computes what the dense model does, up to rounding.
         nearly: whether it does so up to what a nearly flat router adds, a part in a thousand of the routed output.
         notes: in words, what is exact and what cannot be.
     """
@@ -61,12 +61,14 @@ def mixture_shape(dense: ModelConfig, recipe: ModelConfig) -> ModelConfig:
     """The dense model's shape with the recipe's experts.
 
     Raises:
-        ConversionError: the recipe is no mixture, or has another shape beside its experts.
+        ConversionError: the recipe is not an MoE model, or has another shape apart from its experts.
     """
     if dense.is_moe:
-        raise ConversionError(Problem("DENSE", None, "is a mixture of experts already."))
+        raise ConversionError(Problem("DENSE", None, "is already a mixture-of-experts (MoE) model."))
     if not recipe.is_moe:
-        raise ConversionError(Problem("--recipe", None, "is no mixture of experts; choose one (mq recipes)."))
+        raise ConversionError(
+            Problem("--recipe", None, "is not a mixture-of-experts (MoE) model; choose one (mq recipes).")
+        )
     names = ("num_layers", "hidden_size", "num_attention_heads", "num_query_groups", "head_dim", "qk_layernorm")
     problems = [
         Problem(f"model.{name}", getattr(recipe, name), f"the dense model has {getattr(dense, name)}; override it.")
@@ -99,7 +101,7 @@ def plan(
 
     Args:
         dense: the dense model.
-        recipe: the mixture; its experts count.
+        recipe: the MoE model; its experts count.
         router_std: of the router's rows; None is the model's initialisation, or nearly zero where it must be flat.
         routed_share: part of the output that the routed experts give where the shared expert holds the whole too.
 

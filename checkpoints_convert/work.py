@@ -1,7 +1,8 @@
-"""The directory of a conversion under way, which can be killed at any moment and gone on with.
+"""The directory of a conversion under way, which can be killed at any moment and resumed.
 
-Everything goes to ``.NAME.partial`` beside the directory that is to be made, which appears by one rename when it is
-complete. The same command finds it there, by what is noted of all that decides its bytes, and goes on.
+Everything goes to ``.NAME.partial`` next to the output directory, which appears by one rename when it is
+complete. The plan next to the files records everything that determines their bytes, so the same command recognises
+its own work there and resumes.
 """
 
 import errno
@@ -23,12 +24,12 @@ from megatron_qwen.files import LockHeldError, atomic_write, exclusive_lock, is_
 
 log = logging.getLogger(__name__)
 _JOURNAL, _PLAN = ".journal", ".plan.json"
-# Room for configuration, tokenizer and metadata beside the tensors.
+# Room for configuration, tokenizer and metadata in addition to the tensors.
 _SMALL_FILES = 64 << 20
 
 
 class OccupiedError(ConversionError):
-    """Where a directory is to be made, something is already (exit 3)."""
+    """The output directory already exists (exit 3)."""
 
 
 class Work:
@@ -45,18 +46,18 @@ class Work:
 
     @property
     def notes(self) -> Path:
-        """Where journals lie, and whatever else only the work needs; it is gone when the work is done."""
+        """Folder of the journals and of other files that only the work needs; removed when the work is done."""
         path = self.directory / _JOURNAL
         path.mkdir(exist_ok=True)
         return path
 
     def left_to_write(self, files: Sequence[OutputFile]) -> int:
-        """Bytes that are not there yet."""
+        """Bytes that are still to be written."""
         there = sum(_size(self.directory / file.name) for file in files)
         return max(0, sum(file.size for file in files) - there)
 
     def require_room(self, files: Sequence[OutputFile]) -> None:
-        """Raises DiskFullError where the files cannot fit."""
+        """Raises DiskFullError if the files do not fit."""
         needed, free = self.left_to_write(files) + _SMALL_FILES, free_bytes(self.directory)
         if needed > free:
             fix = f"{needed:,} bytes ({gb(needed)}) are needed and {free:,} are free; make room or choose another disk."
@@ -100,6 +101,7 @@ class Work:
             error for future in pending.values() if not future.cancelled() and (error := future.exception()) is not None
         ]
         for failure in failures:
+            # A full disk is reported first: it explains the failures of the other writers, and it can be resumed.
             if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise self._full(files) from None
         for failure in failures:
@@ -111,15 +113,15 @@ class Work:
         needed = self.left_to_write(files) + _SMALL_FILES
         fix = (
             f"the disk is full: {needed:,} bytes ({gb(needed)}) more are needed and {free_bytes(self.directory):,} are "
-            "free. What is written is kept; make room and run the same command again."
+            "free. What is written so far is kept; free some space and run the same command again."
         )
         return DiskFullError(Problem(str(self.directory), None, fix))
 
     def commit(self) -> None:
-        """Makes the directory appear.
+        """Syncs all files, then renames the work directory to ``out``.
 
         Raises:
-            OccupiedError: something has come into its place meanwhile.
+            OccupiedError: ``out`` was created meanwhile.
         """
         sync_tree(self.directory)
         try:
@@ -133,28 +135,30 @@ class Work:
 
 @contextmanager
 def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Work]:
-    """Opens the work directory of a conversion, or goes on with the one that is there.
+    """Opens the work directory of a conversion, new or left by an earlier attempt.
 
-    What stops a conversion and can be mended (a full disk, Ctrl-C, a kill) leaves the directory; what makes its
-    source unusable removes it.
+    An interruption (a full disk, Ctrl-C, a kill) leaves the directory for the next attempt; an unusable source removes
+    it.
 
     Args:
         out: the directory to make.
-        identity: all that decides its bytes.
-        restart: throw away an unfinished conversion of anything else.
+        identity: everything that determines its bytes.
+        restart: discard an unfinished conversion of anything else.
 
     Raises:
-        OccupiedError: ``out`` is occupied, another process is at it, or something else lies in the work directory.
+        OccupiedError: ``out`` is occupied, another process writes it, or the work directory holds something else.
     """
     out = out.absolute()
     require_free(out)
     directory = out.with_name(f".{out.name}.partial")
     with _alone(directory, out):
-        require_free(out)  # another process may have finished it meanwhile
+        require_free(out)  # again, under the lock: another process may have finished it meanwhile
         _claim(directory, out, identity, restart=restart)
         try:
             yield Work(directory, out)
         except (CheckpointError, ConversionError, DataError) as error:
+            # The source is unusable, so what was copied from it must not be resumed. OccupiedError is about ``out``:
+            # the work is complete and stays.
             if not isinstance(error, OccupiedError):
                 _clear(directory)
                 directory.rmdir()
@@ -170,18 +174,20 @@ def _alone(directory: Path, out: Path) -> Iterator[None]:
     """
 
     def warn(said: str) -> None:
-        log.warning("%s: see to it that no other process converts to %s", said, out)
+        log.warning("%s: make sure that no other process converts to %s", said, out)
 
     with ExitStack() as stack:
         while True:
             try:
                 directory.mkdir(parents=True, exist_ok=True)
             except (FileExistsError, NotADirectoryError):
-                raise OccupiedError(Problem(str(directory), None, "cannot be made: a file is in the way.")) from None
+                raise OccupiedError(
+                    Problem(str(directory), None, "cannot be created: a file of that name exists.")
+                ) from None
             try:
                 stack.enter_context(exclusive_lock(directory, timeout_s=0, make=False, without_locks=warn))
                 break
-            except FileNotFoundError:  # another process has renamed or removed it meanwhile
+            except FileNotFoundError:  # between mkdir and lock another process renamed or removed it: make it again
                 continue
             except LockHeldError:
                 raise OccupiedError(Problem(str(out), None, "another process is converting to it right now.")) from None
@@ -189,7 +195,7 @@ def _alone(directory: Path, out: Path) -> Iterator[None]:
 
 
 def _clear(directory: Path) -> None:
-    """Empties a work directory; the plan goes last, so that a kill leaves what can be recognised."""
+    """Empties a work directory. The plan goes last: without it, what a kill leaves could not be recognised."""
     for path in directory.iterdir():
         if path.name != _PLAN:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -203,11 +209,13 @@ def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: boo
     if plan.is_file() and plan.read_text() == wanted:
         return
     if there and not plan.is_file():
-        raise OccupiedError(Problem(str(directory), None, "is needed for the work and is not empty; remove it."))
+        raise OccupiedError(
+            Problem(str(directory), None, "is needed as the work directory and is not empty; remove it.")
+        )
     if there and not restart:
         fix = (
-            f"an unfinished conversion that differs in {_difference(plan, identity)} lies in {directory}; repeat the "
-            "command that began it, or give --restart to throw it away."
+            f"an unfinished conversion that differs in {_difference(plan, identity)} is in {directory}; repeat the "
+            "command that began it, or pass --restart to discard it."
         )
         raise OccupiedError(Problem(str(out), None, fix))
     _clear(directory)
@@ -215,7 +223,7 @@ def _claim(directory: Path, out: Path, identity: dict[str, Any], *, restart: boo
 
 
 def _difference(plan: Path, identity: dict[str, Any]) -> str:
-    """What an unfinished conversion has otherwise, in the words of its plan."""
+    """Names of the entries in which an unfinished conversion differs, from its plan."""
     try:
         there: dict[str, Any] = json.loads(plan.read_text())
         wanted: dict[str, Any] = json.loads(json.dumps(identity))
@@ -242,7 +250,7 @@ def require_free(out: Path) -> None:
 
 
 def _occupied(out: Path) -> Problem:
-    return Problem(str(out), None, "exists already and is not empty; name a new directory or remove it.")
+    return Problem(str(out), None, "already exists and is not empty; name a new directory or remove it.")
 
 
 def _size(path: Path) -> int:

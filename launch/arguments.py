@@ -40,7 +40,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="of the run; default: the recipe's")
     parser.add_argument("--run-dir", type=Path, help="default: the cluster's run_root and the name")
     many = parser.add_mutually_exclusive_group()
-    many.add_argument("--chain", type=int, help="so many jobs in a row, where jobs may not requeue themselves")
+    many.add_argument(
+        "--chain", type=int, help="submit this many jobs in a row, for sites where a job may not requeue itself"
+    )
     many.add_argument(
         "--until-done", action="store_true", help="one job that requeues itself until the run is done (the default)"
     )
@@ -48,8 +50,8 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="of a job (%(default)s)")
-    parser.add_argument("--cluster", help="a file of launch/clusters by its name, or a path")
-    parser.add_argument("--ranks-per-node", type=int, help="default: the cluster's, one a GPU")
+    parser.add_argument("--cluster", help="name of a file in launch/clusters, or a path")
+    parser.add_argument("--ranks-per-node", type=int, help="default: the cluster's, one per GPU")
     parser.add_argument("--time-limit", help="of a job, D-HH:MM:SS; default: the cluster's")
 
 
@@ -58,7 +60,7 @@ def _submit_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "submit",
         help="check a run and hand it to the cluster",
         description="Checks everything that can be checked without a GPU, freezes configuration and code in the run "
-        "directory, and submits. The same command goes on where a run stopped; a run of another configuration is "
+        "directory, and submits. The same command resumes a run that stopped; a run of another configuration is "
         "refused. Without --cluster: this machine where there is no Slurm, else the example cluster.",
         examples=[
             "mq launch submit qwen2_5_7b data.path=/data/corpus --cluster ours --nodes 16 --name 7b-first",
@@ -68,14 +70,14 @@ def _submit_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         ],
     )
     _run_options(parser)
-    parser.add_argument("--new-code", action="store_true", help="replace the run's snapshot by the present code")
+    parser.add_argument("--new-code", action="store_true", help="replace the run's snapshot by the current code")
     parser.add_argument("--json", action="store_true")
 
 
 def _dry_run_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "dry-run",
-        help="show all of a submission and submit nothing",
+        help="show everything that a submission would do, and submit nothing",
         description="Prints the resolved configuration, the sbatch text, predicted memory, tokens/s, duration, "
         "GPU-hours and checkpoint size, and what preflight finds. Without --cluster an example cluster of nodes with "
         "eight H100 serves.",
@@ -103,7 +105,7 @@ def _array_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
 def _status_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "status",
-        help="how runs are",
+        help="state of runs",
         description="One table of runs: state, iteration, loss, tokens/s, time left, attempts, jobs, and for what "
         "needs a hand the command. Works without accounting (slurmdbd).",
         examples=[
@@ -113,15 +115,15 @@ def _status_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         ],
     )
     parser.add_argument("runs", nargs="*", type=Path, help=f"run directories, or directories of them ({DEFAULT_RUNS})")
-    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="show it again and again")
+    parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="repeat the table")
     parser.add_argument("--json", action="store_true")
 
 
 def _logs_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "logs",
-        help="what the ranks printed",
-        description="The log of one rank, or of all of them merged in the order of time; across attempts.",
+        help="logs of the ranks",
+        description="The log of one rank, or of all of them merged by time, across attempts.",
         examples=[
             "mq launch logs runs/7b-first --rank 0 --follow",
             "mq launch logs runs/7b-first --attempt 3",
@@ -129,17 +131,15 @@ def _logs_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         ],
     )
     parser.add_argument("run", type=Path, help="a run directory")
-    parser.add_argument("--rank", type=int, action="append", help="only this one; may be given again")
+    parser.add_argument("--rank", type=int, action="append", help="only this rank; may be repeated")
     parser.add_argument("--attempt", type=int, help="only this one")
-    parser.add_argument("--follow", "-f", action="store_true", help="go on until the run is over")
-    parser.add_argument(
-        "--controller", action="store_true", help="what the jobs' controllers said, instead of the ranks"
-    )
+    parser.add_argument("--follow", "-f", action="store_true", help="keep printing until the run ends")
+    parser.add_argument("--controller", action="store_true", help="logs of the jobs' controllers instead of the ranks")
 
 
 def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
     for name, text in (
-        ("cancel", "End the jobs of runs. They save first."),
+        ("cancel", "Ends the jobs of runs, after they have saved."),
         (
             "requeue",
             "Have runs go on: releases held jobs, requeues running ones, and submits again what has stopped; its "
@@ -158,15 +158,15 @@ def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
 def _site_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
     draft = actions.add_parser(
         "cluster-init",
-        help="draft a cluster file from what Slurm says",
-        description="Asks sinfo and scontrol what the cluster is and prints a cluster file to look over.",
+        help="draft a cluster file from what Slurm reports",
+        description="Asks sinfo and scontrol about the cluster and prints a draft of a cluster file for review.",
         examples=["mq launch cluster-init > launch/clusters/ours.yaml", "mq launch cluster-init --partition gpu"],
     )
     draft.add_argument("--partition", help="default: the cluster's default one")
     freeze = actions.add_parser(
         "freeze",
         help="make a run directory without submitting, for slurm/train.sbatch",
-        description="Preflight and snapshot as submit makes them, and no job.",
+        description="Does the preflight and the snapshot of submit, without a job.",
         examples=["mq launch freeze qwen2_5_7b data.path=data/corpus --run-dir runs/7b --cluster ours --nodes 16"],
     )
     _run_options(freeze)

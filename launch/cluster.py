@@ -54,25 +54,25 @@ class Cluster:
     time_limit: str = setting("24:00:00", doc="Longest run time of one job, as Slurm writes it (D-HH:MM:SS).")
     exclusive: bool = setting(False, doc="Take whole nodes.")
     signal_delay_s: int = setting(
-        300, doc="Seconds before the time limit at which the run is told to save and leave.", minimum=10
+        300, doc="Seconds before the time limit at which the run is told to save and exit.", minimum=10
     )
     run_root: str = setting("runs", doc="Directory of runs, on a file system that all nodes share.")
     environment: Mapping[str, Words] = setting(
-        factory=dict, doc="Variables set in the job: network, NCCL. No secrets: they would be written down."
+        factory=dict, doc="Variables set in the job: network, NCCL. No secrets: they would be written to files."
     )
     pass_environment: tuple[str, ...] = setting(
         (),
-        doc="Names of variables that the job takes from the submitting shell, beside PATH, HOME, USER and the like. "
-        "The way for secrets: Slurm keeps the value, no file of ours does.",
+        doc="Names of variables that the job takes from the submitting shell, in addition to PATH, HOME, "
+        "USER and the like. Use it for secrets: Slurm keeps the value, no file of this project does.",
     )
     modules: tuple[str, ...] = setting((), doc="Environment modules that are loaded before the ranks start.")
-    setup: tuple[str, ...] = setting((), doc="Shell lines that run before the ranks, as they stand.")
+    setup: tuple[str, ...] = setting((), doc="Shell lines that run unchanged before the ranks.")
     container: Literal["pyxis", "apptainer"] | None = setting(
         None, doc="What runs the ranks in a container; null runs them on the node."
     )
     container_image: str | None = setting(None, doc="Image: a name or .sqsh file (pyxis), a .sif file (apptainer).")
     container_mounts: tuple[str, ...] = setting(
-        (), doc="Further mounts, SOURCE:TARGET; run directory and code are mounted by themselves."
+        (), doc="Further mounts, SOURCE:TARGET; run directory and code are mounted automatically."
     )
     container_python: str = setting("python3", doc="Interpreter inside the container.")
     health_check: bool = setting(True, doc="Run slurm/healthcheck.sh on every node before the ranks.")
@@ -80,7 +80,7 @@ class Cluster:
         (), doc="Its options, such as --min-disk-gib 20, --loop (see slurm/healthcheck.sh --help)."
     )
     mean_hours_between_faults: float | None = setting(
-        None, doc="Of one node, where known; advises on the save interval.", above=0
+        None, doc="Of one node, where known; preflight uses it to advise on the save interval.", above=0
     )
     sbatch: Mapping[str, Words] = setting(factory=dict, doc="Further sbatch parameters, such as {switches: 1}.")
 
@@ -164,21 +164,25 @@ def changed(cluster: Cluster, **values: Any) -> Cluster:
 def _problems(cluster: Cluster, origin: str) -> Iterator[Problem]:
     for where, text in cluster.texts():
         if (character := control_character(text)) is not None:
-            yield Problem(f"{origin}: {where}", None, f"holds the control character {character}; take it out.")
+            yield Problem(f"{origin}: {where}", None, f"holds the control character {character}; remove it.")
     if minutes(cluster.time_limit) in (None, 0):
         yield Problem(f"{origin}: time_limit", cluster.time_limit, "must be a time as Slurm writes it (D-HH:MM:SS).")
     elif cluster.signal_delay_s >= cluster.time_limit_minutes * 60:
         yield Problem(f"{origin}: signal_delay_s", cluster.signal_delay_s, "must be shorter than time_limit.")
     for name in [*cluster.environment, *cluster.pass_environment]:
         if not (name.isidentifier() and name.isascii()):
-            yield Problem(f"{origin}: environment", name, "is no name of a variable.")
+            yield Problem(f"{origin}: environment", name, "is not a name of an environment variable.")
     for name in cluster.sbatch:
         if not name.replace("-", "").replace("_", "").isalnum() or not name.isascii():
-            yield Problem(f"{origin}: sbatch", name, "is no option of sbatch; write it without the leading dashes.")
+            yield Problem(f"{origin}: sbatch", name, "is not an option of sbatch; write it without the leading dashes.")
     if (cluster.container is None) is not (cluster.container_image is None):
-        yield Problem(f"{origin}: container", cluster.container, "container and container_image go together.")
+        yield Problem(
+            f"{origin}: container",
+            cluster.container,
+            "container and container_image require each other; set both or neither.",
+        )
     if cluster.gpu_type is not None and not cluster.gpus_per_node:
-        yield Problem(f"{origin}: gpu_type", cluster.gpu_type, "needs gpus_per_node above 0.")
+        yield Problem(f"{origin}: gpu_type", cluster.gpu_type, "requires gpus_per_node above 0.")
 
 
 def reference() -> str:

@@ -28,8 +28,8 @@ def draft(partition: str | None = None) -> str:
     accounts = sorted({node.get("Features", "") for node in members} - {"", "(null)"})
     known = next((gpu for gpu in _KNOWN_GPUS if gpu.lower() in kind.lower()), None)
     lines = [
-        f"# Drafted from what Slurm says of partition {name}; {count} of its {len(members)} nodes are like this.",
-        "# Look it over: docs/slurm.md has every field.",
+        f"# Drafted from what Slurm reports about partition {name}; {count} of its {len(members)} nodes are like this.",
+        "# Review it: docs/slurm.md describes every field.",
         "scheduler: slurm",
         f"partition: {name}",
         *_others(partitions, name),

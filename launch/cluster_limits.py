@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 
 from launch.finding import Finding, error, warning
-from launch.request import Request
+from launch.request import SubmitRequest
 from megatron_qwen import slurm
 from megatron_qwen.errors import Problem, UserError, did_you_mean
 
 
-def cluster_limits(request: Request) -> list[Finding]:
+def cluster_limits(request: SubmitRequest) -> list[Finding]:
     """Partition, node count, time limit and GPUs against what Slurm says of itself."""
     try:
         partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
@@ -31,16 +31,14 @@ def cluster_limits(request: Request) -> list[Finding]:
 
 
 def _limits(
-    request: Request, name: str, partition: dict[str, str], nodes: dict[str, dict[str, str]]
+    request: SubmitRequest, name: str, partition: dict[str, str], nodes: dict[str, dict[str, str]]
 ) -> Iterator[Finding]:
     cluster = request.cluster
     if partition.get("State") != "UP":
         yield error(Problem("partition", name, f"is {partition.get('State')}; use another, or wait until it is UP."))
     limit = slurm.minutes(partition.get("MaxTime", ""))
     if limit is not None and cluster.time_limit_minutes > limit:
-        fix = (
-            f"exceeds the {partition['MaxTime']} of partition {name}; longer runs go on in the next job by themselves."
-        )
+        fix = f"exceeds the {partition['MaxTime']} of partition {name}; a longer run resumes in its next job."
         yield error(Problem("time_limit", cluster.time_limit, fix))
     largest = partition.get("MaxNodes", "UNLIMITED")
     if largest.isdecimal() and request.nodes > int(largest):

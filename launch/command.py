@@ -9,7 +9,7 @@ from launch import cluster, cluster_init, control, dry_run, logs, run_jobs, stat
 from launch.arguments import DEFAULT_RUNS, TAKES_OVERRIDES, parser
 from launch.freeze import freeze, note_jobs
 from launch.preflight import check
-from launch.request import Request, make
+from launch.request import SubmitRequest, make
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.cli import run_program
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str]) -> int:
     return actions[options.action](options, overrides)
 
 
-def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = False) -> Request:
+def _request(options: argparse.Namespace, overrides: list[str], *, dry: bool = False) -> SubmitRequest:
     return make(
         options.source,
         overrides,
@@ -112,7 +112,7 @@ def _freeze(options: argparse.Namespace, overrides: list[str]) -> int:
     directory = RunDirectory(request.run_dir)
     queue = slurm.queue() if request.cluster.scheduler == "slurm" and slurm.is_there() else {}
     if jobs := run_jobs.active(directory, queue):
-        raise ConfigError(Problem("run", request.name, f"is under way already as job {', '.join(jobs)}."))
+        raise ConfigError(Problem("run", request.name, f"is already in progress as job {', '.join(jobs)}."))
     for line in freeze(request, data_digest=found.data_digest, new_code=False):
         print(line)
     if directory.state() in (RunState.STOPPED, RunState.CANCELLED):
@@ -139,7 +139,7 @@ def _logs(options: argparse.Namespace, _: list[str]) -> int:
     run = status.find_runs([options.run])[0]
     if options.controller:
         if not run.controller_log.is_file():
-            raise ConfigError(Problem("--controller", run.controller_log, "does not exist: no job has begun yet."))
+            raise ConfigError(Problem("--controller", run.controller_log, "does not exist: no job has started yet."))
         print(run.controller_log.read_text(errors="replace"), end="")
         return 0
     if options.follow:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch import run_jobs
-from launch.request import Request, make
+from launch.request import SubmitRequest, make
 from launch.submit import hand_over
 from megatron_qwen import slurm
 from megatron_qwen.errors import ConfigError, Problem
@@ -23,7 +23,7 @@ def cancel(runs: Sequence[RunDirectory]) -> list[str]:
     for run in runs:
         jobs = run_jobs.active(run, queue)
         if not jobs:
-            lines.append(f"{run.path.name}: no job waits or runs")
+            lines.append(f"{run.path.name}: has no pending or running job")
             continue
         newest = run_jobs.submissions(run)[-1]
         if newest.elsewhere is not None:  # its process number is another's here
@@ -50,7 +50,7 @@ def requeue(runs: Sequence[RunDirectory]) -> list[str]:
         ConfigError: a run was never submitted, or is done.
     """
     problems = [
-        Problem("RUN", run.path, "was never submitted; `mq launch submit` does.")
+        Problem("RUN", run.path, "was never submitted; submit it with `mq launch submit`.")
         for run in runs
         if not run_jobs.submissions(run)
     ]
@@ -73,7 +73,7 @@ def _requeue(run: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> str:
         if not running:
             return f"{run.path.name}: job {', '.join(jobs)} waits already ({queue[jobs[0]].reason})"
         if newest.chain is not None:
-            return f"{run.path.name}: is a chain of jobs that do not requeue; cancel it, then requeue it"
+            return f"{run.path.name}: is a chain of jobs that cannot requeue; cancel it, then requeue it"
         for job in running:
             slurm.ask("scontrol", "requeue", job)
         return f"{run.path.name}: requeued job {', '.join(running)}; it saves first"
@@ -83,7 +83,7 @@ def _requeue(run: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> str:
     return f"{run.path.name}: submitted again as job {', '.join(jobs)}"
 
 
-def _request_of(run: RunDirectory, newest: run_jobs.Submission) -> Request:
+def _request_of(run: RunDirectory, newest: run_jobs.Submission) -> SubmitRequest:
     """The request that the run's newest submission was made from."""
     return make(
         str(run.run_yaml),

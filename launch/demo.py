@@ -37,7 +37,7 @@ _AXES = (*_LAYOUT_FIELDS, "dp", "sp")
 _LAYOUT = "tp=2"
 
 
-class Stages:
+class DemoStages:
     """Prints what is done and how long it took."""
 
     def __init__(self) -> None:
@@ -119,7 +119,7 @@ class Demo:
     Args:
         out: the directory everything goes to.
         layout: as typed, for the eye.
-        overrides: the configuration, beside the recipe ``demo``.
+        overrides: the configuration, in addition to the recipe ``demo``.
         ranks: how many.
         stages: what announces them.
     """
@@ -128,7 +128,7 @@ class Demo:
     layout: str
     overrides: tuple[str, ...]
     ranks: int
-    stages: Stages
+    stages: DemoStages
 
     @property
     def run_dir(self) -> Path:
@@ -207,7 +207,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("demo-run"), help="directory to make (%(default)s)")
     layout_help = f"{', '.join(_AXES)} ({_LAYOUT})"
     parser.add_argument("--layout", nargs="+", default=[_LAYOUT], metavar="AXIS=SIZE", help=layout_help)
-    parser.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
+    parser.add_argument("--steps", type=int, help="number of optimizer steps; default: the recipe's")
     options = parser.parse_args(arguments)
     layout, ranks = layout_overrides(options.layout)
     out = fresh_directory(options.output.absolute())
@@ -224,7 +224,7 @@ def main(arguments: Sequence[str]) -> int:
         out.mkdir(parents=True)
     except OSError as error:
         raise UserError(Problem("--output", out, f"cannot be made ({error.strerror}).")) from None
-    demo = Demo(out, " ".join(options.layout), tuple(overrides), ranks, Stages())
+    demo = Demo(out, " ".join(options.layout), tuple(overrides), ranks, DemoStages())
     demo.prepare(config.model.vocab_size)
     demo.pretrain()
     agreement = demo.export()
@@ -241,7 +241,7 @@ def _figures(agreement: dict[str, Any], validation: float) -> list[tuple[str, st
             f"{agreement['checkpoint_loss']:.6f} / {agreement['hf_loss']:.6f}",
         ),
         ("largest difference of a logit between the two", f"{agreement['max_abs_logit_difference']:.2e}"),
-        ("positions where both have the same likeliest token", f"{agreement['top1_agreement']:.2%}"),
+        ("positions where both have the same argmax token", f"{agreement['top1_agreement']:.2%}"),
     ]
 
 

@@ -74,7 +74,7 @@ def _packages() -> Iterator[Examined]:
     )
     yield Examined("transformer-engine", "ok" if engine else "note", engine or "not installed", fix)
     apex = importlib.util.find_spec("apex") is not None
-    yield Examined("apex", "ok", "there" if apex else "not there; its kernels are optional")
+    yield Examined("apex", "ok", "there" if apex else "not installed; its kernels are optional")
 
 
 def _version(name: str) -> str | None:
@@ -89,7 +89,7 @@ def _machine() -> Iterator[Examined]:
     yield Examined("cpu, memory", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB")
     shared = shutil.disk_usage("/dev/shm").total / _GIB if Path("/dev/shm").is_dir() else 0.0
     small = shared < _SHARED_MEMORY_GIB
-    fix = f"NCCL and data loaders want {_SHARED_MEMORY_GIB} GiB (container: --shm-size)." if small else ""
+    fix = f"NCCL and data loaders need {_SHARED_MEMORY_GIB} GiB (container: --shm-size)." if small else ""
     yield Examined("/dev/shm", "note" if small else "ok", f"{shared:.1f} GiB", fix)
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     few = files < 4096
@@ -120,18 +120,18 @@ def _network() -> Iterator[Examined]:
     root = Path("/sys/class/infiniband")
     devices = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
     if not devices:
-        yield Examined("RDMA", "note", "no device", "nodes talk over TCP: right for one node or for CPUs.")
+        yield Examined("RDMA", "note", "no device", "nodes communicate over TCP: enough for one node or for CPUs.")
         return
     yield Examined("RDMA", "ok", ", ".join(devices[:8]))
     locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     short = locked != resource.RLIM_INFINITY
-    fix = "RDMA wants it unlimited: limits.conf, and LimitMEMLOCK=infinity of slurmd." if short else ""
+    fix = "RDMA needs it unlimited: limits.conf, and LimitMEMLOCK=infinity of slurmd." if short else ""
     yield Examined("locked memory", "lacks" if short else "ok", f"{locked} bytes" if short else "unlimited", fix)
 
 
 def _slurm() -> Iterator[Examined]:
     if not slurm.is_there():
-        fix = "on a login node load the site's Slurm module; without it `mq launch submit` uses this machine."
+        fix = "on a login node load the site's Slurm module; without Slurm `mq launch submit` uses this machine."
         yield Examined("Slurm", "note", "this machine belongs to no cluster", fix)
         return
     try:
@@ -139,7 +139,12 @@ def _slurm() -> Iterator[Examined]:
         settings = slurm.ask("scontrol", "show", "config", timeout_s=30)
         partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
     except UserError as error:
-        yield Examined("Slurm", "lacks", str(error).strip(), "ask the site: slurmctld must answer (SLURM_CONF, munge).")
+        yield Examined(
+            "Slurm",
+            "lacks",
+            str(error).strip(),
+            "ask the site's administrators: slurmctld must answer (SLURM_CONF, munge).",
+        )
         return
     up = "is UP" in ping
     yield Examined("slurmctld", "ok" if up else "lacks", ping.strip().splitlines()[0], "" if up else "start slurmctld.")
@@ -157,14 +162,18 @@ def _slurm() -> Iterator[Examined]:
     for name, node in nodes.items():
         if not slurm.is_usable(node):
             reason = node.get("Reason", "no reason given")
-            fix = f"once it is mended: scontrol update NodeName={name} State=RESUME"
+            fix = f"after the repair: scontrol update NodeName={name} State=RESUME"
             yield Examined(f"node {name}", "note", f"{node.get('State')}: {reason}", fix)
 
 
 def _settings(values: dict[str, str]) -> Iterator[Examined]:
     """Settings of Slurm that decide whether a run survives."""
     requeue = values.get("JobRequeue") == "1"
-    fix = "" if requeue else "requeueing is off by default here; our jobs ask for it (--requeue), or use --chain."
+    fix = (
+        ""
+        if requeue
+        else "requeueing is off by default here; jobs of mq launch request it (--requeue), or use --chain."
+    )
     yield Examined("JobRequeue", "ok" if requeue else "note", values.get("JobRequeue", "unknown"), fix)
     wait = slurm_seconds(values.get("KillWait", ""))
     short = wait is not None and wait < 30
@@ -190,9 +199,9 @@ def slurm_seconds(text: str) -> float | None:
 def _containers() -> Iterator[Examined]:
     if shutil.which("srun") is not None:
         pyxis = "--container-image" in (_run(["srun", "--help"]) or "")
-        yield Examined("pyxis", "ok", "there" if pyxis else "not there; needed for container: pyxis only")
+        yield Examined("pyxis", "ok", "there" if pyxis else "not installed; needed only for container: pyxis")
     apptainer = shutil.which("apptainer") is not None
-    yield Examined("apptainer", "ok", "there" if apptainer else "not there; needed for container: apptainer only")
+    yield Examined("apptainer", "ok", "there" if apptainer else "not installed; needed only for container: apptainer")
 
 
 def _run(command: Sequence[str]) -> str | None:
@@ -207,8 +216,8 @@ def main(arguments: Sequence[str]) -> int:
     """Prints what was found; 1 where something lacks."""
     parser = Parser(
         "mq doctor",
-        description="Says what this machine, and the Slurm cluster it belongs to, have and lack for runs, with the way "
-        "out for each. Ends with 1 where something that every run here needs is missing.",
+        description="Shows what this machine, and the Slurm cluster it belongs to, have and lack for runs, and what to "
+        "do for each. Ends with 1 where something that every run here needs is missing.",
         examples=["mq doctor", "mq doctor --json", "srun -N1 mq doctor     on a compute node"],
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")

@@ -3,9 +3,9 @@
 import json
 from typing import Any
 
-from launch.estimates import Prediction
+from launch.estimates import RunPrediction
 from launch.preflight import Preflight
-from launch.request import Request
+from launch.request import SubmitRequest
 from launch.submission import script
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import as_dict
@@ -14,7 +14,7 @@ from megatron_qwen.estimate.memory import ALLOWANCE_GIB
 _GIB = 2.0**30
 
 
-def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
+def figures(request: SubmitRequest, prediction: RunPrediction) -> list[tuple[str, str]]:
     """Name and value of every predicted figure, for people."""
     memory, cluster = prediction.memory, request.cluster
     interval = request.config.checkpoint.save_interval
@@ -31,7 +31,7 @@ def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
     if prediction.speed is None or prediction.hours is None or prediction.gpu_hours is None:
         return [*rows, ("speed", "not predicted: the cluster file names no GPU with a known peak for this precision")]
     speed = prediction.speed
-    share = f"{speed.achieved:.0%} of a {cluster.gpu}'s ceilings (mq plan)"
+    share = f"{speed.achieved:.0%} of a {cluster.gpu}'s peak rates (mq plan)"
     jobs = prediction.hours * 60 / cluster.time_limit_minutes
     return [
         *rows,
@@ -43,24 +43,24 @@ def figures(request: Request, prediction: Prediction) -> list[tuple[str, str]]:
     ]
 
 
-def _memory(prediction: Prediction) -> str:
+def _memory(prediction: RunPrediction) -> str:
     total = prediction.memory.total_gib
     if prediction.device_gib is None:
         return f"{total:.1f} GiB"
     return f"{total:.1f} of {prediction.device_gib:.0f} GiB"
 
 
-def show(request: Request, found: Preflight) -> None:
+def show(request: SubmitRequest, found: Preflight) -> None:
     """Prints configuration, script, figures and findings."""
     print(f"# {request.run_dir}/run.yaml")
     print(to_yaml(request.config))
     if request.cluster.scheduler == "slurm":
-        print("# sbatch would get")
+        print("# script for sbatch")
         print(script(request))
     else:
         print("# submitit's local executor would start the run on this machine\n")
     if found.prediction is not None:
-        print("# predicted (megatron_qwen/estimate; nothing of it was measured)")
+        print("# predicted (megatron_qwen/estimate; not measured)")
         for name, value in figures(request, found.prediction):
             print(f"{name:<38}{value}")
         print("\n# performance.preset would choose")
@@ -73,7 +73,7 @@ def show(request: Request, found: Preflight) -> None:
             print(finding)
 
 
-def as_json(request: Request, found: Preflight) -> str:
+def as_json(request: SubmitRequest, found: Preflight) -> str:
     """The same for programs."""
     content: dict[str, Any] = {
         "name": request.name,

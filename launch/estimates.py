@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from launch.request import Request
+from launch.request import SubmitRequest
 from megatron_qwen.config import blend
 from megatron_qwen.estimate.choices import Choice, choose
 from megatron_qwen.estimate.hardware import known
@@ -13,7 +13,7 @@ from megatron_qwen.estimate.speed import Speed, expected_speed
 
 
 @dataclass(frozen=True)
-class Prediction:
+class RunPrediction:
     """Figures of a run.
 
     Args:
@@ -39,7 +39,7 @@ class Prediction:
     choices: list[Choice]
 
 
-def predict(request: Request) -> Prediction:
+def predict(request: SubmitRequest) -> RunPrediction:
     """The figures over all stages of the run; the configuration must be legal."""
     world, gpu = request.world_size, request.cluster.gpu
     machine = expected(request.config, gpu=gpu)
@@ -55,7 +55,7 @@ def predict(request: Request) -> Prediction:
     speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
     each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
     hours = sum(each) if len(each) == len(stretches) else None
-    return Prediction(
+    return RunPrediction(
         parameters=count,
         memory=max(memory, key=lambda stage: stage.total_gib),
         device_gib=device.memory_gib if device is not None else None,

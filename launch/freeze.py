@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from launch.request import Request
+from launch.request import SubmitRequest
 from launch.snapshot import NOTE
 from launch.snapshot import freeze as freeze_code
 from launch.submission import setup_lines
@@ -25,7 +25,7 @@ _OURS = ("PYTHONPATH", "MQ_ATTEMPT", "MASTER_ADDR", "MASTER_PORT")
 SETUP = "job.setup.sh"
 
 
-def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list[str]:
+def freeze(request: SubmitRequest, *, data_digest: str | None, new_code: bool) -> list[str]:
     """Writes run.yaml, code/ and job.json; what is there already and agrees stays.
 
     Args:
@@ -50,7 +50,7 @@ def freeze(request: Request, *, data_digest: str | None, new_code: bool) -> list
     return said
 
 
-def _require_readable(request: Request, directory: RunDirectory) -> None:
+def _require_readable(request: SubmitRequest, directory: RunDirectory) -> None:
     """Raises ConfigError where the code that the run keeps does not know what the present code writes."""
     probe = directory.path / ".run.probe.yaml"
     probe.write_text(to_yaml(request.config))
@@ -66,9 +66,9 @@ def _require_readable(request: Request, directory: RunDirectory) -> None:
         raise ConfigError(Problem("code", directory.code, fix))
 
 
-def _freeze_code(request: Request, directory: RunDirectory, *, new_code: bool) -> list[str]:
+def _freeze_code(request: SubmitRequest, directory: RunDirectory, *, new_code: bool) -> list[str]:
     if directory.code.exists() and not new_code:
-        return [f"code: the snapshot {_when(directory.code)} stays; --new-code takes the present one"]
+        return [f"code: the snapshot {_when(directory.code)} is kept; --new-code replaces it by the current code"]
     fresh = directory.path / "code.new"
     shutil.rmtree(fresh, ignore_errors=True)
     snapshot = freeze_code(fresh, environ=request.environ)
@@ -84,15 +84,15 @@ def _when(code: Path) -> str:
         note = json.loads((code / NOTE).read_text())
         return f"of {note['time']} ({_named(note)})"
     except (OSError, ValueError, KeyError):
-        return "without a readable note"
+        return "without a readable snapshot.json"
 
 
 def _named(note: dict[str, Any]) -> str:
-    commit = f"commit {note['commit'][:12]}" if note["commit"] else "no git checkout"
+    commit = f"commit {note['commit'][:12]}" if note["commit"] else "not a git checkout"
     return commit + (" with uncommitted changes" if note["modified"] else "")
 
 
-def job_settings(request: Request) -> JobSettings:
+def job_settings(request: SubmitRequest) -> JobSettings:
     """What the controller is to know."""
     cluster, directory = request.cluster, RunDirectory(request.run_dir)
     mounts = [f"{path}:{path}" for path in _mounted(request)] + list(cluster.container_mounts)
@@ -123,7 +123,7 @@ def job_settings(request: Request) -> JobSettings:
     )
 
 
-def _mounted(request: Request) -> list[Path]:
+def _mounted(request: SubmitRequest) -> list[Path]:
     """Directories that the ranks need inside a container."""
     data, checkpoint = request.config.data, request.config.checkpoint
     wanted = [request.run_dir]
@@ -140,7 +140,7 @@ def _mounted(request: Request) -> list[Path]:
     return list(dict.fromkeys(wanted))
 
 
-def note_jobs(request: Request, jobs: list[str]) -> None:
+def note_jobs(request: SubmitRequest, jobs: list[str]) -> None:
     """Adds a submission to jobs.jsonl."""
     directory, cluster = RunDirectory(request.run_dir), request.cluster_name
     if cluster.endswith((".yaml", ".yml")):

@@ -31,7 +31,7 @@ def chosen_attempts(directory: RunDirectory, attempt: int | None) -> list[int]:
     there = attempts_with_logs(directory)
     if attempt is not None and attempt not in there:
         known = ", ".join(map(str, there)) or "none"
-        raise ConfigError(Problem("--attempt", attempt, f"left no logs here; these did: {known}."))
+        raise ConfigError(Problem("--attempt", attempt, f"has no logs here; logs exist of: {known}."))
     return there if attempt is None else [attempt]
 
 

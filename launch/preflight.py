@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from launch.cluster_limits import cluster_limits
-from launch.estimates import Prediction, predict
+from launch.estimates import RunPrediction, predict
 from launch.finding import Finding, error, warning
-from launch.request import Request
+from launch.request import SubmitRequest
 from launch.text import control_character, is_secret_name, secret_in
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config import checks
@@ -34,7 +34,7 @@ class Preflight:
     """
 
     findings: tuple[Finding, ...]
-    prediction: Prediction | None
+    prediction: RunPrediction | None
     data_digest: str | None
 
     @property
@@ -49,7 +49,7 @@ class Preflight:
         return 0 if not kinds else EXIT_DATA if kinds == {"data"} else EXIT_CONFIG
 
 
-def check(request: Request, *, on_site: bool) -> Preflight:
+def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """Runs every check.
 
     Args:
@@ -74,7 +74,7 @@ def check(request: Request, *, on_site: bool) -> Preflight:
     return Preflight(tuple(findings), prediction, digest)
 
 
-def _config_texts(request: Request) -> Iterator[tuple[str, str]]:
+def _config_texts(request: SubmitRequest) -> Iterator[tuple[str, str]]:
     content = as_dict(request.config)
     for section in SECTION_TYPES:
         for name, value in content[section].items():
@@ -83,16 +83,16 @@ def _config_texts(request: Request) -> Iterator[tuple[str, str]]:
                     yield f"{section}.{name}", text
 
 
-def _texts(request: Request) -> Iterator[Finding]:
+def _texts(request: SubmitRequest) -> Iterator[Finding]:
     """Nothing that could end a line of a script; nothing that Slurm would read as a pattern."""
     for where, text in (*_config_texts(request), ("--run-dir", str(request.run_dir))):
         if (character := control_character(text)) is not None:
-            yield error(Problem(where, None, f"holds the control character {character}; take it out."))
+            yield error(Problem(where, None, f"holds the control character {character}; remove it."))
     if "%" in str(request.run_dir):
         yield error(Problem("--run-dir", request.run_dir, "must not hold %, which Slurm replaces in file names."))
 
 
-def _secrets(request: Request) -> Iterator[Finding]:
+def _secrets(request: SubmitRequest) -> Iterator[Finding]:
     fix = "would be written into files of the run; pass it through the environment (pass_environment of the cluster)."
     for where, text in (*_config_texts(request), *request.cluster.texts()):
         if (what := secret_in(text, request.environ)) is not None:
@@ -102,37 +102,37 @@ def _secrets(request: Request) -> Iterator[Finding]:
             yield error(Problem(f"cluster: {name}", None, f"is named like a secret, which {fix}"))
 
 
-def _run_directory(request: Request) -> Iterator[Finding]:
+def _run_directory(request: SubmitRequest) -> Iterator[Finding]:
     """Nobody else may be able to write what the job will read and run."""
     path = request.run_dir
     if path.exists():
         found = path.stat()
         if not stat.S_ISDIR(found.st_mode):
-            yield error(Problem("--run-dir", path, "is no directory; choose another name."))
+            yield error(Problem("--run-dir", path, "is not a directory; choose another name."))
         elif found.st_uid != os.getuid():
-            yield error(Problem("--run-dir", path, "belongs to somebody else; choose another name."))
+            yield error(Problem("--run-dir", path, "belongs to another user; choose another name."))
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            fix = f"can be written by others, who could have the job run their code; chmod 700 {path}."
+            fix = f"is writable by others, who could make the job run their code; chmod 700 {path}."
             yield error(Problem("--run-dir", path, fix))
     for parent in path.parents:
         if parent.is_dir():
             mode, owner = parent.stat().st_mode, parent.stat().st_uid
             if (mode & stat.S_IWGRP and not mode & stat.S_ISVTX) or owner not in (0, os.getuid()):
-                fix = "lets others put something else in the run's place; best is a directory of your own (chmod g-w)."
+                fix = "lets others replace the run directory; use a directory of your own (chmod g-w)."
                 yield warning(Problem("directory", parent, fix))
             if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
-                fix = "can be written by everyone, who could replace the run in it; chmod o-w, or set its sticky bit."
+                fix = "is writable by everyone, who could replace the run in it; chmod o-w, or set its sticky bit."
                 yield error(Problem("directory", parent, fix))
     existing = next(parent for parent in path.parents if parent.is_dir())
     if not os.access(existing, os.W_OK):
-        yield error(Problem("--run-dir", path, f"cannot be made: {existing} cannot be written."))
+        yield error(Problem("--run-dir", path, f"cannot be created: {existing} is not writable."))
 
 
-def _data(request: Request) -> tuple[list[Finding], str | None]:
+def _data(request: SubmitRequest) -> tuple[list[Finding], str | None]:
     """Data, tokenizer and epochs."""
     config = request.config
     if config.data.path is None and config.data.blend is None:
-        fix = "must be given before this is submitted: the prefix of a .bin / .idx pair (mq data prepare)."
+        fix = "must be set before submission: the prefix of a .bin / .idx pair (mq data prepare)."
         return [Finding("unset", Problem("data.path", None, fix), "data")], None
     from megatron_qwen.data.reading.preflight import require_usable
     from megatron_qwen.data.reading.reading_plan import plan, warnings
@@ -151,7 +151,7 @@ def _data(request: Request) -> tuple[list[Finding], str | None]:
     return [warning(problem) for problem in warnings(data, plan(data))], digest
 
 
-def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _memory(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     capacity = prediction.device_gib
     if capacity is None:
         return
@@ -167,7 +167,7 @@ def _memory(request: Request, prediction: Prediction) -> Iterator[Finding]:
         yield warning(Problem("memory", None, fix.format(f"an estimated {memory.total_gib:.1f}")))
 
 
-def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _disk(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     config = request.config
     existing = next(parent for parent in (request.run_dir, *request.run_dir.parents) if parent.is_dir())
     kept = config.checkpoint.keep_last + 1  # the one that is being written
@@ -184,7 +184,7 @@ def _disk(request: Request, prediction: Prediction) -> Iterator[Finding]:
         yield Finding(severity, Problem("disk", existing, fix), "configuration")
 
 
-def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
+def _intervals(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
     """Saves often enough for the time limit, and a warning early enough for a save."""
     cluster, config = request.cluster, request.config
     speed = prediction.speed
@@ -196,7 +196,7 @@ def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
     if leave_s > cluster.signal_delay_s:
         fix = (
             f"is too short: a step takes about {speed.step_s:.0f} s and a save {save_s:.0f} s (at 1 GB/s a node), and "
-            f"both must be over before the time limit; use at least {leave_s * 1.5:.0f}."
+            f"both must finish before the time limit; use at least {leave_s * 1.5:.0f}."
         )
         yield warning(Problem("signal_delay_s", cluster.signal_delay_s, fix))
     interval = config.checkpoint.save_interval
@@ -210,5 +210,5 @@ def _intervals(request: Request, prediction: Prediction) -> Iterator[Finding]:
         faults_s = cluster.mean_hours_between_faults * 3600 / request.nodes
         best = max(1, round((2 * max(save_s, 1.0) * faults_s) ** 0.5 / speed.step_s))
         if not best / 3 <= interval <= best * 3:
-            fix = f"with a fault every {faults_s / 3600:.1f} h about {best} loses least time (Young and Daly)."
+            fix = f"with a fault every {faults_s / 3600:.1f} h about {best} loses the least time (Young and Daly)."
             yield warning(Problem("checkpoint.save_interval", interval, fix))

@@ -18,7 +18,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
-class Request:
+class SubmitRequest:
     """One run on one cluster.
 
     Args:
@@ -67,7 +67,7 @@ def make(
     ranks_per_node: int | None = None,
     chain: int | None = None,
     dry: bool = False,
-) -> Request:
+) -> SubmitRequest:
     """Reads what was asked for.
 
     Args:
@@ -112,13 +112,13 @@ def make(
             Problem("--nodes", nodes, f"the cluster {chosen} is one machine; use 1, or name another cluster.")
         )
     if described is not None and described.scheduler == "local" and chain is not None:
-        problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue in which jobs could wait."))
+        problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue for waiting jobs."))
     if problems:
         raise ConfigError(problems)
     assert described is not None
     assert config is not None
     where = run_dir if run_dir is not None else Path(described.run_root) / named
-    return Request(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+    return SubmitRequest(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
 
 
 def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
@@ -126,8 +126,8 @@ def chosen_cluster(named: str | None, *, dry: bool = False) -> str:
     return named or (clusters.EXAMPLE if dry or slurm.is_there() else clusters.LOCAL)
 
 
-def with_name(request: Request, name: str, config: RunConfig) -> Request:
-    """The same request for another run beside it.
+def with_name(request: SubmitRequest, name: str, config: RunConfig) -> SubmitRequest:
+    """The same request for another run next to it.
 
     Raises:
         ConfigError: the name could lead elsewhere.

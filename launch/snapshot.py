@@ -79,11 +79,11 @@ def _sift(root: Path, new: list[str], environ: dict[str, str]) -> tuple[list[str
     for name in new:
         path = root / name
         if any(path.name == kind or path.name.endswith(kind) for kind in _PRIVATE):
-            left_out.append(f"{name}: its name says that it is private")
+            left_out.append(f"{name}: its name marks it as private")
         elif path.is_symlink():
             left_out.append(f"{name}: a link")
         elif not path.is_file() or path.stat().st_size > _LARGEST_NEW_FILE:
-            left_out.append(f"{name}: larger than 1 MiB, or no file")
+            left_out.append(f"{name}: larger than 1 MiB, or not a file")
         elif (what := secret_in(_text(path), environ)) is not None:
             left_out.append(f"{name}: holds {what}")
         else:
@@ -95,7 +95,7 @@ def _refuse_secrets(root: Path, tracked: list[str], environ: dict[str, str]) -> 
     """A tracked file with a secret cannot be left out without changing the code."""
     found = [(name, secret_in(_text(root / name), environ)) for name in tracked if (root / name).is_file()]
     problems = [
-        Problem(name, None, f"holds {what}, and would be copied into the run; take it out.")
+        Problem(name, None, f"holds {what}, and would be copied into the run; remove it.")
         for name, what in found
         if what is not None and not what.startswith("what looks")
     ]

@@ -67,7 +67,7 @@ def find_runs(places: Sequence[Path]) -> list[RunDirectory]:
             continue
         inside = sorted(path for path in place.iterdir() if _is_run(path)) if place.is_dir() else []
         if not inside:
-            problems.append(Problem("RUN", place, "is no run directory, and holds none."))
+            problems.append(Problem("RUN", place, "is not a run directory and contains none."))
         found += [RunDirectory(path) for path in inside]
     if problems:
         raise ConfigError(problems)
@@ -162,8 +162,8 @@ def _with_scheduler(
         ends = {kept[job] for job in newest.jobs if job in kept} | {
             queue[job].state for job in newest.jobs if job in queue
         }
-        how = f"Slurm says {', '.join(sorted(ends))}" if ends else "its job is gone"
-        return "lost", f"{how}, and nobody noted an end", f"mq launch requeue {run.path}"
+        how = f"Slurm reports {', '.join(sorted(ends))}" if ends else "its job is gone"
+        return "lost", f"{how}, and no end was recorded", f"mq launch requeue {run.path}"
     return RunState.RUNNING, "" if state != RunState.RUNNING else reason, ""
 
 

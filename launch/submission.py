@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.cluster import Cluster
-from launch.request import Request
+from launch.request import SubmitRequest
 from megatron_qwen.errors import Problem
 from megatron_qwen.job.call import Job
 from megatron_qwen.rundir import RunDirectory
@@ -24,13 +24,13 @@ PASSED_ON = (
 )  # fmt: skip
 
 
-def environment_of_job(request: Request) -> dict[str, str]:
+def environment_of_job(request: SubmitRequest) -> dict[str, str]:
     """The variables a job begins with."""
     wanted = (*PASSED_ON, *request.cluster.pass_environment)
     return {name: request.environ[name] for name in wanted if name in request.environ}
 
 
-def setup_lines(request: Request) -> list[str]:
+def setup_lines(request: SubmitRequest) -> list[str]:
     """Shell lines before the controller: signals, variables, modules, the cluster's own lines."""
     cluster = request.cluster
     lines = ["trap '' TERM USR2  # the controller, not this shell, answers them"]
@@ -43,7 +43,7 @@ def setup_lines(request: Request) -> list[str]:
     return lines
 
 
-def slurm_parameters(request: Request, *, after: str | None = None, at_once: int | None = None) -> dict[str, Any]:
+def slurm_parameters(request: SubmitRequest, *, after: str | None = None, at_once: int | None = None) -> dict[str, Any]:
     """submitit's parameters of a job.
 
     Args:
@@ -96,7 +96,7 @@ def _memory(cluster: Cluster, ranks: int) -> dict[str, str]:
     return {"mem": "0"} if cluster.exclusive else {}
 
 
-def script(request: Request) -> str:
+def script(request: SubmitRequest) -> str:
     """The text that sbatch would get."""
     from submitit.slurm.slurm import _make_sbatch_string
 
@@ -105,7 +105,7 @@ def script(request: Request) -> str:
     return str(_make_sbatch_string(command=command, folder=folder, **slurm_parameters(request)))
 
 
-def submit(request: Request, *, after: str | None = None) -> str:
+def submit(request: SubmitRequest, *, after: str | None = None) -> str:
     """Submits one job and returns its id.
 
     Raises:
@@ -114,7 +114,7 @@ def submit(request: Request, *, after: str | None = None) -> str:
     return _submit(request, [_job(request)], RunDirectory(request.run_dir).submission, after=after)[0]
 
 
-def submit_array(requests: Sequence[Request], folder: Path, *, at_once: int, name: str) -> list[str]:
+def submit_array(requests: Sequence[SubmitRequest], folder: Path, *, at_once: int, name: str) -> list[str]:
     """Submits runs as one array and returns the ids of its tasks, in order.
 
     Args:
@@ -127,12 +127,12 @@ def submit_array(requests: Sequence[Request], folder: Path, *, at_once: int, nam
     return _submit(named, [_job(request) for request in requests], folder, at_once=at_once)
 
 
-def _job(request: Request) -> Job:
+def _job(request: SubmitRequest) -> Job:
     return Job(str(request.run_dir), request.world_size)
 
 
 def _submit(
-    request: Request, jobs: Sequence[Job], folder: Path, *, after: str | None = None, at_once: int | None = None
+    request: SubmitRequest, jobs: Sequence[Job], folder: Path, *, after: str | None = None, at_once: int | None = None
 ) -> list[str]:
     from submitit import LocalExecutor, SlurmExecutor
     from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -168,7 +168,7 @@ def _detached(folder: Path) -> list[str]:
     return ["trap '' INT HUP", f"exec </dev/null >>{shlex.quote(str(folder / 'local.out'))} 2>&1"]
 
 
-def _all_gpus(request: Request) -> list[str]:
+def _all_gpus(request: SubmitRequest) -> list[str]:
     """submitit hides the GPUs of a job that names no number of them; here that means all there are."""
     return [] if request.cluster.gpus_per_node else ["unset CUDA_VISIBLE_DEVICES"]
 

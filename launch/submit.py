@@ -10,7 +10,7 @@ from pathlib import Path
 from launch import freeze, run_jobs, submission
 from launch.finding import Finding
 from launch.preflight import Preflight, check
-from launch.request import Request, absolute_paths, with_name
+from launch.request import SubmitRequest, absolute_paths, with_name
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.source import Override, resolve
@@ -24,7 +24,7 @@ from megatron_qwen.rundir import RunDirectory, RunState
 
 @dataclass(frozen=True)
 class Submitted:
-    """A run that was handed over.
+    """A run that was submitted.
 
     Args:
         name: of the run.
@@ -39,7 +39,7 @@ class Submitted:
     notes: tuple[str, ...]
 
 
-def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
+def submit(request: SubmitRequest, *, new_code: bool) -> tuple[Submitted | None, int]:
     """Submits a run, or says why not.
 
     Returns:
@@ -62,7 +62,7 @@ def submit(request: Request, *, new_code: bool) -> tuple[Submitted | None, int]:
     return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
 
 
-def _in_the_way(request: Request, directory: RunDirectory, digest: str | None) -> str | None:
+def _in_the_way(request: SubmitRequest, directory: RunDirectory, digest: str | None) -> str | None:
     """A word where there is nothing to submit.
 
     Raises:
@@ -72,16 +72,18 @@ def _in_the_way(request: Request, directory: RunDirectory, digest: str | None) -
         raise ConfigError(problems)
     queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
     if jobs := run_jobs.active(directory, queue):
-        fix = f"is under way already as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
+        fix = (
+            f"is already in progress as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
+        )
         raise ConfigError(Problem("run", request.name, fix))
     if directory.state() is RunState.DONE and directory.run_yaml.is_file():
         there = resolve(str(directory.run_yaml), [], RECIPES)
         if there.training.train_iters >= request.config.training.train_iters:
-            return f"{request.run_dir} is done already; more training.train_iters would have it go on."
+            return f"{request.run_dir} is already done; raise training.train_iters to continue it."
     return None
 
 
-def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]:
+def _prepare(request: SubmitRequest, found: Preflight, *, new_code: bool) -> list[str]:
     """The run directory; taken back where that fails half way and nothing was there before."""
     existed = request.run_dir.exists()
     try:
@@ -91,7 +93,7 @@ def _prepare(request: Request, found: Preflight, *, new_code: bool) -> list[str]
         raise
 
 
-def hand_over(request: Request, directory: RunDirectory, *, forgive: bool) -> list[str]:
+def hand_over(request: SubmitRequest, directory: RunDirectory, *, forgive: bool) -> list[str]:
     """Submits the run's job or chain and notes it; the run's state is as before where Slurm refuses.
 
     Args:
@@ -150,7 +152,7 @@ def _alone(run_dir: Path) -> Iterator[None]:
             stack.enter_context(exclusive_lock(path, timeout_s=0, without_locks=warn))
         except LockHeldError:
             raise ConfigError(
-                Problem("run", run_dir, "is being submitted by another command; see its status.")
+                Problem("run", run_dir, "is being submitted by another command; see `mq launch status`.")
             ) from None
         try:
             yield
@@ -159,9 +161,13 @@ def _alone(run_dir: Path) -> Iterator[None]:
 
 
 def submit_array(
-    requests: Sequence[Request], *, at_once: int, name: str | None = None, between: Callable[[], None] = lambda: None
+    requests: Sequence[SubmitRequest],
+    *,
+    at_once: int,
+    name: str | None = None,
+    between: Callable[[], None] = lambda: None,
 ) -> list[Submitted]:
-    """Submits runs beside one another as one array.
+    """Submits runs together as one array.
 
     Args:
         requests: runs that differ in name, directory and configuration only.
@@ -185,7 +191,7 @@ def submit_array(
         wrong += RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=found.data_digest)
         problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
         if run_jobs.active(RunDirectory(request.run_dir), queue):
-            problems.append(Problem("run", request.name, "is under way already."))
+            problems.append(Problem("run", request.name, "is already in progress."))
     if problems:
         raise ConfigError(problems)
     directories = [RunDirectory(request.run_dir) for request in requests]
@@ -231,13 +237,13 @@ def read_array(path: Path) -> ArrayFile:
     return found
 
 
-def requests_of(content: ArrayFile, base: Request, overrides: list[str]) -> list[Request]:
+def requests_of(content: ArrayFile, base: SubmitRequest, overrides: list[str]) -> list[SubmitRequest]:
     """A request for each run of an array.
 
     Args:
         content: of the file.
         base: what the runs share; its run directory's parent takes theirs.
-        overrides: of all runs, beside the file's.
+        overrides: of all runs, in addition to those of the file.
 
     Raises:
         ConfigError: with everything that is wrong with any of them.
@@ -262,7 +268,7 @@ def show(findings: Sequence[Finding]) -> None:
 
 def _counted(findings: Sequence[Finding]) -> str:
     wrong = sum(finding.severity != "warning" for finding in findings)
-    return f"{wrong} thing{'s' if wrong > 1 else ''} to mend"
+    return f"{wrong} error{'s' if wrong > 1 else ''} to correct"
 
 
 def as_json(submitted: Sequence[Submitted]) -> str:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
 def _plan(options: argparse.Namespace, _: list[str]) -> int:
     output = options.output or options.study.with_suffix(".plan.yaml")
     if not output.parent.is_dir():
-        raise ConfigError(Problem("--output", output, "lies in a folder that does not exist; make it first."))
+        raise ConfigError(Problem("--output", output, "is in a folder that does not exist; create it first."))
     from launch.sweeps import plan
     from launch.sweeps.study import read_study
 
@@ -77,7 +77,7 @@ def _submit(options: argparse.Namespace, _: list[str]) -> int:
 
 def _run(options: argparse.Namespace, study: Any) -> int:
     """As the study's one controller on this file system."""
-    from launch.sweeps.controller import Controller
+    from launch.sweeps.controller import StudyController
     from launch.sweeps.database import Database
     from launch.sweeps.look import table
 
@@ -86,7 +86,7 @@ def _run(options: argparse.Namespace, study: Any) -> int:
         database.take()
         try:
             place = _place(options, database.remember())
-            controller = Controller(study, database, place, lambda line: print(line, flush=True))
+            controller = StudyController(study, database, place, lambda line: print(line, flush=True))
             database.remember(json.dumps(asdict(place)))
             if options.action == "resume":
                 database.try_again()
@@ -138,7 +138,7 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
         problems.append(Problem("--seed", options.seed, "must be at least 0."))
     output = options.output or _beside(options.source, "fit.json")
     if not output.parent.is_dir():
-        problems.append(Problem("--output", output, "lies in a folder that does not exist; make it first."))
+        problems.append(Problem("--output", output, "is in a folder that does not exist; create it first."))
     if problems:
         raise ConfigError(problems)
     from launch.sweeps import results
@@ -158,17 +158,17 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _beside(source: Path, name: str) -> Path:
-    """In a study's directory; beside a CSV with its name before."""
+    """The path in a study directory, or next to a CSV with its name as prefix."""
     return source / name if source.is_dir() else source.with_suffix(f".{name}")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
-    """Fits anew, as the fit that lies there was made: a page and a fit that differ would mislead."""
+    """Fits again with the settings of the existing fit, so that page and fit agree."""
     page = options.output or _beside(options.source, "report.html")
     figures = options.figures or _beside(options.source, "figures")
     fit_json = options.fit or _beside(options.source, "fit.json")
     problems = [
-        Problem(name, path, "lies in a folder that does not exist; make it first.")
+        Problem(name, path, "is in a folder that does not exist; create it first.")
         for name, path in (("--output", page), ("--fit", fit_json))
         if not path.parent.is_dir()
     ]
@@ -206,7 +206,13 @@ def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
     if reason := why_not(base, device):
         raise ConfigError(Problem(base.recipe, None, reason))
     if base.data.blend is not None:
-        raise ConfigError(Problem("data.blend", base.data.blend, "has stages of its own; prescribe a run without one."))
+        raise ConfigError(
+            Problem(
+                "data.blend",
+                base.data.blend,
+                "has data stages, which a prescription cannot set; use a run without a blend.",
+            )
+        )
     from tools.scaling.fit_file import FitFile
     from tools.scaling.prescribe import Wish, prescribe
 
@@ -235,7 +241,7 @@ def _require_wish(options: argparse.Namespace) -> None:
     ]
     sized = options.params is not None and options.tokens is not None
     if (options.gpu_hours is None) != sized or (options.gpu_hours is not None and (options.params or options.tokens)):
-        problems.append(Problem("mq sweep prescribe", None, "needs --params and --tokens, or --gpu-hours alone."))
+        problems.append(Problem("mq sweep prescribe", None, "requires --params and --tokens, or --gpu-hours alone."))
     if problems:
         raise ConfigError(problems)
 
@@ -266,9 +272,9 @@ def _summary(found: Any, output: Path) -> str:
         [
             f"N {found.params:.4g}, D {found.tokens:.4g}: {model.num_layers} layers, hidden {model.hidden_size}, "
             f"FFN {model.ffn_hidden_size}",
-            f"learning rate {optim.learning_rate:.3g}, {training.global_batch_size} sequences a step "
+            f"learning rate {optim.learning_rate:.3g}, {training.global_batch_size} sequences per step "
             f"({step:.3g} tokens), {training.train_iters} steps",
-            f"loss {loss}; {found.hours:.3g} h at {found.layout.tokens_per_second:,.0f} tokens/s a device",
+            f"loss {loss}; {found.hours:.3g} h at {found.layout.tokens_per_second:,.0f} tokens/s per device",
             f"written: {output}",
         ]
     )

@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     parser = Parser(
         "mq train",
         description="Trains a recipe or a run.yaml. Under srun or torchrun this process is one rank; else it starts "
-        "local ranks. The same command goes on where a run stopped.",
+        "local ranks. The same command resumes a run that stopped.",
         examples=[
             "mq train tiny_dense data.path=data/corpus --run-dir runs/first",
             "mq train demo data.path=data/corpus data.tokenizer=tok --run-dir runs/demo --nproc 2",
@@ -37,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
         ],
     )
     parser.add_argument("source", help="a recipe (mq recipes) or a run.yaml; then section.field=value overrides")
-    parser.add_argument("--run-dir", required=True, type=Path, help="where everything of the run goes")
+    parser.add_argument(
+        "--run-dir", required=True, type=Path, help="directory of the run: all its files are written there"
+    )
     parser.add_argument("--nproc", type=int, help="local ranks; default: the layout's size")
     return parser
 
@@ -66,7 +68,7 @@ def _outer_rank() -> int | None:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         wrong = [name for name in ("RANK", "WORLD_SIZE") if not os.environ[name].isdecimal()]
         if wrong:
-            fix = "is no number; unset it, or start this with torchrun."
+            fix = "is not a number; unset it, or start this program with torchrun."
             raise ConfigError([Problem(f"environment variable {name}", os.environ[name], fix) for name in wrong])
         return int(os.environ["RANK"])
     if "SLURM_PROCID" in os.environ and "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_NTASKS", "1") != "1":
@@ -92,9 +94,7 @@ def _await(run_yaml: Path, text: str) -> None:
     deadline = time.monotonic() + _CLAIM_TIMEOUT_S
     while not run_yaml.is_file() or run_yaml.read_text() != text:
         if time.monotonic() > deadline:
-            raise ConfigError(
-                Problem(str(run_yaml), None, "did not appear as rank 0 should have written it; see rank 0.")
-            )
+            raise ConfigError(Problem(str(run_yaml), None, "was not written by rank 0; see the log of rank 0."))
         time.sleep(0.2)
 
 

@@ -24,6 +24,30 @@ ONE_FILE = {
 RENAMES_AND_SYNCS = {
     "os.rename", "os.renames", "os.replace", "shutil.move", "os.fsync", "os.fdatasync", "fcntl.flock", "fcntl.lockf"
 }  # fmt: skip
+# Private words and inversions that were in the tree once: docs/architecture.md has the terms to use instead. They are
+# in two pieces each, so that this file does not contain them.
+REFUSED_PHRASES = [
+    " ".join(words)
+    for words in (
+        ("goes not", "with"),
+        ("must divide", "by"),
+        ("gone on", "with"),
+        ("versions of", "the data"),
+        ("lean", "optimizer"),
+        ("likeliest", "token"),
+        ("look it", "over"),
+        ("drawn", "anew"),
+        ("laid end", "to end"),
+        ("for", "who "),
+    )
+]
+TEXTS = [
+    path
+    for pattern in ("*.py", "*.md")
+    for path in ROOT.rglob(pattern)
+    if not any(part.startswith(".") or part == "build" for part in path.relative_to(ROOT).parts)
+]
+GENERATED = {"docs/configuration.md"}
 # Renames that are no way to write a file: by file, the call and why.
 OTHER_RENAMES = {"launch/freeze.py": {"directory.code.rename": "moves the code of earlier jobs aside; writes nothing"}}
 
@@ -249,3 +273,49 @@ def test_a_change_of_a_library_is_seen(text):
 )
 def test_other_assignments_are_fine(text):
     assert list(changes_of_libraries(ast.parse(text))) == []
+
+
+def test_texts_use_the_terms_of_the_field():
+    refused = re.compile("|".join(rf"\b{phrase}" for phrase in REFUSED_PHRASES), flags=re.IGNORECASE)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match.group()}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if (match := refused.search(line))
+    ]
+    assert not found, "say it in the words of the field:\n" + "\n".join(found)
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the Markdown lines over 120 characters that could be broken: no table rows, images or code blocks."""
+    found, code = [], False
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code and len(line) > 120 and not line.startswith(("|", "![")):
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("a " * 61, [1]),
+        ("a " * 60, []),
+        ("| " + "a " * 61, []),
+        ("![" + "a " * 61 + "](image.png)", []),
+        ("```\n" + "a " * 61 + "\n```", []),
+        ("```\n```\n" + "a " * 61, [3]),
+    ],
+)
+def test_what_the_rule_on_lines_finds(text, found):
+    assert long_lines(text) == found
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in TEXTS if path.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_lines_of_markdown_are_short(path):
+    name = str(path.relative_to(ROOT))
+    if name not in GENERATED:
+        assert not long_lines(path.read_text()), f"lines of {name} over 120 characters"

@@ -11,20 +11,20 @@ from megatron_qwen.errors import ConfigError
 
 _NAMES = {
     "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
-    "layer": "a dense and a sparse layer, forward and backward, against transformers' of the same shape",
-    "collectives": "the messages of training between ranks of this machine against a copy in memory",
-    "checkpoint": "a step while a save is under way against a normal one, a save against cp of its files",
+    "layer": "a dense and an MoE layer, forward and backward, against transformers' of the same shape",
+    "collectives": "collectives of training between ranks of this machine against a copy in memory",
+    "checkpoint": "a step during a save against a normal one, a save against cp of its files",
     "card": "what keeping the performance card costs a step against 1 percent",
     "startup": "mq --help, mq train --help, mq config show against 0.5 s",
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
-    "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and beside megatron-core's GPTDataset",
+    "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and against megatron-core's GPTDataset",
     "loader": "tokens read and collated on one core against 20 million a second",
     "gpu_step": "steps of Qwen2.5 shapes on one GPU against its peak, FP8 against bf16, te against torch",
-    "ceilings": "products, attention and copies of this machine beside its data sheet",
+    "ceilings": "GEMMs, attention and copies of this machine against its data sheet",
     "predictions": "predicted tokens/s against published and measured ones, within a ratio of 0.85",
-    "sweep_fit": "the fit of 10,000 cells with 1,000 versions of the data against 60 s",
+    "sweep_fit": "the fit of 10,000 cells with 1,000 bootstrap resamples against 60 s",
     "sweep_report": "opening the page of a study of 1,000 cells against 2 s, and its size against 5 MB",
     "sample_order": "first sample of 10^12 tokens against 10 ms, and its memory",
 }
@@ -40,14 +40,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "name", choices=list(_NAMES), help="; ".join(f"{name}: {text}" for name, text in _NAMES.items())
     )
-    parser.add_argument("--rounds", type=int, default=7, help="turns that count (%(default)s)")
-    parser.add_argument("--steps", type=int, default=4, help="training steps in a turn of train_step (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="measured rounds (%(default)s)")
+    parser.add_argument("--steps", type=int, default=4, help="training steps per round of train_step (%(default)s)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
     parser.add_argument("--hardware", type=Path, help="ceilings: also write them as a file that mq plan --gpu takes")
     options = parser.parse_args(arguments)
     if options.hardware is not None and options.name != "ceilings":
-        raise ConfigError("--hardware goes with ceilings only.")
+        raise ConfigError("--hardware requires the benchmark ceilings.")
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
     module = importlib.import_module(f"tools.benchmarks.{options.name}")

@@ -20,7 +20,7 @@ _WARM_UP = 5
 
 
 def calibration_report(runs: Sequence[Path], device: Hardware, *, as_json: bool) -> str:
-    """Fits the share of the ceilings to measured steps, and shows predicted beside measured.
+    """Fits the achieved fraction of peak to measured steps, and shows predicted and measured figures.
 
     Args:
         runs: run directories.
@@ -57,7 +57,9 @@ def _measured(run: Path) -> tuple[RunConfig, int, float]:
     """Configuration, devices, and the median tokens a second of a device after the first steps."""
     config = resolve(str(run / "run.yaml"), [], RECIPES)
     if config.data.blend is not None:
-        raise DataError(Problem(str(run), None, "has a blend, whose stages differ; calibrate with a run of one stage."))
+        raise DataError(
+            Problem(str(run), None, "has a blend with different data stages; calibrate with a run of one stage.")
+        )
     records = [record for record in read_metrics(run / "metrics.jsonl") if record["iteration"] > _WARM_UP]
     if not records:
         raise DataError(Problem(str(run), None, f"has no step after its first {_WARM_UP}; let it run longer."))

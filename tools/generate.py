@@ -17,7 +17,7 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
         directory: as ``mq convert to-hf`` makes it.
         prompts: texts to go on from.
         tokens: most new tokens.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 is greedy decoding (argmax).
         seed: of the sampling.
     """
     import torch
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 def _require_sensible(options: argparse.Namespace) -> None:
     problems = []
     if not (options.directory / "config.json").is_file():
-        fix = "is no Hugging Face directory: it has no config.json."
+        fix = "is not a Hugging Face directory: it has no config.json."
         problems.append(Problem("directory", options.directory, fix))
     if not 0 <= options.temperature < math.inf:
         problems.append(Problem("--temperature", options.temperature, "must be 0 or more."))

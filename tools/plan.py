@@ -25,8 +25,8 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = Parser(
         "mq plan",
-        description="Ranks the layouts of a recipe by predicted tokens per second, and says why the others cannot be. "
-        "The model, the sequence length and the global batch are the recipe's, unless overridden.",
+        description="Ranks the layouts of a recipe by predicted tokens per second, and gives the reason why "
+        "others are rejected. The model, the sequence length and the global batch are the recipe's, unless overridden.",
         examples=[
             "mq plan qwen2_5_72b --gpus 1024 --gpu h100",
             "mq plan qwen2_5_7b --gpus 64 --gpu h200 --precision fp8 --png memory.png",
@@ -41,9 +41,9 @@ def parser() -> argparse.ArgumentParser:
     kinds = f"{', '.join(KINDS)}, or a file that mq bench ceilings wrote"
     parser.add_argument("--gpu", default="h100", help=f"kind of device: {kinds} (%(default)s)")
     parser.add_argument("--sequence-length", type=int, help="instead of the recipe's")
-    parser.add_argument("--precision", choices=["bf16", "fp8"], help="instead of the recipe's; fp8 is tensorwise")
+    parser.add_argument("--precision", choices=["bf16", "fp8"], help="default: the recipe's; fp8 is tensorwise")
     assumed = Assumptions()
-    reached = "share of the device's ceilings that a step reaches (%(default)g)"
+    reached = "achieved fraction of the device's peak rates (%(default)g)"
     parser.add_argument("--achieved", type=float, default=assumed.achieved, help=reached)
     busiest = "tokens of the busiest expert rank / the mean (%(default)g)"
     parser.add_argument("--imbalance", type=float, default=assumed.imbalance, help=busiest)
@@ -67,7 +67,11 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("mq plan needs a recipe or run.yaml, --gpus of at least 1 and --top of at least 1.")
     config = _config(options, overrides)
     if not options.imbalance >= 1:
-        raise ConfigError(Problem("--imbalance", options.imbalance, "is the busiest rank over the mean: at least 1."))
+        raise ConfigError(
+            Problem(
+                "--imbalance", options.imbalance, "is the ratio of the busiest rank to the mean; it must be at least 1."
+            )
+        )
     if not 0 < options.achieved <= 1.5:
         raise ConfigError(Problem("--achieved", options.achieved, "must be above 0 and at most 1.5."))
     assumptions = Assumptions(imbalance=options.imbalance, achieved=options.achieved)
@@ -95,7 +99,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     if options.precision is not None:
         config = config.with_section("precision", fp8="tensorwise" if options.precision == "fp8" else None)
     if config.data.blend is not None:
-        fix = "has stages of their own length and batch; plan each with data.seq_length and training.global_batch_size."
+        fix = "has data stages with their own length and batch; plan each with data.seq_length and its batch."
         raise ConfigError(Problem("data.blend", config.data.blend, fix))
     if reason := why_not(config, find_hardware(options.gpu)):
         raise ConfigError(Problem(config.recipe, None, reason))
@@ -109,11 +113,11 @@ def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
         least = min(needs, key=lambda one: one.need_gib or 0.0)
         layout = layout_name(least.config.parallel)
         return (
-            f"hold no layout of this model: the least is {least.need_gib:.0f} GiB of {device.memory_gib:.0f} "
-            f"({layout}, {_kept(least.config)}); take more, or a shorter sequence."
+            f"cannot hold this model in any layout: the smallest needs {least.need_gib:.0f} GiB of "
+            f"{device.memory_gib:.0f} ({layout}, {_kept(least.config)}); use more devices or a shorter sequence."
         )
     simplest = min(rejected, key=lambda one: one.config.parallel.model_parallel_size)
-    return f"have no legal layout; the simplest, {layout_name(simplest.config.parallel)}, says: {simplest.reason}"
+    return f"have no legal layout; the simplest one, {layout_name(simplest.config.parallel)}, says: {simplest.reason}"
 
 
 def _optimizer(config: RunConfig) -> str:
@@ -121,11 +125,11 @@ def _optimizer(config: RunConfig) -> str:
 
 
 def _kept(config: RunConfig) -> str:
-    """What decides a layout's memory beside its sizes, in words."""
+    """What decides a layout's memory in addition to its sizes, in words."""
     recompute = config.training.recompute_granularity
     words = [f"batch {config.training.micro_batch_size}"]
     words += [f"{recompute} recompute"] if recompute not in (None, "none") else []
-    words += ["lean optimizer"] if config.precision.use_precision_aware_optimizer else []
+    words += ["precision-aware optimizer"] if config.precision.use_precision_aware_optimizer else []
     return ", ".join(words)
 
 

@@ -191,7 +191,7 @@ def _attempts(attempts: Sequence[Attempt]) -> str:
         return "" if value is None else html.escape(str(value))
 
     def row(item: Attempt) -> str:
-        reason = item.reason or ("still runs, or was killed" if item.ended is None else None)
+        reason = item.reason or ("still running, or killed" if item.ended is None else None)
         cells = (item.number, reason, item.detail, ", ".join(item.nodes), item.exit_code, item.gained)
         return "<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in cells) + "</tr>"
 

@@ -23,10 +23,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         ConfigError: there are none.
     """
     if not path.is_file():
-        raise ConfigError(Problem(str(path), None, "does not exist: this is no run directory, or no step is done yet."))
+        raise ConfigError(
+            Problem(str(path), None, "does not exist: this is not a run directory, or no step has finished yet.")
+        )
     records = [record for record in read_lines(path) if isinstance(record.get("iteration"), int)]
     if not records:
-        raise ConfigError(Problem(str(path), None, "holds no step: none is done yet."))
+        raise ConfigError(Problem(str(path), None, "has no step: none has finished yet."))
     return [{**record, **{name: _number(record.get(name)) for name in _NUMBERS}} for record in records]
 
 

@@ -62,10 +62,10 @@ def measure(a: Side, b: Side, *, workers: int = 2, quiet: bool = False) -> list[
     """
     ours, theirs = a.tensors, b.tensors
     if ours is None or theirs is None:
-        raise ConversionError(Problem("diff", None, "needs weights on both sides; a manifest holds none."))
+        raise ConversionError(Problem("diff", None, "requires weights on both sides; a manifest has none."))
     shapes = [{name: info.shape for name, info in side.tensors.items()} for side in (ours, theirs)]
     if shapes[0] != shapes[1]:
-        raise ConversionError(Problem(str(b.path), None, f"is no checkpoint of the same model as {a.path}."))
+        raise ConversionError(Problem(str(b.path), None, f"is not a checkpoint of the same model as {a.path}."))
     sizes = {name: torch.Size(info.shape).numel() * info.dtype.itemsize for name, info in ours.tensors.items()}
     progress = ByteProgress(sum(sizes.values()), quiet=quiet)
     sums: dict[tuple[str, str], list[float]] = {}

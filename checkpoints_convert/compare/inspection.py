@@ -37,7 +37,7 @@ _SIZES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRow:
     """A tensor, or a part of the model.
 
     Args:
@@ -74,8 +74,8 @@ class Inspection:
     iteration: int
     layout: str
     facts: dict[str, Any]
-    tensors: list[Row]
-    parts: list[Row]
+    tensors: list[TensorRow]
+    parts: list[TensorRow]
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -113,7 +113,7 @@ def inspect(path: Path, *, iteration: int | None = None) -> Inspection:
     chosen = choose(path, iteration)
     reader = CheckpointReader(chosen.path)
     tensors = [
-        Row(
+        TensorRow(
             name,
             info.shape,
             str(info.dtype).removeprefix("torch."),
@@ -127,13 +127,13 @@ def inspect(path: Path, *, iteration: int | None = None) -> Inspection:
     return Inspection(chosen.path, chosen.iteration, layout, facts, tensors, _by_part(tensors))
 
 
-def _noted(directory: Path, tensors: list[Row]) -> tuple[str, dict[str, Any]]:
+def _noted(directory: Path, tensors: list[TensorRow]) -> tuple[str, dict[str, Any]]:
     facts: dict[str, Any] = {}
     if (directory / MANIFEST).is_file():
         entries = manifest.read(directory)
         facts["manifest"] = entries.fix if isinstance(entries, Problem) else f"{len(entries)} files"
     else:
-        facts["manifest"] = "none: nothing tells whether the files are as they were written"
+        facts["manifest"] = "none: damage to the files cannot be detected"
     if (directory / STATE).is_file():
         state = read_state(directory)
         progress, code = state.get("progress", {}), state.get("code") or {}
@@ -159,20 +159,20 @@ def _layout(sizes: dict[str, int]) -> str:
     return " ".join(f"{name}{size}" for name, size in sizes.items() if size > 1) or "one device"
 
 
-def _guessed(tensors: list[Row]) -> str:
+def _guessed(tensors: list[TensorRow]) -> str:
     """From the slices of the embedding, the tensor parallel size; the rest leaves no trace."""
     embedding = next((row for row in tensors if row.name == "embedding.word_embeddings.weight"), None)
     return "an unknown layout" if embedding is None else f"TP{embedding.slices}, the rest unknown"
 
 
-def _by_part(tensors: list[Row]) -> list[Row]:
-    parts: dict[str, list[Row]] = {}
+def _by_part(tensors: list[TensorRow]) -> list[TensorRow]:
+    parts: dict[str, list[TensorRow]] = {}
     for row in tensors:
         name = next((part for mark, part in _PARTS if mark in row.name), "other")
         parts.setdefault(name, []).append(row)
     order = [part for _, part in _PARTS] + ["other"]
     return [
-        Row(
+        TensorRow(
             name,
             (),
             ", ".join(sorted({row.dtype for row in parts[name]})),
@@ -185,7 +185,7 @@ def _by_part(tensors: list[Row]) -> list[Row]:
     ]
 
 
-def _table(rows: list[Row], title: str) -> list[str]:
+def _table(rows: list[TensorRow], title: str) -> list[str]:
     width = max(len(title), *(len(row.name) for row in rows)) if rows else len(title)
     lines = [f"{title:<{width}}  {'shape':<24}{'format':<18}{'values':>18}{'MB':>14}{'slices':>8}"]
     for row in rows:

@@ -39,7 +39,7 @@ class LogitComparison:
         cosine: of all logits together.
         cosine_tolerance: least cosine that passes.
         least_cosine: smallest cosine at a position.
-        top1_agreement: share of positions with the same likeliest token.
+        top1_agreement: share of positions with the same argmax token.
         layer_differences: relative difference of the residual stream after every layer.
     """
 
@@ -68,7 +68,7 @@ class LogitComparison:
             f"logits in {self.dtype} over {self.positions} positions: largest difference "
             f"{self.max_abs_difference:.2e} (tolerance {self.tolerance:.2e}, rms {self.rms:.2f}), cosine "
             f"{self.cosine:.7f} (tolerance {self.cosine_tolerance}; {self.least_cosine:.7f} at the worst position), "
-            f"same likeliest token at {self.top1_agreement:.2%}"
+            f"same argmax token at {self.top1_agreement:.2%}"
         )
 
 
@@ -80,14 +80,14 @@ def prompt_tokens(prompts: Sequence[str], tokenizer: Path | None, *, vocab_size:
     """
     if tokenizer is None:
         if prompts:
-            raise ConversionError(Problem("--prompt", prompts[0], "needs a tokenizer; neither side has one."))
+            raise ConversionError(Problem("--prompt", prompts[0], "requires a tokenizer; neither side has one."))
         generator = torch.Generator().manual_seed(0)
         return [torch.randint(vocab_size, (_RANDOM_LENGTH,), generator=generator) for _ in range(_RANDOM_PROMPTS)]
     found = load_tokenizer(tokenizer).encode_batch(list(prompts or PROMPTS))
     if any(token >= vocab_size for ids in found for token in ids):
         raise ConversionError(Problem(str(tokenizer), None, f"has ids beyond the {vocab_size} of the model."))
     if not any(found):
-        raise ConversionError(Problem("--prompt", "", "holds no token; give a text."))
+        raise ConversionError(Problem("--prompt", "", "has no tokens; give a text."))
     return [torch.tensor(ids) for ids in found if ids]
 
 

@@ -44,7 +44,7 @@ class Difference:
 
 
 @dataclass
-class Verdict:
+class VerifyResult:
     """What a comparison found.
 
     Args:
@@ -102,7 +102,7 @@ class Verdict:
         }
 
 
-def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet: bool = False) -> Verdict:
+def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet: bool = False) -> VerifyResult:
     """Compares tensors, configuration and tokenizer of two sides.
 
     Args:
@@ -116,7 +116,7 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     Raises:
         CheckpointError: a checkpoint is damaged.
     """
-    verdict = Verdict(tolerance=tolerance)
+    verdict = VerifyResult(tolerance=tolerance)
     verdict.differences += _configurations(a, b) + _tokenizers(a, b) + _files(a, b) + _files(b, a)
     for name in sorted(a.described.keys() ^ b.described.keys()):
         where = a.path if name in a.described else b.path
@@ -169,7 +169,7 @@ def compare_logits(a: Side, b: Side, *, prompts: Sequence[str], dtype: str, quie
     """
     for side in (a, b):
         if side.tensors is None:
-            raise ConversionError(Problem("--logits", side.path, "is a manifest: it holds no weights to run."))
+            raise ConversionError(Problem("--logits", side.path, "is a manifest: it has no weights to run."))
     if (a.model.num_layers, a.model.vocab_size) != (b.model.num_layers, b.model.vocab_size):
         fix = f"{a.path} and {b.path} differ in layers or vocabulary; their logits cannot be compared."
         raise ConversionError(Problem("--logits", None, fix))
@@ -213,13 +213,13 @@ def _tensor(a: Side, b: Side, name: str, tolerance: float) -> Difference | None:
     """How a tensor differs; None where bits and format are equal."""
     (shape, dtype, noted), (other_shape, other_dtype, other_noted) = a.described[name], b.described[name]
     if shape != other_shape:
-        return Difference("tensor", name, f"has the shape {list(shape)} and {list(other_shape)}")
+        return Difference("tensor", name, f"has the shapes {list(shape)} and {list(other_shape)}")
     if dtype != other_dtype and not tolerance:
-        return Difference("tensor", name, f"has the format {dtype} and {other_dtype}")
+        return Difference("tensor", name, f"has the dtypes {dtype} and {other_dtype}")
     if a.tensors is None or b.tensors is None:
         first = noted if a.tensors is None else digest(a.tensors, name)
         second = other_noted if b.tensors is None else digest(b.tensors, name)
-        return None if first == second else Difference("tensor", name, "has other bits than its manifest notes")
+        return None if first == second else Difference("tensor", name, "differs from the hash in its manifest")
     return _values(a.tensors, b.tensors, name)
 
 

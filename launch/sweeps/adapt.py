@@ -1,4 +1,4 @@
-"""More cells where the optimum lies at the edge of its grid, or is too flat to call: the next round of a study.
+"""More cells where the optimum lies at the edge of its grid, or is too flat to locate: the next round of a study.
 
 A grid is widened by one value, in the ratio of its outermost two, at the end beyond which the optimum lies; at both
 ends where it is flat, as the curvature shows better the wider the grid, but not beyond what has diverged. All horizons
@@ -11,11 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from launch.sweeps.cells import Cell, Placed, cells, place, shapes
-from launch.sweeps.plan import Dropped, Plan
+from launch.sweeps.plan import DroppedCells, StudyPlan
 from launch.sweeps.plan_file import PlanFile
 from launch.sweeps.study import StudyFile, parse_study
 from tools.scaling.fit import SAME_HORIZON, Fit
-from tools.scaling.ladder import Shape
+from tools.scaling.ladder import ModelShape
 from tools.scaling.observations import DIVERGED, DONE, Observation
 from tools.scaling.optimum import EDGE_HIGH, EDGE_LOW, FLAT, Optimum
 
@@ -29,7 +29,7 @@ _FARTHEST = 64.0
 class _Grid:
     """What one model was tried with, and is to be tried with."""
 
-    shape: Shape
+    shape: ModelShape
     rates: list[float]
     batches: list[float]
     tokens: list[float]
@@ -38,7 +38,7 @@ class _Grid:
     why: list[str] = field(default_factory=list)
 
 
-def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) -> Plan | None:
+def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) -> StudyPlan | None:
     """The cells that the flags of a fit ask for, within what is left of the budget; None where they ask for none.
 
     Args:
@@ -54,7 +54,7 @@ def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) ->
     left = math.inf if budget is None else float(budget) - spent
     kept: list[Cell] = []
     placed: list[Placed] = []
-    late: list[Dropped] = []
+    late: list[DroppedCells] = []
     reasons: list[str] = []
     for shape in shapes(study):
         grid = _grid(plan, shape, study.base.data.seq_length)
@@ -67,19 +67,19 @@ def next_round(plan: PlanFile, observations: Sequence[Observation], fit: Fit) ->
         found = [cell for cell in found if cell.name not in names and cell.stem not in names]
         if not found:
             continue
-        cost = Plan(study, there, found, [], []).device_hours
+        cost = StudyPlan(study, there, found, [], []).device_hours
         if cost > left:
-            reason = f"{'; '.join(grid.why)}, but {max(0.0, left):.3g} device-hours of the budget are left"
-            late.append(Dropped(f"{shape.name}, a wider grid", len(found), cost, reason))
+            reason = f"{'; '.join(grid.why)}, but {max(0.0, left):.3g} device-hours of the budget remain"
+            late.append(DroppedCells(f"{shape.name}, a wider grid", len(found), cost, reason))
             continue
         left -= cost
         placed += there
         kept += found
         reasons += [f"{shape.name}: {why}" for why in grid.why]
-    return Plan(study, placed, kept, late, reasons) if kept or late else None
+    return StudyPlan(study, placed, kept, late, reasons) if kept or late else None
 
 
-def _grid(plan: PlanFile, shape: Shape, length: int) -> _Grid | None:
+def _grid(plan: PlanFile, shape: ModelShape, length: int) -> _Grid | None:
     mine = [cell for cell in plan.content["cells"] if cell["model"] == shape.name]
     if not mine:
         return None
@@ -88,16 +88,16 @@ def _grid(plan: PlanFile, shape: Shape, length: int) -> _Grid | None:
     return _Grid(shape, rates, batches, sorted({float(cell["tokens"]) for cell in mine}))
 
 
-def _is(shape: Shape, one: Observation) -> bool:
+def _is(shape: ModelShape, one: Observation) -> bool:
     return _same(shape, one.params, one.total_params or one.params, one.granularity)
 
 
-def _same(shape: Shape, params: float, total: float, granularity: float | None) -> bool:
+def _same(shape: ModelShape, params: float, total: float, granularity: float | None) -> bool:
     pairs = ((params, shape.params), (total, shape.total), (granularity or 1.0, shape.granularity or 1.0))
     return all(abs(math.log(first / second)) < _SAME_SIZE for first, second in pairs)
 
 
-def _of_model(fit: Fit, shape: Shape) -> list[Optimum]:
+def _of_model(fit: Fit, shape: ModelShape) -> list[Optimum]:
     points = fit.points
     return [
         one
@@ -123,10 +123,10 @@ def _widen(grid: _Grid, optima: Sequence[Optimum], mine: Sequence[Observation], 
         name = variable.replace("_", " ")
         if flags & {EDGE_LOW, FLAT} and below > min(asked) / _FARTHEST:
             new.append(below)
-            grid.why.append(f"best {name} {'at the lower end' if EDGE_LOW in flags else 'too flat to call'}")
+            grid.why.append(f"best {name} {'at the lower end' if EDGE_LOW in flags else 'too flat to locate'}")
         if flags & {EDGE_HIGH, FLAT} and above < max(asked) * _FARTHEST and not _blows_up(mine, variable):
             new.append(above)
-            grid.why.append(f"best {name} {'at the upper end' if EDGE_HIGH in flags else 'too flat to call'}")
+            grid.why.append(f"best {name} {'at the upper end' if EDGE_HIGH in flags else 'too flat to locate'}")
 
 
 def _blows_up(mine: Sequence[Observation], variable: str) -> bool:
@@ -138,11 +138,11 @@ def _blows_up(mine: Sequence[Observation], variable: str) -> bool:
     return max(values(DIVERGED), default=0.0) > max(values(DONE), default=0.0) * (1 + 1e-9)
 
 
-def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell], list[Dropped]]:
+def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell], list[DroppedCells]]:
     """New rates with every batch that was there, every rate with the new batches; and what cannot run."""
     found: list[Cell] = []
     there: list[Placed] = []
-    unfit: list[Dropped] = []
+    unfit: list[DroppedCells] = []
     old = {round(batch / study.base.data.seq_length) for batch in grid.batches}
     for batches, rates in ((grid.batches, grid.new_rates), (grid.new_batches, [*grid.rates, *grid.new_rates])):
         placed = [place(study, grid.shape, batch) for batch in batches] if rates else []
@@ -150,7 +150,7 @@ def _cells(study: StudyFile, grid: _Grid) -> tuple[list[Placed], list[Cell], lis
             placed = [one for one in placed if one.sequences not in old]
         fits = [one for one in placed if one.why_not is None]
         unfit += [
-            Dropped(f"{grid.shape.name}, {one.sequences} sequences a step", len(rates), None, one.why_not)
+            DroppedCells(f"{grid.shape.name}, {one.sequences} sequences per step", len(rates), None, one.why_not)
             for one in placed
             if one.why_not is not None
         ]

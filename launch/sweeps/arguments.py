@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_qwen.cli import Parser
 
-# Where neither the command line nor an earlier submission of the study says it. A machine has its cores, a cluster a
-# queue: so many runs together by scheduler.
+# Defaults where neither the command line nor an earlier submission of the study gives a value. AT_ONCE by scheduler:
+# runs on one machine share its cores, so one at a time; on a cluster they queue.
 NODES = 1
 AT_ONCE = {"local": 1, "slurm": 32}
 RUNS = Path("runs")
@@ -38,7 +38,9 @@ def parser() -> argparse.ArgumentParser:
         help="the cells of a study and what they cost",
     )
     plan.add_argument("study", type=Path, help="a study file (docs/scaling_laws.md)")
-    plan.add_argument("--output", type=Path, help="where the plan is written; beside the study as NAME.plan.yaml")
+    plan.add_argument(
+        "--output", type=Path, help="where the plan is written; default: next to the study as NAME.plan.yaml"
+    )
     plan.add_argument("--json", action="store_true")
     _add_running(actions)
     _add_fitting(actions)
@@ -65,29 +67,31 @@ def _add_fitting(actions: Any) -> None:
         help="the directory of a study, or a CSV with params, tokens, loss, and as far as known learning_rate, "
         "batch_tokens, status, embedding_params, total_params, granularity, name",
     )
-    fit.add_argument("--output", type=Path, help="where the fit is written; beside the CSV as NAME.fit.json")
+    fit.add_argument("--output", type=Path, help="where the fit is written; default: next to the CSV as NAME.fit.json")
     fit.add_argument(
         "--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (%(default)s)"
     )
-    fit.add_argument("--draws", type=int, default=1000, help="versions of the data behind every interval (%(default)s)")
-    fit.add_argument("--seed", type=int, default=0, help="of their drawing (%(default)s)")
-    fit.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss of ln L (%(default)g)")
+    fit.add_argument("--draws", type=int, default=1000, help="bootstrap resamples behind every interval (%(default)s)")
+    fit.add_argument("--seed", type=int, default=0, help="seed of the resamples (%(default)s)")
+    fit.add_argument("--delta", type=float, default=1e-3, help="threshold of the Huber loss of ln L (%(default)g)")
     within = "how far above the best, in ln L, settings are described by a quadratic (%(default)g)"
     fit.add_argument("--window", type=float, default=0.01, help=within)
     fit.add_argument("--json", action="store_true")
     report = actions.add_parser(
         "report",
-        description="Fits what is there, and writes one page that needs no network: laws, charts, cells with links to "
-        "their runs, what was lost and what was spent; and beside it the charts as SVG and PNG, the data as CSV.",
+        description="Fits the finished cells and writes one page that needs no network: laws, charts, cells with links "
+        "to their runs, failed runs and hours spent; next to it the charts as SVG and PNG and the data as CSV.",
         examples=["mq sweep report runs/study", "mq sweep report runs.csv --output report.html --figures figures"],
         help="a page of a study",
     )
     report.add_argument("source", type=Path, help="the directory of a study, or a CSV as for fit")
     report.add_argument("--output", type=Path, help="the page; report.html of the study, NAME.report.html for a CSV")
     report.add_argument("--figures", type=Path, help="folder of charts and data; figures of the study, NAME.figures")
-    report.add_argument("--fit", type=Path, help="made with its settings if it is there; fit.json, NAME.fit.json")
     report.add_argument(
-        "--standalone", action="store_true", help="no links to runs: for a page that travels without them"
+        "--fit", type=Path, help="use the settings of this fit if it exists; default: fit.json, NAME.fit.json"
+    )
+    report.add_argument(
+        "--standalone", action="store_true", help="no links to runs: for a page that is published without them"
     )
 
 
@@ -96,7 +100,7 @@ def _add_prescribe(actions: Any) -> None:
     prescribe = actions.add_parser(
         "prescribe",
         description="The run.yaml for a size and its tokens, or for a budget: shape, learning rate, batch, layout and "
-        "predicted loss, every number with its origin.",
+        "predicted loss, each number with its origin.",
         examples=["mq sweep prescribe fit.json --params 7e9 --tokens 1e12 --recipe qwen2_5_7b --gpus 512 --gpu h100"],
         help="a run.yaml from a fit",
     )
@@ -119,8 +123,9 @@ def _add_running(actions: Any) -> None:
     """What runs a study."""
     submit = actions.add_parser(
         "submit",
-        description="Runs a plan to its end: hands over what is ready, a few runs at a time, branches once their stem "
-        "has come so far, and notes what became of each. Killed, `resume` goes on; jobs under way are not disturbed.",
+        description="Runs a plan to its end: submits runs that are ready, a few at a time, and branches once their "
+        "stem has written their checkpoint; records the result of each. After a kill, `resume` continues; running "
+        "jobs are not disturbed.",
         examples=["mq sweep submit study.plan.yaml", "mq sweep submit study.plan.yaml --cluster cpu --at-once 8"],
         help="run a plan",
     )
@@ -128,24 +133,24 @@ def _add_running(actions: Any) -> None:
     submit.add_argument("--study", type=Path, help=f"its directory ({RUNS}/ and the name of the plan)")
     resume = actions.add_parser(
         "resume",
-        description="Goes on with a study whose controller has ended, where its runs went before unless told "
+        description="Resumes a study whose controller has ended, on the same cluster as before unless told "
         "otherwise. Runs that were refused, or whose jobs were lost, are tried again.",
         examples=["mq sweep resume runs/study"],
-        help="go on with a study",
+        help="resume a study",
     )
     resume.add_argument("study", type=Path, help="the directory of the study")
     for each in (submit, resume):
         each.add_argument("--cluster", help="name or path of a cluster file, as for mq launch submit")
         each.add_argument("--nodes", type=int, help=f"of a run ({NODES})")
-        each.add_argument("--ranks-per-node", type=int, help="instead of the cluster's")
-        together = f"runs that wait or run together ({AT_ONCE['local']}; on Slurm {AT_ONCE['slurm']})"
+        each.add_argument("--ranks-per-node", type=int, help="default: the cluster's")
+        together = f"runs pending or running at once ({AT_ONCE['local']}; on Slurm {AT_ONCE['slurm']})"
         each.add_argument("--at-once", type=int, help=together)
-        each.add_argument("--poll", type=float, default=10.0, help="seconds between looks (%(default)g)")
+        each.add_argument("--poll", type=float, default=10.0, help="seconds between checks (%(default)g)")
     status = actions.add_parser(
         "status",
-        description="How every run of a study stands, from its directory and the scheduler.",
+        description="State of every run of a study, from its directory and the scheduler.",
         examples=["mq sweep status runs/study", "mq sweep status runs/study --json"],
-        help="how a study stands",
+        help="state of a study",
     )
     status.add_argument("study", type=Path, help="the directory of the study")
     status.add_argument("--json", action="store_true")

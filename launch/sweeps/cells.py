@@ -16,7 +16,7 @@ from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.layouts import layouts
 from megatron_qwen.estimate.memory import memory_per_stage
-from tools.scaling.ladder import Shape, shape_near, shape_of
+from tools.scaling.ladder import ModelShape, shape_near, shape_of
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Placed:
         why_not: why it cannot run; None where it can.
     """
 
-    shape: Shape
+    shape: ModelShape
     config: RunConfig
     sequences: int
     tokens_per_second: float
@@ -87,7 +87,7 @@ class Cell:
         return (self.iterations - self.branch_point) * self.step_tokens
 
     def config(self) -> RunConfig:
-        """The run as ``mq train`` takes it; a branch goes on from its stem."""
+        """The run as ``mq train`` takes it; a branch resumes from its stem."""
         optim: dict[str, Any] = {"learning_rate": self.learning_rate, "lr_warmup_iters": self.warmup}
         share = self.placed.config.optim.min_learning_rate / self.placed.config.optim.learning_rate
         optim["min_learning_rate"] = self.learning_rate * share
@@ -121,7 +121,7 @@ class Stem:
         return self.iterations * self.branches[0].step_tokens
 
 
-def shapes(study: StudyFile) -> list[Shape]:
+def shapes(study: StudyFile) -> list[ModelShape]:
     """The ladder, small to large.
 
     Raises:
@@ -130,10 +130,10 @@ def shapes(study: StudyFile) -> list[Shape]:
     found = [shape_near(study.base, params) for params in study.params]
     found += [shape_of(replace(study.base.model, **model)) for model in study.models]  # type: ignore[arg-type]
     wrong = []
-    seen: dict[object, Shape] = {}
+    seen: dict[object, ModelShape] = {}
     for shape in found:
         if shape.model in seen:
-            fix = "is two rungs of the ladder; space them further."
+            fix = "stands for two shapes that are nearly equal; space params further apart."
             wrong.append(Problem("shapes", f"{shape.name}, {shape.params:.3g} parameters", fix))
         seen[shape.model] = shape
         single = _single(study.base, shape)
@@ -145,7 +145,7 @@ def shapes(study: StudyFile) -> list[Shape]:
     return sorted(found, key=lambda shape: shape.params)
 
 
-def _single(base: RunConfig, shape: Shape) -> RunConfig:
+def _single(base: RunConfig, shape: ModelShape) -> RunConfig:
     alone: dict[str, Any] = {
         "tensor_model_parallel_size": 1,
         "sequence_parallel": False,
@@ -161,7 +161,7 @@ def _single(base: RunConfig, shape: Shape) -> RunConfig:
     return config.with_section("training", micro_batch_size=1)
 
 
-def place(study: StudyFile, shape: Shape, batch_tokens: float) -> Placed:
+def place(study: StudyFile, shape: ModelShape, batch_tokens: float) -> Placed:
     """A model and a batch on the study's devices: the planner's layout, or data parallelism at a measured rate."""
     count, length = study.device.count, study.base.data.seq_length
     wanted = batch_tokens / length
@@ -180,7 +180,12 @@ def place(study: StudyFile, shape: Shape, batch_tokens: float) -> Placed:
         return Placed(shape, best.config, sequences, best.tokens_per_second * count, best.memory_gib)
     if sequences % count:
         return Placed(
-            shape, config, sequences, 0.0, 0.0, f"{sequences} sequences a step do not divide among {count} devices."
+            shape,
+            config,
+            sequences,
+            0.0,
+            0.0,
+            f"{sequences} sequences per step cannot be divided among {count} devices.",
         )
     assert study.device.tflops is not None
     micro = max(size for size in (1, 2, 4, 8, 16, 32) if (sequences // count) % size == 0)

@@ -1,10 +1,10 @@
-"""Brings a study to its end: looks at every run, hands over what is ready, and notes what became of it."""
+"""The loop of a study: reads the state of every run, submits runs that are ready, and records their results."""
 
 import time
 from collections.abc import Callable
 
 from launch.sweeps import adapt
-from launch.sweeps.database import ACTIVE, READY, Database, Row
+from launch.sweeps.database import ACTIVE, READY, Database, RunRow
 from launch.sweeps.handover import HandOver, Place
 from launch.sweeps.look import ENDED, look
 from launch.sweeps.observe import observed
@@ -16,12 +16,12 @@ from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import DONE
 
 _BEAT_S = 20.0
-# Versions of the data by which a round judges how flat an optimum is.
+# Bootstrap resamples by which a round judges how flat an optimum is; `mq sweep fit` reports intervals and takes more.
 _DRAWS = 200
 
 
-class Controller:
-    """Runs a study; one at a time may act on it.
+class StudyController:
+    """Runs a study; one controller at a time may act on it.
 
     Args:
         study: its directory.
@@ -38,8 +38,8 @@ class Controller:
         self.hand_over = HandOver(study, str(plan.content["recipe"]), place, database, say, self._later)
         self._said: dict[str, str] = {}
 
-    def run(self, *, poll_s: float) -> dict[str, Row]:
-        """Goes on until every run has ended; returns how each stands."""
+    def run(self, *, poll_s: float) -> dict[str, RunRow]:
+        """Loops until every run has ended; returns the state of each."""
         while True:
             try:
                 rows = self.step()
@@ -52,7 +52,7 @@ class Controller:
                     continue
             self._wait(poll_s)
 
-    def _widened(self, rows: dict[str, Row]) -> bool:
+    def _widened(self, rows: dict[str, RunRow]) -> bool:
         """Whether an adaptive study has runs to add, now that all have ended; they are noted before any begins."""
         number = len(self.study.rounds()) + 1
         if number > self.rounds:
@@ -69,13 +69,13 @@ class Controller:
         if not found.cells:
             return False
         content, path = document(found), self.study.next_round()
-        merged(plan, [PlanFile(path, content)])  # a round that does not go with the plan is not written
+        merged(plan, [PlanFile(path, content)])  # a round that contradicts the plan is not written
         write(path, content)
         self.runs = self.study.all_runs(self.study.plan())
         return True
 
     def _wait(self, seconds: float) -> None:
-        """Sleeps, and says meanwhile that it is alive."""
+        """Sleeps, and renews the heartbeat that keeps a second controller out."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             time.sleep(min(left, _BEAT_S))
@@ -86,8 +86,8 @@ class Controller:
             self._said[about] = line
             self.say(line)
 
-    def step(self) -> dict[str, Row]:
-        """Looks once, and hands over what is ready and fits."""
+    def step(self) -> dict[str, RunRow]:
+        """One iteration: reads all states, and submits runs that are ready while there is room."""
         self.database.beat()
         rows = look(self.study, self.runs, self.database.rows())
         self._note(rows)
@@ -103,7 +103,7 @@ class Controller:
                 room -= sum(row.status == ACTIVE for row in now)
         return rows
 
-    def _note(self, rows: dict[str, Row]) -> None:
+    def _note(self, rows: dict[str, RunRow]) -> None:
         before = self.database.rows()
         changed = [row for row in rows.values() if before.get(row.name) != row]
         for row in changed:
@@ -116,4 +116,4 @@ class Controller:
         self.database.write(changed)
 
     def _later(self, name: str, why: str) -> None:
-        self._say_once(name, f"{name}: not handed over yet ({why[:300]})")
+        self._say_once(name, f"{name}: not submitted yet ({why[:300]})")

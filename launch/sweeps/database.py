@@ -1,7 +1,7 @@
 """The state of a study in one SQLite file: what a controller knows, and which controller may act.
 
 Everything in it follows from the run directories but the number of submissions and the reason of a run that never
-began; when the file is lost it is made anew from them.
+began; when the file is lost it is recreated from them.
 """
 
 import os
@@ -34,7 +34,7 @@ CREATE TABLE IF NOT EXISTS place (id INTEGER PRIMARY KEY CHECK (id = 1), content
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """How a run stands.
 
     Args:
@@ -64,7 +64,7 @@ def _said(path: Path) -> Iterator[None]:
     except sqlite3.OperationalError as error:  # locked, read-only, no such folder
         raise ConfigError(Problem("state", path, f"cannot be used ({error}).")) from None
     except sqlite3.DatabaseError as error:
-        fix = f"is no database that can be read ({error}); move it away, it is made anew from the runs."
+        fix = f"is not a readable database ({error}); move it away, and it is recreated from the runs."
         raise ConfigError(Problem("state", path, fix)) from None
 
 
@@ -96,11 +96,11 @@ class Database:
                 raise
             self._connection.execute("COMMIT")
 
-    def rows(self) -> dict[str, Row]:
+    def rows(self) -> dict[str, RunRow]:
         """All runs by name."""
         columns = "name, kind, status, why, loss, iteration, submissions"
         with _said(self.path):
-            return {row[0]: Row(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
+            return {row[0]: RunRow(*row) for row in self._connection.execute(f"SELECT {columns} FROM runs")}
 
     def try_again(self) -> None:
         """Forgets refusals and lost jobs: a person wants the study to go on."""
@@ -118,7 +118,7 @@ class Database:
             found = self._connection.execute("SELECT content FROM place").fetchone()
         return None if found is None else str(found[0])
 
-    def write(self, rows: list[Row]) -> None:
+    def write(self, rows: list[RunRow]) -> None:
         """Replaces rows."""
         with self._writing() as connection:
             connection.executemany(
@@ -136,7 +136,7 @@ class Database:
         with self._writing() as connection:
             found = connection.execute("SELECT host, pid, begun, seen FROM controller").fetchone()
             if found is not None and not self._is_dead(*found):
-                fix = "is another controller of this study at work; its runs go on with it. See `mq sweep status`."
+                fix = "is already controlling this study, and its runs continue. See `mq sweep status`."
                 raise ConfigError(Problem("controller", f"process {found[1]} on {found[0]}", fix))
             begun = psutil.Process().create_time()
             connection.execute("DELETE FROM controller")
@@ -157,7 +157,7 @@ class Database:
                 (time.time(), socket.gethostname(), os.getpid()),
             ).rowcount
         if not changed:
-            raise ConfigError(Problem("controller", os.getpid(), "was taken over by another one, and ends."))
+            raise ConfigError(Problem("controller", os.getpid(), "was replaced by another controller and ends."))
 
     def leave(self) -> None:
         """Ends being the controller."""

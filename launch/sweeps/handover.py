@@ -1,4 +1,8 @@
-"""Hands runs of a study to the scheduler: one job each on a machine, on Slurm runs of one shape as an array."""
+"""Submits runs of a study to the scheduler: one job per run on a machine, on Slurm one array per model shape.
+
+The order of writes makes a kill harmless. The database records a run as active, and the study directory the members of
+an array, before anything is submitted. A controller that is killed in between leaves runs that look active; the next
+one (look.py) asks the scheduler for jobs of these names and finds out which exist."""
 
 import subprocess
 from collections.abc import Callable, Sequence
@@ -7,11 +11,11 @@ from itertools import batched, groupby
 
 from launch import cluster as clusters
 from launch import preflight, submit
-from launch.request import Request, chosen_cluster, make
+from launch.request import SubmitRequest, chosen_cluster, make
 from launch.sweeps.arguments import AT_ONCE
-from launch.sweeps.database import ACTIVE, Database, Row
+from launch.sweeps.database import ACTIVE, Database, RunRow
 from launch.sweeps.outcome import outcome
-from launch.sweeps.study_directory import Run, StudyDirectory
+from launch.sweeps.study_directory import StudyDirectory, StudyRun
 from megatron_qwen import slurm
 from megatron_qwen.errors import UserError
 from tools.scaling.observations import FAILED, UNFINISHED
@@ -25,7 +29,7 @@ class Place:
         cluster: name or path of a cluster file; None picks one.
         nodes: of a run.
         ranks_per_node: instead of the cluster's.
-        at_once: runs that may wait or run together; None is the scheduler's.
+        at_once: runs that may be pending or running at once; None is the scheduler's default.
     """
 
     cluster: str | None
@@ -41,9 +45,9 @@ class HandOver:
         study: whose runs they are.
         recipe: that they change.
         place: where they go.
-        database: is told before a job is submitted: who is killed in between finds the job by its name.
-        say: gets a line for everything that changes.
-        later: gets a run and why it is not handed over yet.
+        database: written before a job is submitted, so that the next controller finds the job by its name.
+        say: called with a line for everything that changes.
+        later: called with a run and the reason why it is not submitted yet.
     """
 
     def __init__(
@@ -61,11 +65,12 @@ class HandOver:
         scheduler = clusters.load(chosen_cluster(place.cluster)).scheduler
         self.as_arrays = scheduler == "slurm"
         self.at_once = place.at_once or AT_ONCE[scheduler]
-        # Fewer where Slurm has refused so many at once: sites limit arrays and jobs of a user.
+        # Smaller after Slurm has refused an array: sites limit the size of arrays and the jobs of a user. It doubles
+        # again after each array that Slurm accepts.
         self._most = self.at_once
 
-    def groups(self, runs: Sequence[Run]) -> list[list[Run]]:
-        """Runs that go together, in the order of their first."""
+    def groups(self, runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
+        """Runs that are submitted together, in the order of their first."""
         if not self.as_arrays:
             return [[run] for run in runs]
         order = {shape: place for place, shape in enumerate(dict.fromkeys((run.kind, run.shape) for run in runs))}
@@ -73,26 +78,26 @@ class HandOver:
         found = [list(members) for _, members in groupby(ordered, key=lambda run: (run.kind, run.shape))]
         return [part for group in found for part in map(list, batched(group, self._most))]
 
-    def __call__(self, runs: Sequence[Run], rows: dict[str, Row]) -> list[Row]:
-        """Submits a group; what is wrong with a run is its own failure, what is wrong with the place is waited for.
+    def __call__(self, runs: Sequence[StudyRun], rows: dict[str, RunRow]) -> list[RunRow]:
+        """Submits a group. An error of a run makes that run fail; an error of the cluster is retried later.
 
         Args:
             runs: of one group.
-            rows: how they stand.
+            rows: their states before.
 
         Returns:
-            How they stand now.
+            Their states now.
         """
-        found: dict[str, Row] = {}
-        requests: dict[str, Request] = {}
+        found: dict[str, RunRow] = {}
+        requests: dict[str, SubmitRequest] = {}
         for run in runs:
             self.database.beat()
             row = rows[run.name]
             if outcome(self.study.runs / run.name, iterations=run.iterations).status != UNFINISHED:
-                found[run.name] = row  # it has just ended: the next look says how
+                found[run.name] = row  # it has ended meanwhile: look.py reads the result in the next iteration
                 continue
             answer = self._request(run)
-            if isinstance(answer, Request):
+            if isinstance(answer, SubmitRequest):
                 requests[run.name] = answer
             else:
                 found[run.name] = replace(row, status=FAILED, why=answer[:500]) if answer else row
@@ -100,8 +105,8 @@ class HandOver:
             found |= self._submit([run for run in runs if run.name in requests], rows, requests)
         return [found[run.name] for run in runs]
 
-    def _request(self, run: Run) -> Request | str:
-        """What is to be submitted, or why that cannot be; an empty word where it may be possible later."""
+    def _request(self, run: StudyRun) -> SubmitRequest | str:
+        """The request, or the reason why the run cannot be submitted; an empty text where it may be possible later."""
         try:
             request = make(
                 self.recipe,
@@ -121,7 +126,9 @@ class HandOver:
         wrong = [str(item.problem) for item in found.findings if item.severity != "warning"]
         return "; ".join(wrong) if wrong else request
 
-    def _submit(self, runs: list[Run], rows: dict[str, Row], requests: dict[str, Request]) -> dict[str, Row]:
+    def _submit(
+        self, runs: list[StudyRun], rows: dict[str, RunRow], requests: dict[str, SubmitRequest]
+    ) -> dict[str, RunRow]:
         before = {run.name: rows[run.name] for run in runs}
         noted = {
             name: replace(row, status=ACTIVE, why="", submissions=row.submissions + 1) for name, row in before.items()
@@ -130,37 +137,38 @@ class HandOver:
         try:
             submitted = self._as_one(runs[0], requests) if len(runs) == 1 else self._as_array(runs, requests)
         except (slurm.SlurmError, subprocess.TimeoutExpired, OSError) as error:
-            # Not now: of what has taken too long to answer it is not known whether it was taken.
+            # A timeout does not tell whether Slurm took the jobs. The rows go back to their state before; if jobs
+            # exist, look.py finds them by name. Slurm may have refused the size of the array: halve the next one.
             self._most = max(1, len(runs) // 2)
             return self._later(before, _line(error))
         except UserError as error:
-            if len(runs) > 1:  # one by one each has its own say
+            if len(runs) > 1:  # submitted one by one, each run gets its own error
                 return {name: row for run in runs for name, row in self._submit([run], before, requests).items()}
-            if any(problem.where == "run" for problem in error.problems):  # another command has it in hand
+            if any(problem.where == "run" for problem in error.problems):  # another command is submitting or running it
                 return self._later(before, _line(error))
             return {name: replace(row, status=FAILED, why=_line(error)[:500]) for name, row in before.items()}
         self._most = min(self.at_once, 2 * self._most)
         return noted if submitted else before
 
-    def _as_one(self, run: Run, requests: dict[str, Request]) -> bool:
+    def _as_one(self, run: StudyRun, requests: dict[str, SubmitRequest]) -> bool:
         submitted, code = submit.submit(requests[run.name], new_code=False)
         if submitted is None:
             if code:
-                self.later(run.name, "the place is not fit for it (see above)")
+                self.later(run.name, "the cluster cannot take it (see above)")
             return False
-        self.say(f"{run.name}: handed over as job {', '.join(submitted.jobs)}")
+        self.say(f"{run.name}: submitted as job {', '.join(submitted.jobs)}")
         return True
 
-    def _as_array(self, runs: list[Run], requests: dict[str, Request]) -> bool:
+    def _as_array(self, runs: list[StudyRun], requests: dict[str, SubmitRequest]) -> bool:
         name = self.study.note_array(runs)
         submitted = submit.submit_array(
             list(requests.values()), at_once=len(runs), name=name, between=self.database.beat
         )
         for one in submitted:
-            self.say(f"{one.run_dir.name}: handed over as job {', '.join(one.jobs)}")
+            self.say(f"{one.run_dir.name}: submitted as job {', '.join(one.jobs)}")
         return True
 
-    def _later(self, rows: dict[str, Row], why: str) -> dict[str, Row]:
+    def _later(self, rows: dict[str, RunRow], why: str) -> dict[str, RunRow]:
         for name in rows:
             self.later(name, why)
         self.database.write(list(rows.values()))

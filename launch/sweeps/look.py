@@ -1,4 +1,4 @@
-"""How the runs of a study stand: by their directories, the scheduler, and what the database says of those without."""
+"""States of the runs of a study, from their directories and the scheduler, or from the database where neither knows."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -8,36 +8,40 @@ from pathlib import Path
 import psutil
 
 from launch import run_jobs
-from launch.sweeps.database import ACTIVE, READY, WAITING, Row
+from launch.sweeps.database import ACTIVE, READY, WAITING, RunRow
 from launch.sweeps.outcome import astray_by, outcome
-from launch.sweeps.study_directory import Run, StudyDirectory
+from launch.sweeps.study_directory import StudyDirectory, StudyRun
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
 
 ENDED = (DONE, DIVERGED, FAILED)
-# A run whose job is gone without a word is handed over again; one that is lost so often is not.
+# A run whose job disappeared without a recorded end is submitted again, at most so often.
 _MOST_SUBMISSIONS = 3
 _OF_THE_STEM = "its stem"
 
 
-def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, ask: bool = True) -> dict[str, Row]:
-    """How every run stands, by its directory and the scheduler.
+def look(
+    study: StudyDirectory, runs: Sequence[StudyRun], known: dict[str, RunRow], *, ask: bool = True
+) -> dict[str, RunRow]:
+    """State of every run, from its directory and the scheduler.
 
     Args:
         study: the directory.
         runs: of the study, stems first.
         known: what the database says.
-        ask: whether to ask the scheduler; without it what is under way looks ready.
+        ask: whether to ask the scheduler; without it running runs look ready.
     """
     alive = _alive(study, runs) if ask else {}
-    rows: dict[str, Row] = {}
+    rows: dict[str, RunRow] = {}
     for run in runs:
         directory = RunDirectory(study.runs / run.name)
         old = known.get(run.name)
         if old is None:
-            old = Row(run.name, run.kind, READY, submissions=len(run_jobs.submissions(directory)))
-        if run.name in alive:  # asked before its files are read: what has ended since has said how
+            old = RunRow(run.name, run.kind, READY, submissions=len(run_jobs.submissions(directory)))
+        if (
+            run.name in alive
+        ):  # the scheduler was asked before the files are read, so a run that ends in between is still active
             rows[run.name] = replace(old, status=ACTIVE, why=alive[run.name])
             continue
         if old.status in (DONE, DIVERGED) and directory.state() in (RunState.DONE, RunState.STOPPED):
@@ -45,7 +49,7 @@ def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, a
             continue
         stem = None if run.stem is None else study.runs / run.stem
         found = outcome(directory.path, iterations=run.iterations, stem=stem, begins=run.begins)
-        # What got further than the time before was not lost in vain.
+        # Progress resets the count: only submissions without progress count as lost.
         row = replace(
             old, iteration=found.iteration, submissions=1 if found.iteration > old.iteration else old.submissions
         )
@@ -61,8 +65,8 @@ def look(study: StudyDirectory, runs: Sequence[Run], known: dict[str, Row], *, a
     return rows
 
 
-def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
-    """Runs whose job waits or runs, with what a person must know of it.
+def _alive(study: StudyDirectory, runs: Sequence[StudyRun]) -> dict[str, str]:
+    """Runs whose job is pending or running, with what a person must know about it.
 
     Also those whose job a controller was killed before it could note: it is found by its name.
     """
@@ -70,7 +74,7 @@ def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
     directories = {name: one for name, one in directories.items() if one.path.exists()}
     submissions = {name: run_jobs.submissions(one) for name, one in directories.items()}
     noted = {name: {job for one in each for job in one.jobs} for name, each in submissions.items()}
-    # A run of Slurm's is not taken for lost because its programs are not here: they must answer.
+    # A run on Slurm does not count as lost because squeue is missing on this machine: then the query must fail.
     asked = slurm.is_there() or any(each and each[-1].scheduler == "slurm" for each in submissions.values())
     queue = slurm.queue() if asked else {}
     unnoted = _unnoted(study, runs, queue, noted)
@@ -90,7 +94,7 @@ def _alive(study: StudyDirectory, runs: Sequence[Run]) -> dict[str, str]:
 
 
 def _unnoted(
-    study: StudyDirectory, runs: Sequence[Run], queue: dict[str, slurm.QueuedJob], noted: dict[str, set[str]]
+    study: StudyDirectory, runs: Sequence[StudyRun], queue: dict[str, slurm.QueuedJob], noted: dict[str, set[str]]
 ) -> set[str]:
     """Runs that have a job by its name, or are members of an array by its, which their directories do not name."""
     alive: dict[str, set[str]] = {}
@@ -118,8 +122,8 @@ def _command_lines() -> list[str]:
     return found
 
 
-def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) -> Row:
-    """A run that is not under way: ready, or waiting for its stem, or never to be."""
+def _waiting(study: StudyDirectory, run: StudyRun, row: RunRow, rows: dict[str, RunRow]) -> RunRow:
+    """State of a run that is not active: ready, waiting for its stem, or impossible because of its stem."""
     if run.stem is None or RunDirectory(study.runs / run.name).run_yaml.is_file():
         return replace(row, status=READY, why="")
     stem = rows[run.stem]
@@ -132,14 +136,14 @@ def _waiting(study: StudyDirectory, run: Run, row: Row, rows: dict[str, Row]) ->
     if stem.status == FAILED:
         return replace(row, status=FAILED, why=f"{_OF_THE_STEM} failed: {stem.why}"[:500])
     if stem.status == DONE:
-        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} kept no checkpoint of iteration {run.begins}")
+        return replace(row, status=FAILED, why=f"{_OF_THE_STEM} has no checkpoint of iteration {run.begins}")
     return replace(row, status=WAITING, why=f"for iteration {run.begins} of {run.stem}")
 
 
-def table(rows: dict[str, Row], controller: str | None, path: Path) -> str:
-    """How a study stands, for a terminal."""
+def table(rows: dict[str, RunRow], controller: str | None, path: Path) -> str:
+    """The state of a study, for a terminal."""
     counts = Counter((row.kind, row.status) for row in rows.values())
-    lines = [f"{path}: controller {controller or 'not at work; `mq sweep resume` starts it'}"]
+    lines = [f"{path}: controller {controller or 'not running; `mq sweep resume` starts it'}"]
     for kind in ("stem", "cell"):
         each = {status: count for (which, status), count in counts.items() if which == kind}
         if each:

@@ -3,14 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from launch.sweeps.database import Row
-from launch.sweeps.outcome import Outcome, outcome
+from launch.sweeps.database import RunRow
+from launch.sweeps.outcome import RunOutcome, outcome
 from launch.sweeps.plan_file import PlanFile
 from launch.sweeps.study_directory import StudyDirectory
 from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED, Observation
 
 
-def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, Outcome]]:
+def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, RunOutcome]]:
     """Every cell of a plan as an observation, and how its run stands.
 
     Args:
@@ -43,8 +43,8 @@ def observe(plan: PlanFile, runs: Path) -> tuple[list[Observation], dict[str, Ou
 
 
 def observed(
-    plan: PlanFile, study: StudyDirectory, rows: dict[str, Row]
-) -> tuple[list[Observation], dict[str, Outcome]]:
+    plan: PlanFile, study: StudyDirectory, rows: dict[str, RunRow]
+) -> tuple[list[Observation], dict[str, RunOutcome]]:
     """All cells; of those that never began, as their stem diverged or they were refused, the rows say so."""
     observations, outcomes = observe(plan, study.runs)
     never = {name: row.status for name, row in rows.items() if row.status in (DIVERGED, FAILED)}
@@ -54,7 +54,7 @@ def observed(
     ], outcomes
 
 
-def measured(outcomes: dict[str, Outcome]) -> str:
+def measured(outcomes: dict[str, RunOutcome]) -> str:
     """What the losses of the done cells are, or that they are not the same."""
     kinds = {one.measured for one in outcomes.values() if one.status == DONE}
     return next(iter(kinds)) if len(kinds) == 1 else "validation of some, training of others" if kinds else ""

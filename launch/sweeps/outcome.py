@@ -1,4 +1,4 @@
-"""What became of a run of a study, by its run directory alone."""
+"""The result of a run of a study, from its run directory alone."""
 
 import math
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from tools.scaling.observations import DIVERGED, DONE, FAILED, UNFINISHED
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How a run stands.
 
     Args:
@@ -31,11 +31,11 @@ class Outcome:
     why: str
 
 
-def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins: int = 0) -> Outcome:
+def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins: int = 0) -> RunOutcome:
     """Reads a run directory.
 
     Divergence is a result: numbers that were not finite, or a loss that ends more than a tenth above where it has
-    been, in the run or in the stem that it went on from.
+    been, in the run or in the stem that it resumed from.
 
     Args:
         run_dir: of the run; need not exist.
@@ -48,24 +48,24 @@ def outcome(run_dir: Path, *, iterations: int, stem: Path | None = None, begins:
     last = max(steps, default=0)
     state = directory.state()
     if _numerics(directory):
-        return Outcome(DIVERGED, math.nan, "", last, "numbers that were not finite stopped it")
+        return RunOutcome(DIVERGED, math.nan, "", last, "stopped because loss or gradients were not finite")
     if state in (RunState.STOPPED, RunState.CANCELLED):
         attempts = AttemptLog(directory.attempts).read()
         reason = attempts[-1].reason if attempts else None
-        return Outcome(FAILED, math.nan, "", last, f"{state.value}: {reason or 'see its logs'}")
+        return RunOutcome(FAILED, math.nan, "", last, f"{state.value}: {reason or 'see its logs'}")
     if state is not RunState.DONE:
-        return Outcome(UNFINISHED, math.nan, "", last, "not begun" if state is None else state.value)
+        return RunOutcome(UNFINISHED, math.nan, "", last, "not begun" if state is None else state.value)
     if last < iterations:
         why = f"is done, but its metrics end at iteration {last} of {iterations}"
-        return Outcome(FAILED, math.nan, "", last, why)
+        return RunOutcome(FAILED, math.nan, "", last, why)
     means = tail_means(_losses(steps))
     before = {} if stem is None else _until(stem, begins)
     if (astray := went_astray(tail_means(_losses(before | steps)) if before else means)) is not None:
-        return Outcome(DIVERGED, math.nan, "", last, astray)
+        return RunOutcome(DIVERGED, math.nan, "", last, astray)
     validation = steps[last].get("validation_loss")
     if isinstance(validation, int | float) and math.isfinite(validation):
-        return Outcome(DONE, float(validation), "validation", last, "")
-    return Outcome(DONE, float(means[-1]), f"mean of the last {TAIL:.0%} of the steps", last, "")
+        return RunOutcome(DONE, float(validation), "validation", last, "")
+    return RunOutcome(DONE, float(means[-1]), f"mean of the last {TAIL:.0%} of the steps", last, "")
 
 
 def astray_by(run_dir: Path, iteration: int) -> str | None:

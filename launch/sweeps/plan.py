@@ -18,7 +18,7 @@ _FEWEST_RATES = 4
 
 
 @dataclass(frozen=True)
-class Dropped:
+class DroppedCells:
     """What the study names and the plan does not hold.
 
     Args:
@@ -35,7 +35,7 @@ class Dropped:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """A study, expanded.
 
     Args:
@@ -49,7 +49,7 @@ class Plan:
     study: StudyFile
     placed: list[Placed]
     cells: list[Cell]
-    dropped: list[Dropped]
+    dropped: list[DroppedCells]
     warnings: list[str]
 
     @property
@@ -69,7 +69,7 @@ class Plan:
         return sum(map(self.hours, self.cells)) + sum(map(self.hours, self.stems))
 
 
-def make_plan(study: StudyFile) -> Plan:
+def make_plan(study: StudyFile) -> StudyPlan:
     """Expands a study and fits it into its budget.
 
     Whole horizons of whole models are taken or dropped, by their compute: a grid with holes would move the optima that
@@ -81,19 +81,19 @@ def make_plan(study: StudyFile) -> Plan:
     placed = [place(study, shape, batch) for shape in shapes(study) for batch in study.batches]
     everything = sorted(cells(study, placed), key=lambda cell: (cell.placed.shape.params * cell.tokens, cell.name))
     dropped = [
-        Dropped(f"{one.shape.name}, {one.sequences} sequences a step", _of(study), None, one.why_not)
+        DroppedCells(f"{one.shape.name}, {one.sequences} sequences per step", _of(study), None, one.why_not)
         for one in placed
         if one.why_not is not None
     ]
     names = [cell.name for cell in everything]
     if twice := sorted({name for name in names if names.count(name) > 1} if len(set(names)) < len(names) else ()):
-        fix = "is two cells: learning rates or batches that are nearly equal; space them further."
+        fix = "names two cells with nearly equal learning rates or batches; space them further apart."
         raise ConfigError([Problem("study", name, fix) for name in twice[:5]])
     kept, late = _within_budget(study, everything)
     if not kept:
         reasons = "; ".join(f"{one.what}: {one.reason}" for one in (*dropped, *late)[:5])
-        raise ConfigError(Problem("study", study.name, f"holds no cell that can run: {reasons}"))
-    return Plan(study, placed, kept, [*dropped, *late], _warnings(study, placed, kept))
+        raise ConfigError(Problem("study", study.name, f"has no cell that can run: {reasons}"))
+    return StudyPlan(study, placed, kept, [*dropped, *late], _warnings(study, placed, kept))
 
 
 def _of(study: StudyFile) -> int:
@@ -102,14 +102,14 @@ def _of(study: StudyFile) -> int:
     return horizons * len(study.learning_rates) * len(study.seeds)
 
 
-def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell], list[Dropped]]:
+def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell], list[DroppedCells]]:
     """Horizons of models in order of compute until one does not fit; and those from there on."""
     blocks: dict[tuple[str, int], list[Cell]] = {}
     for cell in everything:
         blocks.setdefault((cell.placed.shape.name, cell.horizon), []).append(cell)
     ordered = sorted(blocks.items(), key=lambda item: max(c.placed.shape.params * c.tokens for c in item[1]))
     kept: list[Cell] = []
-    late: list[Dropped] = []
+    late: list[DroppedCells] = []
     spent, full = 0.0, False
     for (shape, _), block in ordered:
         before = {cell.stem: cell.branch_point for cell in kept if cell.stem is not None}
@@ -117,8 +117,8 @@ def _within_budget(study: StudyFile, everything: list[Cell]) -> tuple[list[Cell]
         cost = sum(tokens[c.name] / c.placed.tokens_per_second for c in block) * study.device.count / 3600
         full = full or (study.budget_hours is not None and spent + cost > study.budget_hours)
         if full:
-            reason = f"the budget of {study.budget_hours:g} device-hours ends before it"
-            late.append(Dropped(f"{shape}, {block[0].tokens:.3g} tokens", len(block), cost, reason))
+            reason = f"the budget of {study.budget_hours:g} device-hours is used up before it"
+            late.append(DroppedCells(f"{shape}, {block[0].tokens:.3g} tokens", len(block), cost, reason))
         else:
             spent += cost
             kept += block
@@ -137,9 +137,9 @@ def _warnings(study: StudyFile, placed: list[Placed], kept: list[Cell]) -> list[
     sizes = {cell.placed.shape.name for cell in kept}
     horizons = {cell.tokens for cell in kept}
     if len(sizes) < 3 or len(horizons) < 3:
-        found.append(f"{len(sizes)} sizes and {len(horizons)} horizons: the law of the loss needs three of each")
+        found.append(f"{len(sizes)} sizes and {len(horizons)} horizons: the law of the loss requires three of each")
     if len(study.learning_rates) < _FEWEST_RATES:
-        found.append(f"{len(study.learning_rates)} learning rates show no minimum; give at least {_FEWEST_RATES}")
+        found.append(f"{len(study.learning_rates)} learning rates cannot show a minimum; give at least {_FEWEST_RATES}")
     short = [cell for cell in kept if cell.iterations < 100]
     if short:
         found.append(
@@ -155,7 +155,7 @@ def _warnings(study: StudyFile, placed: list[Placed], kept: list[Cell]) -> list[
     return sorted(set(found))
 
 
-def document(plan: Plan) -> dict[str, Any]:
+def document(plan: StudyPlan) -> dict[str, Any]:
     """The plan as JSON and YAML hold it."""
     study = plan.study
     return {
@@ -181,7 +181,7 @@ def document(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _model(plan: Plan, one: Placed) -> dict[str, Any]:
+def _model(plan: StudyPlan, one: Placed) -> dict[str, Any]:
     shape = one.shape
     changes = difference(one.config, plan.study.base)
     return {
@@ -197,7 +197,7 @@ def _model(plan: Plan, one: Placed) -> dict[str, Any]:
     }
 
 
-def _stem(plan: Plan, stem: Stem) -> dict[str, Any]:
+def _stem(plan: StudyPlan, stem: Stem) -> dict[str, Any]:
     return {
         "name": stem.name,
         "iterations": stem.iterations,
@@ -206,7 +206,7 @@ def _stem(plan: Plan, stem: Stem) -> dict[str, Any]:
     }
 
 
-def _cell(plan: Plan, cell: Cell) -> dict[str, Any]:
+def _cell(plan: StudyPlan, cell: Cell) -> dict[str, Any]:
     shape = cell.placed.shape
     return {
         "name": cell.name,
@@ -248,7 +248,7 @@ def write(path: Path, content: dict[str, Any]) -> None:
         for name, value in content.items()
     }
     text = yaml.dump(lined, Dumper=_Dumper, sort_keys=False, width=10_000, allow_unicode=True)
-    head = "# What a study will run. Read it, then submit it; `mq sweep plan` makes it anew from the study.\n"
+    head = "# What a study will run. Read it, then submit it; `mq sweep plan` recreates it from the study.\n"
     atomic_write(path, head + text)
 
 
@@ -279,5 +279,5 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"dropped: {one['what']} ({one['cells']} cells{cost}): {one['reason']}")
     lines += [f"warning: {warning}" for warning in content["warnings"]]
     if rounds := content["adaptive_rounds"]:
-        lines.append(f"up to {rounds} rounds more where an optimum lies at the edge of its grid or is flat")
+        lines.append(f"up to {rounds} more rounds where an optimum is at the edge of its grid or is flat")
     return "\n".join(lines)

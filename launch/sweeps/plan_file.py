@@ -101,7 +101,7 @@ def read_plan(path: Path) -> PlanFile:
     """
     content = read_mapping(path)
     if content.get("format") != FORMAT:
-        raise ConfigError(Problem(str(path), content.get("format"), "is no plan that mq sweep plan has written."))
+        raise ConfigError(Problem(str(path), content.get("format"), "is not a plan written by mq sweep plan."))
     _require_right(path, content)
     return PlanFile(path, content)
 
@@ -132,7 +132,7 @@ def _require_right(path: Path, content: dict[str, Any]) -> None:
             reader.value(_Whole, row["from"], f"cells[{number}].from")
     if plan is not None:
         if plan.adaptive_rounds and plan.study is None:
-            reader.wrong("study", None, "is missing: an adaptive study is widened from it.")
+            reader.wrong("study", None, "is missing: adaptive rounds need it.")
         _check_references(reader, plan)
     reader.require_right()
 
@@ -145,8 +145,8 @@ def _check_references(reader: YamlReader, plan: _Plan) -> None:
         reader.wrong("name", name, "is the name of several runs.")
     for number, cell in enumerate(plan.cells):
         if (cell.model, cell.sequences) not in models:
-            reader.wrong(f"cells[{number}].model", cell.model, "is none of its models.")
+            reader.wrong(f"cells[{number}].model", cell.model, "is not a model of the plan.")
         if cell.stem is not None and cell.stem not in stems:
-            reader.wrong(f"cells[{number}].stem", cell.stem, "is none of its stems.")
+            reader.wrong(f"cells[{number}].stem", cell.stem, "is not a stem of the plan.")
     for lonely in sorted(stems - {cell.stem for cell in plan.cells}):
-        reader.wrong("stems", lonely, "has no cell that branches off it.")
+        reader.wrong("stems", lonely, "has no cell that branches off.")

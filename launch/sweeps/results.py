@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from launch.sweeps.database import Database, Row
+from launch.sweeps.database import Database, RunRow
 from launch.sweeps.look import look
 from launch.sweeps.observe import measured, observed
 from launch.sweeps.spent import spent
@@ -12,7 +12,7 @@ from tools.scaling.study_results import StudyResults
 
 
 def read(source: Path) -> StudyResults:
-    """Reads a CSV, or the runs of a study, whose observations are also written beside its plan as a CSV.
+    """Reads a CSV, or the runs of a study, whose observations are also written next to its plan as a CSV.
 
     Args:
         source: the CSV or the directory of the study.
@@ -40,7 +40,7 @@ def read(source: Path) -> StudyResults:
     )
 
 
-def _noted(study: StudyDirectory) -> dict[str, Row]:
+def _noted(study: StudyDirectory) -> dict[str, RunRow]:
     """What the study's database says; nothing where there is none."""
     if not study.database.is_file():
         return {}

@@ -197,7 +197,7 @@ def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
     """A study from its mapping.
 
     Args:
-        path: of the file it stood in; a run.yaml is looked for beside it.
+        path: of the file it stood in; a run.yaml is looked for next to it.
         content: of the file.
 
     Raises:
@@ -240,11 +240,11 @@ def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
 
 
 def _recipe(path: Path, named: str) -> str:
-    """The recipe's name, or the full path of a run.yaml, which is looked for beside the study first."""
+    """The recipe's name, or the full path of a run.yaml, which is looked for next to the study first."""
     if named in RECIPES:
         return named
-    beside = path.parent / named
-    return str((beside if beside.is_file() else Path(named)).absolute())
+    local = path.parent / named
+    return str((local if local.is_file() else Path(named)).absolute())
 
 
 def _full_paths(content: dict[str, Any]) -> dict[str, Any]:
@@ -301,7 +301,7 @@ def _kind(
     if device is None:
         return None
     if (body.get("gpu") is None) == (body.get("tflops") is None):
-        fix = "takes gpu, or tflops: model FLOP/s x 1e-12 that one device reaches in a step."
+        fix = "requires either gpu, or tflops (measured model TFLOP/s of one device in a step)."
         reader.wrong("device", None, fix)
         return None
     if device.gpu is None:

@@ -24,7 +24,7 @@ _NEAR = 0.1
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One run of a study.
 
     Args:
@@ -75,7 +75,7 @@ class StudyDirectory:
             try:
                 stack.enter_context(exclusive_lock(self.path / _LOCK, timeout_s=0, without_locks=warn))
             except LockHeldError:
-                fix = "has another controller of this study at work; its runs go on with it. See `mq sweep status`."
+                fix = "already has an active controller, and its runs continue. See `mq sweep status`."
                 raise ConfigError(Problem("STUDY", self.path, fix)) from None
             yield
 
@@ -87,24 +87,29 @@ class StudyDirectory:
         """
         if self.plan_yaml.is_file():
             if self.plan_yaml.read_bytes() != plan.path.read_bytes():
-                fix = f"is not the plan that {self.path} runs; give the study another name, or go on with `resume`."
+                fix = (
+                    f"differs from the plan in {self.path}; give the study another name, or continue that study with "
+                    "`mq sweep resume`."
+                )
                 raise ConfigError(Problem("PLAN", plan.path, fix))
             return
         begun = {self.runs.name, self.database.name, _LOCK}  # by a command that was killed here
         there = {one.name for one in self.path.iterdir() if not is_temporary(one)} if self.path.exists() else set()
         if there - begun:
-            raise ConfigError(Problem("study", self.path, "is not empty and holds no plan.yaml; choose another place."))
+            raise ConfigError(
+                Problem("study", self.path, "is not empty and has no plan.yaml; choose another directory.")
+            )
         self.runs.mkdir(parents=True, exist_ok=True, mode=0o700)
         atomic_write(self.plan_yaml, plan.path.read_bytes())
 
-    def job_name(self, run: "Run") -> str:
+    def job_name(self, run: "StudyRun") -> str:
         """Name of a run's job: another study of the same models has others."""
         return f"{run.name[:90]}.{self._mark()}"
 
     def _mark(self) -> str:
         return hashlib.sha256(str(self.path).encode()).hexdigest()[:6]
 
-    def note_array(self, runs: Sequence[Run]) -> str:
+    def note_array(self, runs: Sequence[StudyRun]) -> str:
         """Notes which runs are about to go as one array, and names it: who is killed then finds it by its name."""
         text = self.arrays_jsonl.read_bytes() if self.arrays_jsonl.is_file() else b""
         # Slurm's lists are read by their separators: a name holds none, whatever the directory is called.
@@ -128,7 +133,7 @@ class StudyDirectory:
             ConfigError: there is none.
         """
         if not self.plan_yaml.is_file():
-            raise ConfigError(Problem("STUDY", self.path, "holds no plan.yaml: it is no study that was submitted."))
+            raise ConfigError(Problem("STUDY", self.path, "has no plan.yaml: it is not a submitted study."))
         return merged(read_plan(self.plan_yaml), [read_plan(path) for path in self.rounds()])
 
     def rounds(self) -> list[Path]:
@@ -142,7 +147,7 @@ class StudyDirectory:
         """Where the plan of the next one goes."""
         return self.path / f"round{len(self.rounds()) + 1}.yaml"
 
-    def all_runs(self, plan: PlanFile) -> list[Run]:
+    def all_runs(self, plan: PlanFile) -> list[StudyRun]:
         """Stems, then cells, in the order of the plan."""
         content = plan.content
         cells = {str(cell["name"]): cell for cell in content["cells"]}
@@ -152,7 +157,7 @@ class StudyDirectory:
                 members.setdefault(str(cell["stem"]), cell)
         shared = [str(word) for word in content.get("overrides") or ()]
         found = [
-            Run(
+            StudyRun(
                 str(stem["name"]),
                 STEM,
                 int(stem["iterations"]),
@@ -166,11 +171,13 @@ class StudyDirectory:
         for name, cell in cells.items():
             words = (*shared, *_model(plan, cell), *_cell(cell))
             stem = str(cell["stem"]) if "stem" in cell else None
-            found.append(Run(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell)))
+            found.append(
+                StudyRun(name, CELL, int(cell["iterations"]), stem, int(cell.get("from", 0)), words, _shape(cell))
+            )
         return found
 
-    def branching_point(self, run: Run) -> tuple[int, Path] | None:
-        """The checkpoint of its stem that a branch goes on from, and its iteration; None while there is none.
+    def branching_point(self, run: StudyRun) -> tuple[int, Path] | None:
+        """The checkpoint of its stem that a branch resumes from, and its iteration; None while there is none.
 
         A step whose numbers were not finite is not saved: then it is the next one, if it is near.
         """
@@ -179,7 +186,7 @@ class StudyDirectory:
         found = committed(RunDirectory(self.runs / run.stem).checkpoints)
         return min((one for one in found if run.begins <= one[0] <= last), default=None)
 
-    def overrides(self, run: Run) -> list[str]:
+    def overrides(self, run: StudyRun) -> list[str]:
         """All of a run's; of a branch those that depend on where its stem was saved too."""
         if run.stem is None:
             return list(run.overrides)

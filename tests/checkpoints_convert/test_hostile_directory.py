@@ -164,11 +164,11 @@ HF: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
     ),
     "pickled weights only": (only_pickles, ["pytorch_model.bin", "save_pretrained"]),
     "no config": (lambda hf: (hf / "config.json").unlink(), ["config.json", "is missing"]),
-    "config is no JSON": (lambda hf: (hf / "config.json").write_text("{"), ["config.json", "no JSON object"]),
-    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), ["config.json", "no JSON object"]),
+    "config is no JSON": (lambda hf: (hf / "config.json").write_text("{"), ["config.json", "not a JSON object"]),
+    "config is a list": (lambda hf: (hf / "config.json").write_text("[]"), ["config.json", "not a JSON object"]),
     "index is no JSON": (
         lambda hf: (hf / "model.safetensors.index.json").write_text("nonsense"),
-        ["index.json", "no JSON object"],
+        ["index.json", "not a JSON object"],
     ),
     "index without a map": (lambda hf: write_index(hf, {"metadata": {}}), ["weight_map"]),
 }
@@ -263,7 +263,7 @@ def test_out_is_occupied(action, kind, hf, finished_run, tmp_path):
     else:
         out.symlink_to(tmp_path / "nowhere")
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    assert "exists already" in refused(action, finished_run if action == "to-hf" else hf, out, exit_codes=(3,))
+    assert "already exists" in refused(action, finished_run if action == "to-hf" else hf, out, exit_codes=(3,))
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 

@@ -126,7 +126,7 @@ def test_iteration_dtype_and_refusals(finished_run, tmp_path):
 
     again = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "hf")
     assert again.returncode == 3
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
     missing = run("checkpoints_convert.convert", "to-hf", finished_run, tmp_path / "other", "--iteration", 5)
     assert missing.returncode == 4
     assert "no such checkpoint" in missing.stderr

@@ -134,7 +134,7 @@ def test_what_does_not_go_together():
     assert plan(dense, moe, routed_share=0).exact
     with pytest.raises(ConversionError, match=r"(?s)num_layers.*hidden_size.*num_query_groups"):
         plan(RECIPES["qwen2_5_0_5b"]().model, moe)
-    with pytest.raises(ConversionError, match="no mixture"):
+    with pytest.raises(ConversionError, match="not a mixture-of-experts"):
         plan(dense, dense)
     with pytest.raises(ConversionError, match="already"):
         plan(moe, moe)

@@ -45,7 +45,7 @@ def test_submit_status_logs(tokens, tokenizer, tmp_path):
     assert json.loads(first.stdout)[0]["run_dir"] == str(run_dir)
     refused = launch("submit", *words, *where, check=False)
     assert refused.returncode == 2
-    assert "is under way already" in refused.stderr
+    assert "is already in progress" in refused.stderr
     wait_for_state(run_dir, "done")
     (row,) = json.loads(launch("status", tmp_path, "--json").stdout)
     assert (row["state"], row["iteration"], row["train_iters"], row["attempts"]) == ("done", 12, 12, 1)
@@ -84,7 +84,7 @@ def test_a_killed_rank_and_a_cancelled_run(tokens, tokenizer, tmp_path):
     assert "cancelled job" in launch("cancel", run_dir).stdout
     wait_for_state(run_dir, "cancelled")
     assert committed(run_dir / "checkpoints"), "it saved before it left"
-    assert "no job waits or runs" in launch("cancel", run_dir).stdout
+    assert "has no pending or running job" in launch("cancel", run_dir).stdout
 
 
 def test_frozen_code_that_is_too_old_for_the_configuration(tokens, tokenizer, tmp_path):

@@ -62,7 +62,7 @@ def test_lists_its_programs_without_an_environment(checkout):
             assert f"mq {program} " in done.stdout
     wrong = mq(checkout, "trian")
     assert wrong.returncode == 2
-    assert "no such program: trian" in wrong.stderr
+    assert "unknown program: trian" in wrong.stderr
     assert not (checkout / ".venv").exists()
 
 
@@ -161,5 +161,5 @@ def test_what_is_no_environment_is_left_alone(checkout, tmp_path):
         environment = {**os.environ, "MQ_VENV": str(place)}
         done = subprocess.run([str(checkout / "mq"), "recipes"], capture_output=True, text=True, env=environment)
         assert done.returncode == 2, done.stderr
-        assert "is no Python environment" in done.stderr
+        assert "is not a Python environment" in done.stderr
         assert (precious / "thesis.tex").read_text() == "years of work"

@@ -189,4 +189,4 @@ def test_a_directory_that_others_can_write_is_refused(tmp_path):
 def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     request = make(load("cpu"), run_dir=tmp_path / "file")
-    assert any("is no directory" in str(item) for item in check(request, on_site=False).errors)
+    assert any("is not a directory" in str(item) for item in check(request, on_site=False).errors)

@@ -115,5 +115,5 @@ def test_logs_across_attempts(tmp_path):
     show(run, ranks=[0], attempt=None, out=out)
     assert out.getvalue().index("==> attempt 1") < out.getvalue().index("==> attempt 2")
     assert "joined again" in out.getvalue()
-    with pytest.raises(ValueError, match="left no logs here; these did: 1, 2"):
+    with pytest.raises(ValueError, match="has no logs here; logs exist of: 1, 2"):
         show(run, ranks=None, attempt=5, out=out)

@@ -8,10 +8,10 @@ from tests.conftest import run
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["resume", "nowhere"], "holds no plan.yaml"),
-        (["status", "nowhere"], "holds no plan.yaml"),
+        (["resume", "nowhere"], "has no plan.yaml"),
+        (["status", "nowhere"], "has no plan.yaml"),
         (["submit", "nowhere.yaml"], "cannot be read"),
-        (["report", "nowhere.csv", "--output", "no/such/page.html"], "does not exist; make it first"),
+        (["report", "nowhere.csv", "--output", "no/such/page.html"], "does not exist; create it first"),
         (["resume", "nowhere", "--at-once", "0", "--poll", "nan"], "--at-once"),
     ],
 )

@@ -34,7 +34,7 @@ def test_a_run_whose_controller_is_killed(accounted, monkeypatch):
     kill(ran.controller_process(), signal.SIGKILL)
     ran.wait(lambda: shown(accounted, ran)["state"] == "lost", "word that it is lost", timeout_s=60)
     row = shown(accounted, ran)
-    assert "Slurm says FAILED" in row["reason"]
+    assert "Slurm reports FAILED" in row["reason"]
     assert row["advice"] == f"mq launch requeue {ran.path}"
     assert shown(accounted, run)["state"] == "done"
     # What squeue has forgotten sacct still knows.

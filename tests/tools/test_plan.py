@@ -93,7 +93,7 @@ def test_calibration(tmp_path):
         (["qwen2_5_7b", "--gpus", "0"], 2, "--gpus"),
         (["qwen2_5_7b", "--gpus", "8", "--gpu", "tpu"], 2, "known are"),
         (["qwen2_5_7b", "--gpus", "8", "--gpu", "a100", "--precision", "fp8"], 2, "set precision.fp8=null"),
-        (["qwen2_5_72b", "--gpus", "4", "--gpu", "h100"], 2, "the least is"),
+        (["qwen2_5_72b", "--gpus", "4", "--gpu", "h100"], 2, "the smallest needs"),
         (["qwen2_5_7b", "--gpus", "1000"], 2, "the simplest, one device, says"),
         (["tiny_dense", "--gpus", "4"], 2, "set precision.dtype=bf16"),
         (["qwen2_5_7b", "--gpus", "8", "data.blend=blend.yaml"], 2, "plan each"),

@@ -74,7 +74,7 @@ def test_report_is_one_file(finished_run, tmp_path):
         assert word in text
     missing = run("tools.report", tmp_path)
     assert missing.returncode == 2
-    assert "no run directory" in missing.stderr
+    assert "not a run directory" in missing.stderr
 
 
 def test_report_of_a_run_that_ended_badly(finished_run, tmp_path):
@@ -88,7 +88,7 @@ def test_report_of_a_run_that_ended_badly(finished_run, tmp_path):
         file.write('{"attempt": 2, "started": "2026-01-01T00:00:00+00:00"}\n{"attempt": 3, "star')
     run("tools.report", tmp_path / "run", check=True)
     text = (tmp_path / "run" / "report.html").read_text()
-    for word in ("still runs, or was killed", "steps skipped", "peak memory"):
+    for word in ("still running, or killed", "steps skipped", "peak memory"):
         assert word in text
     unwritable = run("tools.report", tmp_path / "run", "--output", "/proc/none/report.html")
     assert unwritable.returncode == 1
@@ -114,7 +114,7 @@ def test_generate(finished_run, tmp_path):
     assert json.loads(run("tools.generate", *words, check=True).stdout) == first
     done = run("tools.generate", tmp_path, "--prompt", "x")
     assert done.returncode == 2
-    assert "no Hugging Face directory" in done.stderr
+    assert "not a Hugging Face directory" in done.stderr
 
 
 def test_a_closed_pipe_is_no_traceback():

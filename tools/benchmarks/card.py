@@ -5,7 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.benchmarks.train_step import toy_tokens
 from tools.benchmarks.train_step_workers import bench_config
 
@@ -15,7 +15,7 @@ _CALLS = 2000
 _CALLBACKS = 9
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """The share of a step of the 15.7M model that goes into keeping the card.
 
     Args:

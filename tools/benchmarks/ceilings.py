@@ -1,4 +1,4 @@
-"""``mq bench ceilings``: what this machine's products, attention and memory reach at most, beside its data sheet."""
+"""``mq bench ceilings``: the peak rates of GEMMs, attention and memory on this machine, against its data sheet."""
 
 import datetime
 import statistics
@@ -16,7 +16,7 @@ from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware, ProductRate, known, peak_tflops
 from megatron_qwen.estimate.hardware_file import write_hardware
 from tools.benchmarks.collectives import speeds_of_links
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 
 # [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.
 _GPU_PRODUCTS = {
@@ -52,8 +52,8 @@ _COPY = "copy in memory, read and written"
 _COPY_BYTES = {True: 8 << 30, False: 1 << 28}
 
 
-def run(*, rounds: int, hardware: Path | None = None) -> list[Row]:
-    """Rows of TFLOP/s and GB/s; what has no data sheet is beside itself.
+def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
+    """Rows of TFLOP/s and GB/s; without a data sheet a figure is compared with itself.
 
     Args:
         rounds: timings of each, of which the median counts.
@@ -69,7 +69,7 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[Row]:
     return rows
 
 
-def _hardware(rows: Sequence[Row], rounds: int) -> Hardware:
+def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
     """The rows as the ceilings of a device.
 
     Links of a single GPU cannot be measured: those of its kind's data sheet stand in, as does its host's speed. Two
@@ -122,7 +122,7 @@ def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_
     return ProductRate(float(1.0 / max(per_tflop, 1e-9)), float(exposed), float(launch_us), element_bytes)
 
 
-def _rows(rounds: int) -> Iterator[Row]:
+def _rows(rounds: int) -> Iterator[BenchmarkRow]:
     place, gpu = device.current(), device.has_cuda()
     peak = peak_tflops(device.device_name(), "bf16")
     for name, (tokens, inner, outer) in (_GPU_PRODUCTS if gpu else _CPU_PRODUCTS).items():
@@ -149,7 +149,7 @@ def _fp8_product(x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]
     return lambda: torch._scaled_mm(x8, w8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
-def _attention(name: str, shape: tuple[int, int, int, int], rounds: int, peak: float | None) -> Iterator[Row]:
+def _attention(name: str, shape: tuple[int, int, int, int], rounds: int, peak: float | None) -> Iterator[BenchmarkRow]:
     """Causal attention by torch's SDPA; half of the square is counted."""
     heads, groups, width, length = shape
     place = device.current()
@@ -188,11 +188,11 @@ def _times(work: Callable[[], object], rounds: int) -> list[float]:
     return seconds
 
 
-def _row(name: str, work: float, seconds: list[float], peak: float | None, *, unit: str = "TFLOP/s") -> Row:
+def _row(name: str, work: float, seconds: list[float], peak: float | None, *, unit: str = "TFLOP/s") -> BenchmarkRow:
     speeds = sorted(work / second / 1e12 for second in seconds)
     middle = statistics.median(speeds)
     limit = peak or middle
-    return Row(
+    return BenchmarkRow(
         benchmark=name,
         ours=middle,
         against=limit,

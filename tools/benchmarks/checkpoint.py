@@ -4,14 +4,14 @@ import statistics
 import tempfile
 
 from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import Row, against_peer
+from tools.benchmarks.rows import BenchmarkRow, against_peer
 from tools.benchmarks.train_step import toy_tokens
 
 _RANKS = 4
 _SLOWEST = 1.1
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """A step while a save is under way against a normal one; a save that is waited for against cp of its files.
 
     The first counts everything between the start of the save and its commit: copying the tensors aside, writing,

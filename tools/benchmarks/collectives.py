@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 from megatron_qwen import device
 from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import Row, against_peer
+from tools.benchmarks.rows import BenchmarkRow, against_peer
 
 _CPU_RANKS = 2
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """A row a message and size, in GB/s that each rank sends at least.
 
     On GPUs every device of the node is a rank; on a CPU there are two.
@@ -34,7 +34,7 @@ def _measured(rounds: int) -> dict[str, dict[str, list[float]]]:
     return found
 
 
-def _rows(rounds: int) -> Iterator[Row]:
+def _rows(rounds: int) -> Iterator[BenchmarkRow]:
     ranks = device.count() or _CPU_RANKS
     found = _measured(rounds)
     copies = found.pop("copy")

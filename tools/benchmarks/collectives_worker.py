@@ -1,4 +1,4 @@
-"""A rank of ``mq bench collectives``: times the messages that training sends, and a copy in memory beside them."""
+"""A rank of ``mq bench collectives``: times the collectives of training, and a copy in memory for comparison."""
 
 import json
 import statistics

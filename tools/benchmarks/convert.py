@@ -1,4 +1,4 @@
-"""``mq bench convert``: a 7B-shaped checkpoint to Hugging Face and back, beside cp of the same bytes."""
+"""``mq bench convert``: a 7B-shaped checkpoint to Hugging Face and back, against cp of the same bytes."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from pathlib import Path
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import UserError
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RECIPE = "qwen2_5_7b"
@@ -39,7 +39,7 @@ class Timed:
     peak_bytes: int
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Rows for both directions, each against cp in the same round, and for the memory of each.
 
     The directories lie in the temporary folder (TMPDIR) and are removed; where the disk has no room for the whole
@@ -101,14 +101,16 @@ def _timed(command: Sequence[str], *, cold: bool) -> Timed:
     return Timed(time.perf_counter() - started, usage.ru_maxrss * 1024)
 
 
-def _against_cp(name: str, ours: Sequence[Timed], peer: Sequence[Timed], *, size: int, conditions: str) -> Row:
+def _against_cp(name: str, ours: Sequence[Timed], peer: Sequence[Timed], *, size: int, conditions: str) -> BenchmarkRow:
     ratios = [theirs.seconds / own.seconds for own, theirs in zip(ours, peer, strict=True)]
 
     def rate(items: Sequence[Timed]) -> float:
         return statistics.median(size / item.seconds / 1e9 for item in items)
 
     middle = statistics.median(ratios)
-    return Row(name, rate(ours), rate(peer), "GB/s", "cp", middle, min(ratios), max(ratios), _REQUIRED, conditions)
+    return BenchmarkRow(
+        name, rate(ours), rate(peer), "GB/s", "cp", middle, min(ratios), max(ratios), _REQUIRED, conditions
+    )
 
 
 def _can_drop_caches() -> bool:

@@ -1,4 +1,4 @@
-"""``mq bench data_prepare``: text to tokens with Qwen's vocabulary, beside a stock loop and gigatoken alone."""
+"""``mq bench data_prepare``: text to tokens with Qwen's vocabulary, against a stock loop and gigatoken alone."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import psutil
 
 from tools.benchmarks.qwen_vocabulary import qwen_tokenizer
 from tools.benchmarks.real_text import write_corpus
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 
 _MQ = Path(__file__).resolve().parent.parent.parent / "mq"
 _MEGABYTES, _LARGE_BYTES, _DOCUMENT_BYTES = 600, 2 * 10**9, 300 * 10**6
@@ -29,7 +29,7 @@ print(time.perf_counter() - started)
 """
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Whole commands; ours and gigatoken alone take turns, the stock loop runs once."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -52,10 +52,10 @@ def run(*, rounds: int) -> list[Row]:
         ]
 
 
-def _faster(peer: str, ours: list[float], theirs: list[float], size: int, required: float) -> Row:
+def _faster(peer: str, ours: list[float], theirs: list[float], size: int, required: float) -> BenchmarkRow:
     ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
     speed, other = (size / 1e6 / statistics.median(seconds) for seconds in (ours, theirs))
-    return Row(
+    return BenchmarkRow(
         "mq data prepare, Qwen's vocabulary",
         speed,
         other,
@@ -95,7 +95,7 @@ def _raw(corpus: Path, tokenizer: Path) -> float:
     return time.perf_counter() - started
 
 
-def _memory(root: Path, text: Path, tokenizer: Path) -> list[Row]:
+def _memory(root: Path, text: Path, tokenizer: Path) -> list[BenchmarkRow]:
     """Most memory that all processes of a preparation hold together."""
     large, document = root / "large.jsonl", root / "document.jsonl"
     with large.open("wb") as out:

@@ -1,4 +1,4 @@
-"""``mq bench data_start``: from nothing to the first batch over 2,000 sources, beside megatron-core's GPTDataset."""
+"""``mq bench data_start``: from nothing to the first batch over 2,000 sources, against megatron-core's GPTDataset."""
 
 import statistics
 import subprocess
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.benchmarks.sample_order import private_mib
 from tools.benchmarks.sparse_tokens import write_sparse
 
@@ -19,7 +19,7 @@ _MOST_S, _MOST_MIB = 2.0, 200.0
 _CORE_DOCUMENTS, _CORE_LENGTH = 2_000_000, 1_000
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Every measurement is a process of its own; imports are left out on both sides."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -41,7 +41,7 @@ def run(*, rounds: int) -> list[Row]:
     return [
         against_limit("first batch", [row[0] for row in many], limit=_MOST_S, unit="s", conditions=conditions),
         against_limit("memory", [row[1] for row in many], limit=_MOST_MIB, unit="MiB", conditions=conditions),
-        Row(
+        BenchmarkRow(
             "first batch of 2 x 10^9 tokens in 2 x 10^6 documents",
             statistics.median(ours),
             statistics.median(core),

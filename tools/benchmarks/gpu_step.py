@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_qwen.errors import ConfigError, Problem
 from tools.benchmarks.gpu_step_worker import Case, Measured
 from tools.benchmarks.real_text import write_corpus
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 
 # The best published on one GPU of this kind is 57.8 % (KempnerForge, Llama-3 8B, 1 x H200, batch 4, full recompute).
 LEAST_MFU, LEAST_FP8_GAIN, LARGEST_LOSS_GAP = 0.60, 1.3, 1e-3
@@ -65,7 +65,7 @@ def run_case(case: Case) -> Measured:
     return measured
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Every shape in bf16 and in FP8, and the two smaller ones with the torch backend.
 
     Args:
@@ -76,7 +76,7 @@ def run(*, rounds: int) -> list[Row]:
         return list(_rows(data, steps=rounds))
 
 
-def _rows(data: Path, *, steps: int) -> Iterator[Row]:
+def _rows(data: Path, *, steps: int) -> Iterator[BenchmarkRow]:
     for recipe in _BATCHES:
         case, large = case_of(recipe, data=data, steps=steps), recipe == _LARGEST
         half = run_case(case)
@@ -108,14 +108,14 @@ def loss_case(case: Case, *, fp8: str | None) -> Case:
     )
 
 
-def _losses(case: Case) -> Iterator[Row]:
-    """Loss after 200 steps in FP8 beside bf16, and of bf16 beside itself: so much two runs of one case differ."""
+def _losses(case: Case) -> Iterator[BenchmarkRow]:
+    """Loss after 200 steps in FP8 against bf16, and of a second bf16 run: by so much two equal runs differ."""
     half, again, eight = (run_case(loss_case(case, fp8=fp8)) for fp8 in (None, None, "tensorwise"))
     yield _loss_gap(f"{case.recipe}, FP8 tensorwise", eight, half, required=1.0)
     yield _loss_gap(f"{case.recipe}, bf16 once more", again, half, required=0.0)
 
 
-def _loss_gap(name: str, measured: Measured, half: Measured, *, required: float) -> Row:
+def _loss_gap(name: str, measured: Measured, half: Measured, *, required: float) -> BenchmarkRow:
     """Gap of the mean loss of the last twenty steps."""
     ours, theirs = (statistics.fmean(one.losses[-20:]) for one in (measured, half))
     held_out = f"{_HELD_OUT} sequences held out {measured.validation_loss:.4f} and {half.validation_loss:.4f}"
@@ -130,14 +130,16 @@ def _loss_gap(name: str, measured: Measured, half: Measured, *, required: float)
     )
 
 
-def _speeds(name: str, ours: Measured, theirs: Measured, *, peer: str, required: float) -> Row:
+def _speeds(name: str, ours: Measured, theirs: Measured, *, peer: str, required: float) -> BenchmarkRow:
     unit = "tokens/s"
     return _row(name, ours.tokens_per_second, theirs.tokens_per_second, ours, unit=unit, peer=peer, required=required)
 
 
-def _row(name: str, value: float, against: float, measured: Measured, *, unit: str, peer: str, required: float) -> Row:
+def _row(
+    name: str, value: float, against: float, measured: Measured, *, unit: str, peer: str, required: float
+) -> BenchmarkRow:
     ratio = value / against
-    return Row(name, value, against, unit, peer, ratio, ratio, ratio, required, _conditions(measured))
+    return BenchmarkRow(name, value, against, unit, peer, ratio, ratio, ratio, required, _conditions(measured))
 
 
 def _conditions(measured: Measured) -> str:

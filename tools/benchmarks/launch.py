@@ -10,7 +10,7 @@ from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory, RunState
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 
 _MQ = Path(__file__).resolve().parent.parent.parent / "mq"
 _RUNS, _STEPS = 500, 400
@@ -18,7 +18,7 @@ _DRY_RUN_LIMIT_S, _STATUS_LIMIT_S = 1.5, 2.0
 _STATES = (RunState.DONE, RunState.RUNNING, RunState.STOPPED, RunState.REQUEUED)
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Times both commands as whole processes, ``rounds`` times in turn after one turn that does not count."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)

@@ -3,14 +3,14 @@
 import os
 
 from tools.benchmarks.layer_workers import BATCH, SEQUENCE
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 from tools.benchmarks.turns import Worker, comparison, in_turns
 
 _CALLS = 8
 _PEERS = {"dense": "transformers Qwen2DecoderLayer", "moe": "transformers Qwen3MoeDecoderLayer, 4 of 16 experts"}
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Both sides in turn, dense and sparse, fp32 and bf16.
 
     Args:

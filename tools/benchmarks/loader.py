@@ -12,13 +12,13 @@ from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 
 _LEAST = 20e6
 _DOCUMENTS, _LENGTH, _BATCH, _STEPS = 4_000, 25_000, 8, 150
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Reads and collates; the reading thread alone, pinned to one core."""
     cores = os.sched_getaffinity(0)
     threads = torch.get_num_threads()
@@ -48,4 +48,6 @@ def run(*, rounds: int) -> list[Row]:
     ratios = [speed / _LEAST for speed in speeds]
     conditions = f"one core, batches of {_BATCH} x 4096, {rounds} rounds"
     name = "loader, tokens read and collated"
-    return [Row(name, middle, _LEAST, "tokens/s", "limit", middle / _LEAST, ratios[0], ratios[-1], 1.0, conditions)]
+    return [
+        BenchmarkRow(name, middle, _LEAST, "tokens/s", "limit", middle / _LEAST, ratios[0], ratios[-1], 1.0, conditions)
+    ]

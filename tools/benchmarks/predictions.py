@@ -12,7 +12,7 @@ from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.step_time import step_time
 from tools.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 
 WITHIN = 0.15
 
@@ -25,11 +25,11 @@ def predicted(step: PublishedStep, achieved: float = 1.0) -> float:
 
 
 def calibrate(steps: Sequence[PublishedStep]) -> float:
-    """The share of the ceilings that makes the predictions right in the geometric mean."""
+    """The achieved fraction of peak that makes the predictions right in the geometric mean."""
     return fit_achieved([(step.tokens_per_second, partial(predicted, step)) for step in steps])
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """A row for every step; ``ratio`` is predicted over published.
 
     Args:
@@ -42,9 +42,9 @@ def run(*, rounds: int) -> list[Row]:
         ours = predicted(step, achieved)
         ratio = ours / step.tokens_per_second
         near = min(ratio, 1 / ratio)
-        conditions = f"predicted / published {ratio:.3f}; {achieved:.3f} of the ceilings; {step.devices} x {step.gpu}"
+        conditions = f"predicted / published {ratio:.3f}; {achieved:.3f} of the peak rates; {step.devices} x {step.gpu}"
         rows.append(
-            Row(
+            BenchmarkRow(
                 benchmark=f"predicted tokens/s, {step.name}",
                 ours=ours,
                 against=step.tokens_per_second,

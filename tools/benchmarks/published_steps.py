@@ -23,7 +23,7 @@ class PublishedStep:
         gpu: kind of device.
         devices: how many.
         tokens_per_second: of one device.
-        assumptions: what the source says beside.
+        assumptions: further conditions of the source.
         source: who published it.
     """
 

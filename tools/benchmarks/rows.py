@@ -1,4 +1,4 @@
-"""What a benchmark answers with: one figure of ours beside a peer's or a limit, measured in the same run."""
+"""What a benchmark answers with: one figure of ours against a peer's or a limit, measured in the same run."""
 
 import statistics
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchmarkRow:
     """A comparison. Above 1 is better than the peer, or within the limit.
 
     Args:
@@ -45,11 +45,13 @@ class Row:
         )
 
 
-def against_limit(benchmark: str, values: Sequence[float], *, limit: float, unit: str, conditions: str) -> Row:
+def against_limit(benchmark: str, values: Sequence[float], *, limit: float, unit: str, conditions: str) -> BenchmarkRow:
     """A row for figures that must stay under a limit."""
     middle = statistics.median(values)
     ratios = [limit / value for value in values]
-    return Row(benchmark, middle, limit, unit, "limit", limit / middle, min(ratios), max(ratios), 1.0, conditions)
+    return BenchmarkRow(
+        benchmark, middle, limit, unit, "limit", limit / middle, min(ratios), max(ratios), 1.0, conditions
+    )
 
 
 def against_peer(
@@ -62,8 +64,8 @@ def against_peer(
     peer: str,
     required: float,
     conditions: str,
-) -> Row:
-    """A row for figures beside a peer's: the ratio is the median over rounds, with the worst and the best."""
-    return Row(
+) -> BenchmarkRow:
+    """A row for figures against a peer's: the ratio is the median over rounds, with the worst and the best."""
+    return BenchmarkRow(
         benchmark, ours, against, unit, peer, statistics.median(ratios), min(ratios), max(ratios), required, conditions
     )

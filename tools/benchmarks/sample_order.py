@@ -7,13 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.benchmarks.sparse_tokens import write_sparse
 
 _LIMIT_MS, _LIMIT_MIB = 10.0, 16.0
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Opens the source in a new process each round; reading its pages for the first time is part of it."""
     milliseconds, mebibytes = [], []
     with tempfile.TemporaryDirectory() as directory:

@@ -4,7 +4,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 
 _MQ = Path(__file__).resolve().parent.parent.parent / "mq"
 _LIMIT_S = 0.5
@@ -17,7 +17,7 @@ _COMMANDS = (
 )
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Times each command as a whole process, ``rounds`` times in turn after one turn that does not count."""
     seconds: dict[tuple[str, ...], list[float]] = {command: [] for command in _COMMANDS}
     for number in range(rounds + 1):

@@ -1,10 +1,10 @@
-"""``mq bench sweep_fit``: the fit of 10,000 cells with 1,000 versions of the data, against a minute."""
+"""``mq bench sweep_fit``: the fit of 10,000 cells with 1,000 bootstrap resamples, against a minute."""
 
 import time
 
 import numpy as np
 
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
 
@@ -13,7 +13,7 @@ _CELLS, _DRAWS = 10_000, 1_000
 _RATES, _BATCHES = 5, 5
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Ten thousand models and horizons; then four hundred, each with five learning rates and five batches."""
     generator = np.random.default_rng(0)
     studies = {"10,000 models": _models(generator), "400 models x 25 settings": _settings(generator)}
@@ -25,7 +25,7 @@ def run(*, rounds: int) -> list[Row]:
             found = fit(cells, Settings(draws=_DRAWS))
             seconds.append(time.perf_counter() - started)
             assert found.surface is not None
-        conditions = f"{len(cells)} cells, {_DRAWS} versions of the data, {rounds} rounds"
+        conditions = f"{len(cells)} cells, {_DRAWS} bootstrap resamples, {rounds} rounds"
         rows.append(against_limit(f"mq sweep fit, {name}", seconds, limit=_LIMIT_S, unit="s", conditions=conditions))
     return rows
 

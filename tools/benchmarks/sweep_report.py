@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from tools.benchmarks.browser import DRAWN, running
-from tools.benchmarks.rows import Row, against_limit
+from tools.benchmarks.rows import BenchmarkRow, against_limit
 from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
@@ -18,7 +18,7 @@ _LIMIT_S, _LIMIT_MB = 2.0, 5.0
 _SIZES, _HORIZONS, _RATES, _BATCHES = 10, 4, 5, 5
 
 
-def run(*, rounds: int) -> list[Row]:
+def run(*, rounds: int) -> list[BenchmarkRow]:
     """Ten sizes, four horizons, five learning rates and five batches."""
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"

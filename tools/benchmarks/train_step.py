@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.benchmarks.rows import Row
+from tools.benchmarks.rows import BenchmarkRow
 from tools.benchmarks.train_step_workers import BATCH, SEQUENCE, bench_config
 from tools.benchmarks.turns import Worker, comparison, in_turns
 
@@ -31,7 +31,7 @@ def toy_tokens() -> Iterator[Path]:
         yield prefix
 
 
-def run(*, rounds: int, steps: int) -> list[Row]:
+def run(*, rounds: int, steps: int) -> list[BenchmarkRow]:
     """Both sides in turn, round by round, in fp32 and in bf16.
 
     Args:

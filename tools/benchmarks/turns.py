@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_qwen import device
-from tools.benchmarks.rows import Row, against_peer
+from tools.benchmarks.rows import BenchmarkRow, against_peer
 
 
 class Worker:
@@ -80,7 +80,7 @@ def in_turns(ours: Worker, theirs: Worker, *, rounds: int, calls: int) -> tuple[
 
 def comparison(
     name: str, seconds: tuple[list[float], list[float]], *, tokens: int, peer: str, required: float, conditions: str
-) -> Row:
+) -> BenchmarkRow:
     """A row in tokens per second; the ratio is the median over rounds of ours over theirs."""
     return against_peer(
         name,

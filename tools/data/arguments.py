@@ -13,7 +13,7 @@ def parser() -> argparse.ArgumentParser:
     """All actions; each names the module that does it."""
     parser = Parser(
         "mq data",
-        description="Trains tokenizers, turns text into token files, and says what is in them.",
+        description="Trains tokenizers, turns text into token files, and shows what is in them.",
         examples=[
             "mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl",
             "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
@@ -50,7 +50,7 @@ def _tokenizer(actions: Any) -> None:
         description="Trains a tokenizer on text.",
         examples=["mq data tokenizer train --vocab-size 8192 --output tok corpus.jsonl"],
     )
-    train.add_argument("--vocab-size", type=int, required=True, help="ids in all, control tokens included")
+    train.add_argument("--vocab-size", type=int, required=True, help="number of ids, including control tokens")
     train.add_argument("--kind", choices=["bpe", "sentencepiece"], default="bpe")
     train.add_argument("--field", default="text", help="field of a JSON line that holds the text")
     train.add_argument("files", nargs="+", help=_FILES)
@@ -62,7 +62,7 @@ def _tokenizer(actions: Any) -> None:
     )
     ranks.add_argument("ranks", type=Path, help="lines of a token in base64 and its rank")
     for one in (train, ranks):
-        one.add_argument("--output", type=Path, required=True, help="tokenizer directory to make")
+        one.add_argument("--output", type=Path, required=True, help="tokenizer directory to create")
 
 
 def _prepare(actions: Any) -> None:
@@ -70,7 +70,7 @@ def _prepare(actions: Any) -> None:
         "prepare",
         help="text to .bin / .idx",
         description="Turns text into token files: a line's field in .jsonl, a row's in .parquet, and a whole .txt are "
-        "documents. The same command goes on where it was stopped.",
+        "documents. The same command resumes where it was stopped.",
         examples=[
             "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
             "mq data prepare --tokenizer tok --output data/web --where lang=en --on-error skip 'crawl/**/*.jsonl.zst'",
@@ -83,7 +83,11 @@ def _prepare(actions: Any) -> None:
     prepare.add_argument("--field", default="text", help="field or column that holds the text")
     prepare.add_argument("--prompt-field", help="field of text that goes before it and carries no loss")
     prepare.add_argument(
-        "--where", action="append", default=[], metavar="FIELD=VALUE", help="take only such records (also != > >= < <=)"
+        "--where",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="use only matching records (also != > >= < <=)",
     )
     prepare.add_argument("--separator", help="what divides a .txt into documents; default: nothing does")
     prepare.add_argument("--max-document-mib", type=int, default=512, help="a longer document is a bad one")
@@ -91,9 +95,9 @@ def _prepare(actions: Any) -> None:
         "--on-error",
         choices=["stop", "skip"],
         default="stop",
-        help="at a bad record: stop, or set it aside in PREFIX.skipped.jsonl",
+        help="at a bad record: stop, or write it to PREFIX.skipped.jsonl and continue",
     )
-    prepare.add_argument("--workers", type=int, help="processes; default: one a core")
+    prepare.add_argument("--workers", type=int, help="processes; default: one per core")
     prepare.add_argument("--shard-gib", type=float, help="GiB of input in one token file; default: one token file")
     prepare.add_argument("--task", metavar="K/N", help="make every N-th shard from the K-th (K from 0): one of N tasks")
     prepare.add_argument("--json", action="store_true", help="the manifest, as JSON")
@@ -103,7 +107,7 @@ def _prepare(actions: Any) -> None:
 def _clean(actions: Any) -> None:
     clean = actions.add_parser(
         "clean",
-        help="drop documents that are better left out",
+        help="filter documents and remove duplicates",
         description="Takes text through the stages that are asked for, and writes what is kept as .jsonl.zst, with a "
         "report of what each stage dropped.",
         examples=[
@@ -113,24 +117,26 @@ def _clean(actions: Any) -> None:
         ],
     )
     clean.set_defaults(module="tools.data.clean")
-    clean.add_argument("--output", type=Path, required=True, help="directory to make")
-    clean.add_argument("--exact", action="store_true", help="drop documents that came before, byte for byte")
-    clean.add_argument("--near", type=float, metavar="SIMILARITY", help="drop those as similar as this to one before")
-    clean.add_argument("--test-set", nargs="+", help="drop what is part of these test sets")
+    clean.add_argument("--output", type=Path, required=True, help="directory to create")
+    clean.add_argument("--exact", action="store_true", help="drop exact duplicates of an earlier document")
+    clean.add_argument(
+        "--near", type=float, metavar="SIMILARITY", help="drop documents at least this similar to an earlier one"
+    )
+    clean.add_argument("--test-set", nargs="+", help="drop documents that contain a part of these test sets")
     clean.add_argument("--test-field", default="text", help="field of their text")
     clean.add_argument("--tokenizer", type=Path, help="tokenizer directory whose tokens the rule counts")
     clean.add_argument("--whole-documents", action="store_true", help="compare documents, not their paragraphs")
-    clean.add_argument("--min-chars", type=int, default=0, help="least length in characters")
-    clean.add_argument("--max-chars", type=int, help="greatest length in characters")
-    clean.add_argument("--min-letters", type=float, default=0.0, help="least share of letters")
-    clean.add_argument("--max-repetition", type=float, default=1.0, help="greatest share of repeated lines")
+    clean.add_argument("--min-chars", type=int, default=0, help="minimum length in characters")
+    clean.add_argument("--max-chars", type=int, help="maximum length in characters")
+    clean.add_argument("--min-letters", type=float, default=0.0, help="minimum share of letters")
+    clean.add_argument("--max-repetition", type=float, default=1.0, help="maximum share of repeated lines")
     clean.add_argument("--quality", metavar="MODEL", help="fastText model, or module:function that scores a text")
     clean.add_argument("--quality-label", help="label of the fastText model")
     clean.add_argument("--min-quality", type=float, default=0.5, help="least score")
     clean.add_argument("--field", default="text", help="field or column that holds the text")
-    clean.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="take only such records")
+    clean.add_argument("--where", action="append", default=[], metavar="FIELD=VALUE", help="use only matching records")
     clean.add_argument("--on-error", choices=["stop", "skip"], default="stop", help="at a bad record")
-    clean.add_argument("--workers", type=int, help="processes; default: one a core")
+    clean.add_argument("--workers", type=int, help="processes; default: one per core")
     clean.add_argument("--json", action="store_true", help="the report, as JSON")
     clean.add_argument("files", nargs="+", help=_FILES)
 

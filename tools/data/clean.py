@@ -55,7 +55,7 @@ def _require_sensible(options: argparse.Namespace) -> None:
         if value is not None and not 0 <= value <= 1:
             problems.append(Problem(f"--{name.replace('_', '-')}", value, "must be from 0 to 1."))
     if options.test_set and options.tokenizer is None:
-        problems.append(Problem("--test-set", options.test_set[0], "needs --tokenizer: the rule counts tokens."))
+        problems.append(Problem("--test-set", options.test_set[0], "requires --tokenizer: the rule counts tokens."))
     if options.workers is not None and options.workers < 1:
         problems.append(Problem("--workers", options.workers, "must be at least 1."))
     if problems:

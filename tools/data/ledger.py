@@ -20,11 +20,11 @@ def main(options: argparse.Namespace) -> int:
 
     directory = RunDirectory(options.run)
     if not directory.run_yaml.is_file():
-        raise ConfigError(Problem("run", options.run, "is no run directory: it has no run.yaml."))
+        raise ConfigError(Problem("run", options.run, "is not a run directory: it has no run.yaml."))
     newest = find.resolve(directory.checkpoints)[0]
     state = json.loads((newest.path / STATE).read_text())
     if "data" not in state:
-        raise CheckpointError(Problem(str(newest.path), None, "holds no ledger: an older version wrote it."))
+        raise CheckpointError(Problem(str(newest.path), None, "has no ledger: an older version wrote it."))
     if options.step is None:
         return _show(state, as_json=options.json)
     config = resolve(str(newest.path / RUN_YAML), [], RECIPES)
@@ -87,7 +87,7 @@ def _samples_of(step: int, metrics: Path) -> range:
             if record.get("iteration") == step:
                 end = int(record["consumed_samples"])
                 return range(end - int(record["global_batch_size"]), end)
-    raise ConfigError(Problem("--step", step, f"is not in {metrics}: the run has not taken it."))
+    raise ConfigError(Problem("--step", step, f"is not in {metrics}: the run has not done this step."))
 
 
 def _replay(config: Any, ledger: dict[str, Any], samples: range, options: argparse.Namespace) -> list[dict[str, Any]]:

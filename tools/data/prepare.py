@@ -49,7 +49,7 @@ def main(options: argparse.Namespace) -> int:
     whole = prepare(plan, workers=workers, task=Task(*task), on_progress=show)
     show.close()
     if whole is None:
-        print(f"{options.output}: the shards of task {task[0]}/{task[1]} are made; other tasks have theirs to make")
+        print(f"{options.output}: the shards of task {task[0]}/{task[1]} are made; those of other tasks are missing")
     elif options.json:
         print(json.dumps(asdict(whole), indent=2))
     else:
@@ -58,7 +58,7 @@ def main(options: argparse.Namespace) -> int:
             for count, text in (
                 (whole.empty, "empty ones left out"),
                 (whole.filtered, "filtered out"),
-                (whole.skipped, f"bad ones set aside in {options.output}*.skipped.jsonl"),
+                (whole.skipped, f"bad ones written to {options.output}*.skipped.jsonl"),
             )
             if count
         ]
@@ -87,7 +87,7 @@ def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
         if match is None or not int(match[1]) < int(match[2]):
             problems.append(Problem("--task", options.task, "must be K/N with K from 0 to N - 1, such as 3/16."))
         elif options.shard_gib is None:
-            problems.append(Problem("--task", options.task, "needs --shard-gib: a task makes whole token files."))
+            problems.append(Problem("--task", options.task, "requires --shard-gib: a task makes whole token files."))
         else:
             task = (int(match[1]), int(match[2]))
     if problems:
@@ -132,7 +132,7 @@ class ProgressDisplay:
 
     def _line(self, seconds: float) -> str:
         share = min(self._read / self._input, 1.0) if self._input else 1.0
-        left = f"{seconds * (1 - share) / share:,.0f} s left" if share > 0.01 else "time left unknown yet"
+        left = f"{seconds * (1 - share) / share:,.0f} s left" if share > 0.01 else "time left not known yet"
         return (
             f"{100 * share:5.1f} %  {self._documents:,} documents ({self._documents / seconds:,.0f}/s)  "
             f"{self._tokens:,} tokens ({self._tokens / seconds:,.0f}/s)  {self._bytes / 1e6 / seconds:,.1f} MB/s  "

@@ -12,7 +12,7 @@ _MOST_IDS = 1_000_000
 def main(options: argparse.Namespace) -> int:
     """Makes the tokenizer."""
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        taken = [Problem("--output", options.output, "is no empty directory; name a new one.")]
+        taken = [Problem("--output", options.output, "is not an empty directory; name a new one.")]
     else:
         taken = []
     return _import(options, taken) if options.way == "import-tiktoken" else _train(options, taken)

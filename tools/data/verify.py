@@ -21,5 +21,5 @@ def main(options: argparse.Namespace) -> int:
     else:
         shards = f" in {len(noted.shards)} shards" if noted.shards else ""
         print(f"{options.prefix}: {noted.documents:,} documents{shards}, {noted.tokens:,} tokens")
-        print("every byte, every count, every id and the index are as they were written")
+        print("every byte, count, id and the index match the manifest")
     return 0

@@ -2,7 +2,7 @@
 
 Every (N, D) has a level of its own; the shape of the basin is shared and its centre is linear in ln N and ln D. Written
 out, ln L is linear in everything but the centre, which is a quotient of coefficients: one linear regression with a
-constant for every (N, D) finds it, and a thousand versions of the data cost one matrix product. Data of Step Law
+constant for every (N, D) finds it, and a thousand bootstrap resamples cost one GEMM. Data of Step Law
 (arXiv 2503.04715) show that the quadratic holds near the optimum only, so cells farther than ``WINDOW`` above the
 centre, by the fit's own prediction, are left out of it.
 """
@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 
 from tools.scaling.observations import Array, Chosen
 
-# How far above the best a cell may lie, in ln L, to be described by the quadratic.
+# How far above the best a cell may be, in ln L, for the quadratic to describe it: 1 % (data of Step Law, above).
 WINDOW = 0.01
-# A cell of the window that is seen so many windows above the best of its group is no part of the basin: it blew up.
+# A cell that the fit puts inside the window, but whose measured loss is so many windows above the best of its group, is
+# not part of the basin: its training became unstable.
 _SEEN = 4.0
 _ROUNDS = 20
 # Standard deviation of ln N, and of ln D about its line over ln N, below which a study does not tell what they do.
 TOLD_APART = 0.2
-# From so many (N, D) on, versions of the data keep what the cells of one have in common.
+# With at least so many (N, D) the resamples keep what the cells of one (N, D) have in common (wild cluster bootstrap);
+# with fewer there are too few sign combinations to give an interval.
 _GROUPS = 6
 
 
@@ -79,10 +81,10 @@ class Basin:
         curvature: second derivatives of ln L in the variables, [v, v].
         centre: ln of the best setting = features @ centre, [features, v].
         level: ln L of every group at its centre, [groups]; NaN where it has no cell in the window.
-        draws: ``centre`` in versions of the data, [draws, features, v]; those without a minimum are left out.
+        draws: ``centre`` in bootstrap resamples, [draws, features, v]; those without a minimum are left out.
         spread: standard deviation of a cell about the fit, in ln L.
         inside: cells of the window, [n].
-        without_minimum: share of versions of the data whose basin had none.
+        without_minimum: share of resamples whose basin had none.
     """
 
     variables: tuple[str, ...]
@@ -100,7 +102,7 @@ class Basin:
         return _features(self.features, log_params, log_tokens) @ self.centre
 
     def best_draws(self, log_params: float, log_tokens: float) -> Array:
-        """The same in versions of the data, for one model, [draws, v]."""
+        """The same in bootstrap resamples, for one model, [draws, v]."""
         row = _features(self.features, np.array([log_params]), np.array([log_tokens]))[0]
         best: Array = np.einsum("f,dfv->dv", row, self.draws)
         return best
@@ -111,7 +113,7 @@ def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin
 
     Args:
         cells: at least three settings in some groups.
-        draws: versions of the data for the intervals: residuals, raised to their unbiased size, drawn anew.
+        draws: bootstrap resamples for the intervals: residuals, scaled to their unbiased size, resampled.
         seed: of the drawing.
         window: height of what is fitted, in ln L.
     """
@@ -123,12 +125,13 @@ def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin
     limit, inside = window, _nearest(seen, 2 * window, cells, at)
     for _ in range(_ROUNDS):
         found = _regress(cells.only(inside), at)
-        if found is None:  # noise hides the basin from so few cells
+        if found is None:  # noise hides the curvature in so few cells: fit a larger window
             limit *= 2
             inside = _nearest(seen, 2 * limit, cells, at)
             continue
         height, residual = _height(cells, at, found)
-        # What noise alone does to a cell says nothing of where it lies.
+        # A window narrower than the noise would select cells by their noise. 1.4826 x the median absolute residual
+        # is the standard deviation of a normal distribution, robust to cells that became unstable.
         noise = 1.4826 * float(np.median(np.abs(residual[height <= limit]))) if (height <= limit).any() else 0.0
         limit = max(window, 2 * noise)
         cap = max(_SEEN * window, limit + 5 * noise)
@@ -264,22 +267,23 @@ def _levels(cells: Cells, beta: Array, at: Array, shape: tuple[Array, Array]) ->
 def _draws(
     cells: Cells, design: Array, fitted: Array, residual: Array, spread: float, draws: int, seed: int, features: int
 ) -> tuple[Array, float]:
-    """Centres in versions of the data, and the share of those without one."""
+    """Centres in bootstrap resamples, and the share of those without one."""
     nothing = np.zeros((0, features, cells.settings.shape[1]))
     if spread == 0.0 and len(residual) <= design.shape[1] + len(np.unique(cells.group)):
-        return nothing, 0.0  # as many coefficients as cells: nothing is left to tell how sure they are
+        return nothing, 0.0  # as many coefficients as cells: no residual is left to estimate the uncertainty from
     generator = np.random.default_rng(seed)
     size = float(np.sqrt((residual**2).mean()))
     groups = len(np.unique(cells.group))
-    raised = (residual - residual.mean()) * (spread / size if size > 0 else 0.0)
+    scaled = (residual - residual.mean()) * (spread / size if size > 0 else 0.0)
     if groups >= _GROUPS:
-        # The optimum of a group may lie beside the law: its residuals change sign together (Cameron, Gelbach and
-        # Miller 2008, the wild cluster bootstrap).
+        # The optimum of a group can deviate from the law, so the residuals of its cells are correlated: they change
+        # sign together (wild cluster bootstrap; Cameron, Gelbach and Miller 2008). The factor sqrt(G / (G - 1))
+        # corrects for the number of clusters G.
         signs = generator.choice((-1.0, 1.0), size=(cells.groups, draws)) * np.sqrt(groups / (groups - 1))
-        versions = fitted[:, None] + raised[:, None] * signs[cells.group]
+        resamples = fitted[:, None] + scaled[:, None] * signs[cells.group]
     else:
-        versions = fitted[:, None] + raised[generator.integers(0, len(raised), (len(raised), draws))]
-    centred = versions - cells.mean(versions)[cells.group]
+        resamples = fitted[:, None] + scaled[generator.integers(0, len(scaled), (len(scaled), draws))]
+    centred = resamples - cells.mean(resamples)[cells.group]
     betas = np.linalg.lstsq(design, centred, rcond=None)[0].T
     _, centres, minimum = shapes(betas, cells.settings.shape[1], features)
     return centres[minimum], 1 - float(minimum.mean())

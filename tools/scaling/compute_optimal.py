@@ -34,7 +34,7 @@ class Profile:
 
 
 @dataclass(frozen=True)
-class Allocation:
+class ComputeAllocation:
     """N_opt = factor x C^exponent.
 
     Args:
@@ -43,7 +43,7 @@ class Allocation:
         exponent: of C.
         flops: of the points it was fitted to, [n].
         params: best N there, [n].
-        interval: 90 % of the exponent; None where there are no versions of the data.
+        interval: 90 % of the exponent; None where there are no bootstrap resamples.
     """
 
     approach: str
@@ -116,7 +116,7 @@ def _profile(flops: float, params: Array, loss: Array) -> Profile:
     )
 
 
-def from_profiles(found: list[Profile]) -> Allocation | None:
+def from_profiles(found: list[Profile]) -> ComputeAllocation | None:
     """Approach 2: a power law through the vertices."""
     inner = [(one.flops, one.best_params) for one in found if one.best_params is not None]
     return _power_law("isoflop", np.array([c for c, _ in inner]), np.array([n for _, n in inner]))
@@ -134,7 +134,7 @@ def envelope(points: Points) -> NDArray[np.int_]:
     return np.array(kept, dtype=int)
 
 
-def from_envelope(points: Points) -> Allocation | None:
+def from_envelope(points: Points) -> ComputeAllocation | None:
     """Approach 1 over final losses: a power law through N of the dense points on the envelope."""
     dense = points.only(points.sparsity <= 1)
     chosen = dense.only(envelope(dense))
@@ -143,7 +143,7 @@ def from_envelope(points: Points) -> Allocation | None:
     return _power_law("envelope", 6 * chosen.params * chosen.tokens, chosen.params)
 
 
-def from_surface(surface: Surface) -> Allocation | None:
+def from_surface(surface: Surface) -> ComputeAllocation | None:
     """Approach 3: where A / N^alpha + B / D^beta is least under 6 N D = C, in closed form; None if nowhere."""
     alpha, beta = surface.named("alpha"), surface.named("beta")
     if not (alpha > 0 and beta > 0):
@@ -156,11 +156,11 @@ def from_surface(surface: Surface) -> Allocation | None:
     first, second = surface.names.index("alpha"), surface.names.index("beta")
     interval = surface.interval(lambda theta: theta[:, second] / (theta[:, first] + theta[:, second]))
     empty = np.array([])
-    return Allocation("surface", float(np.exp(ln_factor)), float(exponent), empty, empty, interval)
+    return ComputeAllocation("surface", float(np.exp(ln_factor)), float(exponent), empty, empty, interval)
 
 
-def _power_law(approach: str, flops: Array, params: Array) -> Allocation | None:
+def _power_law(approach: str, flops: Array, params: Array) -> ComputeAllocation | None:
     if len(set(np.round(np.log(flops), 6))) < 3:
         return None
     exponent, constant = np.polyfit(np.log(flops), np.log(params), 1)
-    return Allocation(approach, float(np.exp(constant)), float(exponent), flops, params)
+    return ComputeAllocation(approach, float(np.exp(constant)), float(exponent), flops, params)

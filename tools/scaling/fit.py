@@ -10,10 +10,10 @@ from megatron_qwen.errors import DataError, Problem
 from tools.scaling import basin as basins
 from tools.scaling import compute_optimal, law, surface
 from tools.scaling.basin import Basin, Cells
-from tools.scaling.compute_optimal import Allocation, Profile
+from tools.scaling.compute_optimal import ComputeAllocation, Profile
 from tools.scaling.observations import DIVERGED, DONE, STATUSES, Array, Observation, column
 from tools.scaling.optimum import Optimum, optima
-from tools.scaling.surface import Points, Prediction, Surface
+from tools.scaling.surface import LossPrediction, Points, Surface
 
 VARIABLES = ("learning_rate", "batch_tokens")
 # In ln D.
@@ -26,7 +26,7 @@ class Settings:
 
     Args:
         embeddings: whether N counts the input embedding and the output matrix.
-        draws: versions of the data behind every interval.
+        draws: bootstrap resamples behind every interval.
         seed: of their drawing.
         delta: of the Huber loss, in ln L.
         window: how far above the best a cell may lie for the quadratic of its settings, in ln L.
@@ -64,9 +64,9 @@ class Fit:
     optima: list[Optimum]
     basin: Basin | None
     surface: Surface | None
-    allocations: list[Allocation]
+    allocations: list[ComputeAllocation]
     profiles: list[Profile]
-    left_out: Prediction | None
+    left_out: LossPrediction | None
     notes: list[str]
 
     @property
@@ -85,10 +85,10 @@ def fit(observations: Sequence[Observation], settings: Settings) -> Fit:
     observations = _counted_as_asked(observations, settings)
     done = [one for one in observations if one.status == DONE]
     if not done:
-        raise DataError(Problem("observations", len(observations), "hold none that is done; there is nothing to fit."))
+        raise DataError(Problem("observations", len(observations), "have no finished cell; there is nothing to fit."))
     notes = [f"{counts[status]} {status}, not fitted" for status in STATUSES if status != DONE and counts[status]]
     if unknown := sum(one.total_params is not None and one.granularity is None for one in done):
-        notes.append(f"{unknown} mixtures have no granularity: it is left out of the law")
+        notes.append(f"{unknown} MoE models have no granularity: it is left out of the law")
         done = [replace(one, granularity=None) for one in done]
     varied = _varied(done)
     basin: Basin | None = None
@@ -220,35 +220,35 @@ def _basin_notes(cells: Cells, basin: Basin | None) -> list[str]:
         f"{int(basin.inside.sum())} of {len(basin.inside)} cells are near enough to the best for a quadratic in {names}"
     ]
     if missing := [name for name in ("ln_N", "ln_D") if name not in basin.features]:
-        notes.append(f"the study does not tell how the best {names} move with {' and '.join(missing)}")
+        notes.append(f"the study does not determine how the best {names} move with {' and '.join(missing)}")
     if not len(basin.draws):
         notes.append(
-            f"there are no more cells than the basin over {names} has coefficients: nothing tells how sure it is"
+            f"there are no more cells than the basin over {names} has coefficients: its uncertainty cannot be estimated"
         )
     if basin.without_minimum > 0.01:
-        share = f"{basin.without_minimum:.0%} of the versions of the data have no minimum over {names}"
+        share = f"{basin.without_minimum:.0%} of the bootstrap resamples have no minimum over {names}"
         notes.append(share + (": intervals of the best do not hold" if basin.without_minimum > 0.1 else ""))
     return notes
 
 
 def _surface(
     points: Points, settings: Settings, notes: list[str]
-) -> tuple[Surface | None, list[Allocation], list[Profile], Prediction | None]:
+) -> tuple[Surface | None, list[ComputeAllocation], list[Profile], LossPrediction | None]:
     found = compute_optimal.profiles(points)
     allocations = [one for one in (compute_optimal.from_envelope(points), compute_optimal.from_profiles(found)) if one]
     needed = points.terms().size + 1
     if len(points.params) < needed or not surface.fittable(points):
         notes.append(
             f"{len(points.params)} points do not make a law of the loss: it takes {needed}, three sizes and three "
-            "horizons, and tokens that do not go with the size in one line"
+            "horizons, and tokens that are not proportional to size"
         )
         return None, allocations, found, None
     fitted = surface.fit(points, draws=settings.draws, seed=settings.seed, delta=settings.delta)
     if not (fitted.named("alpha") > 0 and fitted.named("beta") > 0):
-        notes.append("the loss does not fall with both size and tokens: there is no law of it")
+        notes.append("the loss does not fall with both size and tokens: no law is fitted")
         return None, allocations, found, None
-    if points.has_mixtures and (missing := {"sigma", "gamma"} - set(fitted.names)):
-        notes.append(f"the mixtures do not tell {' and '.join(sorted(missing))}")
+    if points.has_moe and (missing := {"sigma", "gamma"} - set(fitted.names)):
+        notes.append(f"the MoE models do not determine {' and '.join(sorted(missing))}")
     if allocation := compute_optimal.from_surface(fitted):
         allocations.append(allocation)
     left_out = surface.leave_largest_out(points, delta=settings.delta)

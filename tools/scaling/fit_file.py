@@ -89,7 +89,7 @@ def _surface(found: Surface) -> dict[str, Any]:
 
 
 def _on_par(fit: Fit) -> list[dict[str, float]]:
-    """Every kind of mixture beside its dense equal."""
+    """Every kind of MoE model and its dense equal."""
     if fit.surface is None or not {"sigma", "gamma"} & set(fit.surface.names):
         return []
     kinds = {
@@ -156,7 +156,9 @@ class FitFile:
         try:
             content = json.loads(path.read_text())
             if content["format"] != FORMAT:
-                raise DataError(Problem(str(path), content["format"], f"is of another format than {FORMAT}; fit anew."))
+                raise DataError(
+                    Problem(str(path), content["format"], f"has another format than {FORMAT}; run mq sweep fit again.")
+                )
             self.settings = Settings(**content["settings"])
             self.source = str(content["source"])
             self.headline: dict[str, Any] | None = content["headline"]
@@ -168,7 +170,7 @@ class FitFile:
         except (OSError, ValueError, KeyError, TypeError) as error:
             if isinstance(error, DataError):
                 raise
-            fix = f"is no fit that mq sweep fit has written ({error})."
+            fix = f"is not a fit written by mq sweep fit ({error})."
             raise DataError(Problem(str(path), None, fix)) from None
 
 
@@ -217,7 +219,7 @@ def table(content: dict[str, Any]) -> str:
     if surface := content["surface"]:
         lines += [
             "",
-            f"{surface['law']}  ({surface['points']} points, {surface['resampled']} drawn anew, 90 % intervals)",
+            f"{surface['law']}  ({surface['points']} points, {surface['resampled']} resampled, 90 % intervals)",
         ]
         for name, value in surface["coefficients"].items():
             shown, middle, low, high = coefficient(name, value)
@@ -225,8 +227,9 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"  scatter about the law {surface['spread']:.2%}")
     for one in content["on_par"]:
         lines.append(
-            f"a mixture with {one['sparsity']:.3g} times its active parameters, granularity {one['granularity']:.3g}, "
-            f"is on par with a dense model of {one['factor']:.2f} ({one['low']:.2f} to {one['high']:.2f}) times them"
+            f"an MoE model with {one['sparsity']:.3g} times its active parameters, granularity "
+            f"{one['granularity']:.3g}, is on par with a dense model of {one['factor']:.2f} "
+            f"({one['low']:.2f} to {one['high']:.2f}) times them"
         )
     if laws := content["settings_laws"]:
         lines += ["", *setting_laws(laws)]

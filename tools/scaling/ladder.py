@@ -26,7 +26,7 @@ _DEEPEST, _WIDEST = 128, 16384
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelShape:
     """One rung.
 
     Args:
@@ -55,15 +55,15 @@ class Shape:
         return f"l{model.num_layers}_h{model.hidden_size}_{width}"
 
 
-def shape_of(model: ModelConfig) -> Shape:
+def shape_of(model: ModelConfig) -> ModelShape:
     """Counts of a model."""
     count = count_parameters(model)
     embedding = count.embedding + count.output
-    return Shape(model, count.active - embedding, count.without_embeddings, embedding)
+    return ModelShape(model, count.active - embedding, count.without_embeddings, embedding)
 
 
-def shape_near(config: RunConfig, params: float) -> Shape:
-    """The family's shape with about so many parameters without embeddings (active ones of a mixture).
+def shape_near(config: RunConfig, params: float) -> ModelShape:
+    """The family's shape with about so many parameters without embeddings (active ones of an MoE model).
 
     Everything that is no size (vocabulary, ties, experts and how many a token visits, biases) is the configuration's;
     experts keep their share of the feed-forward.

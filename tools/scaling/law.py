@@ -55,7 +55,7 @@ class Terms:
         return _parts(self, np.atleast_2d(coefficients))[0].reshape(*coefficients.shape[:-1], -1)
 
 
-def mixture(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
+def moe(active: Array, tokens: Array, sparsity: Array | None = None, granularity: Array | None = None) -> Terms:
     """L = E + A / (N^alpha S^sigma G^gamma) + B / D^beta: for dense models L = E + A / N^alpha + B / D^beta.
 
     Args:
@@ -105,12 +105,12 @@ def fit(terms: Terms, log_loss: Array, *, weights: Array | None = None, delta: f
 
 
 def refit(terms: Terms, log_loss: Array, weights: Array, *, start: Array, delta: float = DELTA) -> Array:
-    """Coefficients for many versions of the data, from where the fit of the data themselves is.
+    """Coefficients for many bootstrap resamples, started from the fit of the data itself.
 
     Args:
         terms: the law over the points.
-        log_loss: of every version, [r, n] or [1, n].
-        weights: of the points in every version, [r, n] or [1, n].
+        log_loss: of every resample, [r, n] or [1, n].
+        weights: of the points in every resample, [r, n] or [1, n].
         start: the fit, [p].
         delta: as for ``fit``.
 

@@ -36,7 +36,7 @@ class Observation:
         learning_rate: the peak, where it was varied.
         batch_tokens: tokens of a step, where they were varied.
         embedding_params: of the input embedding and the output matrix.
-        total_params: all parameters of a mixture, counted as ``params`` are; None is a dense model.
+        total_params: all parameters of an MoE model, counted as ``params`` are; None is a dense model.
         granularity: size of a dense feed-forward over that of an expert; None is a dense model.
         name: of the cell.
     """
@@ -68,9 +68,9 @@ def read_csv(path: Path) -> list[Observation]:
         columns = [name.strip() for name in reader.fieldnames or []]
         rows = list(reader)
     except csv.Error as error:
-        raise DataError(Problem(f"{path}:{reader.line_num}", None, f"is no line of a CSV ({error}).")) from None
+        raise DataError(Problem(f"{path}:{reader.line_num}", None, f"is not a line of a CSV ({error}).")) from None
     if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise DataError(Problem(str(path), ", ".join(twice), "is a column twice; keep one."))
+        raise DataError(Problem(str(path), ", ".join(twice), "is the name of two columns; keep one."))
     if missing := [name for name in _NEEDED if name not in columns]:
         fix = f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; the first line names them."
         raise DataError(Problem(str(path), ",".join(columns) or None, fix))
@@ -89,14 +89,14 @@ def read_csv(path: Path) -> list[Observation]:
             shown = [*shown, Problem(str(path), None, f"and {rest} more lines like these.")]
         raise DataError(shown)
     if not found:
-        raise DataError(Problem(str(path), None, "holds no line below its header."))
+        raise DataError(Problem(str(path), None, "has no line below its header."))
     return found
 
 
 def _problems(where: str, cells: dict[str, str]) -> Iterable[Problem]:
     status = cells.get("status") or DONE
     if status not in STATUSES:
-        yield Problem(f"{where}: status", status, f"is none of {', '.join(STATUSES)}.")
+        yield Problem(f"{where}: status", status, f"must be one of {', '.join(STATUSES)}.")
     for name in _NUMBERS:
         text = cells.get(name, "")
         if not text:
@@ -106,7 +106,7 @@ def _problems(where: str, cells: dict[str, str]) -> Iterable[Problem]:
         try:
             value = float("" if "_" in text else text)
         except ValueError:
-            yield Problem(f"{where}: {name}", text, "is no number.")
+            yield Problem(f"{where}: {name}", text, "is not a number.")
             continue
         if name == "loss" and status != DONE:
             continue  # whatever a run that went wrong has printed

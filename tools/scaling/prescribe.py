@@ -11,7 +11,7 @@ from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.layouts import Candidate, layouts
 from tools.scaling.fit_file import FitFile
-from tools.scaling.ladder import Shape, shape_near
+from tools.scaling.ladder import ModelShape, shape_near
 from tools.scaling.surface import Points
 
 # Compute of the wanted run over that of the largest fitted one: said from here on, and refused from there on.
@@ -67,7 +67,7 @@ class Prescription:
     config: RunConfig
     origins: dict[str, str]
     layout: Candidate
-    shape: Shape
+    shape: ModelShape
     params: float
     tokens: float
     loss: float | None
@@ -107,7 +107,7 @@ def prescribe(fit: FitFile, wish: Wish) -> Prescription:
     return _for_shape(fit, wish, shape, params, wish.tokens, chosen="asked for")
 
 
-def _shape(fit: FitFile, base: RunConfig, params: float) -> tuple[Shape, float]:
+def _shape(fit: FitFile, base: RunConfig, params: float) -> tuple[ModelShape, float]:
     """The family's shape with so many parameters as the fit counts them, and its exact count."""
     if not fit.settings.embeddings:
         shape = shape_near(base, params)
@@ -123,7 +123,7 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
     """The size whose predicted loss is least for a budget: small ones see more tokens."""
     if fit.surface is None:
         raise ConfigError(
-            Problem("--gpu-hours", wish.gpu_hours, "needs a law of the loss, which the fit lacks; see its notes.")
+            Problem("--gpu-hours", wish.gpu_hours, "requires a law of the loss, which the fit lacks; see its notes.")
         )
     assert wish.gpu_hours is not None
     shape, params = _shape(fit, wish.base, float(fit.points.params.max()))
@@ -146,7 +146,7 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
         elif loss > least * 1.05:
             break
     if best is None:
-        fix = f"x {wish.device.name} hold no size of this family with its layouts; take more, or another recipe."
+        fix = f"x {wish.device.name} cannot hold any size of this family; use more devices or another recipe."
         raise ConfigError(Problem("--gpus", wish.gpus, fix))
     chosen = f"least predicted loss for {wish.gpu_hours:g} GPU-hours"
     shape, params, tokens = best
@@ -155,11 +155,11 @@ def _for_hours(fit: FitFile, wish: Wish) -> Prescription:
     return _for_shape(fit, wish, shape, params, tokens * wish.gpu_hours / (first.hours * wish.gpus), chosen=chosen)
 
 
-def _with_shape(base: RunConfig, shape: Shape) -> RunConfig:
+def _with_shape(base: RunConfig, shape: ModelShape) -> RunConfig:
     return replace(base, recipe="custom", model=shape.model)
 
 
-def _point(shape: Shape, params: float, tokens: float) -> Points:
+def _point(shape: ModelShape, params: float, tokens: float) -> Points:
     one = np.ones(1)
     return Points(
         one * params,
@@ -170,7 +170,9 @@ def _point(shape: Shape, params: float, tokens: float) -> Points:
     )
 
 
-def _for_shape(fit: FitFile, wish: Wish, shape: Shape, params: float, tokens: float, *, chosen: str) -> Prescription:
+def _for_shape(
+    fit: FitFile, wish: Wish, shape: ModelShape, params: float, tokens: float, *, chosen: str
+) -> Prescription:
     point = _point(shape, params, tokens)
     beyond = params * tokens / float((fit.points.params * fit.points.tokens).max())
     warnings = _extrapolation(fit, wish, params, tokens, beyond)
@@ -208,20 +210,22 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
     fitted = f"the largest fitted point (N D = {largest:.3g})"
     if beyond > wish.refuse_factor:
         fix = (
-            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit says nothing. "
-            "Fit larger models, or raise --refuse-factor."
+            f"is {beyond:.3g} times the compute of {fitted}; beyond {wish.refuse_factor:g} times a fit is "
+            "not reliable. Fit larger models, or raise --refuse-factor."
         )
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
-    warnings = [note for note in fit.notes if "does not tell" in note or "do not tell" in note or "no minimum" in note]
+    warnings = [
+        note for note in fit.notes if "does not determine" in note or "do not determine" in note or "no minimum" in note
+    ]
     if beyond < 1 / wish.refuse_factor:
-        fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it says nothing."
+        fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it is not reliable."
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
     if beyond > WARN_FACTOR:
         warnings.append(f"extrapolates {beyond:.3g} times beyond the compute of {fitted}")
     ratio, ratios = tokens / params, fit.points.tokens / fit.points.params
     if not ratios.min() / 2 <= ratio <= ratios.max() * 2:
         warnings.append(
-            f"{ratio:.3g} tokens a parameter lie outside the {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
+            f"{ratio:.3g} tokens per parameter are outside {ratios.min():.3g} to {ratios.max():.3g} that were fitted"
         )
     return warnings
 
@@ -242,7 +246,7 @@ def _learning_rate(
     batch = config.training.global_batch_size * config.data.seq_length
     answer = _setting(fit, "learning_rate", params, tokens, batch=batch)
     if answer is None:
-        warnings.append("the fit does not say which learning rate is best: the recipe's stays")
+        warnings.append("the fit does not determine the best learning rate: the recipe's is kept")
         return config
     value, low, high = answer
     share = config.optim.min_learning_rate / config.optim.learning_rate
@@ -298,7 +302,7 @@ def _batch_and_layout(
     answer = _setting(fit, "batch_tokens", params, tokens)
     length = config.data.seq_length
     if answer is None:
-        warnings.append("the fit does not say which batch is best: the recipe's stays")
+        warnings.append("the fit does not determine the best batch: the recipe's is kept")
         sizes = [config.training.global_batch_size]
     else:
         wanted = answer[0] / length
@@ -322,7 +326,7 @@ def _batch_and_layout(
     why = (
         f"the least needs {least:.0f} GiB" if least is not None else rejected[0].reason if rejected else "none is legal"
     )
-    fix = f"x {wish.device.name} have no layout for {params:.3g} parameters: {why}; take another number."
+    fix = f"x {wish.device.name} have no layout for {params:.3g} parameters: {why}; use another number."
     raise ConfigError(Problem("--gpus", wish.gpus, fix))
 
 

@@ -1,4 +1,4 @@
-"""The loss over N and D, of mixtures over all parameters and granularity too: fit, intervals, how well it predicts."""
+"""The loss over N and D, for MoE models also over all parameters and granularity: fit, intervals, prediction error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,11 +10,13 @@ from tools.scaling.law import Terms
 from tools.scaling.observations import Array, Chosen
 
 LOW, HIGH = 5.0, 95.0
-# Standard deviation that ln N must have, and ln D about its line over ln N.
+# Minimum standard deviation of ln N, and of ln D about its regression line over ln N. Below it the exponents of N and D
+# cannot be separated.
 LEAST_SPREAD = 0.3
-# With so many points for a coefficient points are drawn anew; with fewer, residuals are.
+# With at least so many points per coefficient the points are resampled (pairs bootstrap); with fewer, the residuals,
+# because a resample of few points can leave a coefficient without data.
 _MANY = 20
-# Standard deviation of ln S and ln G below which points do not tell what they do.
+# Standard deviation of ln S and ln G below which the points do not determine their exponents.
 _TOLD_APART = 0.05
 
 
@@ -23,7 +25,7 @@ class Points:
     """Losses at the best settings, one a model and horizon.
 
     Args:
-        params: N, active parameters of a mixture, [n].
+        params: N, active parameters of an MoE model, [n].
         tokens: D, [n].
         log_loss: ln L, [n].
         sparsity: all parameters over active ones, 1 for a dense model, [n].
@@ -43,8 +45,8 @@ class Points:
         )
 
     @property
-    def has_mixtures(self) -> bool:
-        """Whether any is a mixture of experts."""
+    def has_moe(self) -> bool:
+        """Whether any is an MoE model."""
         return bool((self.sparsity > 1).any())
 
     @property
@@ -60,12 +62,12 @@ class Points:
         """The law over them.
 
         Args:
-            factors: of mixtures; None are those that the points tell.
+            factors: of MoE models; None are those that the points tell.
         """
         factors = self.factors if factors is None else factors
         sparsity = self.sparsity if "sigma" in factors else None
         granularity = self.granularity if "gamma" in factors else None
-        return law.mixture(self.params, self.tokens, sparsity, granularity)
+        return law.moe(self.params, self.tokens, sparsity, granularity)
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,8 @@ class Surface:
     Args:
         names: of the coefficients.
         coefficients: [p].
-        draws: the coefficients in versions of the data, [draws, p].
-        resampled: what the versions differ in: points or residuals.
+        draws: the coefficients in bootstrap resamples, [draws, p].
+        resampled: what was resampled: points or residuals.
         spread: standard deviation of ln L about the fit.
         points: how many were fitted.
         largest: N, D and N D of what was fitted, each the largest.
@@ -108,14 +110,14 @@ class Surface:
         return np.exp(self._terms(points).predict(self.coefficients))
 
     def loss_draws(self, points: Points) -> Array:
-        """L of points in versions of the data, [draws, n]."""
+        """L of points in bootstrap resamples, [draws, n]."""
         return np.exp(self._terms(points).predict(self.draws))
 
     def on_par(self, sparsity: float, granularity: float) -> tuple[float, float, float]:
-        """Parameters of the dense model on par with a mixture, over the mixture's active ones, and its 90 % interval.
+        """Parameters of the dense model on par with an MoE model, over its active ones, and the 90 % interval.
 
-        A mixture of N active parameters has the loss of a dense model of N S^(sigma / alpha) G^(gamma / alpha), at any
-        D: what section 3.2 of the Qwen2.5 report (arXiv 2412.15115) used its scaling laws for.
+        An MoE model of N active parameters has the loss of a dense model of N S^(sigma / alpha) G^(gamma / alpha), at
+        any D: what section 3.2 of the Qwen2.5 report (arXiv 2412.15115) used its scaling laws for.
 
         Args:
             sparsity: S, all parameters over active ones.
@@ -138,13 +140,13 @@ class Surface:
 def fit(points: Points, *, draws: int, seed: int, delta: float = law.DELTA) -> Surface:
     """Fits the law and its intervals.
 
-    With fewer than 20 points a coefficient, drawing points anew leaves some coefficients without data, and the
-    intervals are too narrow (the points at the ends pull the fit to themselves). Then residuals are drawn anew, each
-    raised by its point's leverage and by Student's quantile for the few that they are.
+    With fewer than 20 points per coefficient, resampled points leave some coefficients without data, and the intervals
+    are too narrow, because points at the ends have high leverage. Then the residuals are resampled. Each is scaled by
+    the leverage of its point, and all by Student's quantile over the normal one for their small number.
 
     Args:
         points: more than the law has coefficients.
-        draws: versions of the data.
+        draws: bootstrap resamples.
         seed: of the drawing.
         delta: of the Huber loss.
     """
@@ -155,15 +157,15 @@ def fit(points: Points, *, draws: int, seed: int, delta: float = law.DELTA) -> S
     generator = np.random.default_rng(seed)
     if count >= _MANY * terms.size:
         weights = generator.multinomial(count, np.full(count, 1 / count), size=draws).astype(float)
-        versions = law.refit(terms, points.log_loss[None], weights, start=found, delta=delta)
+        resamples = law.refit(terms, points.log_loss[None], weights, start=found, delta=delta)
     else:
-        raised = _raised(terms, found, residual)
-        drawn = terms.predict(found) + _smoothly(raised, (draws, count), generator)
-        versions = law.refit(terms, drawn, np.ones((1, count)), start=found, delta=delta)
+        scaled = _scaled(terms, found, residual)
+        drawn = terms.predict(found) + _smoothed(scaled, (draws, count), generator)
+        resamples = law.refit(terms, drawn, np.ones((1, count)), start=found, delta=delta)
     return Surface(
         terms.names,
         found,
-        versions,
+        resamples,
         "points" if count >= _MANY * terms.size else "residuals",
         float(np.sqrt((residual**2).sum() / free)),
         count,
@@ -171,10 +173,12 @@ def fit(points: Points, *, draws: int, seed: int, delta: float = law.DELTA) -> S
     )
 
 
-def _raised(terms: Terms, found: Array, residual: Array) -> Array:
-    """Residuals of the size that the points' scatter has: the fit takes a part of it away, most at the ends."""
+def _scaled(terms: Terms, found: Array, residual: Array) -> Array:
+    """Residuals scaled to the scatter of the points: a fit reduces them by sqrt(1 - leverage), most at the ends."""
     from scipy.stats import norm, t
 
+    # Leverage is the diagonal of the hat matrix of the linearised law: Q Q^T with Q from the QR factors of the slopes,
+    # which are central differences. It is capped, because a point with leverage 1 has no residual of its own.
     step = 1e-6
     slopes = np.stack([terms.predict(found + step * unit) for unit in np.eye(terms.size)], axis=1)
     slopes -= np.stack([terms.predict(found - step * unit) for unit in np.eye(terms.size)], axis=1)
@@ -185,13 +189,14 @@ def _raised(terms: Terms, found: Array, residual: Array) -> Array:
     return np.asarray((centred - centred.mean()) * (t.ppf(0.95, free) / norm.ppf(0.95)))
 
 
-def _smoothly(residual: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
-    """Residuals drawn anew from their smoothed distribution, of the same spread.
+def _smoothed(residual: Array, shape: tuple[int, int], generator: np.random.Generator) -> Array:
+    """Residuals resampled from their smoothed distribution, with the same spread.
 
-    A robust fit passes exactly through some points. Residuals of zero, drawn often, would make the fit of the drawn
-    data look more certain than it is (De Angelis, Hall and Young 1993, for least absolute deviations).
+    A robust fit passes exactly through some points, so some residuals are zero. Without smoothing these would make the
+    resamples look more certain than the data (De Angelis, Hall and Young 1993, for least absolute deviations).
     """
     spread = float(residual.std())
+    # Silverman's rule for the bandwidth of a normal kernel. The last factor restores the spread that the kernel adds.
     width = 1.06 * spread * len(residual) ** -0.2
     drawn = residual[generator.integers(0, len(residual), shape)] + width * generator.standard_normal(shape)
     return np.asarray(drawn * (spread / np.hypot(spread, width) if spread > 0 else 1.0))
@@ -207,8 +212,8 @@ def fittable(points: Points) -> bool:
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """How a fit without the largest models foretells them.
+class LossPrediction:
+    """Prediction of the largest models by a fit without them.
 
     Args:
         params: N that was left out.
@@ -228,7 +233,7 @@ class Prediction:
         return float(np.abs(self.predicted / self.measured - 1).mean())
 
 
-def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction | None:
+def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> LossPrediction | None:
     """Fits without the largest N and predicts it; None where too few points would be left."""
     largest = points.params.max()
     out = points.params >= largest * (1 - 1e-9)
@@ -238,4 +243,4 @@ def leave_largest_out(points: Points, *, delta: float = law.DELTA) -> Prediction
         return None
     found = law.fit(terms, rest.log_loss, delta=delta)
     surface = Surface(terms.names, found, found[None], "points", 0.0, len(rest.params), (0.0, 0.0, 0.0))
-    return Prediction(float(largest), left.tokens, np.exp(left.log_loss), surface.loss(left))
+    return LossPrediction(float(largest), left.tokens, np.exp(left.log_loss), surface.loss(left))

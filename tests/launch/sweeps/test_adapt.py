@@ -121,7 +121,7 @@ def test_the_budget_holds(tmp_path):
     found, count = rounds(tight, best_rate=5e-3)
     assert count >= 1
     assert found.content["device_hours"] <= cost * 1.2
-    assert any("device-hours of the budget are left" in one["reason"] for one in found.content["dropped"])
+    assert any("device-hours of the budget remain" in one["reason"] for one in found.content["dropped"])
     assert len(found.content["cells"]) > len(free.content["cells"])
 
 

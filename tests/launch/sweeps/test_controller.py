@@ -146,7 +146,7 @@ def test_status(finished):
     shown = json.loads(run("launch.sweep", "status", study, "--json", check=True).stdout)
     assert shown["controller"] is None
     assert {row["name"]: row["status"] for row in shown["runs"]} == {name: row[2] for name, row in rows(study).items()}
-    assert "not at work" in run("launch.sweep", "status", study, check=True).stdout
+    assert "not running" in run("launch.sweep", "status", study, check=True).stdout
 
 
 def test_a_lost_database_is_made_anew_and_a_lost_run_is_run_again(finished, tmp_path):
@@ -161,9 +161,9 @@ def test_a_lost_database_is_made_anew_and_a_lost_run_is_run_again(finished, tmp_
     done = run("launch.sweep", "resume", study, *FAST, timeout_s=200)
     assert done.returncode == 1, done.stderr
     assert rows(study) == before
-    handed_over = [line for line in done.stdout.splitlines() if "handed over" in line]
-    assert len(handed_over) == 1
-    assert lost in handed_over[0]
+    submitted = [line for line in done.stdout.splitlines() if "submitted as job" in line]
+    assert len(submitted) == 1
+    assert lost in submitted[0]
 
 
 def test_two_controllers(tokens, tmp_path):
@@ -173,7 +173,7 @@ def test_two_controllers(tokens, tmp_path):
     ends = [(process.communicate(timeout=200), process.returncode) for process in both]
     assert sorted(code for _, code in ends) == [0, 2], ends
     said = next(errors for (_, errors), code in ends if code == 2)
-    assert "another controller of this study at work" in said
+    assert "is already controlling this study" in said
     assert "Traceback" not in said
     for name in rows(tmp_path / "small"):
         assert attempts(tmp_path / "small", name) == 1
@@ -183,4 +183,4 @@ def test_another_plan_does_not_take_the_directory(finished, tokens, tmp_path):
     plan = write_study(tmp_path, tokens)
     done = run("launch.sweep", "submit", plan, "--study", finished[0])
     assert done.returncode == 2
-    assert "is not the plan" in done.stderr
+    assert "differs from the plan" in done.stderr

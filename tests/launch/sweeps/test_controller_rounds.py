@@ -21,7 +21,7 @@ def test_a_grid_that_ends_too_low_is_widened_and_run(tokens, tmp_path):
     assert {row[2] for row in found.values()} == {"done"}
     # At its end it has no more rounds: nothing is added, nothing runs again.
     again = run("launch.sweep", "resume", study, *FAST, check=True, timeout_s=100)
-    assert "handed over" not in again.stdout
+    assert "submitted as job" not in again.stdout
     assert not (study / "round2.yaml").exists()
     run("launch.sweep", "report", study, check=True)
     assert added["cells"][0]["name"] in (study / "report.html").read_text()

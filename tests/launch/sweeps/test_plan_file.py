@@ -44,15 +44,15 @@ def wrong(content):
     yield edit(to("cells", 0, name="../../x")), "cells[0].name"
     yield edit(to("cells", 0, iterations="many")), "cells[0].iterations"
     yield edit(to("cells", 0, learning_rate=None)), "cells[0].learning_rate"
-    yield edit(to("cells", 0, model="other")), "is none of its models"
-    yield edit(to("cells", 0, stem="other")), "is none of its stems"
+    yield edit(to("cells", 0, model="other")), "is not a model of the plan"
+    yield edit(to("cells", 0, stem="other")), "is not a stem of the plan"
     yield edit(to("cells", 1, name=content["cells"][0]["name"])), "is the name of several runs"
     yield edit(lambda plan: plan["cells"][0].pop("from")), "cells[0].from: must be given"
     yield edit(lambda plan: plan["cells"][0].pop("seed")), "cells[0].seed: must be given"
     yield edit(lambda plan: plan.pop("recipe")), "recipe"
     yield edit(lambda plan: plan.update(models={})), "models = {}: must be list of a mapping with name"
     yield edit(lambda plan: plan.update(name="a/b")), "name = 'a/b': must be letters"
-    yield edit(lambda plan: plan.update(format=99)), "is no plan"
+    yield edit(lambda plan: plan.update(format=99)), "is not a plan"
     yield edit(to("stems", 0, save_at="x")), "stems[0].save_at"
 
 

@@ -25,7 +25,7 @@ def test_all_wrong_fields_at_once(tmp_path):
     assert done.returncode == 2
     for word in (
         "optim.lerning_rate", "shapes.count", "horizons", "learning_rate.values", "batch: no such field",
-        "batch_tokens", "schedule = 'linear'", "seeds", "takes gpu, or tflops", "budget_hours",
+        "batch_tokens", "schedule = 'linear'", "seeds", "requires either gpu, or tflops", "budget_hours",
     ):  # fmt: skip
         assert word in done.stderr, word
     assert "Traceback" not in done.stderr

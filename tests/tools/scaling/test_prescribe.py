@@ -102,4 +102,4 @@ def test_a_file_that_is_no_fit(tmp_path):
     (tmp_path / "fit.json").write_text(yaml.safe_dump({"format": 1}))
     done = run("launch.sweep", "prescribe", str(tmp_path / "fit.json"), "--recipe", "qwen2_5_7b", *SIZED)
     assert done.returncode == 3
-    assert "is no fit" in done.stderr
+    assert "is not a fit" in done.stderr

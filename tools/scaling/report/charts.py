@@ -103,7 +103,7 @@ def loss_over_compute(done: Sequence[Observation], fit: Fit | None) -> Chart:
         )
         frontier = _frontier(fit)
         if frontier:
-            dense = " of dense models" if fit.points.has_mixtures else ""
+            dense = " of dense models" if fit.points.has_moe else ""
             caption += f"; the dashed one is the law{dense} at the best size for each compute, with its 90 % interval"
             layers += [
                 {
@@ -225,7 +225,7 @@ def allocation(fit: Fit) -> Chart:
             "encoding": {"color": color, "tooltip": tooltip},
         },
     ]
-    dense = ", of dense models" if fit.points.has_mixtures else ""
+    dense = ", of dense models" if fit.points.has_moe else ""
     caption = (
         "The size with the least loss for a compute: from the envelope, the isoflop profiles and the fitted law"
         f"{dense}."

@@ -72,7 +72,7 @@ def loss_axis(name: str, highest: float | None = None, lowest: float | None = No
     if highest is not None and lowest is not None:
         scale |= {"domain": [lowest, highest]}
     axis = {"format": ".3~f", "tickCount": 6}
-    return {"field": name, "type": "quantitative", "title": "loss, nats a token", "scale": scale, "axis": axis}
+    return {"field": name, "type": "quantitative", "title": "loss, nats per token", "scale": scale, "axis": axis}
 
 
 def colour_by(name: str, title: str, values: Iterable[float]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _tiles(content: Content) -> str:
         facts.append((f"{surface.spread:.2%}", "scatter of the loss about the law"))
     done = [one.loss for one in content.results.observations if one.status == "done"]
     if done:
-        facts.append((f"{min(done):.4f}", "lowest loss, nats a token"))
+        facts.append((f"{min(done):.4f}", "lowest loss, nats per token"))
     if content.results.spent:
         budget = f" of {content.results.budget_hours:g}" if content.results.budget_hours is not None else ""
         facts.append((f"{sum(one.spent for one in content.results.spent):.3g}{budget}", "device-hours spent"))
@@ -108,11 +108,11 @@ def _tables(content: Content) -> list[str]:
     document = content.document
     found = []
     if document.get("headline"):
-        found.append(f"<h2>The largest size, foretold</h2>{tables.left_out(document)}")
+        found.append(f"<h2>Prediction of the largest size</h2>{tables.left_out(document)}")
     if document.get("surface"):
         found.append(f"<h2>Law of the loss</h2>{tables.coefficients(document)}")
     if document.get("on_par"):
-        found.append(f"<h2>Mixtures beside dense models</h2>{tables.on_par(document)}")
+        found.append(f"<h2>MoE models compared with dense models</h2>{tables.on_par(document)}")
     if document.get("optima"):
         lines = setting_laws(document["settings_laws"]) if document.get("settings_laws") else []
         laws = "".join(f'<p class="law">{html.escape(line)}</p>' for line in lines)

@@ -78,7 +78,7 @@ def coefficients(document: dict[str, Any]) -> str:
 
 
 def on_par(document: dict[str, Any]) -> str:
-    """Mixtures beside their dense equals."""
+    """MoE models and their dense equals."""
     rows = [
         (
             f"{one['sparsity']:.3g}",
@@ -92,7 +92,7 @@ def on_par(document: dict[str, Any]) -> str:
 
 
 def left_out(document: dict[str, Any]) -> str:
-    """The largest size as the smaller ones foretell it."""
+    """The largest size as predicted from the smaller ones."""
     headline = document["headline"]
     rows = [
         (f"{tokens:.4g}", f"{measured:.4f}", f"{predicted:.4f}", f"{100 * (predicted / measured - 1):+.2f} %")

@@ -1,4 +1,4 @@
-"""Writes a report: the page, and beside it the charts as files and the data as CSV."""
+"""Writes a report: the page, and next to it the charts as files and the data as CSV."""
 
 from pathlib import Path
 
