@@ -45,16 +45,16 @@ def predict(request: Request) -> Prediction:
     machine = expected(request.config, gpu=gpu)
     config, choices = choose(request.config, machine, world_size=world)
     count = count_parameters(config.model)
-    stretches = blend.stretches(config)
+    stage_configs = blend.stage_configs(config)
     memory = [
         stage
-        for one in stretches
+        for one in stage_configs
         for stage in memory_per_stage(one, world_size=world, backend=machine.backend, gpu=machine.gpu)
     ]
     device = known(gpu) if gpu else None
-    speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
-    each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
-    hours = sum(each) if len(each) == len(stretches) else None
+    speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stage_configs]
+    each = [speed.hours(one) for speed, one in zip(speeds, stage_configs, strict=True) if speed is not None]
+    hours = sum(each) if len(each) == len(stage_configs) else None
     return Prediction(
         parameters=count,
         memory=max(memory, key=lambda stage: stage.total_gib),
@@ -62,7 +62,7 @@ def predict(request: Request) -> Prediction:
         speed=speeds[0],
         checkpoint=checkpoint_bytes(config, parameters=count.total),
         tokens=sum(
-            one.training.train_iters * one.training.global_batch_size * one.data.seq_length for one in stretches
+            one.training.train_iters * one.training.global_batch_size * one.data.seq_length for one in stage_configs
         ),
         hours=hours,
         gpu_hours=None if hours is None else hours * world,

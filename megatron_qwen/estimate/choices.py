@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_qwen.config.blend import stretches
+from megatron_qwen.config.blend import stage_configs
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import TrainingConfig
 from megatron_qwen.errors import Problem
@@ -219,8 +219,8 @@ def _need(config: RunConfig, machine: Machine, world_size: int) -> float:
     """GiB of the fullest rank in the stage of the run that needs most."""
     return max(
         stage.total_gib
-        for stretch in stretches(config)
-        for stage in memory_per_stage(stretch, world_size=world_size, backend=machine.backend, gpu=machine.gpu)
+        for stage_config in stage_configs(config)
+        for stage in memory_per_stage(stage_config, world_size=world_size, backend=machine.backend, gpu=machine.gpu)
     )
 
 

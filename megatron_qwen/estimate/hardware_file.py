@@ -37,6 +37,6 @@ def read_hardware(path: Path) -> Hardware:
     reader = YamlReader(str(path))
     # A device without FP8 may leave its rate out.
     device = reader.read(Hardware, {"fp8": None, **read_mapping(path)})
-    reader.require_right()
+    reader.raise_problems()
     assert device is not None
     return device
