@@ -331,7 +331,7 @@ class PerformanceConfig:
     )
     threads_per_rank: int | None = setting(
         None,
-        doc="CPU threads per rank; null divides the cores among the local ranks. Bit-exact resumes need the same value.",
+        doc="CPU threads per rank; null divides the cores among the local ranks. Bit-exact resumes need the same.",
         minimum=1,
     )
     cross_entropy_chunk_tokens: int | None = setting(

@@ -114,7 +114,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         ["parallel.expert_model_parallel_size = 3", "num_moe_experts = 4"],
     ),
     (MOE, ["model.moe_router_topk=5"], 1, ["model.moe_router_topk = 5", "at most model.num_moe_experts = 4"]),
-    (MOE, ["model.moe_ffn_hidden_size=null"], 1, ["model.moe_ffn_hidden_size", "must be given"]),
+    (MOE, ["model.moe_ffn_hidden_size=null"], 1, ["model.moe_ffn_hidden_size", "must be set"]),
     (
         MOE,
         ["model.moe_shared_expert_intermediate_size=null"],
@@ -161,7 +161,7 @@ def test_all_problems_at_once(tmp_path):
         ("- a\n- b\n", ["run.yaml", "must contain a YAML mapping"]),
         ("recipe: tiny_dense\nmodels:\n  num_layers: 2\n", ["models", "Did you mean model?"]),
         ("recipe: tiny_dens\n", ["tiny_dens", "Did you mean tiny_dense?"]),
-        ("model:\n  num_layers: 2\n", ["model.hidden_size", "model.vocab_size", "must be given"]),
+        ("model:\n  num_layers: 2\n", ["model.hidden_size", "model.vocab_size", "must be set in"]),
         ("recipe: tiny_dense\nmodel: 5\n", ["model = 5", "mapping of fields"]),
     ],
 )
