@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from launch.request import Request
 from megatron_qwen.config import blend
-from megatron_qwen.estimate.choices import Choice, choose
+from megatron_qwen.estimate.choices import PresetChoice, choose
 from megatron_qwen.estimate.hardware import known
 from megatron_qwen.estimate.machine import expected
 from megatron_qwen.estimate.memory import StageMemory, checkpoint_bytes, memory_per_stage
@@ -36,7 +36,7 @@ class Prediction:
     tokens: int
     hours: float | None
     gpu_hours: float | None
-    choices: list[Choice]
+    choices: list[PresetChoice]
 
 
 def predict(request: Request) -> Prediction:

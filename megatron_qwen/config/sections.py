@@ -345,7 +345,7 @@ class PerformanceConfig:
     compile: bool | None = setting(
         None,
         doc="torch.compile for the memory-bound operations of the torch backend (norm, activation, RoPE, loss), and on "
-        "a CPU for the transposes of weight-gradient GEMMs; compilation takes some seconds. A bit-exact resume needs the "
+        "a CPU for the transposes of weight-gradient GEMMs; compilation takes some seconds. Bit-exact resumes need the "
         "same value.",
     )
     tp_comm_overlap: bool | None = setting(

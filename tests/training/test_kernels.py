@@ -4,7 +4,7 @@ import pytest
 
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.estimate.choices import PresetChoice
 from megatron_qwen.models.torch_backend import dense_gemm as dense_product
 from megatron_qwen.models.torch_backend.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
@@ -61,7 +61,7 @@ def with_a_broken_compiler(config, choices):
 
 def test_one_broken_compiler_counts_for_all(pool):
     config = RECIPES["tiny_dense"]().with_section("performance", compile=True)
-    chosen, forced = (Choice("performance.compile", True, "long enough", forced) for forced in (False, True))
+    chosen, forced = (PresetChoice("performance.compile", True, "long enough", forced) for forced in (False, True))
     said = "performance.compile=false: torch.compile does not work on rank 1: no space left"
     assert pool[2].run(with_a_broken_compiler, config, [chosen]) == [(False, False, [said])] * 2
     for answer in pool[2].run(with_a_broken_compiler, config, [forced]):
