@@ -68,7 +68,7 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     }
     config = new_run(source.shape, out, dtype=dtype, tokenizer=has_tokenizer)
     records = [
-        record_of(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
+        record_of(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.mapping.origin()])
         for item in core_tensors(source.shape)
     ]
     files = shards(records, limit=options.max_shard_bytes or SHARD_BYTES)

@@ -130,7 +130,9 @@ class Cutter:
 
     def record(self, item: CoreTensor, dtype: torch.dtype) -> Record:
         """One weight of the mixture."""
-        return record_of(item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()])
+        return record_of(
+            item, dtype, [self._piece(item.names[part], part, span) for part, span in item.mapping.origin()]
+        )
 
     def _piece(self, name: str, part: int, span: tuple[int, int]) -> Piece:
         first, last = span

@@ -82,7 +82,7 @@ def too_large(**performance: object) -> dict[str, object]:
 
 
 def test_what_is_forced_bounds_what_is_chosen():
-    """megatron-core combines offload with no recompute, graphs with no full one, the host with no precision-aware Adam."""
+    """megatron-core has no recompute with offload, no full one with graphs, no precision-aware Adam on the host."""
     assert too_large()["training.recompute_granularity"] == "full"
     assert too_large(cpu_offloading_num_layers=4)["training.recompute_granularity"] == "none"
     assert too_large(cuda_graph_impl="local")["training.recompute_granularity"] == "selective"
