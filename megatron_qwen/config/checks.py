@@ -91,10 +91,10 @@ def _data(config: RunConfig) -> Iterator[Problem]:
     if data.path is not None and data.blend is not None:
         yield Problem("data.blend", data.blend, "cannot be combined with data.path; set one of them to null.")
     if data.reset_attention_mask:
-        yield from separate_sequences(config, Problem("data.reset_attention_mask", "true", ""))
+        yield from packed_sequence_problems(config, Problem("data.reset_attention_mask", "true", ""))
 
 
-def separate_sequences(config: RunConfig, asked: Problem) -> Iterator[Problem]:
+def packed_sequence_problems(config: RunConfig, asked: Problem) -> Iterator[Problem]:
     """What packed sequences (several sequences in one sample) require of the rest of a configuration.
 
     Args:

@@ -1,8 +1,8 @@
 """AdamW with torch's fused kernel behind the interface of FusedAdam.
 
-Where neither Transformer Engine nor NVIDIA's apex is there, megatron-core falls back to torch.optim.AdamW, whose
-step count per parameter breaks the load of a fully reshardable checkpoint. This one keeps the step in the
-parameter group, as FusedAdam does.
+Without Transformer Engine and NVIDIA's apex, megatron-core falls back to torch.optim.AdamW. That keeps a step count per
+parameter, which breaks loading a fully reshardable checkpoint. This one keeps the step in the parameter group, as
+FusedAdam does.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,9 +19,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         params: parameters or parameter groups.
         lr: learning rate.
         betas: decay of the first and the second moment.
-        eps: term that keeps the division finite.
+        eps: epsilon in the denominator.
         weight_decay: decoupled decay.
-        adam_w_mode: must be true; there for FusedAdam's signature.
+        adam_w_mode: must be true; accepted because FusedAdam has it.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 continue
             group["step"] = int(group.get("step", 0)) + 1
             states = [self._state_of(param) for param in params]
-            # The kernel counts up by itself; it is handed the count before this step.
+            # The kernel increments the counts itself, so it gets those before this step.
             counts = [torch.tensor(float(group["step"] - 1), device=param.device) for param in params]
             adamw(
                 params,
@@ -74,16 +74,16 @@ class GroupStepAdamW(torch.optim.Optimizer):
 
 
 def _scale(chunk_size: int, noop_flag: torch.Tensor, tensors: list[list[torch.Tensor]], factor: float) -> None:
-    """What clips gradients, with the signature of apex: in one pass, where the core's multiplies into a copy first."""
+    """Scales gradients for clipping, with apex's signature; one pass, where megatron-core's fallback makes a copy."""
     for source, target in zip(*tensors, strict=True):
         torch.mul(source, factor, out=target)
 
 
 def install_where_needed() -> str:
-    """Puts GroupStepAdamW where megatron-core looks for its Adam, unless a fused one is there, and clipping beside it.
+    """Makes megatron-core use GroupStepAdamW and ``_scale``, unless it found a fused Adam.
 
     Returns:
-        Which optimizer will run, for the log.
+        Name of the optimizer in use, for the log.
     """
     from megatron.core import optimizer, utils
     from megatron.core.optimizer import clip_grads, distrib_optimizer
@@ -98,4 +98,4 @@ def install_where_needed() -> str:
     if clipping.multi_tensor_scale_impl is utils.local_multi_tensor_scale:
         clipping.multi_tensor_scale_impl = _scale
     distributed.HAVE_APEX_OR_TE = True
-    return "AdamW with torch's fused kernel (neither Transformer Engine nor NVIDIA apex is there)"
+    return "AdamW with torch's fused kernel (neither Transformer Engine nor NVIDIA apex is installed)"

@@ -1,8 +1,9 @@
-"""The optimizer's state of all data-parallel ranks in whole tensors, as a checkpoint wants it.
+"""Gathers the optimizer state of all data-parallel ranks into whole tensors for a checkpoint.
 
-megatron-core gathers everything on one rank, which then also writes everything: it fills buffers with zeros, receives
-into others, joins those and copies the result, and the step that a save holds up waits for all of it. Here each kind of
-state (main weights, first and second moments) goes to a rank of its own, at once and into place.
+megatron-core gathers all state on data-parallel rank 0, which then also writes all of it. It zero-fills buffers,
+receives into others, concatenates those and copies the result, and training waits for all of these copies. Here each
+kind of state (main weights, first moments, second moments) is gathered on a rank of its own: the three gathers run at
+the same time, receive directly into the final buffer, and three ranks write.
 """
 
 from types import MethodType
@@ -13,15 +14,17 @@ import torch.distributed as dist
 
 
 def gather_in_place(part: Any) -> None:
-    """Gives one of the core's distributed optimizers the faster way.
+    """Replaces ``get_parameter_state_dp_zero`` of a distributed optimizer by a gather in place.
 
-    Each rank has only the kinds of state that it gathered: who saves them must not go by the core's rule that rank 0
-    has all (checkpoint/optimizer_state.py). And buckets lie where the parameters' places count from, padding included;
-    0.19.2's own leaves the padding out between buckets and then cuts parameters at places that count it, so that
-    with several buckets main weights and moments are saved shifted.
+    Two differences from megatron-core 0.19.2:
+
+    - A rank has only the kinds of state that it gathered. Code that saves them must not assume that rank 0 has all
+      (checkpoint/optimizer_state.py).
+    - The padding between buckets is part of the result, because the offsets of the parameters count it. megatron-core
+      drops the padding and then cuts at those offsets: with several buckets it saves shifted main weights and moments.
 
     Args:
-        part: a DistributedOptimizer.
+        part: megatron-core's DistributedOptimizer.
     """
 
     def gathered(
@@ -37,7 +40,7 @@ def gather_in_place(part: Any) -> None:
 
 
 def _empty(part: Any) -> dict[Any, Any]:
-    """Room for every kind of state on every rank: what a checkpoint is loaded into."""
+    """Uninitialised buffers for every kind of state on every rank, into which a checkpoint is loaded."""
     state: dict[Any, Any] = {"buckets_coalesced": True}
     for index, ranges in enumerate(part.gbuf_ranges):
         room = part.buffers[index].numel
@@ -56,18 +59,18 @@ def _gathered(part: Any) -> dict[Any, Any]:
 
 
 def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
-    """State of a buffer's parameters, each in its place in the buffer: of the kinds that this rank gathers."""
+    """Whole fp32 buffers, [buffer.numel] on the host, of the kinds of state that this rank gathers."""
     group = part.data_parallel_group_gloo
     ranks, members = group.size(), dist.get_process_group_ranks(group)
     keys = ("param", *part.optimizer_state_keys)
-    # Rank 0 writes the weights as well.
+    # Start at rank 1: rank 0 already writes the model weights.
     roots = {key: (1 + number) % ranks for number, key in enumerate(keys)}
     mine = [key for key in keys if roots[key] == group.rank()]
     whole = {key: torch.empty(buffer.numel, dtype=torch.float32, device="cpu") for key in mine}
     for bucket, content in zip(buffer.buckets, buckets, strict=True):
         size = bucket.grad_data.numel()
         shards = _local_shards(part, content["param_map"], size // ranks, keys)
-        messages = [
+        gathers = [
             dist.gather(
                 shards[key],
                 list(whole[key][bucket.offset : bucket.offset + size].chunk(ranks)) if key in whole else None,
@@ -77,14 +80,14 @@ def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
             )
             for key in keys
         ]
-        for message in messages:
-            assert message is not None  # as for a rank outside of the group
-            message.wait()
+        for gather in gathers:
+            assert gather is not None  # None only on a rank outside the group
+            gather.wait()
     return whole
 
 
 def _local_shards(part: Any, parameters: dict[Any, Any], size: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """This rank's share of a bucket, by kind of state, on the host."""
+    """This rank's shard of a bucket for each kind of state: fp32, [size], on the host."""
     shards = {key: torch.empty(size, dtype=torch.float32, device="cpu") for key in keys}
     for parameter, places in parameters.items():
         tensors, place = part._get_main_param_and_optimizer_states(parameter), places["gbuf_local"]

@@ -14,7 +14,7 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
-from megatron_qwen.models.sequences import SeparateSequences
+from megatron_qwen.models.sequences import PackedSequences
 from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 from megatron_qwen.models.torch_backend.functions import RotateQKV
 
@@ -43,7 +43,7 @@ class TorchSelfAttention(SelfAttention):
             rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position with independent sequences.
             packed_seq_params: where independent sequences begin; None where the row is one.
         """
-        assert packed_seq_params is None or isinstance(packed_seq_params, SeparateSequences)
+        assert packed_seq_params is None or isinstance(packed_seq_params, PackedSequences)
         mixed, _bias = self.linear_qkv(hidden_states)
         if self.checkpoint_core_attention:
             context = tensor_parallel.checkpoint(
@@ -54,9 +54,7 @@ class TorchSelfAttention(SelfAttention):
         projected: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(context)
         return projected
 
-    def _context(
-        self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: SeparateSequences | None
-    ) -> torch.Tensor:
+    def _context(self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: PackedSequences | None) -> torch.Tensor:
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         slots = self.num_attention_heads_per_partition // groups + 2
         half = angles[:, 0, 0, : d // 2]
@@ -105,7 +103,7 @@ class TorchAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: SeparateSequences | None = None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: PackedSequences | None = None
     ) -> torch.Tensor:
         """Attends.
 
@@ -135,7 +133,7 @@ class TorchAttention(torch.nn.Module):
         return torch.cat([self._attend(*part) for part in parts], dim=2)
 
     def _attend_gathered(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: SeparateSequences | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences | None
     ) -> torch.Tensor:
         cp, rank = self.cp_group.size(), self.cp_group.rank()
 
@@ -198,7 +196,7 @@ def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dty
     return bias.masked_fill_(~_causal(queries, keys, device), float("-inf"))
 
 
-def _same_sequence(sequences: SeparateSequences, first: int, stop: int) -> torch.Tensor:
+def _same_sequence(sequences: PackedSequences, first: int, stop: int) -> torch.Tensor:
     """Which of keys 0 .. stop - 1 are of the same sequence as queries first .. stop - 1, [stop - first, stop]."""
     bounds = sequences.cu_seqlens_q
     number = torch.bucketize(torch.arange(stop, device=bounds.device), bounds, right=True)
