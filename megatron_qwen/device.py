@@ -1,8 +1,8 @@
-"""CUDA or CPU: the only file that asks torch.cuda or patches it.
+"""CUDA or CPU: the only file that queries or patches torch.cuda.
 
-megatron-core calls torch.cuda throughout. On a machine without CUDA, ``prepare()`` maps those calls to the
-CPU, so that the core's own code paths run over gloo; where CUDA is there it changes nothing. It must run
-before megatron.core is imported, because the core binds some of these names at import.
+megatron-core calls torch.cuda throughout. On a machine without CUDA, ``prepare()`` maps those calls to the CPU, so that
+megatron-core's own code paths run over gloo; with CUDA it maps nothing. It must run before megatron.core is imported,
+because megatron-core binds some of these names at import.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ def has_cuda() -> bool:
 
 
 def count() -> int:
-    """GPUs of this node that a process sees; 0 without any."""
+    """Number of GPUs that this process sees; 0 on a CPU."""
     return torch.cuda.device_count() if has_cuda() else 0
 
 
@@ -75,18 +75,21 @@ def select(local_rank: int, *, local_world_size: int = 1) -> None:
     gpus = torch.cuda.device_count()
     bound = gpus == 1 and "SLURM_PROCID" in os.environ  # srun --gpus-per-task shows each rank its own GPU alone
     if not bound and local_world_size > gpus:
-        fix = f"this node shows {gpus} GPUs; start as many ranks, or set CUDA_VISIBLE_DEVICES='' to compute on the CPU."
+        fix = (
+            f"must be at most the {gpus} visible GPUs of this node; start fewer ranks, "
+            "or set CUDA_VISIBLE_DEVICES='' to compute on the CPU."
+        )
         raise ConfigError(Problem("ranks on this node", local_world_size, fix))
     torch.cuda.set_device(0 if bound else local_rank)
 
 
 def current() -> torch.device:
-    """The device that ``select`` chose."""
+    """The device that ``select`` made current."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
 def device_name() -> str:
-    """What the log and the performance figures call the device."""
+    """Name of the device for the log and performance.json; ``CPU`` without a GPU."""
     return torch.cuda.get_device_name() if has_cuda() else "CPU"
 
 
@@ -96,13 +99,13 @@ def compute_capability() -> tuple[int, int]:
 
 
 def synchronize() -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until all queued work of the device has finished."""
     if has_cuda():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this rank held at once: allocator peak on a GPU, resident set on a CPU."""
+    """Peak memory of this rank in bytes: of the allocator on a GPU, resident set on a CPU."""
     if has_cuda():
         return int(torch.cuda.max_memory_allocated())
     import resource
@@ -111,7 +114,7 @@ def peak_memory_bytes() -> int:
 
 
 def total_memory_gib() -> float | None:
-    """Memory of a GPU, GiB; None on a CPU, whose memory nobody hands out by rank."""
+    """Memory of the GPU in GiB; None on a CPU, whose memory all ranks of the host share."""
     if not has_cuda():
         return None
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / 2**30
@@ -128,38 +131,38 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 
 def loss_chunk_tokens(row_bytes: int) -> int:
-    """Tokens whose logits the loss holds at once: what fills a GPU's kernels; on a CPU, up to 64 MiB.
+    """Tokens per chunk of logits in the loss: 4096 on a GPU, which fills its kernels; on a CPU 64 MiB of logits.
 
     Args:
-        row_bytes: of one token's logits.
+        row_bytes: bytes of one token's logits.
     """
     return 4096 if has_cuda() else min(max(_CPU_LOGITS_BYTES // row_bytes, 128), 4096)
 
 
 def fair_threads(local_ranks: int) -> int:
-    """CPU threads of a rank when the ranks of a node share its cores."""
+    """CPU threads per rank if the ranks of a node share its cores evenly; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
 
 
 def set_threads(count: int) -> None:
-    """Fixes the CPU threads of this rank; results on a CPU depend on the count, bit for bit."""
+    """Sets the CPU threads of this rank; on a CPU, results depend on the number in the last bits."""
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)
 
 
 @functools.cache
 def prepare() -> None:
-    """Makes megatron-core importable and runnable on this machine; once per process, first of all."""
-    # Notices of the core (on every rank) about what it lacks; which kernels run is in our own log.
+    """Makes megatron-core importable and runnable on this machine. Call it once per process, before importing it."""
+    # megatron-core warns on every rank about missing libraries; our own log says which kernels run.
     warnings.filterwarnings("ignore", module=r"megatron\..*")
     warnings.filterwarnings("ignore", message=".*pynvml.*")
-    # Notices of torch.distributed.checkpoint about how the core calls it.
+    # Warnings about how megatron-core calls torch.distributed.checkpoint.
     warnings.filterwarnings("ignore", module=r"torch\.distributed\.checkpoint\..*")
     for name in ("torch.utils.cpp_extension", "megatron"):
         logging.getLogger(name).setLevel(logging.ERROR)
     shared_gloo_device.apply()
     if has_cuda():
-        # Segments that grow leave less memory unusable between tensors of many sizes. Read at the first allocation.
+        # Expandable segments reduce fragmentation. The variable is read at the first allocation.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         return
     keep_freed_memory()
@@ -172,7 +175,7 @@ def prepare() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks: giving them back costs a page fault per 4 KiB at every reuse."""
+    """Makes glibc keep large freed blocks: returned to the kernel, every reuse costs a page fault per 4 KiB."""
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
@@ -182,13 +185,13 @@ def keep_freed_memory() -> None:
 
 
 def _hide_gpu_libraries() -> None:
-    """Has the core do without kernels that are installed but have no GPU to run on (a GPU image on a login node)."""
+    """Hides installed GPU libraries from megatron-core where there is no GPU (a GPU image on a login node)."""
     for name in ("transformer_engine", "apex.optimizers", "apex.multi_tensor_apply"):
-        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # an import then fails as if it were not there
+        sys.modules.setdefault(name, None)  # type: ignore[arg-type]  # None makes an import fail as if it were not installed
 
 
 class _Stream:
-    """A stream or event of a device that has none: everything is already in order."""
+    """Stands for a CUDA stream or event on a CPU, where all operations are synchronous."""
 
     device = _CPU
 
@@ -244,7 +247,7 @@ def _map_calls() -> None:
         "get_rng_state": lambda device=None: torch.get_rng_state(),
         "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "default_generators": _OneGenerator(),
-        # Deferred until CUDA is initialised, which would be never.
+        # torch defers these calls until CUDA is initialised, which never happens on a CPU.
         "_lazy_call": lambda callable_, **kwargs: callable_(),
     }
     for name, value in replacements.items():
@@ -275,7 +278,7 @@ def _map_factories() -> None:
 
         return call
 
-    # `with torch.device(...)` knows the factories by identity and looks them up once: before they are replaced.
+    # `with torch.device(...)` identifies factories by identity and caches them: fill the cache before replacing them.
     torch_device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, on_cpu(getattr(torch, name)))
@@ -294,7 +297,7 @@ def _map_tensor_methods() -> None:
         return moved
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        # The core sorts parameters by this name and knows only the CUDA ones.
+        # megatron-core groups parameters by this type name, and knows only the CUDA names.
         name = plain_type(self, *args, **kwargs)
         return name.replace("torch.", "torch.cuda.", 1) if isinstance(name, str) else name
 
@@ -305,7 +308,7 @@ def _map_tensor_methods() -> None:
 
 
 def _map_collectives() -> None:
-    """gloo's all_gather and reduce_scatter want pieces of one size, which expert tensor parallelism has not."""
+    """Allows pieces of different sizes, as expert tensor parallelism has: gloo supports only equal sizes."""
     plain_gather, plain_scatter = dist.all_gather, dist.reduce_scatter
 
     def all_gather(outputs: list[torch.Tensor], piece: torch.Tensor, group: Any = None, async_op: bool = False) -> Any:
@@ -344,9 +347,9 @@ def _map_collectives() -> None:
 
 
 def _free_for_one(collective: Callable[..., Any]) -> Callable[..., Any]:
-    """A collective that costs nothing in a group of one where output and input are the same memory.
+    """A collective that does nothing in a group of one rank whose output and input are the same memory.
 
-    gloo copies the whole buffer even then, which for the gradients of a single rank is most of the time spent here.
+    gloo copies the whole buffer even then; for the gradients of a single rank that is most of a collective's time.
     """
 
     @functools.wraps(collective)
@@ -360,7 +363,7 @@ def _free_for_one(collective: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Done:
-    """Handle of a collective that is over."""
+    """Handle of a collective that has finished."""
 
     def wait(self, timeout: object = None) -> bool:
         return True
@@ -370,7 +373,7 @@ class _Done:
 
 
 def _map_expert_splits() -> None:
-    """The all-to-all of experts takes host lists for its split sizes; the core makes them of CUDA tensors only."""
+    """The expert all-to-all needs its split sizes as host lists; megatron-core converts only CUDA tensors to lists."""
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
     def host_list(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

@@ -1,8 +1,8 @@
 """The precision-aware optimizer's main weights in a checkpoint: fp32 on disk, 16-bit remainders in memory.
 
 With ``precision.use_precision_aware_optimizer``, Transformer Engine's Adam stores no fp32 main weights: it stores the
-16 bits of each that the bf16 weight lacks (the remainder). megatron-core 0.19.2 saves these remainders in the place of the
-main weights, which no other optimizer can read and which its own load rejects. Here remainders and bf16 weights are
+16 bits of each that the bf16 weight lacks (the remainder). megatron-core 0.19.2 saves these remainders in the place of
+the main weights, which no other optimizer can read and which its own load rejects. Here remainders and bf16 weights are
 joined to fp32 on save and split on load, so that a checkpoint does not depend on the optimizer that wrote it.
 
 A weight exactly between two bf16 numbers is rounded up here and to even elsewhere. After a load from another optimizer,

@@ -5,7 +5,7 @@ import pytest
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
 from megatron_qwen.estimate.choices import PresetChoice
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import dense_gemm
 from megatron_qwen.models.torch_backend.compiled import kernels
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.training.kernels import start_kernels
@@ -30,7 +30,7 @@ def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
 
 def with_large_products(config, steps):
     """Losses of a run whose weight gradients all count as large, and as oneDNN's; its GEMMs; its kernels."""
-    calls, onednn = [], dense_product._onednn
+    calls, onednn = [], dense_gemm._onednn
 
     def counted(*args):
         calls.append(1)
@@ -38,8 +38,8 @@ def with_large_products(config, steps):
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_LEAST_ROWS", 1), ("_LEAST_WEIGHTS", 1), ("_onednn_pays", lambda: True)):
-            patch.setattr(dense_product, name, value)
-        patch.setattr(dense_product, "_onednn", counted)
+            patch.setattr(dense_gemm, name, value)
+        patch.setattr(dense_gemm, "_onednn", counted)
         kernels._made.clear()
         return jobs.train(config, steps)["losses"], len(calls), len(kernels._made)
 

@@ -20,10 +20,10 @@ from megatron_qwen.models.torch_backend.functions import RotateQKV
 
 
 class TorchSelfAttention(SelfAttention):
-    """The core's self-attention with its own path from the joint projection to the context.
+    """megatron-core's self-attention with another path from the QKV projection to the context.
 
-    Splitting, RoPE and the layout that SDPA wants are one operation with one gradient buffer. Parameters,
-    sharding and checkpoint names are the core's.
+    Splitting, RoPE and the layout for SDPA are one operation with one gradient buffer. Parameters, sharding and
+    checkpoint names are those of megatron-core.
     """
 
     def forward(
@@ -40,8 +40,8 @@ class TorchSelfAttention(SelfAttention):
         Args:
             hidden_states: normalised input, [s / CP, b, h], and split over TP under sequence parallelism.
             attention_mask: not used; the mask is causal.
-            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position with independent sequences.
-            packed_seq_params: where independent sequences begin; None where the row is one.
+            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position, not only this rank's, with packed sequences.
+            packed_seq_params: the packed sequences of the row; None where the row is a single sequence.
         """
         assert packed_seq_params is None or isinstance(packed_seq_params, PackedSequences)
         mixed, _bias = self.linear_qkv(hidden_states)
@@ -79,7 +79,7 @@ class TorchAttention(torch.nn.Module):
     of Llama 3 (arXiv 2407.21783, section 3.3.2).
 
     Args:
-        config: the core's configuration; its attention dropout is read.
+        config: megatron-core's configuration; its attention dropout is read.
         softmax_scale: factor on the scores; None is 1 / sqrt(head dimension).
         pg_collection: groups; ``cp`` is used.
     """
@@ -105,13 +105,13 @@ class TorchAttention(torch.nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: PackedSequences | None = None
     ) -> torch.Tensor:
-        """Attends.
+        """Causal attention.
 
         Args:
             query: [b, heads / TP, s / CP, d].
             key: [b, kv_heads / TP, s / CP, d].
             value: as ``key``.
-            sequences: what may attend to one another; None is everything before.
+            sequences: packed sequences, which attend only within themselves; None for a single sequence.
 
         Returns:
             [s / CP, b, heads / TP x d].
@@ -128,7 +128,7 @@ class TorchAttention(torch.nn.Module):
     def _attend_each(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
     ) -> torch.Tensor:
-        """Each sequence by itself: the work is the sum of their squares."""
+        """Attention within each packed sequence, one call each: the work is the sum of the squared lengths."""
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._attend(*part) for part in parts], dim=2)
 
@@ -166,7 +166,7 @@ class TorchAttention(torch.nn.Module):
             mask = _causal(query.shape[2], key.shape[2], query.device) & allowed
         elif query.shape[2] != key.shape[2]:
             mask = _causal_bias(query.shape[2], key.shape[2], query.device, query.dtype)
-        # Ranks that hold other heads draw other dropout.
+        # TP ranks hold different heads, so their dropout must differ: fork their tensor-parallel generator.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 query,
@@ -191,7 +191,7 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=2)  # a rank has two chunks of queries
 def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The same to add to scores. Layers share it: each would otherwise keep its own for the backward pass."""
+    """The same as a bias, 0 or -inf. Cached so that layers share it: each would otherwise save its own for backward."""
     bias = torch.zeros(queries, keys, dtype=dtype, device=device)
     return bias.masked_fill_(~_causal(queries, keys, device), float("-inf"))
 
