@@ -35,9 +35,7 @@ class RankInfo:
                 raise ConfigError(
                     [
                         Problem(
-                            name,
-                            None,
-                            "must be set when RANK and WORLD_SIZE are set; start ranks with torchrun, srun or mq train.",
+                            name, None, "must be set with RANK and WORLD_SIZE; start with torchrun, srun or mq train."
                         )
                         for name in missing
                     ]

@@ -14,7 +14,7 @@ from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.estimate import cpu_attention
 
 ALLOWANCE_GIB = 4.0
-# Tokens per chunk of logits in the loss on a GPU (models/loss.py), and bytes per logit: bf16, overwritten by the gradient.
+# Tokens per chunk of logits in the loss on a GPU (models/loss.py), and bytes per logit in bf16.
 _LOSS_CHUNK_TOKENS, _LOSS_BYTES = 4096, 2
 _VOCABULARY_MULTIPLE = 128
 _GIB = 2.0**30
@@ -131,8 +131,8 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend:
     bf16 = precision.dtype == "bf16"
     moment = {"fp32": 4, "bf16": 2, "fp8": 1}
     moments = moment[precision.exp_avg_dtype] + moment[precision.exp_avg_sq_dtype]
-    # Bytes of main weights: none for fp32 weights, which are their own; 4 for bf16; 2 with the precision-aware optimizer,
-    # which keeps only the 16 bits that a bf16 weight lacks.
+    # Bytes of main weights: none for fp32 weights, which are their own; 4 for bf16; 2 with the precision-aware
+    # optimizer, which keeps only the 16 bits that a bf16 weight lacks.
     state = moments + ((2 if precision.use_precision_aware_optimizer else 4) if bf16 else 0)
     per_gradient = 4 if precision.grad_reduce_in_fp32 or not bf16 else 2
     stages = parallel.pipeline_model_parallel_size
@@ -215,7 +215,7 @@ def _working(config: RunConfig, backend: str, gpu: bool) -> float:
 
 
 def _in_flight(config: RunConfig, stage: int, world_size: int) -> float:
-    """Maximum number of micro-batches whose activations a rank holds; with virtual stages in fractions of its layers."""
+    """Most micro-batches whose activations a rank holds; with virtual stages in fractions of its layers."""
     parallel, training = config.parallel, config.training
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
