@@ -68,7 +68,7 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     }
     config = new_run(source.shape, out, dtype=dtype, tokenizer=has_tokenizer)
     outputs = [
-        output_tensor(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.rule.origin()])
+        output_tensor(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.mapping.origin()])
         for item in core_tensors(source.shape)
     ]
     files = shards(outputs, limit=options.max_shard_bytes or SHARD_BYTES)

@@ -92,9 +92,9 @@ def _envelope(dtype: torch.dtype, shape: tuple[int, ...]) -> Envelope:
 
 def output_tensor(item: CoreTensor, dtype: torch.dtype, spans: Sequence[RowSpan]) -> OutputTensor:
     """A weight at one layer and expert as a slice in a shard; its name carries the index of the slice."""
-    shape = (1,) * len(item.leading) + item.rule.core_shape
+    shape = (1,) * len(item.leading) + item.mapping.core_shape
     around = _envelope(dtype, shape)
-    name = "/".join([item.rule.core, *map(str, item.leading)])
+    name = "/".join([item.mapping.core, *map(str, item.leading)])
     return OutputTensor(name, shape, dtype, tuple(spans), around.before, around.after)
 
 
@@ -178,7 +178,7 @@ def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> N
 
 def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
     """torch's metadata of the shards: which slice of which tensor lies where."""
-    by_name = {"/".join([item.rule.core, *map(str, item.leading)]): item for item in core_tensors(model)}
+    by_name = {"/".join([item.mapping.core, *map(str, item.leading)]): item for item in core_tensors(model)}
     tensors: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:
@@ -189,16 +189,16 @@ def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
                 tensors[output.name] = BytesStorageMetadata()
                 storage[MetadataIndex(output.name)] = info
                 continue
-            offsets = torch.Size(item.leading + (0,) * len(item.rule.core_shape))
-            entry = tensors.setdefault(item.rule.core, _described(item, output, model))
+            offsets = torch.Size(item.leading + (0,) * len(item.mapping.core_shape))
+            entry = tensors.setdefault(item.mapping.core, _described(item, output, model))
             entry.chunks.append(ChunkStorageMetadata(offsets, torch.Size(output.shape)))
-            storage[MetadataIndex(item.rule.core, offsets)] = info
+            storage[MetadataIndex(item.mapping.core, offsets)] = info
     return Metadata(state_dict_metadata=tensors, storage_data=storage)
 
 
 def _described(item: CoreTensor, output: OutputTensor, model: ModelConfig) -> TensorStorageMetadata:
     leading = (model.num_layers, model.num_moe_experts or 0)[: len(item.leading)]
-    size = torch.Size((*leading, *item.rule.core_shape))
+    size = torch.Size((*leading, *item.mapping.core_shape))
     return TensorStorageMetadata(TensorProperties(dtype=output.dtype), size, [])
 
 

@@ -35,7 +35,7 @@ class ExportedWeights:
         self.weights = weights
         self._items = {item.name: item for item in hf_tensors(weights.model)}
         self.tensors = {
-            name: TensorInfo(item.shape, weights.dtype(item.rule.core)) for name, item in self._items.items()
+            name: TensorInfo(item.shape, weights.dtype(item.mapping.core)) for name, item in self._items.items()
         }
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -46,7 +46,7 @@ class ExportedWeights:
 
     def core_rows(self, item: HfTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of the checkpoint's tensor behind a Hugging Face one."""
-        return self.weights.rows(CoreTensor(item.rule, item.leading, ()), start, stop)
+        return self.weights.rows(CoreTensor(item.mapping, item.leading, ()), start, stop)
 
 
 def _cut(ranges: tuple[Range, ...], start: int, stop: int) -> Iterator[Range]:

@@ -119,7 +119,7 @@ def plan_files(source: CheckpointSource, options: ExportOptions) -> list[OutputF
     weights = ExportedWeights(source.weights)
 
     def dtype(item: HfTensor) -> torch.dtype:
-        return DTYPES[options.dtype] if options.dtype else source.weights.dtype(item.rule.core)
+        return DTYPES[options.dtype] if options.dtype else source.weights.dtype(item.mapping.core)
 
     items = hf_tensors(source.config.model)
     if options.max_shard_bytes is None and (before := _files_before(source, items)):

@@ -131,7 +131,7 @@ class Cutter:
     def output_tensor(self, item: CoreTensor, dtype: torch.dtype) -> OutputTensor:
         """One weight of the MoE model."""
         return output_tensor(
-            item, dtype, [self._piece(item.names[part], part, span) for part, span in item.rule.origin()]
+            item, dtype, [self._piece(item.names[part], part, span) for part, span in item.mapping.origin()]
         )
 
     def _piece(self, name: str, part: int, span: tuple[int, int]) -> RowSpan:

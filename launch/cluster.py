@@ -143,7 +143,7 @@ def read(content: dict[str, Any], *, origin: str) -> Cluster:
     cluster = reader.read(Cluster, content)
     if cluster is not None:
         reader.problems += _problems(cluster, origin)
-    reader.require_right()
+    reader.raise_problems()
     assert cluster is not None
     return cluster
 

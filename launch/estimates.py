@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from launch.request import SubmitRequest
 from megatron_qwen.config import blend
-from megatron_qwen.estimate.choices import Choice, choose
+from megatron_qwen.estimate.choices import PresetChoice, choose
 from megatron_qwen.estimate.hardware import known
 from megatron_qwen.estimate.machine import expected
 from megatron_qwen.estimate.memory import StageMemory, checkpoint_bytes, memory_per_stage
@@ -36,7 +36,7 @@ class RunPrediction:
     tokens: int
     hours: float | None
     gpu_hours: float | None
-    choices: list[Choice]
+    choices: list[PresetChoice]
 
 
 def predict(request: SubmitRequest) -> RunPrediction:
@@ -45,16 +45,16 @@ def predict(request: SubmitRequest) -> RunPrediction:
     machine = expected(request.config, gpu=gpu)
     config, choices = choose(request.config, machine, world_size=world)
     count = count_parameters(config.model)
-    stretches = blend.stretches(config)
+    stage_configs = blend.stage_configs(config)
     memory = [
         stage
-        for one in stretches
+        for one in stage_configs
         for stage in memory_per_stage(one, world_size=world, backend=machine.backend, gpu=machine.gpu)
     ]
     device = known(gpu) if gpu else None
-    speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stretches]
-    each = [speed.hours(one) for speed, one in zip(speeds, stretches, strict=True) if speed is not None]
-    hours = sum(each) if len(each) == len(stretches) else None
+    speeds = [expected_speed(one, gpu=gpu, world_size=world) if gpu else None for one in stage_configs]
+    each = [speed.hours(one) for speed, one in zip(speeds, stage_configs, strict=True) if speed is not None]
+    hours = sum(each) if len(each) == len(stage_configs) else None
     return RunPrediction(
         parameters=count,
         memory=max(memory, key=lambda stage: stage.total_gib),
@@ -62,7 +62,7 @@ def predict(request: SubmitRequest) -> RunPrediction:
         speed=speeds[0],
         checkpoint=checkpoint_bytes(config, parameters=count.total),
         tokens=sum(
-            one.training.train_iters * one.training.global_batch_size * one.data.seq_length for one in stretches
+            one.training.train_iters * one.training.global_batch_size * one.data.seq_length for one in stage_configs
         ),
         hours=hours,
         gpu_hours=None if hours is None else hours * world,

@@ -232,7 +232,7 @@ def read_array(path: Path) -> ArrayFile:
     found = reader.read(ArrayFile, read_mapping(path))
     if found is not None and not found.runs:
         reader.wrong("runs", None, "must map names to lists of section.field=value.")
-    reader.require_right()
+    reader.raise_problems()
     assert found is not None
     return found
 

@@ -1,4 +1,4 @@
-"""What all programs share: an argument parser with examples, and one way to end."""
+"""Shared by all programs: an argument parser with examples, and the exit codes of errors."""
 
 import argparse
 import sys
@@ -11,10 +11,10 @@ EXIT_INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose mistakes end with exit code 2 and one line; its subparsers are alike.
+    """An ArgumentParser that reports a mistake in one line, with exit code 2; its subparsers do the same.
 
     Args:
-        prog: as typed, such as ``mq train``.
+        prog: command as typed, such as ``mq train``.
         description: what the program does.
         examples: command lines shown at the end of --help.
     """
@@ -35,7 +35,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_program(program: Callable[[Sequence[str]], int]) -> NoReturn:
-    """Ends the process with the program's exit code; a user's mistake is one message, never a traceback."""
+    """Runs a program and exits with its code; a UserError is printed as a message, without a traceback."""
     try:
         code = program(sys.argv[1:])
         sys.stdout.flush()

@@ -17,7 +17,7 @@ def has_cuda() -> bool:
 
 
 def count() -> int:
-    """GPUs of this node that a process sees; 0 without any."""
+    """Number of GPUs that this process sees; 0 on a CPU."""
     return torch.cuda.device_count() if has_cuda() else 0
 
 
@@ -41,18 +41,21 @@ def select(local_rank: int, *, local_world_size: int = 1) -> None:
     gpus = torch.cuda.device_count()
     bound = gpus == 1 and "SLURM_PROCID" in os.environ  # srun --gpus-per-task shows each rank its own GPU alone
     if not bound and local_world_size > gpus:
-        fix = f"this node shows {gpus} GPUs; start as many ranks, or set CUDA_VISIBLE_DEVICES='' to compute on the CPU."
+        fix = (
+            f"must be at most the {gpus} visible GPUs of this node; start fewer ranks, "
+            "or set CUDA_VISIBLE_DEVICES='' to compute on the CPU."
+        )
         raise ConfigError(Problem("ranks on this node", local_world_size, fix))
     torch.cuda.set_device(0 if bound else local_rank)
 
 
 def current() -> torch.device:
-    """The device that ``select`` chose."""
+    """The device that ``select`` made current."""
     return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _CPU
 
 
 def device_name() -> str:
-    """What the log and the performance figures call the device."""
+    """Name of the device for the log and performance.json; ``CPU`` without a GPU."""
     return torch.cuda.get_device_name() if has_cuda() else "CPU"
 
 
@@ -62,20 +65,20 @@ def compute_capability() -> tuple[int, int]:
 
 
 def synchronize() -> None:
-    """Waits until the device has done what it was given."""
+    """Waits until all queued work of the device has finished."""
     if has_cuda():
         torch.cuda.synchronize()
 
 
 def peak_memory_bytes() -> int:
-    """Most memory this rank held at once: allocator peak on a GPU, resident set on a CPU."""
+    """Peak memory of this rank in bytes: of the allocator on a GPU, resident set on a CPU."""
     if has_cuda():
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_memory_gib() -> float | None:
-    """Memory of a GPU, GiB; None on a CPU, whose memory nobody hands out by rank."""
+    """Memory of the GPU in GiB; None on a CPU, whose memory all ranks of the host share."""
     if not has_cuda():
         return None
     return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory) / 2**30
@@ -92,20 +95,20 @@ def set_rng_state(state: torch.Tensor) -> None:
 
 
 def loss_chunk_tokens(row_bytes: int) -> int:
-    """Tokens whose logits the loss holds at once: what fills a GPU's kernels; on a CPU, up to 64 MiB.
+    """Tokens per chunk of logits in the loss: 4096 on a GPU, which fills its kernels; on a CPU 64 MiB of logits.
 
     Args:
-        row_bytes: of one token's logits.
+        row_bytes: bytes of one token's logits.
     """
     return 4096 if has_cuda() else min(max(_CPU_LOGITS_BYTES // row_bytes, 128), 4096)
 
 
 def fair_threads(local_ranks: int) -> int:
-    """CPU threads of a rank when the ranks of a node share its cores."""
+    """CPU threads per rank if the ranks of a node share its cores evenly; at least 1."""
     return max(1, len(os.sched_getaffinity(0)) // max(1, local_ranks))
 
 
 def set_threads(count: int) -> None:
-    """Fixes the CPU threads of this rank; results on a CPU depend on the count, bit for bit."""
+    """Sets the CPU threads of this rank; on a CPU, results depend on the number in the last bits."""
     torch.set_num_threads(count)
     os.environ["OMP_NUM_THREADS"] = str(count)

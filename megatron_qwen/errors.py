@@ -1,4 +1,4 @@
-"""The errors a user can cause or meet, each with the exit code that scripts rely on."""
+"""Errors with a message for the user, each with the exit code that scripts rely on."""
 
 import difflib
 from collections.abc import Iterable, Sequence
@@ -16,7 +16,7 @@ EXIT_DO_NOT_REQUEUE = 93
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, with which value, and the way out.
+    """One mistake: its place, the value, and what to do about it.
 
     Args:
         where: a field (``parallel.tensor_model_parallel_size``) or a file (``data.jsonl:17``).
@@ -29,7 +29,7 @@ class Problem:
     fix: str
 
     def __str__(self) -> str:
-        # What a value holds beside text must not act on a terminal.
+        # Control characters in a value must not reach the terminal.
         text = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in str(self.value))
         shown = "" if self.value is None else f" = {text if len(text) <= 120 else text[:117] + '...'}"
         return f"{self.where}{shown}: {self.fix}"
@@ -42,9 +42,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 class UserError(ValueError):
-    """A mistake that a person can mend; printed without a traceback.
+    """A mistake that a person can fix; printed without a traceback.
 
-    Holds every problem found, not only the first, so that one round of mending is enough.
+    Holds every problem found, not only the first, so that one round of fixes is enough.
     """
 
     exit_code = EXIT_FAILURE
@@ -74,28 +74,28 @@ class ConfigError(UserError):
 
 
 class DataError(UserError):
-    """Text, tokens or a tokenizer cannot be used (exit 3)."""
+    """Text, token files or a tokenizer cannot be used (exit 3)."""
 
     exit_code = EXIT_DATA
     kind = "data error"
 
 
 class CheckpointError(UserError):
-    """No checkpoint that can be trusted (exit 4)."""
+    """There is no valid checkpoint (exit 4)."""
 
     exit_code = EXIT_CHECKPOINT
     kind = "checkpoint error"
 
 
 class ConversionError(UserError):
-    """What is to be converted, or the place for it, cannot be used (exit 3)."""
+    """The input of a conversion, or its output path, cannot be used (exit 3)."""
 
     exit_code = EXIT_DATA
     kind = "conversion error"
 
 
 class DiskFullError(UserError):
-    """There is not enough room; what was written so far is kept and can be gone on with (exit 1)."""
+    """The disk is full; what was written so far is kept, and the program can be resumed (exit 1)."""
 
     kind = "disk full"
 

@@ -1,4 +1,4 @@
-"""Files that are whole or absent at whatever moment a process is killed, and locks between processes.
+"""Files that are complete or absent whenever a process is killed, and locks between processes.
 
 The only file that renames what was written, waits for the disk or locks. A temporary file is in the directory of the
 file that it becomes, because a rename is atomic within one file system only.

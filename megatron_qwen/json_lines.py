@@ -6,7 +6,7 @@ from typing import Any
 
 
 def objects(lines: Iterable[str | bytes]) -> Iterator[dict[str, Any]]:
-    """The JSON objects among lines; what is no object, or was cut off in writing, is left out."""
+    """The JSON objects among lines; other values and incomplete lines are skipped."""
     for line in lines:
         try:
             record = json.loads(line)

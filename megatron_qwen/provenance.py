@@ -1,4 +1,4 @@
-"""Which code this is: the version, and the commit of the checkout it runs from."""
+"""Version and git commit of the running code."""
 
 import subprocess
 from functools import cache

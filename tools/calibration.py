@@ -9,9 +9,10 @@ from pathlib import Path
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import Hardware
-from megatron_qwen.estimate.step_time import Assumptions, step_time
+from megatron_qwen.estimate.step_time import step_time
 from megatron_qwen.recipes.registry import RECIPES
 from tools.run_records import read_metrics
 

@@ -11,11 +11,11 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import KINDS, Hardware
 from megatron_qwen.estimate.hardware_file import find_hardware
-from megatron_qwen.estimate.layouts import Candidate, Rejected, layouts
+from megatron_qwen.estimate.layouts import LayoutEstimate, RejectedLayout, layouts
 from megatron_qwen.estimate.speed import why_not
-from megatron_qwen.estimate.step_time import Assumptions
 from megatron_qwen.recipes.registry import RECIPES
 from tools.calibration import calibration_report
 from tools.recipes import layout_name
@@ -106,7 +106,7 @@ def _config(options: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
     return config
 
 
-def _why_none(rejected: Sequence[Rejected], device: Hardware) -> str:
+def _why_none(rejected: Sequence[RejectedLayout], device: Hardware) -> str:
     """The nearest that a layout came: the least memory of those that are legal, else the simplest one's reason."""
     needs = [one for one in rejected if one.need_gib is not None]
     if needs:
@@ -133,7 +133,7 @@ def _kept(config: RunConfig) -> str:
     return ", ".join(words)
 
 
-def _overrides(candidate: Candidate) -> list[str]:
+def _overrides(candidate: LayoutEstimate) -> list[str]:
     """What makes the recipe this layout."""
     config = candidate.config
     parallel, training = config.parallel, config.training
@@ -162,7 +162,7 @@ def _overrides(candidate: Candidate) -> list[str]:
     return [f"{name}={value}" for name, value in words.items()]
 
 
-def _row(candidate: Candidate) -> dict[str, Any]:
+def _row(candidate: LayoutEstimate) -> dict[str, Any]:
     config, time = candidate.config, candidate.time
     return {
         "layout": layout_name(config.parallel),
@@ -178,7 +178,11 @@ def _row(candidate: Candidate) -> dict[str, Any]:
 
 
 def _document(
-    shown: Sequence[Candidate], rejected: Sequence[Rejected], device: Hardware, gpus: int, assumptions: Assumptions
+    shown: Sequence[LayoutEstimate],
+    rejected: Sequence[RejectedLayout],
+    device: Hardware,
+    gpus: int,
+    assumptions: Assumptions,
 ) -> dict[str, Any]:
     return {
         "gpus": gpus,
@@ -207,9 +211,9 @@ def _document(
 
 
 def _print(
-    shown: Sequence[Candidate],
-    found: Sequence[Candidate],
-    rejected: Sequence[Rejected],
+    shown: Sequence[LayoutEstimate],
+    found: Sequence[LayoutEstimate],
+    rejected: Sequence[RejectedLayout],
     device: Hardware,
     options: argparse.Namespace,
 ) -> None:
@@ -238,7 +242,7 @@ def _print(
             print(f"  {layout_name(one.config.parallel)}, {_kept(one.config)}: {one.reason}")
 
 
-def _draw(shown: Sequence[Candidate], device: Hardware, path: Path) -> None:
+def _draw(shown: Sequence[LayoutEstimate], device: Hardware, path: Path) -> None:
     """Stacked bars: memory of the fullest stage of each layout, by part."""
     from matplotlib.figure import Figure
 

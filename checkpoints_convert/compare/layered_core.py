@@ -13,7 +13,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, PrecisionConfig
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
-from megatron_qwen.hf.mapping import CoreTensor, rules
+from megatron_qwen.hf.mapping import CoreTensor, tensor_mappings
 from megatron_qwen.models.backend import choose
 from megatron_qwen.models.build import bare_module
 from megatron_qwen.models.sharding import Slice, slices
@@ -45,15 +45,15 @@ class CoreLayers:
         module: Any = bare_module(config, groups, choose(precision)).to(place)
         module.eval()
         self._module = module
-        self._rules = {rule.core: rule for rule in rules(weights.model)}
-        self._slices = [part for part in slices([module], groups) if part.name in self._rules]
+        self._mappings = {mapping.core: mapping for mapping in tensor_mappings(weights.model)}
+        self._slices = [part for part in slices([module], groups) if part.name in self._mappings]
         self._fill_outside_layers()
 
     @torch.no_grad()
     def load_layer(self, index: int) -> None:
         """Brings a layer into memory, in place of the one before."""
         for part in self._slices:
-            if self._rules[part.name].per_layer:
+            if self._mappings[part.name].per_layer:
                 self._fill(part, (index, *part.leading[1:]))
 
     @torch.no_grad()
@@ -63,10 +63,10 @@ class CoreLayers:
                 self._fill(part, ())
 
     def _fill(self, part: Slice, leading: tuple[int, ...]) -> None:
-        rule = self._rules[part.name]
+        mapping = self._mappings[part.name]
         start = part.offset[0]
         rows = part.data.view(-1, *part.global_shape[1:]).shape[0] if len(part.global_shape) > 1 else part.data.numel()
-        values = self._weights.rows(CoreTensor(rule, leading, ()), start, start + rows)
+        values = self._weights.rows(CoreTensor(mapping, leading, ()), start, start + rows)
         part.data.copy_(values.view_as(part.data))
 
     @torch.no_grad()

@@ -102,7 +102,7 @@ def read_plan(path: Path) -> PlanFile:
     content = read_mapping(path)
     if content.get("format") != FORMAT:
         raise ConfigError(Problem(str(path), content.get("format"), "is not a plan written by mq sweep plan."))
-    _require_right(path, content)
+    _raise_problems(path, content)
     return PlanFile(path, content)
 
 
@@ -118,11 +118,11 @@ def merged(plan: PlanFile, rounds: Sequence[PlanFile]) -> PlanFile:
         for part in ("stems", "cells", "dropped", "warnings"):
             content[part] = [*(content.get(part) or ()), *(one.content.get(part) or ())]
         content["device_hours"] = float(content.get("device_hours") or 0) + float(one.content.get("device_hours") or 0)
-    _require_right(rounds[-1].path, content)
+    _raise_problems(rounds[-1].path, content)
     return PlanFile(plan.path, content)
 
 
-def _require_right(path: Path, content: dict[str, Any]) -> None:
+def _raise_problems(path: Path, content: dict[str, Any]) -> None:
     reader = YamlReader(str(path), extra_fields=True)
     plan = reader.read(_Plan, content)
     for number, row in enumerate(content["cells"] if plan is not None else ()):
@@ -134,7 +134,7 @@ def _require_right(path: Path, content: dict[str, Any]) -> None:
         if plan.adaptive_rounds and plan.study is None:
             reader.wrong("study", None, "is missing: adaptive rounds need it.")
         _check_references(reader, plan)
-    reader.require_right()
+    reader.raise_problems()
 
 
 def _check_references(reader: YamlReader, plan: _Plan) -> None:

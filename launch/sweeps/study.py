@@ -213,7 +213,7 @@ def parse_study(path: Path, content: dict[str, Any]) -> StudyFile:
     if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
         reader.wrong("seeds", list(seeds), "must be a list of different whole numbers.")
     kind = _kind(reader, content.get("device") or {}, given.get("device"), base)
-    reader.require_right()
+    reader.raise_problems()
     study = _Content(**given)
     assert base is not None
     named = study.name or path.stem

@@ -65,7 +65,7 @@ class CheckpointWeights:
     def rows(self, item: CoreTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of a weight at one layer and expert, without its leading dimensions."""
         found = []
-        for stored in self._stored[item.rule.core, item.leading]:
+        for stored in self._stored[item.mapping.core, item.leading]:
             low, high = max(start, stored.start), min(stop, stored.start + stored.rows)
             if low < high:
                 found.append(
@@ -89,11 +89,11 @@ class CheckpointWeights:
         for item in core_tensors(self.model):
             names = _stored_names(self._tensors, item)
             if names is None:
-                missing.append(f"{item.rule.core} {item.leading}")
+                missing.append(f"{item.mapping.core} {item.leading}")
                 continue
             used |= {name for name, _ in names}
             if fix := self._place(item, names):
-                wrong.setdefault(item.rule.core, Problem(where, item.rule.core, fix))
+                wrong.setdefault(item.mapping.core, Problem(where, item.mapping.core, fix))
         problems = [problem for name in sorted(used) for problem in self.reader.problems(name)] + list(wrong.values())
         extra = sorted(name for name in self._tensors if name not in used and not name.startswith(_NOT_WEIGHTS))
         for names_, fix in (
@@ -107,7 +107,7 @@ class CheckpointWeights:
 
     def _place(self, item: CoreTensor, names: tuple[tuple[str, tuple[int, ...]], ...]) -> str | None:
         """Notes where a weight lies; says what is wrong with it."""
-        rule, shapes = item.rule, [self._tensors[name].shape for name, _ in names]
+        mapping, shapes = item.mapping, [self._tensors[name].shape for name, _ in names]
         inner = [shape[len(leading) :] for shape, (_, leading) in zip(shapes, names, strict=True)]
         if any(
             place >= size
@@ -116,23 +116,23 @@ class CheckpointWeights:
         ) or not all(inner):
             return f"has the shape {shapes[0]}, which has no place for {item.leading}."
         rows = sum(shape[0] for shape in inner)
-        if any(shape[1:] != rule.core_shape[1:] for shape in inner) or not (
-            rows >= rule.num_rows if rule.padded else rows == rule.num_rows
+        if any(shape[1:] != mapping.core_shape[1:] for shape in inner) or not (
+            rows >= mapping.num_rows if mapping.padded else rows == mapping.num_rows
         ):
-            return f"has the shape {(rows, *inner[0][1:])} where the configuration says {rule.core_shape}."
-        expected = self.model.num_layers if rule.per_layer else None
+            return f"has the shape {(rows, *inner[0][1:])} where the configuration says {mapping.core_shape}."
+        expected = self.model.num_layers if mapping.per_layer else None
         if expected is not None and len(names[0][1]) == len(item.leading) and shapes[0][0] != expected:
             return f"has {shapes[0][0]} layers where the configuration says {expected}."
-        if rule.per_expert and len(names[0][1]) == 2 and shapes[0][1] != self.model.num_moe_experts:
+        if mapping.per_expert and len(names[0][1]) == 2 and shapes[0][1] != self.model.num_moe_experts:
             return f"has {shapes[0][1]} experts where the configuration says {self.model.num_moe_experts}."
         if any(self._tensors[name].dtype not in _FORMATS for name, _ in names):
             return f"has the format {self._tensors[names[0][0]].dtype}; bfloat16, float16 and float32 can be converted."
-        dtypes = {self._tensors[name].dtype for name, _ in names} | {self._dtypes.get(rule.core)} - {None}
+        dtypes = {self._tensors[name].dtype for name, _ in names} | {self._dtypes.get(mapping.core)} - {None}
         if len(dtypes) > 1:
             return f"has several formats: {', '.join(sorted(map(str, dtypes)))}."
-        self._dtypes[rule.core] = self._tensors[names[0][0]].dtype
+        self._dtypes[mapping.core] = self._tensors[names[0][0]].dtype
         starts = accumulate((shape[0] for shape in inner), initial=0)
-        self._stored[rule.core, item.leading] = tuple(
+        self._stored[mapping.core, item.leading] = tuple(
             _Stored(name, leading, start, shape[0])
             for (name, leading), start, shape in zip(names, starts, inner, strict=False)
         )
@@ -143,12 +143,12 @@ def _stored_names(
     tensors: Mapping[str, TensorInfo], item: CoreTensor
 ) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
     """The tensors a weight is stored in, with the index of their leading dimensions; None if it is nowhere."""
-    candidates = [(item.rule.core, item.leading)]
-    if item.rule.per_layer:
+    candidates = [(item.mapping.core, item.leading)]
+    if item.mapping.per_layer:
         layer, *rest = item.leading
-        named = item.rule.core.replace(".layers.", f".layers.{layer}.")
+        named = item.mapping.core.replace(".layers.", f".layers.{layer}.")
         candidates.append((named, tuple(rest)))
-        if item.rule.per_expert:
+        if item.mapping.per_expert:
             candidates.append((named.replace(".experts.experts.", f".experts.experts.{rest[0]}."), ()))
     for name, leading in candidates:
         if name in tensors:

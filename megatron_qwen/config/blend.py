@@ -40,9 +40,9 @@ class SourceSpec:
     Args:
         path: prefix of a token file or of a set.
         packing: ``windows`` over the stream of documents, or ``best_fit`` of whole documents.
-        fim_rate: share of documents rearranged for fill-in-the-middle (arXiv 2207.14255).
-        fim_spm_rate: of those, the share in the order suffix, prefix, middle; the others are prefix, suffix, middle.
-        max_epochs: a plan that reads it more often is warned about.
+        fim_rate: fraction of documents rearranged for fill-in-the-middle (arXiv 2207.14255).
+        fim_spm_rate: fraction of those in suffix-prefix-middle order; the others are in prefix-suffix-middle order.
+        max_epochs: a plan that repeats the source more often than this gives a warning.
     """
 
     path: str
@@ -53,16 +53,17 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """A part of the run with one mix and one length.
+class DataStage:
+    """A part of the run with one mix of sources and one sequence length.
 
     Args:
-        name: a run finds its place by it.
+        name: unique in the file; a resumed run finds its stage by this name.
         weights: share of each source, adding up to one.
         tokens: how long it lasts; None, in the last stage, to the end of the run.
         seq_length: tokens of a sample; None is data.seq_length.
         rotary_base: RoPE base; None is model.rotary_base.
-        lengths: share of the samples that is cut into independent sequences of each length; empty cuts none.
+        lengths: share of the samples that are packed from sequences of each length, which do not attend to one another;
+            empty packs none.
         global_batch_size: samples of a step; None is training.global_batch_size.
         micro_batch_size: None is training.micro_batch_size.
     """
@@ -97,7 +98,7 @@ class Blend:
     """Sources by name, and stages in order."""
 
     sources: dict[str, SourceSpec]
-    stages: tuple[Stage, ...]
+    stages: tuple[DataStage, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """As a blend file says it, paths in full."""
@@ -110,11 +111,11 @@ class Blend:
         }
 
 
-def stretches(config: RunConfig) -> list[RunConfig]:
-    """What holds in each stage that a run reaches, with the stage's steps as training.train_iters.
+def stage_configs(config: RunConfig) -> list[RunConfig]:
+    """One configuration for each stage that a run reaches, with the steps of the stage as training.train_iters.
 
     Args:
-        config: of the run. A ramp of the batch is left out.
+        config: of the run. The batch ramp-up is ignored: every step has the full batch.
 
     Raises:
         ConfigError: the blend file is wrong.
@@ -136,11 +137,11 @@ def stretches(config: RunConfig) -> list[RunConfig]:
 
 def single_source(path: str) -> Blend:
     """The blend of a run that names one token file."""
-    return Blend({SINGLE: SourceSpec(path=path)}, (Stage(name=SINGLE, weights={SINGLE: 1.0}),))
+    return Blend({SINGLE: SourceSpec(path=path)}, (DataStage(name=SINGLE, weights={SINGLE: 1.0}),))
 
 
 def read_blend(path: Path) -> Blend:
-    """Reads a blend file; the paths in it start where the file lies.
+    """Reads a blend file; relative paths in it start at the directory of the file.
 
     Raises:
         ConfigError: with everything that is wrong with it.
@@ -149,12 +150,12 @@ def read_blend(path: Path) -> Blend:
     file = reader.read(_BlendFile, content)
     assert file is not None
     if not content.get("sources"):
-        reader.wrong("sources", None, "must name at least one source: a mapping of names.")
+        reader.wrong("sources", None, "must name at least one source: a mapping from source name to its fields.")
     if not content.get("stages"):
         reader.wrong("stages", None, "must be a list of at least one stage.")
     if file.stages:
         _check_stages(reader, content, file.stages)
-    reader.require_right()
+    reader.raise_problems()
     folder = path.parent.absolute()
     sources = {
         name: source if "://" in source.path else replace(source, path=str(folder / source.path))
@@ -199,7 +200,7 @@ _Count = Annotated[int, Bounds(minimum=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class _StageEntry:
-    """A stage as the file has it; see ``Stage``."""
+    """A stage as the file has it; see ``DataStage``."""
 
     name: _Name
     weights: _Shares | None = None
@@ -224,18 +225,23 @@ def _check_stages(reader: YamlReader, content: Mapping[str, Any], stages: Sequen
     known = [str(name) for name in sources] if isinstance(sources, dict) else []
     names = [stage.name for stage in stages]
     for name in sorted({name for name in names if names.count(name) > 1}):
-        reader.wrong("stages", name, "two stages have this name; a run finds its place by it.")
+        reader.wrong(
+            "stages",
+            name,
+            "two stages have this name; names must be unique, because a resumed run finds its stage by name.",
+        )
     for index, (stage, body) in enumerate(zip(stages, content["stages"], strict=True)):
         where = f"stages[{index}]"
         _check_mix(reader, where, body, stage, known)
         if index < len(stages) - 1 and body.get("tokens") is None and body.get("budgets") is None:
-            reader.wrong(f"{where}.tokens", None, "must be given in every stage but the last.")
+            reader.wrong(f"{where}.tokens", None, "must be set in every stage except the last.")
         if stage.lengths and body.get("seq_length") is None:
-            reader.wrong(f"{where}.lengths", None, "needs the stage's seq_length.")
+            reader.wrong(f"{where}.lengths", None, "requires seq_length in the same stage.")
         if (seq_length := stage.seq_length) is not None:
             for length in stage.lengths:
                 if length >= 1 and seq_length % length:
-                    reader.wrong(f"{where}.lengths", length, f"must divide the stage's seq_length, {seq_length}.")
+                    fix = f"must divide the stage's seq_length = {seq_length} without remainder."
+                    reader.wrong(f"{where}.lengths", length, fix)
 
 
 def _check_mix(
@@ -244,18 +250,20 @@ def _check_mix(
     given = [key for key in ("weights", "budgets") if body.get(key) is not None]
     shares = getattr(stage, given[0]) if len(given) == 1 else None
     if len(given) != 1 or shares == {}:
-        reader.wrong(where, None, "must have either weights (shares) or budgets (tokens) of its sources.")
+        reader.wrong(where, None, "must set either weights (shares) or budgets (tokens) for its sources, not both.")
     for name in shares or ():
         if sources and name not in sources:
             reader.wrong(f"{where}.{given[0]}.{name}", None, f"no such source.{did_you_mean(name, sources)}")
     if stage.budgets and stage.tokens is not None and stage.tokens != (total := sum(stage.budgets.values())):
-        reader.wrong(f"{where}.tokens", body["tokens"], f"contradicts the budgets, which add up to {total:,.0f}.")
+        reader.wrong(
+            f"{where}.tokens", body["tokens"], f"must equal the sum of the budgets, {total:,.0f}; change or remove it."
+        )
 
 
-def _stage(entry: _StageEntry) -> Stage:
+def _stage(entry: _StageEntry) -> DataStage:
     """A stage whose shares add up to one."""
     shares = entry.weights or entry.budgets or {}
-    return Stage(
+    return DataStage(
         name=entry.name,
         weights=_normalised(shares),
         tokens=int(sum(entry.budgets.values())) if entry.budgets else entry.tokens,

@@ -47,8 +47,15 @@ def require_legal(config: RunConfig, *, world_size: int | None = None) -> None:
 
 
 def _indivisible(where: str, value: int, by: int, what: str, fix: str) -> Iterator[Problem]:
+    """A problem where ``value`` is no multiple of ``by``; ``what`` says what ``by`` is, ``fix`` what to do."""
     if by and value % by:
-        yield Problem(where, value, f"must divide by {by} ({what}); {fix}")
+        yield Problem(where, value, f"must be divisible by {what} = {by}; {fix}")
+
+
+def _nearest_multiples(value: int, of: int) -> str:
+    """The multiples around a value, for a message: ``use 8 or 12.``"""
+    below = value // of * of
+    return f"use {below} or {below + of}." if below else f"use {of}."
 
 
 def _shape(config: RunConfig) -> Iterator[Problem]:
@@ -58,8 +65,8 @@ def _shape(config: RunConfig) -> Iterator[Problem]:
             "model.hidden_size",
             model.hidden_size,
             model.num_attention_heads,
-            "num_attention_heads",
-            "change one of them or set model.kv_channels.",
+            "model.num_attention_heads",
+            "change one of them, or set model.kv_channels.",
         )
     if model.head_dim % 2:
         yield Problem("model.kv_channels", model.head_dim, "the head dimension must be even for RoPE.")
@@ -67,34 +74,40 @@ def _shape(config: RunConfig) -> Iterator[Problem]:
         "model.num_attention_heads",
         model.num_attention_heads,
         model.num_query_groups,
-        "num_query_groups",
-        "every KV head serves the same number of query heads.",
+        "model.num_query_groups",
+        "each KV head serves the same number of query heads (grouped-query attention).",
     )
     if data.seq_length > model.max_position_embeddings:
         yield Problem(
             "data.seq_length",
             data.seq_length,
-            f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower it or raise that.",
+            f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower data.seq_length or raise "
+            "model.max_position_embeddings.",
         )
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data = config.data
     if data.path is not None and data.blend is not None:
-        yield Problem("data.blend", data.blend, "goes instead of data.path; set one of them to null.")
+        yield Problem("data.blend", data.blend, "cannot be combined with data.path; set one of them to null.")
     if data.reset_attention_mask:
-        yield from separate_sequences(config, Problem("data.reset_attention_mask", "true", ""))
+        yield from packed_sequence_problems(config, Problem("data.reset_attention_mask", "true", ""))
 
 
-def separate_sequences(config: RunConfig, asked: Problem) -> Iterator[Problem]:
-    """What independent sequences in one sample ask of the rest of a configuration.
+def packed_sequence_problems(config: RunConfig, asked: Problem) -> Iterator[Problem]:
+    """What packed sequences (several sequences in one sample) require of the rest of a configuration.
 
     Args:
         config: of the run, or of a stage.
-        asked: what brings them about, without a word on what is wrong.
+        asked: the field that packs the sequences, and its value; its message is replaced.
     """
     if config.parallel.context_parallel_size > 1 and config.training.micro_batch_size > 1:
-        fix = "needs training.micro_batch_size=1 with context parallelism: the sequences of a micro-batch are one row."
+        # Context parallelism splits one row into chunks; with several rows, the packed sequences of a micro-batch are
+        # concatenated into one, whose boundaries would no longer match the chunks.
+        fix = (
+            "with context parallelism, packed sequences require training.micro_batch_size=1; "
+            "set it to 1, or parallel.context_parallel_size=1."
+        )
         yield Problem(asked.where, asked.value, fix)
 
 
@@ -104,12 +117,14 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
         for name in ("moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"):
             if getattr(model, name) is not None:
                 yield Problem(
-                    f"model.{name}", getattr(model, name), "needs model.num_moe_experts; set that or drop this."
+                    f"model.{name}",
+                    getattr(model, name),
+                    "requires model.num_moe_experts; set that field, or remove this one.",
                 )
         return
     assert model.num_moe_experts is not None
     if model.moe_ffn_hidden_size is None:
-        yield Problem("model.moe_ffn_hidden_size", "null", "must be given when model.num_moe_experts is.")
+        yield Problem("model.moe_ffn_hidden_size", "null", "must be set, because model.num_moe_experts is set.")
     if model.moe_router_topk > model.num_moe_experts:
         yield Problem(
             "model.moe_router_topk",
@@ -117,13 +132,14 @@ def _moe(config: RunConfig) -> Iterator[Problem]:
             f"must be at most model.num_moe_experts = {model.num_moe_experts}.",
         )
     if model.moe_router_topk == 1 and not model.moe_router_pre_softmax:
-        fix = "must be true with one chosen expert: its weight would always be one."
+        # Renormalised over one expert, the routing weight is the constant 1: the router would get no gradient.
+        fix = "must be true when model.moe_router_topk=1: renormalised, the weight of the only expert is always 1."
         yield Problem("model.moe_router_pre_softmax", "false", fix)
     if model.moe_shared_expert_gate and model.moe_shared_expert_intermediate_size is None:
         yield Problem(
             "model.moe_shared_expert_gate",
             "true",
-            "needs a shared expert; set model.moe_shared_expert_intermediate_size.",
+            "requires a shared expert; set model.moe_shared_expert_intermediate_size.",
         )
 
 
@@ -133,7 +149,9 @@ def _tensor(config: RunConfig) -> Iterator[Problem]:
     if tp == 1:
         if parallel.sequence_parallel:
             yield Problem(
-                "parallel.sequence_parallel", "true", "needs parallel.tensor_model_parallel_size > 1; set it to false."
+                "parallel.sequence_parallel",
+                "true",
+                "requires parallel.tensor_model_parallel_size > 1; set it to false.",
             )
         return
     groups = model.num_query_groups
@@ -151,13 +169,16 @@ def _tensor(config: RunConfig) -> Iterator[Problem]:
             )
     if model.is_moe and not parallel.sequence_parallel:
         yield Problem(
-            "parallel.sequence_parallel", "false", "must be true for a mixture of experts with tensor parallelism."
+            "parallel.sequence_parallel",
+            "false",
+            "must be true for a mixture-of-experts model with tensor parallelism.",
         )
     if parallel.sequence_parallel and config.data.seq_length % (tp * parallel.context_parallel_size):
         yield Problem(
             "data.seq_length",
             config.data.seq_length,
-            f"must divide by TP x CP = {tp * parallel.context_parallel_size} with sequence parallelism.",
+            f"must be divisible by TP x CP = {tp * parallel.context_parallel_size} with sequence parallelism; "
+            + _nearest_multiples(config.data.seq_length, tp * parallel.context_parallel_size),
         )
 
 
@@ -166,13 +187,15 @@ def _pipeline(config: RunConfig) -> Iterator[Problem]:
     pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     if vp > 1 and pp == 1:
         yield Problem(
-            "parallel.virtual_pipeline_model_parallel_size", vp, "needs parallel.pipeline_model_parallel_size > 1."
+            "parallel.virtual_pipeline_model_parallel_size",
+            vp,
+            "requires parallel.pipeline_model_parallel_size > 1; set it to null.",
         )
     if vp > 1 and pp == 2 and not parallel.overlap_p2p_comm:
         yield Problem(
             "parallel.overlap_p2p_comm",
             "false",
-            "must be true for the interleaved schedule with pipeline size 2: batched sends give wrong gradients there.",
+            "must be true for the interleaved schedule with pipeline size 2: batched sends give wrong gradients.",
         )
     try:
         layers_per_stage(config.model.num_layers, parallel)
@@ -187,12 +210,14 @@ def _context(config: RunConfig) -> Iterator[Problem]:
             "data.seq_length",
             config.data.seq_length,
             2 * cp,
-            "2 x context_parallel_size, for causal load balance",
-            "choose another length.",
+            "2 x context_parallel_size",
+            f"{_nearest_multiples(config.data.seq_length, 2 * cp)[:-1]} (each rank holds two chunks of the sequence).",
         )
         if config.model.attention_dropout:
             yield Problem(
-                "model.attention_dropout", config.model.attention_dropout, "must be 0 with context parallelism."
+                "model.attention_dropout",
+                config.model.attention_dropout,
+                "must be 0 with context parallelism; set it to 0.",
             )
 
 
@@ -226,17 +251,21 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "precision.fp8",
             precision.fp8,
-            "needs Transformer Engine on a GPU: set precision.backend=te, or precision.emulate_fp8=true.",
+            "requires Transformer Engine on a GPU; set precision.backend=te, or precision.emulate_fp8=true.",
         )
     if precision.fp8 and precision.dtype != "bf16" and not precision.emulate_fp8:
-        yield Problem("precision.fp8", precision.fp8, "needs precision.dtype=bf16 for what FP8 does not cover.")
+        yield Problem("precision.fp8", precision.fp8, "requires precision.dtype=bf16 for the operations outside FP8.")
     if precision.use_precision_aware_optimizer and (precision.backend == "torch" or precision.dtype != "bf16"):
-        fix = "needs the Adam of Transformer Engine and bf16; set precision.backend=te and precision.dtype=bf16."
+        fix = "requires the Adam of Transformer Engine and bf16; set precision.backend=te and precision.dtype=bf16."
         yield Problem("precision.use_precision_aware_optimizer", "true", fix)
     if not precision.use_precision_aware_optimizer:
         for name in ("exp_avg_dtype", "exp_avg_sq_dtype"):
             if (value := getattr(precision, name)) != "fp32":
-                yield Problem(f"precision.{name}", value, "needs precision.use_precision_aware_optimizer=true.")
+                yield Problem(
+                    f"precision.{name}",
+                    value,
+                    "requires precision.use_precision_aware_optimizer=true; set that field, or this one to fp32.",
+                )
     if precision.fp8 and precision.first_last_layers_bf16 and precision.fp8 != "delayed":
         share = config.model.num_layers // config.parallel.pipeline_model_parallel_size
         for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
@@ -244,26 +273,32 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
                 yield Problem(f"precision.{name}", value, f"must be at most the {share} layers of a pipeline stage.")
     if precision.emulate_fp8 and precision.fp8 not in ("tensorwise", "blockwise"):
         yield Problem(
-            "precision.emulate_fp8", "true", "imitates precision.fp8=tensorwise or blockwise; set one of them."
+            "precision.emulate_fp8",
+            "true",
+            "emulates precision.fp8=tensorwise or blockwise; set precision.fp8 to one of them.",
         )
     if precision.emulate_fp8 and precision.backend == "te":
-        yield Problem("precision.emulate_fp8", "true", "is the torch backend's; set precision.backend=torch or auto.")
+        yield Problem(
+            "precision.emulate_fp8", "true", "requires the torch backend; set precision.backend=torch or auto."
+        )
 
 
 def _checkpoint(config: RunConfig) -> Iterator[Problem]:
     checkpoint = config.checkpoint
     if checkpoint.load is not None and checkpoint.branch_from is not None:
-        fix = "goes instead of checkpoint.load; set one of them to null."
+        fix = "cannot be combined with checkpoint.load; set one of them to null."
         yield Problem("checkpoint.branch_from", checkpoint.branch_from, fix)
     if wrong := [iteration for iteration in checkpoint.save_at if iteration < 1]:
-        yield Problem("checkpoint.save_at", wrong, "must be iterations from 1 on.")
+        yield Problem("checkpoint.save_at", wrong, "must hold iterations of at least 1; remove the others.")
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
     optim, parallel, iters = config.optim, config.parallel, config.training.train_iters
     if optim.min_learning_rate > optim.learning_rate:
         yield Problem(
-            "optim.min_learning_rate", optim.min_learning_rate, f"exceeds optim.learning_rate = {optim.learning_rate}."
+            "optim.min_learning_rate",
+            optim.min_learning_rate,
+            f"exceeds optim.learning_rate = {optim.learning_rate}; lower it.",
         )
     decay_end = optim.lr_decay_iters or iters
     if optim.lr_warmup_iters and optim.lr_warmup_iters >= decay_end:
@@ -274,16 +309,20 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
         )
     if optim.lr_decay_style == "wsd" and (optim.lr_wsd_decay_iters or 0) + optim.lr_warmup_iters > decay_end:
         yield Problem(
-            "optim.lr_wsd_decay_iters", optim.lr_wsd_decay_iters, f"warm-up and decay exceed {decay_end} iterations."
+            "optim.lr_wsd_decay_iters",
+            optim.lr_wsd_decay_iters,
+            f"warm-up and decay together exceed the {decay_end} iterations of the schedule.",
         )
     if not parallel.use_distributed_optimizer:
         yield Problem(
             "parallel.use_distributed_optimizer",
             "false",
-            "must be true: checkpoints that any layout can load need the distributed optimizer.",
+            "must be true: checkpoints that can be loaded under any layout require the distributed optimizer.",
         )
     if parallel.overlap_param_gather and not parallel.overlap_grad_reduce:
-        yield Problem("parallel.overlap_param_gather", "true", "needs parallel.overlap_grad_reduce=true.")
+        yield Problem(
+            "parallel.overlap_param_gather", "true", "requires parallel.overlap_grad_reduce=true; set both or neither."
+        )
 
 
 def _recompute(config: RunConfig) -> Iterator[Problem]:
@@ -299,7 +338,7 @@ def _recompute(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "training.recompute_num_layers",
             training.recompute_num_layers,
-            f"the model has {config.model.num_layers} layers.",
+            f"must be at most the {config.model.num_layers} layers of the model.",
         )
 
 
@@ -307,28 +346,26 @@ def _world(config: RunConfig, world_size: int) -> Iterator[Problem]:
     parallel, training = config.parallel, config.training
     mp = parallel.model_parallel_size
     if world_size % mp:
-        yield Problem("ranks", world_size, f"must divide by TP x PP x CP = {mp}; change --nproc / nodes or the layout.")
+        fix = f"must be divisible by TP x PP x CP = {mp}; change --nproc / the nodes, or the layout."
+        yield Problem("ranks", world_size, fix)
         return
     expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
     if config.model.is_moe and world_size % expert:
-        yield Problem(
-            "ranks", world_size, f"must divide by ETP x EP x PP = {expert}; change --nproc / nodes or the layout."
-        )
+        fix = f"must be divisible by ETP x EP x PP = {expert}; change --nproc / the nodes, or the layout."
+        yield Problem("ranks", world_size, fix)
     dp = world_size // mp
     step = training.micro_batch_size * dp
-    yield from _indivisible(
-        "training.global_batch_size",
-        training.global_batch_size,
-        step,
-        f"micro batch x DP = {training.micro_batch_size} x {dp}",
-        "change the batch or the ranks.",
-    )
+    if (batch := training.global_batch_size) % step:
+        sizes = f"{step} (micro-batch {training.micro_batch_size}, data parallel {dp})"
+        fix = f"must be divisible by micro_batch_size x data-parallel size = {sizes}; {_nearest_multiples(batch, step)}"
+        yield Problem("training.global_batch_size", batch, fix)
     pp = parallel.pipeline_model_parallel_size
     if parallel.virtual_stages > 1 and training.global_batch_size % (step * pp):
         yield Problem(
             "training.global_batch_size",
             training.global_batch_size,
-            f"the interleaved schedule needs micro-batches in multiples of {pp}.",
+            f"with the interleaved schedule, the number of micro-batches must be divisible by the pipeline size {pp}; "
+            + _nearest_multiples(training.global_batch_size, step * pp),
         )
     yield from _rampup(config, step)
 
@@ -342,16 +379,20 @@ def _rampup(config: RunConfig, step: int) -> Iterator[Problem]:
         return
     start, increment, _ = ramp
     if start > target:
-        yield Problem("training.rampup_batch_size", start, f"starts above training.global_batch_size = {target}.")
+        yield Problem(
+            "training.rampup_batch_size", start, f"start must be at most training.global_batch_size = {target}."
+        )
     elif (target - start) % increment:
         yield Problem(
-            "training.rampup_batch_size", list(ramp), f"{target} - {start} must divide by the increment {increment}."
+            "training.rampup_batch_size",
+            list(ramp),
+            f"global_batch_size - start = {target} - {start} must be divisible by the increment {increment}.",
         )
     for name, size in (("start", start), ("increment", increment)):
         yield from _indivisible(
             f"training.rampup_batch_size {name}",
             size,
             step,
-            "micro batch x DP",
-            "every batch of the ramp must be whole.",
+            "micro_batch_size x data-parallel size",
+            "every batch of the ramp must be a whole number of micro-batches on each rank.",
         )

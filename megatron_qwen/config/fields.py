@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from megatron_qwen.errors import Problem
 
-# So many fields of a mapping are named in a message.
+# A message lists the fields of a mapping up to this number.
 LISTED_FIELDS = 15
 
 
@@ -26,7 +26,7 @@ class Bounds:
     finite: bool = True
 
     def complaint(self, value: float) -> str | None:
-        """What is wrong with ``value``, or None."""
+        """Why ``value`` is out of bounds, or None."""
         if value != value or (self.finite and value in (math.inf, -math.inf)):
             return "must be a finite number"
         if self.above is not None and not value > self.above:
@@ -42,11 +42,11 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Form:
-    """A way of writing a value that its type alone does not tell, for ``Annotated``.
+    """A notation of a value that its type alone does not describe (``300B``), for ``Annotated``.
 
     Args:
         name: what the value must be, for messages: ``a number of tokens, such as 300B``.
-        read: the value from what YAML has read; raises ValueError for anything else.
+        read: converts the value that YAML read; raises ValueError for anything else.
     """
 
     name: str
@@ -65,8 +65,8 @@ def setting(
     """Declares one configuration field.
 
     Args:
-        default: the value when nothing is said; left out, the field must be given.
-        factory: makes the default, where it is a mapping.
+        default: the default value; without one, the field is required.
+        factory: makes the default where it is mutable, such as a mapping.
         doc: one or two sentences for the reference page.
         minimum: least allowed number.
         maximum: greatest allowed number.
@@ -82,7 +82,7 @@ def setting(
 
 @dataclass(frozen=True)
 class FieldInfo:
-    """What the loader, the checks and the reference page need to know of a field."""
+    """A field as the loader, the checks and the reference page need it."""
 
     section: str
     name: str
@@ -138,7 +138,7 @@ def _mapping_name(key: Any, value: Any) -> str:
 
 
 def bound_problems(section: str, values: object) -> Iterator[Problem]:
-    """Every number of a section that lies outside its declared bounds."""
+    """A problem for every number of a section outside its declared bounds."""
     for info in field_infos(section, type(values)).values():
         value = getattr(values, info.name)
         for number in value if isinstance(value, tuple) else (value,):

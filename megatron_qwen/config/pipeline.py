@@ -1,4 +1,4 @@
-"""How layers fall on pipeline ranks and their virtual stages."""
+"""How layers are distributed over pipeline ranks and their virtual stages."""
 
 from megatron_qwen.config.sections import ParallelConfig
 
@@ -8,21 +8,21 @@ class StageSplitError(ValueError):
 
 
 def layers_per_stage(num_layers: int, parallel: ParallelConfig) -> list[int]:
-    """Layers of each pipeline rank, first to last.
+    """Layers of each pipeline rank, first to last: a list of as many counts as there are pipeline ranks.
 
     Args:
         num_layers: layers of the whole model.
         parallel: pipeline size, virtual stages, and the layers of the first and last rank where they differ.
 
     Raises:
-        StageSplitError: the ranks in between would not get equal shares, or a share does not divide by the
+        StageSplitError: the ranks in between would not get equal shares, or a share is not divisible by the
             number of virtual stages.
     """
     pp, vp = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     first, last = parallel.num_layers_in_first_pipeline_stage, parallel.num_layers_in_last_pipeline_stage
     if pp == 1:
         if first is not None or last is not None:
-            raise StageSplitError("uneven first or last stages need parallel.pipeline_model_parallel_size > 1.")
+            raise StageSplitError("uneven first or last stages require parallel.pipeline_model_parallel_size > 1.")
         return [num_layers]
     given = [size for size in (first, last) if size is not None]
     left, ranks = num_layers - sum(given), pp - len(given)

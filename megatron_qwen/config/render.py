@@ -1,4 +1,4 @@
-"""A configuration as YAML text, as a difference, and the reference page made from the declarations."""
+"""Renders a configuration: as YAML, as a difference to another, and the reference page of all fields."""
 
 from dataclasses import MISSING
 from typing import Any
@@ -20,7 +20,7 @@ def dump(content: dict[str, Any]) -> str:
 
 
 def difference(config: RunConfig, base: RunConfig) -> dict[str, dict[str, Any]]:
-    """Fields of ``config`` that are not as in ``base``, by section."""
+    """Fields of ``config`` that differ from ``base``, as {section: {field: value}}."""
     ours, theirs = as_dict(config), as_dict(base)
     changed = {
         section: {name: value for name, value in ours[section].items() if value != theirs[section][name]}

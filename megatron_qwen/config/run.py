@@ -1,4 +1,4 @@
-"""A whole run: the sections together."""
+"""RunConfig: all sections of a run's configuration."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
@@ -36,7 +36,7 @@ PATHS = {"data": ("path", "blend", "tokenizer"), "checkpoint": ("load", "branch_
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides what a run computes. Written to run.yaml as it was resolved."""
+    """The complete configuration of a run, which run.yaml holds in resolved form."""
 
     recipe: str
     model: ModelConfig
@@ -51,7 +51,7 @@ class RunConfig:
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
 
     def with_section(self, section: str, /, **changes: Any) -> "RunConfig":
-        """A copy in which some fields of one section are changed."""
+        """A copy with some fields of one section replaced."""
         return replace(self, **{section: replace(getattr(self, section), **changes)})
 
 
@@ -61,7 +61,7 @@ def all_fields() -> dict[str, FieldInfo]:
 
 
 def with_paths(config: RunConfig, change: Callable[[str], str]) -> RunConfig:
-    """A copy in which every path that is given is changed."""
+    """A copy with every path that is set replaced by ``change(path)``."""
     for section, names in PATHS.items():
         values = {name: getattr(getattr(config, section), name) for name in names}
         given = {name: change(value) for name, value in values.items() if value is not None}

@@ -1,4 +1,4 @@
-"""From a recipe or a run.yaml and overrides to a RunConfig: strict, with every mistake reported at once."""
+"""Resolves a recipe or a run.yaml plus overrides into a RunConfig: strict, with every mistake reported at once."""
 
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ def _override(value: object) -> str:
     return value
 
 
-# A word of a command line in a file.
+# An override as a YAML file lists it.
 Override = Annotated[str, Form("section.field=value", _override)]
 Recipes = Mapping[str, Callable[[], RunConfig]]
-# A file: a recipe's name, and of every section some fields.
+# A run.yaml: the name of a recipe, and for each section any of its fields.
 _RunFile = make_dataclass(
     "_RunFile",
     [("recipe", str | None, None), *((name, dict[str, Any], field(default_factory=dict)) for name in SECTION_TYPES)],
@@ -31,7 +31,7 @@ _RunFile = make_dataclass(
 
 
 def unknown_field(path: str) -> Problem:
-    """The problem of a field that does not exist, with the nearest one that does."""
+    """The problem that reports an unknown field, with the nearest known one."""
     known = all_fields()
     section, _, name = path.partition(".")
     same_name = [candidate for candidate, info in known.items() if info.name == (name or section)]
@@ -42,8 +42,8 @@ def unknown_field(path: str) -> Problem:
 
 
 @dataclass(frozen=True)
-class Typed:
-    """A value as it was typed, not yet read: a text field takes it as it stands."""
+class RawText:
+    """The text of an override before parsing. A field of type str takes it verbatim, others parse it as YAML."""
 
     text: str
 
@@ -51,7 +51,7 @@ class Typed:
 def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
     """``section.field=value`` and ``--section.field value`` words to values by path.
 
-    Values are read as YAML scalars or lists, so ``null``, ``true``, ``[16, 16, 1000]`` mean what they say.
+    Values stay text here; ``resolve`` parses them as YAML scalars or lists by the type of their field.
     """
     values: dict[str, Any] = {}
     problems: list[Problem] = []
@@ -62,26 +62,26 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
         if not equals and word.startswith("--") and words:
             text, equals = words.pop(0), "="
         if not equals or "." not in path.strip("."):
-            # A bare field's name is worth a guess; anything else is no override at all.
+            # A field's name without its section gets a suggestion; anything else is not an override.
             known = {info.name for info in all_fields().values()}
             hint = unknown_field(path) if path in known else Problem(word, None, "expected section.field=value.")
             problems.append(hint)
             continue
-        values[path] = Typed(text)
+        values[path] = RawText(text)
     return values, problems
 
 
 def resolve(source: str, overrides: Sequence[str], recipes: Recipes) -> RunConfig:
-    """The configuration that a command line names.
+    """The configuration that a command line asks for.
 
     Args:
         source: a recipe's name or the path of a run.yaml.
         overrides: ``section.field=value`` words.
-        recipes: the functions that make a recipe, by name.
+        recipes: functions that build a recipe, by name.
 
     Raises:
-        ConfigError: with every unknown field and every value of a wrong type. Whether the combination is
-            legal is not asked here; see ``checks.py``.
+        ConfigError: with every unknown field and every value of a wrong type. Whether a correctly typed combination is
+            legal is checked by ``checks.py``, not here.
     """
     over, problems = parse_overrides(overrides)
     changes, more = _read(over)
@@ -89,15 +89,15 @@ def resolve(source: str, overrides: Sequence[str], recipes: Recipes) -> RunConfi
     problems += more + own
     if base is None:
         raise ConfigError(problems)
-    config = _changed(base, changes)
+    config = _with_changes(base, changes)
     if problems:
-        # What else is wrong with the rest is said in the same breath.
+        # Report illegal combinations of the readable fields together with these, so that one round of fixes is enough.
         raise ConfigError(problems + checks.problems(config))
     return config
 
 
 def _base(source: str, recipes: Recipes) -> tuple[RunConfig | None, list[Problem]]:
-    """What overrides are laid over, and what is wrong with it; None where nothing can be made of it."""
+    """The configuration that overrides apply to, and its problems; None where no configuration can be built."""
     if source in recipes:
         return recipes[source](), []
     if not source.endswith((".yaml", ".yml")) and not Path(source).is_file():
@@ -112,23 +112,23 @@ def _base(source: str, recipes: Recipes) -> tuple[RunConfig | None, list[Problem
     values = {f"{section}.{name}": value for section, body in sections.items() for name, value in body.items()}
     changes, problems = _read(values)
     if name in recipes:
-        return _changed(recipes[name](), changes), reader.problems + problems
+        return _with_changes(recipes[name](), changes), reader.problems + problems
     if name not in (None, "custom"):
         reader.wrong("recipe", name, f"no such recipe.{did_you_mean(name, recipes)} `mq recipes` lists them.")
         return None, reader.problems + problems
-    # Without a recipe the file gives every field of the model that has no default.
+    # Without a recipe, the file must set every model field that has no default.
     shape = changes.pop("model", {})
     needed = {path: info for path, info in all_fields().items() if info.section == "model" and info.default is MISSING}
-    fix = f"must be given in {source}, or name a recipe there."
+    fix = f"must be set in {source}, unless the file names a recipe."
     problems += [Problem(path, None, fix) for path in needed if path not in values]
     if any(info.name not in shape for info in needed.values()):
         return None, reader.problems + problems
     config = RunConfig(recipe="custom", model=SECTION_TYPES["model"](**shape))
-    return _changed(config, changes), reader.problems + problems
+    return _with_changes(config, changes), reader.problems + problems
 
 
 def _read(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Problem]]:
-    """Values by path as fields by section, each of its type, and what is wrong with the others."""
+    """Typed values as {section: {field: value}}, and the problems of the values that could not be read."""
     known, reader = all_fields(), YamlReader()
     changes: dict[str, dict[str, Any]] = {}
     for path, raw in values.items():
@@ -143,8 +143,8 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Pr
 
 
 def _as_yaml(value: Any, kind: Any) -> Any:
-    """What YAML would have read; a field that takes any text takes what was typed as it stands."""
-    if not isinstance(value, Typed):
+    """The value as YAML parses it; for a field of type str, the text verbatim (``1e-4`` stays text)."""
+    if not isinstance(value, RawText):
         return value
     takes_text = kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
     if takes_text and value.text not in ("", "null", "~"):
@@ -155,7 +155,7 @@ def _as_yaml(value: Any, kind: Any) -> Any:
         return value.text
 
 
-def _changed(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+def _with_changes(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:
     for section, values in changes.items():
         config = config.with_section(section, **values)
     return config

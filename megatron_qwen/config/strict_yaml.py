@@ -1,4 +1,4 @@
-"""YAML as people mean it: the scalars of YAML 1.2, no key twice, no merge keys.
+"""Strict YAML: scalars by the rules of YAML 1.2, no duplicate keys, no merge keys.
 
 YAML 1.1, which PyYAML reads by default, takes ``1:30`` for 90, ``0123`` for 83, ``1e-4`` for a string and
 ``2020-01-01`` for a date.
@@ -35,7 +35,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is given twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", node.start_mark)
     return loader.construct_mapping(node, deep=True)
 
 
@@ -71,5 +71,5 @@ def read_mapping(path: Path) -> dict[str, Any]:
         reason = str(getattr(error, "problem", None) or error).splitlines()[0][:100]
         raise ConfigError(Problem(where, None, f"is not valid YAML ({reason}).")) from None
     if not isinstance(content, dict):
-        raise ConfigError(Problem(str(path), None, "must hold a mapping of sections."))
+        raise ConfigError(Problem(str(path), None, "must contain a YAML mapping, not a list or a single value."))
     return content

@@ -1,4 +1,4 @@
-"""A mapping of a YAML file as a frozen dataclass, by the annotations of its fields; all that is wrong is said at once.
+"""Reads a YAML mapping into a frozen dataclass by the annotations of its fields; reports all problems at once.
 
 Annotations may be dataclasses, ``tuple``, ``list``, ``dict``, ``Mapping``, ``Literal``, unions, ``str``, ``int``,
 ``float``, ``bool`` and ``Any``. ``Annotated`` adds ``Bounds`` to a number, or a ``Form`` in which a value is written.
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class YamlReader:
-    """Reads values by their types and collects what is wrong with them.
+    """Reads values by their annotated types and collects the problems.
 
     Args:
-        origin: name of the file, which is put before every field; empty for fields that are named by themselves.
-        see: where all fields are described, for the message about one that does not exist.
-        extra_fields: whether a mapping may have fields that its dataclass has not.
+        origin: name of the file, prefixed to every field in messages; empty for overrides, which have no file.
+        see: sentence that says where all fields are documented, appended to the message about an unknown field.
+        extra_fields: whether a mapping may have fields that its dataclass lacks.
     """
 
     def __init__(self, origin: str = "", *, see: str = "", extra_fields: bool = False) -> None:
@@ -33,8 +33,8 @@ class YamlReader:
         """Notes a problem of a field, such as ``stages[1].tokens``."""
         self.problems.append(Problem(": ".join(part for part in (self.origin, field) if part), value, fix))
 
-    def require_right(self) -> None:
-        """Raises ConfigError with everything that was noted."""
+    def raise_problems(self) -> None:
+        """Raises ConfigError with every noted problem, or returns."""
         if self.problems:
             raise ConfigError(self.problems)
 
@@ -75,7 +75,7 @@ class YamlReader:
             where = _inside(field, name)
             if name not in content:
                 if not _has_default(item):
-                    self.wrong(where, None, "must be given.")
+                    self.wrong(where, None, "is required.")
                 continue
             if content[name] is None and _has_default(item) and _is_container(hints[name]):
                 continue  # ``overrides:`` with nothing after it
@@ -88,8 +88,8 @@ class YamlReader:
     def value(self, kind: Any, value: Any, field: str) -> Any:
         """A value as a type; MISSING, and a problem noted, where it is of another.
 
-        Strict where YAML is lax: ``true`` and ``3.0`` are no integers. Lenient where people do not see a difference:
-        ``3`` and ``"1e-4"`` are floats, a number is a text.
+        Strict where Python is lax: ``true`` and ``3.0`` are not integers. Lenient where readers see no difference:
+        ``3`` and ``"1e-4"`` are accepted as floats, and a number as text.
 
         Args:
             kind: the type, as an annotation.
@@ -120,7 +120,7 @@ class YamlReader:
     def _unknown(self, where: str, name: str, known: Iterable[str]) -> None:
         hint, names = did_you_mean(name, known), list(known)
         if not hint and not self.see and len(names) <= LISTED_FIELDS:
-            hint = f" Known are {', '.join(names)}."
+            hint = f" Known fields: {', '.join(names)}."
         self.wrong(where, None, f"no such field.{hint}{self.see and ' ' + self.see}")
 
     def _annotated(self, kind: Any, extras: tuple[Any, ...], value: Any, field: str) -> Any:
@@ -141,7 +141,7 @@ class YamlReader:
                 self.wrong(field, number, f"{complaint}.")
 
     def _any_of(self, union: Any, value: Any, field: str) -> Any:
-        """The first kind that takes the value. Where none does, the nearest says what is wrong."""
+        """The value as the first member of a union that accepts it; else the problems of the nearest member."""
         kinds = tuple(kind for kind in get_args(union) if kind is not types.NoneType)
         if len(kinds) == 1:
             plain = get_origin(kinds[0]) in (None, Literal) and not is_dataclass(kinds[0])
@@ -208,12 +208,12 @@ def _is_container(kind: Any) -> bool:
 
 
 def _shown(value: object) -> object:
-    """A value for a message: text in quotes, so that ``'8'`` is told from ``8``."""
+    """A value for a message: text in quotes, which distinguishes ``'8'`` from ``8``."""
     return "null" if value is None else repr(value) if isinstance(value, str) else value
 
 
 def _scalar(kind: Any, value: Any) -> Any:
-    """A value without parts, or ValueError."""
+    """A scalar value of a type; raises ValueError for a value of another type."""
     if kind is Any:
         return value
     if get_origin(kind) is Literal:
@@ -233,7 +233,7 @@ def _scalar(kind: Any, value: Any) -> Any:
 
 
 def _nearness(kind: Any, value: object) -> int:
-    """How near a value is to a kind that does not take it: 0 where it is of another structure altogether."""
+    """How closely a value resembles a type that rejects it: 0 where the structure differs (list, mapping, scalar)."""
     origin = get_origin(kind)
     if is_dataclass(kind):
         return 1 + len(_settable(kind).keys() & value.keys()) if isinstance(value, dict) else 0
@@ -249,7 +249,7 @@ def _is_mapping_of(kind: Any, value: dict[Any, Any]) -> bool:
 
 
 def _is_mixed(kinds: tuple[Any, ...], value: object) -> bool:
-    """Whether a mapping has fields of several kinds, so that none of them is meant more than another."""
+    """Whether a mapping mixes fields of several dataclasses of a union, so that no member is the nearest."""
     if not isinstance(value, dict) or any(_is_mapping_of(kind, value) for kind in kinds):
         return False
     known = [name for kind in kinds if is_dataclass(kind) for name in _settable(kind)]

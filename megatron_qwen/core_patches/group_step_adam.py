@@ -48,9 +48,9 @@ class GroupStepAdamW(torch.optim.Optimizer):
         params: parameters or parameter groups.
         lr: learning rate.
         betas: decay of the first and the second moment.
-        eps: term that keeps the division finite.
+        eps: epsilon in the denominator.
         weight_decay: decoupled decay.
-        adam_w_mode: must be true; there for FusedAdam's signature.
+        adam_w_mode: must be true; accepted because FusedAdam has it.
     """
 
     # torch wraps these so that its compiler leaves them alone, and the wrapper imports the compiler. FIGURES
@@ -82,7 +82,7 @@ class GroupStepAdamW(torch.optim.Optimizer):
                 continue
             group["step"] = int(group.get("step", 0)) + 1
             states = [self._state_of(param) for param in params]
-            # The kernel counts up by itself; it is handed the count before this step.
+            # The kernel increments the counts itself, so it gets those before this step.
             counts = [torch.tensor(float(group["step"] - 1), device=param.device) for param in params]
             adamw(
                 params,

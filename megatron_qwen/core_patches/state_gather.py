@@ -1,4 +1,4 @@
-"""The optimizer's state of all data-parallel ranks in whole tensors, as a checkpoint wants it.
+"""Gathers the optimizer state of all data-parallel ranks into whole tensors for a checkpoint.
 
 Replaces: ``DistributedOptimizer.get_parameter_state_dp_zero`` of ``megatron.core.optimizer.distrib_optimizer``, for the
     gather over gloo (models/sharding.py asks for it). Each kind of state (main weights, first and second moments) goes
@@ -66,11 +66,11 @@ def _gathered(part: Any) -> dict[Any, Any]:
 
 
 def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
-    """State of a buffer's parameters, each in its place in the buffer: of the kinds that this rank gathers."""
+    """Whole fp32 buffers, [buffer.numel] on the host, of the kinds of state that this rank gathers."""
     group = part.data_parallel_group_gloo
     ranks, members = group.size(), dist.get_process_group_ranks(group)
     keys = ("param", *part.optimizer_state_keys)
-    # Rank 0 writes the weights as well.
+    # Start at rank 1: rank 0 already writes the model weights.
     roots = {key: (1 + number) % ranks for number, key in enumerate(keys)}
     mine = [key for key in keys if roots[key] == group.rank()]
     whole = {key: torch.empty(buffer.numel, dtype=torch.float32, device="cpu") for key in mine}
@@ -94,7 +94,7 @@ def _buffer(part: Any, buffer: Any, buckets: list[Any]) -> dict[str, Any]:
 
 
 def _local_shards(part: Any, parameters: dict[Any, Any], size: int, keys: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """This rank's share of a bucket, by kind of state, on the host."""
+    """This rank's shard of a bucket for each kind of state: fp32, [size], on the host."""
     shards = {key: torch.empty(size, dtype=torch.float32, device="cpu") for key in keys}
     for parameter, places in parameters.items():
         tensors, place = part._get_main_param_and_optimizer_states(parameter), places["gbuf_local"]

@@ -1,6 +1,6 @@
 """The process groups of a layout. The only file that calls megatron's parallel_state.
 
-megatron-core keeps its groups in module globals; everything else here is handed the collection this file returns.
+megatron-core keeps its groups in module globals; all other code here receives the collection that this file returns.
 """
 
 from megatron.core import parallel_state, tensor_parallel

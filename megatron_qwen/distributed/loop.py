@@ -1,6 +1,6 @@
-"""A sum over all nodes of a job, one process a node: python -m megatron_qwen.distributed.loop
+"""An all-reduce over all nodes of a job, one process per node: python -m megatron_qwen.distributed.loop
 
-The health check runs it where it was asked to. It ends with 0 if every node's share arrived.
+The health check runs it on request. It exits with 0 if every node's contribution arrived.
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> int:
     expected = info.world_size * (info.world_size + 1) / 2
     right = bool((share == expected).all())
     if not right:
-        print(f"the sum over {info.world_size} nodes is wrong: {float(share[0])} and not {expected}", file=sys.stderr)
+        print(f"all-reduce over {info.world_size} nodes gave {float(share[0])}, expected {expected}", file=sys.stderr)
     leave()
     return 0 if right else 1
 

@@ -1,4 +1,4 @@
-"""Who is where: the ranks of every node, for the log."""
+"""Placement of ranks on nodes, for the log."""
 
 import os
 
@@ -11,7 +11,7 @@ from megatron_qwen.distributed.rank import RankInfo
 def placement_report(info: RankInfo) -> str:
     """A line a node, on rank 0; empty on the others. Called by all ranks together.
 
-    Slurm's node name is shown beside the machine's own, for the two may differ.
+    Shows Slurm's node name and, where it differs, the host name.
     """
     host = os.uname().nodename
     name = os.environ.get("SLURMD_NODENAME", host)

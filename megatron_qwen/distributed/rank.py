@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and how it joins them."""
+"""Rank of this process, and how it joins torch.distributed."""
 
 import datetime
 import os
@@ -27,12 +27,19 @@ class RankInfo:
         """Reads torchrun's variables, else those of srun, else a single rank.
 
         Raises:
-            ConfigError: where variables of a launcher are there in part.
+            ConfigError: only some variables of a launcher are set.
         """
         if "RANK" in environ and "WORLD_SIZE" in environ:
             missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
             if missing:
-                raise ConfigError([Problem(name, None, "is not set beside RANK and WORLD_SIZE.") for name in missing])
+                raise ConfigError(
+                    [
+                        Problem(
+                            name, None, "must be set with RANK and WORLD_SIZE; start with torchrun, srun or mq train."
+                        )
+                        for name in missing
+                    ]
+                )
             return cls(
                 int(environ["RANK"]),
                 int(environ["WORLD_SIZE"]),
@@ -82,8 +89,8 @@ def join(info: RankInfo, *, timeout_minutes: int) -> None:
     """Starts torch.distributed and picks this rank's device.
 
     Args:
-        info: where this process stands.
-        timeout_minutes: longest wait inside one collective.
+        info: rank, world size and rendezvous address of this process.
+        timeout_minutes: timeout of a collective.
     """
     device.select(info.local_rank, local_world_size=info.local_world_size)
     timeout = datetime.timedelta(minutes=timeout_minutes)

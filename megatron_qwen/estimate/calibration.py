@@ -1,4 +1,4 @@
-"""The share of a device's ceilings that steps have reached, from their speeds."""
+"""The achieved fraction of peak, fitted to the speeds of finished steps."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -7,12 +7,12 @@ _ROUNDS = 20
 
 
 def fit_achieved(steps: Sequence[tuple[float, Callable[[float], float]]]) -> float:
-    """The share that makes predictions right in the geometric mean.
+    """The achieved fraction for which the geometric mean of measured / predicted is 1.
 
     Args:
-        steps: of each, the speed that was seen, and what is predicted with a share.
+        steps: for each, the measured speed, and a function from an achieved fraction to the predicted speed.
     """
     achieved = 1.0
-    for _ in range(_ROUNDS):  # the share acts on most of a step, not on all of it
+    for _ in range(_ROUNDS):  # a fixed-point iteration: communication and the optimizer do not scale with it
         achieved *= statistics.geometric_mean([seen / predict(achieved) for seen, predict in steps])
     return achieved

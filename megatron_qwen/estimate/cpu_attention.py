@@ -1,10 +1,10 @@
-"""Where causal attention on a CPU is computed by blocks of queries, and what that keeps for the backward pass."""
+"""When causal attention on a CPU is computed in blocks of queries, and what it keeps for the backward pass."""
 
 from megatron_qwen.config.run import RunConfig
 
-BLOCK = 64  # queries; fewer waste less on what is masked, more make larger products
-# Scores of fewer are done before a dozen operations are called; those of more keys leave the cache between two of them,
-# and would outweigh everything else that a layer keeps.
+BLOCK = 64  # queries; smaller blocks compute fewer masked scores, larger blocks make larger GEMMs
+# Below this number of scores, calling the dozen operations costs more than computing them. Above this number of keys,
+# the scores of a block leave the cache between operations, and would exceed everything else that a layer keeps.
 _LEAST_SCORES, _MOST_KEYS = 2**20, 1024
 
 
@@ -13,17 +13,17 @@ def pays(scores: int, keys: int) -> bool:
 
     Args:
         scores: sequences x heads x queries x keys.
-        keys: those that the last query sees.
+        keys: keys that the last query sees.
     """
     return scores >= _LEAST_SCORES and keys <= _MOST_KEYS
 
 
 def kept(config: RunConfig) -> float:
-    """Scalars a token and layer that attention keeps for its backward pass beside Q, K, V and what it hands on.
+    """Scalars per token and layer that attention keeps for the backward pass, besides Q, K, V and the context.
 
-    Blocks keep their probabilities; torch's kernel keeps its output, in an order that is not the projection's. Of
-    context-parallel ranks the one that keeps most counts, and of rows that are split by their documents the split that
-    keeps most.
+    Blocks keep their probabilities. torch's kernel keeps its output in its own layout, which is not that of the output
+    projection's input. The maximum over context-parallel ranks counts, and for packed sequences the maximum over their
+    possible lengths.
     """
     model, parallel = config.model, config.parallel
     tp, cp, length = parallel.tensor_model_parallel_size, parallel.context_parallel_size, config.data.seq_length

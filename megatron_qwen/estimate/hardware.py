@@ -1,4 +1,4 @@
-"""What a kind of device reaches at most, typed: the ceilings that a prediction of step time starts from.
+"""Peak rates of a kind of device, as measured: the roofline from which step times are predicted.
 
 H200: measured (benchmarks/results/h200_ceilings.json, and h200_gpu_step.json for what Transformer Engine's attention
 takes). H100: the same processor with memory measured at 3.0 TB/s. B200 and A100: the shares of the peak that the H200
@@ -17,16 +17,16 @@ NotNegative = Annotated[float, Bounds(minimum=0)]
 
 
 @dataclass(frozen=True)
-class ProductRate:
-    """Time of a matrix product: FLOPs at a rate, and a share of its memory traffic and a launch that do not overlap.
+class GemmRate:
+    """Time of a GEMM: FLOPs at a rate, plus the exposed part of its memory accesses and of its launch.
 
-    Fitted to the fourteen products of h200_ceilings.json; the largest error is 17 %.
+    Fitted to the fourteen GEMMs of h200_ceilings.json; the largest error is 17 %.
 
     Args:
-        tflops: asymptotic rate.
-        exposed_traffic: share of the operands' and the result's bytes that adds to the time.
-        launch_us: microseconds of a product of nothing.
-        element_bytes: of an operand.
+        tflops: asymptotic rate, TFLOP/s.
+        exposed_traffic: fraction of the bytes of operands and result whose transfer is not overlapped with compute.
+        launch_us: fixed time per GEMM, microseconds.
+        element_bytes: bytes of an operand element.
     """
 
     tflops: Positive
@@ -35,10 +35,10 @@ class ProductRate:
     element_bytes: Positive
 
     def seconds(self, m: float, n: float, k: float, *, memory_gb_s: float, result_bytes: float = 2.0) -> float:
-        """[m, k] x [k, n]."""
+        """Seconds of [m, k] x [k, n]; ``result_bytes`` are written per element of the result."""
         moved = self.element_bytes * (m * k + k * n) + result_bytes * m * n
-        traffic = self.exposed_traffic * moved / (memory_gb_s * 1e9)
-        return 2.0 * m * n * k / (self.tflops * 1e12) + traffic + self.launch_us * 1e-6
+        exposed = self.exposed_traffic * moved / (memory_gb_s * 1e9)
+        return 2.0 * m * n * k / (self.tflops * 1e12) + exposed + self.launch_us * 1e-6
 
 
 @dataclass(frozen=True)
@@ -47,27 +47,27 @@ class Hardware:
 
     Args:
         name: as ``--gpu`` says it.
-        memory_gib: of a device, as a process sees it.
+        memory_gib: memory of a device that a process can use.
         peak_tflops: dense bf16, the denominator of MFU.
-        bf16: matrix products in bf16.
-        fp8: matrix products in FP8; None where there are none.
-        attention_tflops: causal attention forward and backward, at long sequences and 128 channels a head.
-        memory_gb_s: copy, bytes read and written.
-        nvlink_gb_s: a device to the others of its node, one direction.
-        network_gb_s: a device to other nodes, one direction.
-        devices_per_node: that share the fast links.
-        host_us_per_layer: what the processor takes to launch a layer's forward and backward pass. Of the order of a
-            0.5B's step with one sequence: 120 ms for 24 layers, on a host that did two at once.
+        bf16: GEMMs in bf16.
+        fp8: GEMMs in FP8; None where the device has none.
+        attention_tflops: TFLOP/s of causal attention, forward and backward, for long sequences and head dimension 128.
+        memory_gb_s: bandwidth of a copy, bytes read plus bytes written.
+        nvlink_gb_s: bandwidth of a device to the others of its node, one direction.
+        network_gb_s: bandwidth of a device to other nodes, one direction.
+        devices_per_node: devices connected by NVLink.
+        host_us_per_layer: host time to launch the forward and backward kernels of a layer. From a step of a 0.5B with
+            one sequence, which took 120 ms for 24 layers on a host that ran two such jobs.
         source: where the figures come from.
-        host_us_per_expert: what it takes more for each expert of a rank, whose products are launched one by one. From
+        host_us_per_expert: additional host time for each expert of a rank, whose GEMMs are launched one by one. From
             one step of four layers of Qwen3-30B-A3B with all 128 experts on a GPU, which was not profiled.
     """
 
     name: str
     memory_gib: Positive
     peak_tflops: Positive
-    bf16: ProductRate
-    fp8: ProductRate | None
+    bf16: GemmRate
+    fp8: GemmRate | None
     attention_tflops: tuple[Positive, Positive]
     memory_gb_s: Positive
     nvlink_gb_s: Positive
@@ -78,8 +78,8 @@ class Hardware:
     host_us_per_expert: NotNegative = 0.0  # files that were measured before this was a field have none
 
 
-_BF16 = ProductRate(tflops=704.0, exposed_traffic=0.44, launch_us=9.0, element_bytes=2.0)
-_FP8 = ProductRate(tflops=1510.0, exposed_traffic=0.66, launch_us=21.0, element_bytes=1.0)
+_BF16 = GemmRate(tflops=704.0, exposed_traffic=0.44, launch_us=9.0, element_bytes=2.0)
+_FP8 = GemmRate(tflops=1510.0, exposed_traffic=0.66, launch_us=21.0, element_bytes=1.0)
 _H200 = Hardware(
     name="h200",
     memory_gib=139.8,
@@ -124,7 +124,10 @@ KINDS = {
 
 
 def known(name: str) -> Hardware | None:
-    """The kind in a device's name, such as ``NVIDIA H100 80GB HBM3``; None for other parts and devices."""
+    """The kind of a device from its CUDA name, such as ``NVIDIA H100 80GB HBM3``; None where it is not known.
+
+    PCIe and NVL variants have other clocks and memory than the SXM parts in ``KINDS``.
+    """
     if "PCIe" in name or "NVL" in name:
         return None
     words = re.findall(r"[a-z0-9]+", name.lower())
@@ -144,5 +147,11 @@ def hardware(name: str) -> Hardware:
         ConfigError: it is not known.
     """
     if name.lower() not in KINDS:
-        raise ConfigError(Problem("--gpu", name, f"is not known; known are {', '.join(sorted(KINDS))}."))
+        raise ConfigError(
+            Problem(
+                "--gpu",
+                name,
+                f"is not a known GPU; use one of {', '.join(sorted(KINDS))}, or a file of mq bench ceilings.",
+            )
+        )
     return KINDS[name.lower()]

@@ -1,4 +1,4 @@
-"""A device's ceilings as a file: ``mq bench ceilings --hardware FILE`` writes one, ``mq plan --gpu FILE`` reads it."""
+"""A device's peak rates as a file: ``mq bench ceilings --hardware FILE`` writes it, ``mq plan --gpu FILE`` reads it."""
 
 import dataclasses
 from pathlib import Path
@@ -11,7 +11,7 @@ from megatron_qwen.files import atomic_write
 
 
 def write_hardware(path: Path, device: Hardware) -> None:
-    """Writes the file; one that is there is replaced."""
+    """Writes the file, replacing an existing one."""
     content = dataclasses.asdict(device)
     content["attention_tflops"] = list(device.attention_tflops)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -22,7 +22,7 @@ def find_hardware(name: str) -> Hardware:
     """A kind of device by its name, or what a hardware file says.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: neither a known kind nor a readable file.
     """
     is_file = name.endswith((".yaml", ".yml")) or "/" in name or Path(name).is_file()
     return read_hardware(Path(name)) if is_file else hardware(name)
@@ -37,6 +37,6 @@ def read_hardware(path: Path) -> Hardware:
     reader = YamlReader(str(path))
     # A device without FP8 may leave its rate out.
     device = reader.read(Hardware, {"fp8": None, **read_mapping(path)})
-    reader.require_right()
+    reader.raise_problems()
     assert device is not None
     return device

@@ -1,4 +1,4 @@
-"""Layouts that a model can have on a number of devices: what each needs and reaches, or why it cannot be.
+"""Layouts of a model on a number of devices: memory and speed of each, or why it is impossible.
 
 Tensor, context and expert sizes are powers of two; pipeline sizes are all that divide the layers, and powers of two.
 """
@@ -9,21 +9,22 @@ from typing import Any
 
 from megatron_qwen.config.checks import problems
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.choices import heavy_modules
 from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.memory import StageMemory, memory_per_stage
-from megatron_qwen.estimate.step_time import Assumptions, StepTime, step_time
+from megatron_qwen.estimate.step_time import StepTime, step_time
 
 _MICRO_BATCHES, _VIRTUAL = (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10)
 _LONGEST_PIPELINE = 32
-# A rank with a shorter part of the sequence spends its time on messages.
-_LEAST_TOKENS_OF_A_RANK = 2048
+# With a shorter part of the sequence, a context-parallel rank spends its time on communication.
+_MIN_TOKENS_PER_RANK = 2048
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A layout that fits.
+class LayoutEstimate:
+    """A layout that fits, with its estimated memory and step time.
 
     Args:
         config: the recipe with it.
@@ -41,12 +42,12 @@ class Candidate:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of one device."""
+        """Tokens per second of one device."""
         return self.time.tokens / self.time.seconds / self.world_size
 
     @property
     def memory_gib(self) -> float:
-        """Of the fullest stage."""
+        """GiB of a rank of the fullest stage."""
         return max(stage.total_gib for stage in self.memory)
 
     @property
@@ -56,13 +57,13 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Rejected:
-    """A layout that cannot be.
+class RejectedLayout:
+    """A layout that is illegal or does not fit.
 
     Args:
         config: the recipe with it.
         reason: why.
-        need_gib: where it is legal and does not fit.
+        need_gib: GiB of the fullest rank of a legal layout that does not fit; None where it is illegal.
     """
 
     config: RunConfig
@@ -72,8 +73,8 @@ class Rejected:
 
 def layouts(
     config: RunConfig, *, world_size: int, device: Hardware, assumptions: Assumptions | None = None
-) -> tuple[list[Candidate], list[Rejected]]:
-    """All layouts, the fastest first, and all that are rejected.
+) -> tuple[list[LayoutEstimate], list[RejectedLayout]]:
+    """All layouts that fit, the fastest first, and all that are rejected.
 
     Args:
         config: the recipe; its model, data, precision and global batch are kept.
@@ -81,17 +82,17 @@ def layouts(
         device: their kind.
         assumptions: of the prediction.
     """
-    found: list[Candidate] = []
-    rejected: list[Rejected] = []
+    found: list[LayoutEstimate] = []
+    rejected: list[RejectedLayout] = []
     for bare in _shapes(config, world_size, device):
         shape = bare.with_section("training", micro_batch_size=1)
         if reason := _illegal(shape, world_size):
-            rejected.append(Rejected(shape, reason))
+            rejected.append(RejectedLayout(shape, reason))
             continue
         for micro in _MICRO_BATCHES:
             sized = shape.with_section("training", micro_batch_size=micro)
             if micro > 1 and (reason := _illegal(sized, world_size)):
-                rejected.append(Rejected(sized, reason))
+                rejected.append(RejectedLayout(sized, reason))
                 continue
             for recompute in ("none", "selective", "full"):
                 whole = {"recompute_method": "uniform", "recompute_num_layers": 1}
@@ -99,7 +100,7 @@ def layouts(
                 if recompute == "selective":
                     one = one.with_section("training", recompute_modules=heavy_modules(one))
                 answer = _judge(one, world_size, device, assumptions)
-                (found if isinstance(answer, Candidate) else rejected).append(answer)  # type: ignore[arg-type]
+                (found if isinstance(answer, LayoutEstimate) else rejected).append(answer)  # type: ignore[arg-type]
     found.sort(key=lambda candidate: candidate.tokens_per_second, reverse=True)
     return found, rejected
 
@@ -107,13 +108,13 @@ def layouts(
 def _shapes(config: RunConfig, world_size: int, device: Hardware) -> Iterator[RunConfig]:
     """Tensor, pipeline, context and expert sizes; legal or not."""
     model, seq = config.model, config.data.seq_length
-    contexts = [size for size in _powers(world_size) if size == 1 or seq // size >= _LEAST_TOKENS_OF_A_RANK]
+    contexts = [size for size in _powers(world_size) if size == 1 or seq // size >= _MIN_TOKENS_PER_RANK]
     experts = _powers(min(model.num_moe_experts or 1, world_size))
     for tp in _powers(min(device.devices_per_node, world_size)):
         for pp in _pipelines(model.num_layers, world_size // tp):
             for virtual in _VIRTUAL if pp > 1 else (1,):
                 if virtual > 1 and model.num_layers % (pp * virtual):
-                    continue  # not a layout of its own: the plain pipeline says what is wrong with the layers
+                    continue  # skipped silently: the plain pipeline of this size reports an uneven split
                 for cp in contexts:
                     for ep in experts:
                         alone = world_size // (tp * pp) <= 1
@@ -149,31 +150,34 @@ def _powers(limit: int) -> list[int]:
 
 
 def _illegal(config: RunConfig, world_size: int) -> str | None:
-    """What the rules of every run say against it."""
+    """Why a layout is illegal by the rules of ``config/checks.py``; None where it is legal."""
     return " ".join(map(str, problems(config, world_size=world_size))) or None
 
 
 def _memory(config: RunConfig, world_size: int) -> tuple[list[StageMemory], float]:
-    """Of every stage, and GiB of the fullest."""
+    """Memory of every stage, and GiB of the fullest."""
     memory = memory_per_stage(config, world_size=world_size)
     return memory, max(stage.total_gib for stage in memory)
 
 
 def _judge(
     config: RunConfig, world_size: int, device: Hardware, assumptions: Assumptions | None
-) -> Candidate | Rejected:
-    """Plain optimizer states first, lean ones where only they fit, as the preset of a run chooses."""
-    lean = config.precision.use_precision_aware_optimizer
-    one = config.with_section("precision", use_precision_aware_optimizer=bool(lean))
+) -> LayoutEstimate | RejectedLayout:
+    """Estimates a layout with plain optimizer state; with the precision-aware optimizer where only that fits.
+
+    This is the order in which the preset of a run chooses (``choices.py``).
+    """
+    asked = config.precision.use_precision_aware_optimizer
+    one = config.with_section("precision", use_precision_aware_optimizer=bool(asked))
     memory, need = _memory(one, world_size)
-    may = lean is None and config.precision.dtype == "bf16" and config.precision.backend != "torch"
+    may = asked is None and config.precision.dtype == "bf16" and config.precision.backend != "torch"
     may = may and not config.performance.optimizer_offload_fraction
     if need > device.memory_gib and may:
         one = config.with_section("precision", use_precision_aware_optimizer=True)
         memory, need = _memory(one, world_size)
     config = one
     if need > device.memory_gib:
-        return Rejected(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.", need)
+        return RejectedLayout(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.", need)
     time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)
     flops = training_flops_per_token(config.model, config.data.seq_length) * time.tokens / time.seconds / world_size
-    return Candidate(config, memory, time, world_size, flops / (device.peak_tflops * 1e12))
+    return LayoutEstimate(config, memory, time, world_size, flops / (device.peak_tflops * 1e12))

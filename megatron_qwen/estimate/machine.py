@@ -1,4 +1,4 @@
-"""What of a machine decides which fast paths a run can take."""
+"""The properties of a machine that decide which optimizations a run can use."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ class Machine:
     Args:
         backend: ``te`` or ``torch``, as it was chosen.
         gpu: whether ranks compute on GPUs.
-        memory_gib: of a device; None where it is not known, and on a CPU, whose memory nobody hands out by rank.
-        libraries: optional packages that import.
-        compiler: whether there is a C++ compiler.
-        threads: CPU threads of a rank.
+        memory_gib: of a device; None where it is not known, and on a CPU, whose memory all ranks of the host share.
+        libraries: optional packages that can be imported.
+        compiler: whether a C++ compiler was found.
+        threads: CPU threads per rank.
     """
 
     backend: str
@@ -28,11 +28,11 @@ class Machine:
 
 
 def expected(config: RunConfig, *, gpu: str | None) -> Machine:
-    """The machine that a run will meet on a cluster, as far as the cluster's file says.
+    """The machine that a run will start on, as far as the cluster file describes it.
 
     Args:
         config: the run.
-        gpu: the cluster's GPU by its name; None is a cluster without.
+        gpu: name of the cluster's GPU; None for a cluster without GPUs.
     """
     if gpu is None:
         return Machine("torch", gpu=False)

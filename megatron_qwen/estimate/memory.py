@@ -2,8 +2,8 @@
 
 Weights, gradients and optimizer state are counted exactly from the layout. Activations follow the accounting of
 Korthikanti et al. 2022 (arXiv 2205.05198, section 4), redone for SwiGLU, grouped-query attention and a fused attention
-that stores no scores (on a CPU it may store them: cpu_attention.py). What a device needs beside (CUDA context, NCCL
-buffers, fragmentation) is a stated allowance, not a count.
+that stores no scores (on a CPU it may store them: cpu_attention.py). What a device needs in addition (CUDA
+context, NCCL buffers, fragmentation) is a fixed allowance, not a count.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.estimate import cpu_attention
 
 ALLOWANCE_GIB = 4.0
-# Rows of logits that exist at once in the loss on a GPU (models/loss.py), in bf16; the gradient takes their place.
+# Tokens per chunk of logits in the loss on a GPU (models/loss.py), and bytes per logit in bf16.
 _LOSS_CHUNK_TOKENS, _LOSS_BYTES = 4096, 2
 _VOCABULARY_MULTIPLE = 128
 _GIB = 2.0**30
@@ -25,12 +25,12 @@ class StageMemory:
     """Bytes on a rank of one pipeline stage.
 
     Args:
-        stage: number of the stage.
-        parameters: scalars a rank holds.
-        weights: in the compute format.
-        gradients: of all of them.
+        stage: number of the stage, from 0.
+        parameters: scalars that a rank holds; a count, not bytes.
+        weights: weights in the compute format.
+        gradients: gradients of all of them.
         optimizer: the rank's share of main weights and moments.
-        activations: of every micro-batch in flight.
+        activations: activations of every micro-batch in flight.
         loss: logits of a chunk and the output matrix's gradient; 0 but on the last stage.
     """
 
@@ -44,12 +44,12 @@ class StageMemory:
 
     @property
     def state_gib(self) -> float:
-        """What is there all the time, exactly."""
+        """GiB of weights, gradients and optimizer state, counted exactly."""
         return (self.weights + self.gradients + self.optimizer) / _GIB
 
     @property
     def total_gib(self) -> float:
-        """Everything, the allowance included."""
+        """GiB of everything, with the allowance."""
         return self.state_gib + (self.activations + self.loss) / _GIB + ALLOWANCE_GIB
 
 
@@ -123,20 +123,23 @@ def _dense_layer(model: ModelConfig, tp: int) -> int:
 def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend: str, gpu: bool) -> StageMemory:
     parallel, precision = config.parallel, config.precision
     dense, experts = parameters_per_rank(config, stage=index)
-    # ZeRO-1: the optimizer's share is over data and context ranks, for experts over theirs.
+    # ZeRO-1 shards optimizer state over all ranks that hold the same weight: for dense parameters the data- and
+    # context-parallel ranks, for experts the ranks of a stage outside their EP x ETP grid.
     dense_share = max(1, world_size // (parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size))
     expert_grid = parallel.expert_model_parallel_size * parallel.expert_tensor_size
     expert_share = max(1, world_size // (expert_grid * parallel.pipeline_model_parallel_size))
     bf16 = precision.dtype == "bf16"
     moment = {"fp32": 4, "bf16": 2, "fp8": 1}
     moments = moment[precision.exp_avg_dtype] + moment[precision.exp_avg_sq_dtype]
-    # fp32 weights are their own main weights; lean ones are the 16 bits that bf16 weights lack.
+    # Bytes of main weights: none for fp32 weights, which are their own; 4 for bf16; 2 with the precision-aware
+    # optimizer, which keeps only the 16 bits that a bf16 weight lacks.
     state = moments + ((2 if precision.use_precision_aware_optimizer else 4) if bf16 else 0)
     per_gradient = 4 if precision.grad_reduce_in_fp32 or not bf16 else 2
     stages = parallel.pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
     rows = _padded_rows(config.model.vocab_size, tp) // tp
-    in_fp8 = 2.0 * _fp8_parameters(config, index, layers)  # in both orders
+    # Transformer Engine keeps each FP8 weight in row and in column order, one byte each.
+    in_fp8 = 2.0 * _fp8_parameters(config, index, layers)
     both = 0.0 if config.performance.fp8_param_gather else in_fp8
     on_device = 1 - (config.performance.optimizer_offload_fraction or 0.0)
     return StageMemory(
@@ -159,7 +162,7 @@ def _loss(config: RunConfig, rows: int) -> float:
 
 
 def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
-    """Scalars of a rank that are held in FP8, in both orders: beside those in bf16, or in their place."""
+    """Scalars of a rank that are also held in FP8, or, with fp8_param_gather, only in FP8."""
     precision, parallel = config.precision, config.parallel
     if precision.fp8 is None or precision.emulate_fp8:
         return 0.0
@@ -195,24 +198,24 @@ def _activations(config: RunConfig, stage: int, layers: int, world_size: int, ba
 
 
 def _working(config: RunConfig, backend: str, gpu: bool) -> float:
-    """Bytes a token of what a layer's backward pass holds beside what was kept for it."""
+    """Bytes per token that a layer's backward pass allocates in addition to what the forward pass kept."""
     model, parallel = config.model, config.parallel
     tp, cp, h = parallel.tensor_model_parallel_size, parallel.context_parallel_size, model.hidden_size
     width = model.moe_router_topk * (model.moe_ffn_hidden_size or 0) if model.is_moe else model.ffn_hidden_size
     again = _kept_by_attention(config, gpu) if backend == "torch" and _attends_again(config) else 0.0
     held = max(3 * width / tp, again) + 2 * h
-    if parallel.virtual_stages > 1:  # of each chunk an input and a gradient are on their way
+    if parallel.virtual_stages > 1:  # an input and a gradient of each chunk are in transit
         held += 2 * parallel.virtual_stages * h / (tp if parallel.sequence_parallel else 1)
     if backend == "torch" and cp > 1:  # masks of the two chunks of queries, which all layers share
         held += (2 * cp + 1) * config.data.seq_length / (4 * cp * config.training.micro_batch_size)
     if backend == "torch" and parallel.expert_model_parallel_size * parallel.expert_tensor_size > 1 and model.is_moe:
-        # Gradients of routed tokens, before and after their way back.
+        # Gradients of routed tokens, before and after the all-to-all.
         held += 2 * model.moe_router_topk * h * parallel.expert_tensor_size / (tp if parallel.sequence_parallel else 1)
     return held * (2.0 if config.precision.dtype == "bf16" else 4.0)
 
 
 def _in_flight(config: RunConfig, stage: int, world_size: int) -> float:
-    """Micro-batches, in parts of all layers of a rank, whose backward pass is still to come at the worst moment."""
+    """Most micro-batches whose activations a rank holds; with virtual stages in fractions of its layers."""
     parallel, training = config.parallel, config.training
     stages, virtual = parallel.pipeline_model_parallel_size, parallel.virtual_stages
     step = training.micro_batch_size * max(1, world_size // parallel.model_parallel_size)
@@ -225,7 +228,7 @@ def _in_flight(config: RunConfig, stage: int, world_size: int) -> float:
 
 
 def _layer_activations(config: RunConfig, backend: str, gpu: bool) -> tuple[float, float]:
-    """Bytes a token and layer on a rank: those kept until the backward pass, and those of a layer without recompute."""
+    """Bytes per token and layer on a rank: kept until the backward pass, and kept without recompute."""
     model, parallel, training = config.model, config.parallel, config.training
     size = 2.0 if config.precision.dtype == "bf16" else 4.0
     tp = parallel.tensor_model_parallel_size
@@ -240,7 +243,7 @@ def _layer_activations(config: RunConfig, backend: str, gpu: bool) -> tuple[floa
         if _attends_again(config):
             attention = (2 * q + 2 * kv) / tp
     feed_forward = _feed_forward_activations(config, backend, residual_tp)
-    # In FP8 the inputs of the four products are kept in one byte: both norms' output, attention's, and SwiGLU's.
+    # In FP8 the inputs of the four GEMMs are kept in one byte: both norms' output, attention's, and SwiGLU's.
     saved = 0.0
     if config.precision.fp8 is not None and not config.precision.emulate_fp8:
         saved = 2 * h / residual_tp + q / tp + feed_forward / 3
@@ -253,7 +256,7 @@ def _layer_activations(config: RunConfig, backend: str, gpu: bool) -> tuple[floa
 
 
 def _kept_by_attention(config: RunConfig, gpu: bool) -> float:
-    """Scalars a token: on a GPU torch's kernel keeps its output, in an order that is not the projection's."""
+    """Scalars per token: on a GPU torch's kernel keeps its output, in another layout than the projection's input."""
     if not gpu:
         return cpu_attention.kept(config)
     return config.model.num_attention_heads * config.model.head_dim / config.parallel.tensor_model_parallel_size
@@ -280,8 +283,8 @@ def _feed_forward_activations(config: RunConfig, backend: str, residual_tp: int)
     if backend == "te":
         # A routed token is copied to its experts, and comes back.
         return model.moe_router_topk * (2 * h / residual_tp + 3 * width / tp) + shared
-    # A routed token is copied to every rank that holds a part of its expert. One by one, experts keep SwiGLU's output
-    # before and after it is weighed; together they compute it again.
+    # A routed token is copied to every ETP rank of its expert. Computed one by one, experts keep SwiGLU's output before
+    # and after it is multiplied by the routing weight; the grouped GEMM recomputes both.
     copies = parallel.expert_tensor_size / residual_tp
     gated = h / residual_tp if model.moe_shared_expert_gate else 0.0
     return model.moe_router_topk * (h * copies + (4 if _one_by_one(config) else 2) * width / tp) + shared + gated

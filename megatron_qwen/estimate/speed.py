@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import Hardware, known
-from megatron_qwen.estimate.step_time import Assumptions, step_time
+from megatron_qwen.estimate.step_time import step_time
 
 
 @dataclass(frozen=True)
@@ -12,10 +13,10 @@ class Speed:
     """What a run is expected to reach.
 
     Args:
-        tokens_per_second: of all ranks.
-        step_s: one optimizer step at the full batch.
-        bubble: share of a step that pipeline ranks wait.
-        achieved: share of the device's ceilings that is assumed.
+        tokens_per_second: of all ranks together.
+        step_s: seconds of an optimizer step at the full batch.
+        bubble: fraction of a step in which pipeline ranks wait.
+        achieved: assumed fraction of the device's peak rates.
     """
 
     tokens_per_second: float
@@ -24,7 +25,7 @@ class Speed:
     achieved: float
 
     def hours(self, config: RunConfig) -> float:
-        """Duration of all steps; a ramp of the batch is taken at its full size."""
+        """Hours of all steps; a batch ramp-up counts as if every step had the full batch."""
         return config.training.train_iters * self.step_s / 3600
 
 
@@ -32,13 +33,13 @@ def why_not(config: RunConfig, device: Hardware) -> str | None:
     """Why the speed of a precision on a device is not known, or None where it is."""
     precision = config.precision
     if precision.dtype != "bf16":
-        return f"computes in {precision.dtype}, whose rates are not known; set precision.dtype=bf16."
+        return f"computes in {precision.dtype}, for which no rates are known; set precision.dtype=bf16."
     if precision.fp8 and precision.emulate_fp8:
-        return "emulates FP8, which is slow and not predicted; set precision.emulate_fp8=false."
+        return "emulates FP8, for which there is no prediction; set precision.emulate_fp8=false."
     if precision.fp8 and device.fp8 is None:
-        return f"computes in FP8, which the {device.name} has not; set precision.fp8=null."
+        return f"computes in FP8, which the {device.name} does not support; set precision.fp8=null."
     if precision.fp8 == "mxfp8" and device.name != "b200":
-        return f"has the recipe mxfp8, which needs Blackwell, not a {device.name}; set precision.fp8=tensorwise."
+        return f"uses the FP8 recipe mxfp8, which requires Blackwell, not {device.name}; set precision.fp8=tensorwise."
     return None
 
 

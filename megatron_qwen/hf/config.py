@@ -1,4 +1,4 @@
-"""A model's shape as Hugging Face's config.json, and back."""
+"""Converts a model's architecture to Hugging Face's config.json, and back."""
 
 from typing import Any
 
@@ -35,7 +35,7 @@ _OPTIONAL: dict[str, tuple[str, type]] = {
     "attention_dropout": ("attention_dropout", float),
     "router_aux_loss_coef": ("moe_aux_loss_coeff", float),
 }
-# Sizes that no model has; whoever names them wants the reader to run out of memory.
+# Limits far above any real model: a hostile config.json must not make the reader run out of memory.
 _LIMITS = {
     "num_hidden_layers": ("num_layers", 10_000),
     "num_attention_heads": ("num_attention_heads", 65_536),
@@ -43,7 +43,7 @@ _LIMITS = {
     "num_experts": ("num_moe_experts", 65_536),
 }
 
-# What must have one value, because nothing else is computed here.
+# Fields that must have one of these values, because no other is implemented.
 _FIXED: dict[str, tuple[Any, ...]] = {
     "use_sliding_window": (False,),
     "rope_scaling": (None,),
@@ -57,7 +57,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 def hf_config(
     model: ModelConfig, *, eos_token_id: int | list[int] | None, bos_token_id: int | None, dtype: str
 ) -> dict[str, Any]:
-    """config.json of the class that computes the same.
+    """config.json of the transformers class that computes the same function.
 
     Args:
         model: the shape.
@@ -66,7 +66,7 @@ def hf_config(
         dtype: torch's name of the weights' format.
 
     Raises:
-        ConversionError: no class of the family can express the shape.
+        ConversionError: no class of the family can express the architecture.
     """
     kind = _model_type(model)
     config: dict[str, Any] = {
@@ -107,18 +107,24 @@ def _model_type(model: ModelConfig) -> str:
     if model.qk_layernorm:
         kind = "qwen3_moe" if model.is_moe else "qwen3"
         if model.add_qkv_bias:
-            problems.append(Problem("model.add_qkv_bias", "true", "Qwen3 classes have no bias on Q, K and V alone."))
+            problems.append(
+                Problem(
+                    "model.add_qkv_bias",
+                    "true",
+                    "must be false for a model with qk_layernorm: Qwen3 classes have no QKV bias.",
+                )
+            )
         if model.moe_shared_expert_intermediate_size is not None:
-            fix = "Qwen3-MoE has no shared expert."
+            fix = "must be null for a model with qk_layernorm: Qwen3-MoE has no shared expert."
             problems.append(
                 Problem("model.moe_shared_expert_intermediate_size", model.moe_shared_expert_intermediate_size, fix)
             )
     else:
         kind = "qwen2_moe" if model.is_moe else "qwen2"
         if not model.is_moe and not model.add_qkv_bias:
-            problems.append(Problem("model.add_qkv_bias", "false", "Qwen2 models always have this bias."))
+            problems.append(Problem("model.add_qkv_bias", "false", "must be true: Qwen2 models always have this bias."))
         if model.is_moe and not model.moe_shared_expert_gate:
-            fix = "Qwen2-MoE models always have a shared expert with a gate."
+            fix = "must be true: Qwen2-MoE models always have a shared expert with a gate."
             problems.append(Problem("model.moe_shared_expert_gate", "false", fix))
     if problems:
         raise ConversionError(problems)
@@ -126,19 +132,21 @@ def _model_type(model: ModelConfig) -> str:
 
 
 def model_from_hf(content: dict[str, Any], *, where: str) -> ModelConfig:
-    """The shape that a config.json names.
+    """The architecture that a config.json describes.
 
     Args:
         content: config.json.
         where: its path, for messages.
 
     Raises:
-        ConversionError: with every field that is missing, of a wrong type, or asks for what is not computed here.
+        ConversionError: with every field that is missing, has a wrong type, or needs an unsupported feature.
     """
     kind = content.get("model_type")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
-        raise ConversionError(Problem(f"{where}: model_type", kind, f"is not a model this can convert ({known})."))
+        raise ConversionError(
+            Problem(f"{where}: model_type", kind, f"is not supported; supported model types: {known}.")
+        )
     content = _with_older_names(content)
     required = dict(_FIELDS)
     if kind.startswith("qwen3"):
@@ -181,7 +189,7 @@ def _value(
     value = content.get(name)
     if value is None:
         if required:
-            problems.append(Problem(f"{where}: {name}", None, "is missing; the model cannot be known without it."))
+            problems.append(Problem(f"{where}: {name}", None, "is missing; the model cannot be built without it."))
         return None
     fits = isinstance(value, int | float) if type_ is float else isinstance(value, type_)
     if not fits or (type_ is not bool and isinstance(value, bool)):
@@ -191,7 +199,7 @@ def _value(
     try:
         return type_(value)
     except OverflowError:
-        problems.append(Problem(f"{where}: {name}", "a number beyond all bounds", "must be a sensible number."))
+        problems.append(Problem(f"{where}: {name}", "an integer too large for a float", "must be a smaller number."))
         return None
 
 
@@ -201,27 +209,29 @@ def _rope_base(content: dict[str, Any], where: str, problems: list[Problem]) -> 
     if not isinstance(parameters, dict):
         return _value(content, "rope_theta", float, where, problems, required=True)
     if (kind := parameters.get("rope_type", "default")) != "default":
-        fix = "is not computed here; convert the model without a RoPE extension."
+        fix = "is not supported; convert the model without a RoPE extension."
         problems.append(Problem(f"{where}: rope_parameters.rope_type", kind, fix))
     return _value(parameters, "rope_theta", float, f"{where}: rope_parameters", problems, required=True)
 
 
 def _not_computed(content: dict[str, Any], where: str) -> list[Problem]:
     found = [
-        Problem(f"{where}: {name}", content[name], f"is not computed here; must be {allowed[0]!r}.")
+        Problem(f"{where}: {name}", content[name], f"is not supported; must be {allowed[0]!r}.")
         for name, allowed in _FIXED.items()
         if name in content and content[name] not in allowed
     ]
     if content.get("hidden_act") != "silu":
-        found.append(Problem(f"{where}: hidden_act", content.get("hidden_act"), "must be given, and must be silu."))
+        found.append(Problem(f"{where}: hidden_act", content.get("hidden_act"), "is required, and must be silu."))
     layer_types = content.get("layer_types")
     if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) != {"full_attention"}):
-        found.append(Problem(f"{where}: layer_types", layer_types, "is not computed here; only full_attention is."))
+        found.append(
+            Problem(f"{where}: layer_types", layer_types, "is not supported; every layer must have full_attention.")
+        )
     return found
 
 
 def _switches(kind: str, content: dict[str, Any], where: str, problems: list[Problem]) -> dict[str, Any]:
-    """What a class decides, beside its fields."""
+    """ModelConfig fields that follow from the transformers class."""
     switches: dict[str, Any] = {"qk_layernorm": kind.startswith("qwen3"), "add_qkv_bias": kind.startswith("qwen2")}
     if kind.endswith("_moe"):
         renormalised = _value(content, "norm_topk_prob", bool, where, problems, required=True)
@@ -238,7 +248,9 @@ def _illegal(model: ModelConfig, where: str) -> list[Problem]:
     if found:
         return found
     found += [
-        Problem(f"{where}: {name}", getattr(model, field), f"is beyond all models; at most {limit:,}.")
+        Problem(
+            f"{where}: {name}", getattr(model, field), f"is larger than any supported model; must be at most {limit:,}."
+        )
         for name, (field, limit) in _LIMITS.items()
         if (getattr(model, field) or 0) > limit
     ]
@@ -246,10 +258,12 @@ def _illegal(model: ModelConfig, where: str) -> list[Problem]:
         return found
     heads, groups = model.num_attention_heads, model.num_query_groups
     if heads % groups:
-        found.append(Problem(f"{where}: num_attention_heads", heads, f"must divide by num_key_value_heads = {groups}."))
+        found.append(
+            Problem(f"{where}: num_attention_heads", heads, f"must be divisible by num_key_value_heads = {groups}.")
+        )
     if model.kv_channels is None and model.hidden_size % heads:
         found.append(
-            Problem(f"{where}: hidden_size", model.hidden_size, f"must divide by num_attention_heads = {heads}.")
+            Problem(f"{where}: hidden_size", model.hidden_size, f"must be divisible by num_attention_heads = {heads}.")
         )
     if model.head_dim % 2:
         found.append(Problem(f"{where}: head_dim", model.head_dim, "must be even."))

@@ -1,7 +1,14 @@
-"""The one table between megatron-core's tensors and Hugging Face's, for both directions.
+"""The table between megatron-core's tensors and Hugging Face's, used in both directions.
 
-Every Hugging Face tensor is a choice of rows of one tensor of the checkpoint. A rule names that tensor (layers
-and experts are its leading dimensions) and says which rows go where, so a conversion only ever moves rows.
+Every Hugging Face tensor is a selection of rows of one tensor of the checkpoint. There are three kinds of mapping,
+named as in Megatron-Bridge:
+
+- direct: one tensor is one tensor (norms, embeddings, output projections, the router).
+- QKV: ``linear_qkv`` holds ``q_proj``, ``k_proj`` and ``v_proj``, interleaved by KV head.
+- gated MLP: ``linear_fc1`` holds ``gate_proj`` above ``up_proj``; ``linear_fc2`` is ``down_proj``.
+
+A mapping names the checkpoint tensor (layers and experts are its leading dimensions) and the rows of each Hugging Face
+tensor, so a conversion only moves rows and never computes.
 """
 
 from collections.abc import Iterator
@@ -14,15 +21,16 @@ Range = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """One tensor of the checkpoint and what it is in Hugging Face.
+class TensorMapping:
+    """One tensor of the checkpoint and the Hugging Face tensors that it holds.
 
     Args:
-        core: name in the checkpoint; ``decoder.layers.`` and ``experts.experts.`` stand for leading dimensions.
-        hf: Hugging Face names, with ``{layer}`` and ``{expert}``.
-        rows: for each of them the rows of the checkpoint tensor it is made of, in its order.
+        core: name in the checkpoint; names with ``decoder.layers.`` and ``experts.experts.`` have a leading dimension
+            for layers and one for experts.
+        hf: Hugging Face names, with the placeholders ``{layer}`` and ``{expert}``.
+        rows: for each Hugging Face tensor, the ranges of rows of the checkpoint tensor that make it up, in its order.
         width: columns; None for a vector.
-        padded: more rows may follow in the checkpoint, which pad the vocabulary.
+        padded: whether vocabulary padding may follow in the checkpoint.
     """
 
     core: str
@@ -33,12 +41,12 @@ class Rule:
 
     @property
     def per_layer(self) -> bool:
-        """Whether the first dimension counts layers."""
+        """Whether the first dimension is the layer."""
         return ".layers." in self.core
 
     @property
     def per_expert(self) -> bool:
-        """Whether the second dimension counts experts."""
+        """Whether the second dimension is the expert."""
         return ".experts." in self.core
 
     @property
@@ -47,7 +55,7 @@ class Rule:
         return sum(stop - start for ranges in self.rows for start, stop in ranges)
 
     def shape(self, part: int) -> tuple[int, ...]:
-        """Shape of one of the Hugging Face tensors."""
+        """Shape of Hugging Face tensor number ``part``: (rows,) or (rows, width)."""
         rows = sum(stop - start for start, stop in self.rows[part])
         return (rows,) if self.width is None else (rows, self.width)
 
@@ -57,7 +65,7 @@ class Rule:
         return (self.num_rows,) if self.width is None else (self.num_rows, self.width)
 
     def origin(self) -> list[tuple[int, Range]]:
-        """The checkpoint tensor from top to bottom: (which Hugging Face tensor, which of its rows)."""
+        """The checkpoint tensor from first to last row: (number of the Hugging Face tensor, range of its rows)."""
         found: list[tuple[int, int, Range]] = []
         for part, ranges in enumerate(self.rows):
             starts = accumulate((stop - start for start, stop in ranges), initial=0)
@@ -71,25 +79,25 @@ class HfTensor:
 
     Args:
         name: such as ``model.layers.3.self_attn.q_proj.weight``.
-        rule: the rule that yields it.
+        mapping: the mapping that contains it.
         leading: index of the layer, and of the expert, in the checkpoint tensor.
-        part: which of the rule's tensors it is.
+        part: its number in ``mapping.hf``.
     """
 
     name: str
-    rule: Rule
+    mapping: TensorMapping
     leading: tuple[int, ...]
     part: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.rule.shape(self.part)
+        """(rows,) or (rows, width)."""
+        return self.mapping.shape(self.part)
 
     @property
     def rows(self) -> tuple[Range, ...]:
-        """Rows of the checkpoint tensor it is made of."""
-        return self.rule.rows[self.part]
+        """Ranges of rows of the checkpoint tensor that make it up."""
+        return self.mapping.rows[self.part]
 
 
 @dataclass(frozen=True)
@@ -97,119 +105,139 @@ class CoreTensor:
     """A tensor of the checkpoint at one index of its leading dimensions.
 
     Args:
-        rule: the rule.
+        mapping: the mapping of the whole tensor.
         leading: index of the layer, and of the expert.
-        names: the Hugging Face tensors it is made of, in the order of the rule.
+        names: the Hugging Face tensors that it holds, in the order of ``mapping.hf``.
     """
 
-    rule: Rule
+    mapping: TensorMapping
     leading: tuple[int, ...]
     names: tuple[str, ...]
 
 
-def rules(model: ModelConfig) -> list[Rule]:
-    """The rules of a model, in the order of the checkpoint's tensors."""
+def tensor_mappings(model: ModelConfig) -> list[TensorMapping]:
+    """The mappings of a model, in the order of the checkpoint's tensors."""
     h = model.hidden_size
-    found = [_whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", model.vocab_size, h, padded=True)]
+    found = [_direct("embedding.word_embeddings.weight", "model.embed_tokens.weight", model.vocab_size, h, padded=True)]
     found += _attention(model) + (_moe(model) if model.is_moe else _dense(model))
-    found.append(_whole("decoder.final_layernorm.weight", "model.norm.weight", h))
+    found.append(_direct("decoder.final_layernorm.weight", "model.norm.weight", h))
     if not model.share_embeddings_and_output_weights:
-        found.append(_whole("output_layer.weight", "lm_head.weight", model.vocab_size, h, padded=True))
+        found.append(_direct("output_layer.weight", "lm_head.weight", model.vocab_size, h, padded=True))
     return found
 
 
 _LAYER, _HF = "decoder.layers.", "model.layers.{layer}."
 
 
-def _whole(core: str, hf: str, rows: int, width: int | None = None, *, padded: bool = False) -> Rule:
-    return Rule(core, (hf,), (((0, rows),),), width, padded)
+def _direct(core: str, hf: str, rows: int, width: int | None = None, *, padded: bool = False) -> TensorMapping:
+    """Direct mapping: one checkpoint tensor is one Hugging Face tensor."""
+    return TensorMapping(core, (hf,), (((0, rows),),), width, padded)
 
 
-def _attention(model: ModelConfig) -> list[Rule]:
-    core, hf, h, d = f"{_LAYER}self_attention.", f"{_HF}self_attn.", model.hidden_size, model.head_dim
+def _qkv(core: str, hf: str, model: ModelConfig, width: int | None) -> TensorMapping:
+    """QKV mapping: rows of the checkpoint are grouped by KV head, each group [its query heads, key head, value head].
 
-    def projections(kind: str) -> tuple[str, ...]:
-        return tuple(f"{hf}{part}_proj.{kind}" for part in "qkv")
+    For 4 query heads and 2 KV heads: q0 q1 k0 v0 | q2 q3 k1 v1, each of head_dim rows. megatron-core keeps this order
+    so that tensor parallelism can cut between groups. Hugging Face has a tensor for all query heads, one for all key
+    heads and one for all value heads.
 
-    # The core keeps each KV head beside the query heads it serves, so that TP cuts between groups.
-    heads = model.num_attention_heads // model.num_query_groups
+    Args:
+        core: name in the checkpoint.
+        hf: name in Hugging Face, with ``{}`` for q, k and v.
+        model: the architecture.
+        width: columns; None for the bias.
+    """
+    d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups
     starts = [group * (heads + 2) * d for group in range(model.num_query_groups)]
     query = tuple((start, start + heads * d) for start in starts)
     key = tuple((start + heads * d, start + (heads + 1) * d) for start in starts)
     value = tuple((start + (heads + 1) * d, start + (heads + 2) * d) for start in starts)
+    names = tuple(hf.replace("{}", part) for part in "qkv")
+    return TensorMapping(core, names, (query, key, value), width)
+
+
+def _attention(model: ModelConfig) -> list[TensorMapping]:
+    core, hf, h, d = f"{_LAYER}self_attention.", f"{_HF}self_attn.", model.hidden_size, model.head_dim
     found = [
-        _whole(f"{core}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight", h),
-        Rule(f"{core}linear_qkv.weight", projections("weight"), (query, key, value), h),
+        # Named after Transformer Engine's fused norm + linear; the torch backend saves its norm under the same name.
+        _direct(f"{core}linear_qkv.layer_norm_weight", f"{_HF}input_layernorm.weight", h),
+        _qkv(f"{core}linear_qkv.weight", f"{hf}{{}}_proj.weight", model, h),
     ]
     if model.add_qkv_bias:
-        found.append(Rule(f"{core}linear_qkv.bias", projections("bias"), (query, key, value), None))
+        found.append(_qkv(f"{core}linear_qkv.bias", f"{hf}{{}}_proj.bias", model, None))
     if model.qk_layernorm:
-        found += [_whole(f"{core}{part}_layernorm.weight", f"{hf}{part}_norm.weight", d) for part in "qk"]
-    return [*found, _whole(f"{core}linear_proj.weight", f"{hf}o_proj.weight", h, model.num_attention_heads * d)]
+        found += [_direct(f"{core}{part}_layernorm.weight", f"{hf}{part}_norm.weight", d) for part in "qk"]
+    return [*found, _direct(f"{core}linear_proj.weight", f"{hf}o_proj.weight", h, model.num_attention_heads * d)]
 
 
-def _gated(core: str, hf: str, hidden: int, ffn: int) -> list[Rule]:
+def _gated_mlp(core: str, hf: str, hidden: int, ffn: int) -> list[TensorMapping]:
+    """Gated MLP mapping: ``linear_fc1`` is [gate; up], 2 x ffn rows; ``linear_fc2`` is down."""
     gate_and_up = (f"{hf}gate_proj.weight", f"{hf}up_proj.weight")
     return [
-        Rule(f"{core}linear_fc1.weight", gate_and_up, (((0, ffn),), ((ffn, 2 * ffn),)), hidden),
-        _whole(f"{core}linear_fc2.weight", f"{hf}down_proj.weight", hidden, ffn),
+        TensorMapping(f"{core}linear_fc1.weight", gate_and_up, (((0, ffn),), ((ffn, 2 * ffn),)), hidden),
+        _direct(f"{core}linear_fc2.weight", f"{hf}down_proj.weight", hidden, ffn),
     ]
 
 
-def _dense(model: ModelConfig) -> list[Rule]:
+def _dense(model: ModelConfig) -> list[TensorMapping]:
     core, hf, h = f"{_LAYER}mlp.", f"{_HF}mlp.", model.hidden_size
-    norm = _whole(f"{core}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight", h)
-    return [norm, *_gated(core, hf, h, model.ffn_hidden_size)]
+    norm = _direct(f"{core}linear_fc1.layer_norm_weight", f"{_HF}post_attention_layernorm.weight", h)
+    return [norm, *_gated_mlp(core, hf, h, model.ffn_hidden_size)]
 
 
-def _moe(model: ModelConfig) -> list[Rule]:
+def _moe(model: ModelConfig) -> list[TensorMapping]:
     core, hf, h = f"{_LAYER}mlp.", f"{_HF}mlp.", model.hidden_size
     assert model.num_moe_experts is not None
     assert model.moe_ffn_hidden_size is not None
     found = [
-        _whole(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", h),
-        _whole(f"{core}router.weight", f"{hf}gate.weight", model.num_moe_experts, h),
-        *_gated(f"{core}experts.experts.", f"{hf}experts.{{expert}}.", h, model.moe_ffn_hidden_size),
+        _direct(f"{_LAYER}pre_mlp_layernorm.weight", f"{_HF}post_attention_layernorm.weight", h),
+        _direct(f"{core}router.weight", f"{hf}gate.weight", model.num_moe_experts, h),
+        *_gated_mlp(f"{core}experts.experts.", f"{hf}experts.{{expert}}.", h, model.moe_ffn_hidden_size),
     ]
     if model.moe_shared_expert_intermediate_size is not None:
-        found += _gated(f"{core}shared_experts.", f"{hf}shared_expert.", h, model.moe_shared_expert_intermediate_size)
+        found += _gated_mlp(
+            f"{core}shared_experts.", f"{hf}shared_expert.", h, model.moe_shared_expert_intermediate_size
+        )
     if model.moe_shared_expert_gate:
-        found.append(_whole(f"{core}shared_experts.gate_weight", f"{hf}shared_expert_gate.weight", 1, h))
+        found.append(_direct(f"{core}shared_experts.gate_weight", f"{hf}shared_expert_gate.weight", 1, h))
     return found
 
 
 def core_tensors(model: ModelConfig) -> Iterator[CoreTensor]:
-    """Every application of every rule, layer by layer."""
-    table = rules(model)
-    first = next(index for index, rule in enumerate(table) if rule.per_layer)
-    for rule in table[:first]:
-        yield CoreTensor(rule, (), rule.hf)
+    """Every tensor of the checkpoint at every index of its leading dimensions, layer by layer."""
+    table = tensor_mappings(model)
+    first = next(index for index, mapping in enumerate(table) if mapping.per_layer)
+    for mapping in table[:first]:
+        yield CoreTensor(mapping, (), mapping.hf)
     for layer in range(model.num_layers):
-        for rule in table:
-            if rule.per_layer:
-                yield from _in_layer(rule, layer, model)
-    for rule in table[first:]:
-        if not rule.per_layer:
-            yield CoreTensor(rule, (), rule.hf)
+        for mapping in table:
+            if mapping.per_layer:
+                yield from _in_layer(mapping, layer, model)
+    for mapping in table[first:]:
+        if not mapping.per_layer:
+            yield CoreTensor(mapping, (), mapping.hf)
 
 
-def _in_layer(rule: Rule, layer: int, model: ModelConfig) -> Iterator[CoreTensor]:
-    if not rule.per_expert:
-        yield CoreTensor(rule, (layer,), tuple(name.format(layer=layer) for name in rule.hf))
+def _in_layer(mapping: TensorMapping, layer: int, model: ModelConfig) -> Iterator[CoreTensor]:
+    if not mapping.per_expert:
+        yield CoreTensor(mapping, (layer,), tuple(name.format(layer=layer) for name in mapping.hf))
         return
     for expert in range(model.num_moe_experts or 0):
-        names = tuple(name.format(layer=layer, expert=expert) for name in rule.hf)
-        yield CoreTensor(rule, (layer, expert), names)
+        names = tuple(name.format(layer=layer, expert=expert) for name in mapping.hf)
+        yield CoreTensor(mapping, (layer, expert), names)
 
 
 def count_hf_tensors(model: ModelConfig) -> int:
-    """How many Hugging Face tensors there are, without naming them."""
+    """Number of Hugging Face tensors, without making their names (there may be many thousands)."""
     times = {True: model.num_layers, False: 1}
     experts = {True: model.num_moe_experts or 0, False: 1}
-    return sum(len(rule.hf) * times[rule.per_layer] * experts[rule.per_expert] for rule in rules(model))
+    return sum(
+        len(mapping.hf) * times[mapping.per_layer] * experts[mapping.per_expert] for mapping in tensor_mappings(model)
+    )
 
 
-# Modules of a layer in the order in which transformers holds them, and so writes them.
+# Modules of a layer in the order in which transformers registers and therefore writes them. It decides which tensors
+# share a file of an export.
 _MODULES = (
     *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *(f"mlp.{part}" for part in ("gate", "experts")),
@@ -223,9 +251,9 @@ _AROUND_LAYERS = {"model.embed_tokens.weight": 0, "model.norm.weight": 2, "lm_he
 
 
 def hf_tensors(model: ModelConfig) -> list[HfTensor]:
-    """Every Hugging Face tensor, in the order of transformers' modules, which decides what file each goes to."""
+    """Every Hugging Face tensor, in the order of transformers' modules, which decides the file that each goes to."""
     found = [
-        HfTensor(name, item.rule, item.leading, part)
+        HfTensor(name, item.mapping, item.leading, part)
         for item in core_tensors(model)
         for part, name in enumerate(item.names)
     ]

@@ -18,7 +18,7 @@ class Backend:
         provider: megatron-core's BackendSpecProvider.
         self_attention: the class of the attention module around the provider's parts.
         fp8_provider: the same for the layers that emulate FP8; None where none does (the modules of Transformer Engine
-            are told by the core, layer by layer).
+            get their recipe from megatron-core, layer by layer).
     """
 
     name: str
@@ -32,7 +32,7 @@ def choose(precision: PrecisionConfig) -> Backend:
     """Picks the backend that was asked for, or the best that runs here.
 
     Raises:
-        ConfigError: te or FP8 is asked for where it cannot run; says what is missing.
+        ConfigError: te or FP8 is requested where it cannot run; the message names what is missing.
     """
     if precision.emulate_fp8:
         missing: str | None = "precision.emulate_fp8=true"
@@ -55,4 +55,4 @@ def choose(precision: PrecisionConfig) -> Backend:
         return Backend("torch", missing, TorchSpecProvider(), TorchSelfAttention, emulated)
     from megatron.core.transformer.attention import SelfAttention
 
-    return Backend("te", "Transformer Engine imports and there is a CUDA device", te_backend.provider(), SelfAttention)
+    return Backend("te", "Transformer Engine and a CUDA device are available", te_backend.provider(), SelfAttention)

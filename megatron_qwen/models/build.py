@@ -29,7 +29,7 @@ from megatron_qwen.models.vocabulary import padded_vocab_size
 
 @dataclass(frozen=True)
 class Model:
-    """The chunks of this rank, and the core's configuration they share.
+    """The model chunks of this rank, and their megatron-core configuration.
 
     Args:
         core: megatron-core's configuration.
@@ -46,10 +46,10 @@ class Model:
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
-        """Inside, every rank holds its parameters as the last step left them.
+        """Context in which every rank holds all its parameters as the last step updated them.
 
-        With parallel.overlap_param_gather they are otherwise gathered only by the next forward pass, and what is
-        saved or validated in between would be partly stale.
+        With parallel.overlap_param_gather they are otherwise all-gathered by the next forward pass. A checkpoint or a
+        validation in between would see partly stale weights.
         """
         late = [chunk for chunk in self.chunks if chunk.ddp_config.overlap_param_gather]
         for chunk in late:
@@ -61,7 +61,7 @@ class Model:
                 chunk.enable_forward_pre_hook()
 
     def set_rotary_base(self, base: float) -> None:
-        """Gives RoPE another base, as a stage of a run may."""
+        """Changes the RoPE base, which a data stage may set."""
         for module in self.modules:
             if hasattr(module, "rotary_pos_emb") and module.rotary_base != base:
                 module.rotary_pos_emb = RotaryEmbedding(
@@ -81,8 +81,8 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
     Args:
         config: the run.
         groups: the groups of this rank.
-        backend: whose modules the layers are made of.
-        device: where the parameters go.
+        backend: the backend whose modules the layers use.
+        device: device of the parameters.
     """
     core = transformer_config(config, backend)
     virtual = config.parallel.virtual_stages
@@ -113,16 +113,16 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
 
 
 def for_one_rank(config: RunConfig, backend: Backend) -> RunConfig:
-    """The configuration with the preset's choices made, for a model that no run has set up.
+    """The configuration with the preset's choices for one rank, for a model outside a training run.
 
-    What the run has forced was for its own ranks and devices.
+    Performance fields that the run has set are dropped: they were chosen for its ranks and devices.
     """
     config = replace(config, performance=PerformanceConfig())
     return choose(config, Machine(backend.name, gpu=has_cuda()), world_size=1)[0]
 
 
 def bare_module(config: RunConfig, groups: ProcessGroupCollection, backend: Backend) -> GPTModel:
-    """The model of a single pipeline rank without values: for who fills it and runs it forward only.
+    """The model of a single pipeline rank with uninitialised parameters, for callers that load and then run it.
 
     Args:
         config: the run; one pipeline stage.

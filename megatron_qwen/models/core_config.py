@@ -16,10 +16,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig:
-    """The core's configuration of the model, its layout and its kernels.
+    """megatron-core's configuration of the model, its layout and its kernels.
 
     Raises:
-        ConfigError: the core has a rule that ``config/checks.py`` does not know.
+        ConfigError: megatron-core has a rule that ``config/checks.py`` does not know.
     """
     try:
         return TransformerConfig(
@@ -31,7 +31,7 @@ def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig
             **_speed(config),
         )
     except (ValueError, AssertionError) as error:
-        raise ConfigError(Problem("configuration", None, f"megatron-core refuses it: {error}")) from None
+        raise ConfigError(Problem("configuration", None, f"megatron-core rejects it: {error}")) from None
 
 
 def _shape(config: RunConfig) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _shape(config: RunConfig) -> dict[str, Any]:
         "activation_func": F.silu,
         "hidden_dropout": model.hidden_dropout,
         "attention_dropout": model.attention_dropout,
-        # Weights are drawn by initialise.py, the same under every layout.
+        # initialise.py draws the weights, with the same values under every layout.
         "perform_initialization": False,
     }
 
@@ -100,7 +100,7 @@ def _speed(config: RunConfig) -> dict[str, Any]:
         "tp_comm_overlap": bool(performance.tp_comm_overlap),
         "fp8_param": bool(performance.fp8_param_gather),
         "cuda_graph_impl": performance.cuda_graph_impl or "none",
-        # Which experts get how many tokens is not known when a graph is recorded.
+        # A graph needs fixed shapes, and the tokens per expert vary: experts stay outside the graph.
         "cuda_graph_modules": [],
     }
     if performance.cuda_graph_impl == "local" and config.model.is_moe:
@@ -125,7 +125,7 @@ def _layout(config: RunConfig) -> dict[str, Any]:
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_size,
         "overlap_p2p_comm": interleaved and parallel.overlap_p2p_comm,
-        # Batched sends are wrong in the interleaved schedule with two pipeline ranks.
+        # With two pipeline ranks, batched sends give wrong gradients in the interleaved schedule.
         "batch_p2p_comm": not (interleaved and parallel.overlap_p2p_comm),
         "deallocate_pipeline_outputs": True,
         "pipeline_dtype": DTYPES[config.precision.dtype],
@@ -138,12 +138,13 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
     numbers: dict[str, Any] = {
         "bf16": precision.dtype == "bf16",
         "params_dtype": DTYPES[precision.dtype],
-        # Losses are sums over tokens; the core divides the gradients by the tokens of the global batch.
+        # The loss is a sum over tokens; megatron-core divides gradients by the tokens of the global batch. A mean per
+        # micro-batch would weigh masked tokens differently under different layouts.
         "calculate_per_token_loss": True,
         "transformer_impl": "transformer_engine" if te else "local",
-        # Takes the activation module of the spec; the torch backend has one of its own.
+        # Makes megatron-core use the activation module of the spec, here the torch backend's SwiGLU.
         "use_te_activation_func": not te,
-        # For Transformer Engine's layers te_backend/provider.py sees to it.
+        # Transformer Engine's layers get this from te_backend/provider.py.
         "gradient_accumulation_fusion": device.has_cuda()
         and not te
         and not precision.emulate_fp8
@@ -157,7 +158,7 @@ def _numbers(config: RunConfig, backend: Backend) -> dict[str, Any]:
         }
     if precision.fp8 and not precision.emulate_fp8:
         numbers |= {"fp8": "hybrid", "fp8_recipe": precision.fp8}
-    if precision.fp8 == "delayed":  # the core refuses the exclusion with it
+    if precision.fp8 == "delayed":  # megatron-core rejects first_last_layers_bf16 with it
         numbers |= {"first_last_layers_bf16": False, "fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
     return numbers
 

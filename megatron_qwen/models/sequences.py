@@ -1,4 +1,4 @@
-"""Independent sequences laid end to end in one row: none attends to another, and positions begin anew in each."""
+"""Packed sequences: several sequences concatenated in one row (THD), without attention between them."""
 
 from dataclasses import dataclass
 
@@ -7,31 +7,32 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 @dataclass
-class SeparateSequences(PackedSeqParams):
-    """What megatron-core's and Transformer Engine's packed attention takes, and what the torch backend takes beside it.
+class PackedSequences(PackedSeqParams):
+    """megatron-core's PackedSeqParams for the te backend, with two fields for the torch backend.
 
     Args:
-        lengths: of the sequences, in order; they fill the row.
-        positions: position of each of this rank's tokens in its own sequence, [s / CP].
+        lengths: tokens of each sequence, in order; their sum is s. Integers on the host, so that splitting a row by
+            them does not wait for the device.
+        positions: position of each of this rank's tokens within its sequence, [s / CP]; selects the RoPE angles.
     """
 
     lengths: tuple[int, ...] = ()
     positions: torch.Tensor | None = None
 
 
-def separate_sequences(bounds: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor) -> SeparateSequences:
+def packed_sequences(cu_seqlens: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor) -> PackedSequences:
     """Describes the sequences of a row.
 
     Args:
-        bounds: where sequences begin, and the length of the row, int32, [sequences + 1].
-        lengths: of the sequences.
-        positions: position of each of this rank's tokens in its own sequence, [s / CP].
+        cu_seqlens: cumulative lengths: start of each sequence, then the length of the row; int32, [sequences + 1].
+        lengths: tokens of each sequence.
+        positions: position of each of this rank's tokens within its sequence, [s / CP].
     """
     longest = max(lengths)
-    return SeparateSequences(
+    return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=bounds,
-        cu_seqlens_kv=bounds,
+        cu_seqlens_q=cu_seqlens,
+        cu_seqlens_kv=cu_seqlens,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         lengths=lengths,

@@ -1,1 +1,1 @@
-"""The optimizer, its state whole, lean or on the host, and the learning-rate schedule."""
+"""The optimizer, its state (plain, precision-aware or offloaded to the host) and the learning-rate schedule."""

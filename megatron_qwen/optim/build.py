@@ -10,15 +10,15 @@ from megatron_qwen.models.build import Model
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.optim import host_state
 
-# Transformer Engine's Adam keeps FP8 moments in bytes, with a scale a tensor.
+# Transformer Engine's Adam stores FP8 moments as uint8, with one scale per tensor.
 _MOMENTS = {**DTYPES, "fp8": torch.uint8}
 
 
 def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollection) -> ChainedOptimizer:
     """AdamW, sharded over the data-parallel ranks, without weight decay on norms and biases.
 
-    The groups are read from megatron-core's own registry (``groups`` made them), because the core builds its
-    gloo twins of the data-parallel groups only on that path.
+    ``get_megatron_optimizer`` takes the process groups from parallel_state, not from ``groups``: megatron-core creates
+    the gloo counterparts of the data-parallel groups, which gather optimizer state for a checkpoint, only on that path.
     """
     optim, precision = config.optim, config.precision
     on_host = config.performance.optimizer_offload_fraction or 0.0
@@ -35,7 +35,8 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         params_dtype=DTYPES[precision.dtype],
         use_distributed_optimizer=True,
         overlap_param_gather=bool(config.parallel.overlap_param_gather),
-        # On the host are the main weights too: then the core keeps none on the device with this switch only.
+        # With offload the main weights are on the host as well; only this switch stops megatron-core from keeping a
+        # second copy on the device.
         use_precision_aware_optimizer=bool(precision.use_precision_aware_optimizer or on_host),
         fp8_recipe=precision.fp8 if config.performance.fp8_param_gather else None,
         optimizer_cpu_offload=on_host > 0,
@@ -45,7 +46,7 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
     )
     optimizer = get_megatron_optimizer(settings, model.chunks)
     for part in optimizer.chained_optimizers:
-        if part.is_stub_optimizer:  # a rank may hold no parameter of a chain's part
+        if part.is_stub_optimizer:  # this rank has no parameters of this kind (dense or expert)
             continue
         if precision.use_precision_aware_optimizer:
             precision_aware_state.apply(optimizer=part)
@@ -58,7 +59,7 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
 
 
 def set_learning_rate(optimizer: ChainedOptimizer, rate: float, *, weight_decay: float) -> None:
-    """Sets the rate of the next step; groups of norms and biases keep a decay of zero."""
+    """Sets the learning rate and weight decay of the next step; norms and biases (wd_mult 0) keep a decay of 0."""
     for group in optimizer.param_groups:
         group["lr"] = rate
         group["weight_decay"] = weight_decay * group.get("wd_mult", 1.0)

@@ -1,7 +1,7 @@
 """An optimizer whose main weights and moments are on the host (performance.optimizer_offload_fraction).
 
-megatron-core 0.19.2 makes that state by a step with random gradients, at whatever rate is set: it moves the weights and
-leaves moments behind.
+megatron-core 0.19.2 creates that state by a step with random gradients at the current learning rate, which would change
+the weights and leave non-zero moments.
 """
 
 from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
@@ -10,7 +10,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def start(hybrid: HybridDeviceOptimizer) -> None:
-    """Makes the state that no step has been taken with: zero moments, main weights equal to the model's."""
+    """Creates the state before the first step: zero moments and step counts, main weights equal to the model's."""
     rates = [group["lr"] for group in hybrid.param_groups]
     for group in hybrid.param_groups:
         group["lr"] = 0.0

@@ -6,7 +6,7 @@ from megatron_qwen.config.sections import OptimConfig
 
 
 def learning_rate(iteration: int, *, optim: OptimConfig, train_iters: int) -> float:
-    """Learning rate of a step.
+    """Learning rate of one step.
 
     Args:
         iteration: the step, counted from 1.
@@ -30,7 +30,7 @@ def learning_rate(iteration: int, *, optim: OptimConfig, train_iters: int) -> fl
 
 
 def _remaining(shape: str, progress: float) -> float:
-    """What is left of the way from floor to peak, 1 to 0, at a progress from 0 to 1."""
+    """Remaining fraction of peak - floor, from 1 to 0, at a progress from 0 to 1."""
     if shape == "cosine":
         return 0.5 * (1 + math.cos(math.pi * progress))
     if shape == "minus_sqrt":

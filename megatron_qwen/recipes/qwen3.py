@@ -1,8 +1,8 @@
-"""Qwen3: six dense sizes and two mixtures of experts.
+"""Qwen3: six dense sizes and two mixture-of-experts (MoE) sizes.
 
 Shapes: Qwen3 Technical Report (arXiv 2505.09388, tables 1 and 2) and the released config.json files. What sets the
 family apart from Qwen2.5: RMSNorm on every query and key head, no bias on Q, K and V, a head dimension of 128 whatever
-the width, mixtures without a shared expert whose chosen weights are renormalised. The report does not publish
+the width, and in MoE models no shared expert and renormalised routing weights. The report does not publish
 learning rates and batches, so these are those of the Qwen2.5 recipes of like size (``dense.py``, ``moe.py`` say where
 they come from). RoPE base and sequence are those of the report's first stage (4096 tokens, base 10,000, section 3.2);
 the releases' base of 1,000,000 belongs to its last stage.

@@ -1,4 +1,4 @@
-"""Recipes for a CPU: tiny ones that tests build in a moment, and the demo's."""
+"""Recipes for a CPU: tiny models for tests, and the model of ``mq demo``."""
 
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,7 @@ def tiny_dense() -> RunConfig:
 
 
 def tiny_moe() -> RunConfig:
-    """A mixture of 4 experts, 2 chosen, with a gated shared expert and both router losses."""
+    """An MoE model with 4 experts, top-2 routing, a gated shared expert and both router losses."""
     model = ModelConfig(
         num_layers=4,
         hidden_size=64,
@@ -68,7 +68,7 @@ def tiny_qwen3() -> RunConfig:
 
 
 def tiny_qwen3_moe() -> RunConfig:
-    """A mixture with Qwen3's attention, no shared expert, renormalised weights."""
+    """An MoE model with Qwen3's attention, no shared expert and renormalised routing weights."""
     base = tiny_moe()
     routing: dict[str, Any] = {
         "moe_shared_expert_intermediate_size": None,

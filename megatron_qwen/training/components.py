@@ -9,7 +9,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Shard
 from megatron_qwen.data.loaders.read_ahead import Loader
 from megatron_qwen.data.reading.training_data import TrainingData
-from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.estimate.choices import PresetChoice
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.build import Model
 from megatron_qwen.training.forward import ForwardStep
@@ -37,7 +37,7 @@ class TrainingComponents:
 
     config: RunConfig
     asked: RunConfig
-    choices: list[Choice]
+    choices: list[PresetChoice]
     groups: ProcessGroupCollection
     backend: Backend
     model: Model

@@ -12,7 +12,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.core_config import DTYPES
 from megatron_qwen.models.loss import output_loss
-from megatron_qwen.models.sequences import SeparateSequences, separate_sequences
+from megatron_qwen.models.sequences import PackedSequences, packed_sequences
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
@@ -69,10 +69,10 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
     return forward_step
 
 
-def _sequences(batch: Batch) -> SeparateSequences | None:
+def _sequences(batch: Batch) -> PackedSequences | None:
     if batch.bounds is None:
         return None
-    return separate_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
+    return packed_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
 
 
 def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

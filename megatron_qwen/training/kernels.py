@@ -4,12 +4,12 @@ import torch.distributed as dist
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.estimate.choices import PresetChoice
 from megatron_qwen.models.torch_backend.compiled import Kernels, compiler_failure
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
-def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, list[Choice]]:
+def start_kernels(config: RunConfig, choices: list[PresetChoice]) -> tuple[RunConfig, list[PresetChoice]]:
     """Has the small operations compiled, on all ranks or on none: they would round differently.
 
     Args:
@@ -33,7 +33,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
             fix = f"{reason}. Install g++ there, or set it to false."
             raise ConfigError(Problem(field, "true", fix))
         config = config.with_section("performance", compile=False)
-        off = Choice(field, False, reason)
+        off = PresetChoice(field, False, reason)
         choices = [off if choice.field == field else choice for choice in choices]
     PROCESS_KERNELS.use(Kernels() if config.performance.compile else None)
     return config, choices

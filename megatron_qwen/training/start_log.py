@@ -7,7 +7,7 @@ from pathlib import Path
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.reading.reading_plan import plan, warnings
-from megatron_qwen.estimate.choices import Choice
+from megatron_qwen.estimate.choices import PresetChoice
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.training.components import TrainingComponents
@@ -25,7 +25,7 @@ def keep_log(path: Path) -> None:
     logging.getLogger("megatron_qwen").addHandler(handler)
 
 
-def log_build(config: RunConfig, choices: Sequence[Choice], backend: Backend, *, adam: str) -> None:
+def log_build(config: RunConfig, choices: Sequence[PresetChoice], backend: Backend, *, adam: str) -> None:
     """Backend, optimizer, device and every choice of the preset with its reason.
 
     Args:

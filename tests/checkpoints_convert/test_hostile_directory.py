@@ -218,14 +218,14 @@ def test_config_without_a_field(field, hf, tmp_path):
         ({"hidden_size": 1 << 70}, "has the shape"),
         ({"rms_norm_eps": float("nan")}, "finite"),
         ({"rms_norm_eps": 0}, "greater than 0"),
-        ({"num_key_value_heads": 3}, "must divide by"),
+        ({"num_key_value_heads": 3}, "must be divisible by"),
         ({"model_type": "llama"}, "can convert"),
         ({"model_type": ["qwen2"]}, "can convert"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "yarn"),
-        ({"rope_scaling": {"type": "yarn"}}, "not computed here"),
-        ({"use_sliding_window": True}, "not computed here"),
+        ({"rope_scaling": {"type": "yarn"}}, "is not supported"),
+        ({"use_sliding_window": True}, "is not supported"),
         ({"layer_types": ["sliding_attention"] * 3}, "full_attention"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "not computed here"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "is not supported"),
         ({"hidden_act": "gelu"}, "must be silu"),
         ({"tie_word_embeddings": True}, "lm_head.weight"),
     ],
@@ -288,7 +288,7 @@ def test_sizes_beyond_all_bounds_are_refused_at_once(hf, tmp_path):
     for changes in ({"num_hidden_layers": 10**9}, {"num_attention_heads": 5 * 10**8, "num_key_value_heads": 5 * 10**8}):
         content = json.loads((hf / "config.json").read_text()) | changes
         (hf / "config.json").write_text(json.dumps(content))
-        assert "beyond all models" in refused("from-hf", hf, tmp_path / "out", exit_codes=(3,))
+        assert "larger than any supported model" in refused("from-hf", hf, tmp_path / "out", exit_codes=(3,))
 
 
 @pytest.mark.parametrize("extra", [{"note": 2**80}, {"note": "\ud800"}, {"auto_map": {"AutoModel": "evil.py"}}])

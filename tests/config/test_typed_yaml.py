@@ -98,15 +98,15 @@ def test_what_is_right():
         ({"kind": "cloud"}, "kind = 'cloud': must be one of slurm, local."),
         ({"jobs": None}, "jobs = null: must be list of a mapping with name, nodes, lasts."),
         ({"jobs": {"name": "a"}}, "jobs = {'name': 'a'}: must be list of a mapping with name, nodes, lasts."),
-        ({"jobs": [{"nodes": 1}]}, "jobs[0].name: must be given."),
+        ({"jobs": [{"nodes": 1}]}, "jobs[0].name: is required."),
         ({"jobs": [{"name": "a"}, {"name": ""}]}, "jobs[1].name = '': must be str."),
-        ({"jobs": [{"name": "a", "colour": 1}]}, "jobs[0].colour: no such field. Known are name, nodes, lasts."),
+        ({"jobs": [{"name": "a", "colour": 1}]}, "jobs[0].colour: no such field. Known fields: name, nodes, lasts."),
         ({"jobs": [{"name": "a", "nodes": 0}]}, "jobs[0].nodes = 0: must be at least 1."),
         ({"jobs": [{"name": "a", "nodes": True}]}, "jobs[0].nodes = True: must be int."),
         ({"jobs": [{"name": "a", "nodes": "8"}]}, "jobs[0].nodes = '8': must be int."),
         ({"jobs": [{"name": "a", "lasts": "long"}]}, "jobs[0].lasts = 'long': must be a time such as 30m or 2h."),
         ({"first": "a"}, "first = 'a': must be a mapping with name, nodes, lasts."),
-        ({"rates": {"low": 1}}, "rates.high: must be given."),
+        ({"rates": {"low": 1}}, "rates.high: is required."),
         ({"rates": {"values": ["x"]}}, "rates.values[0] = 'x': must be float."),
         (
             {"rates": {"low": 1, "values": [1]}},
@@ -140,7 +140,7 @@ def test_everything_at_once():
     reader = YamlReader("f.yaml")
     assert reader.read(File, wrong) is None
     with pytest.raises(ConfigError) as caught:
-        reader.require_right()
+        reader.raise_problems()
     assert caught.value.exit_code == EXIT_CONFIG == 2
     assert len(caught.value.problems) == 7
 

@@ -59,16 +59,16 @@ def test_data_parallel_gpus_overlap():
 
 
 @pytest.mark.parametrize(
-    ("memory_gib", "lean", "recompute"),
+    ("memory_gib", "precision_aware", "recompute"),
     [(138, False, "none"), (133, True, "none"), (90, True, "selective"), (65, True, "full")],
 )
-def test_memory_is_saved_step_by_step(memory_gib, lean, recompute):
+def test_memory_is_saved_step_by_step(memory_gib, precision_aware, recompute):
     """A 3B that needs 136 GiB: first what costs nothing, then what computes again as little as is enough."""
     config = RECIPES["qwen2_5_3b"]().with_section("training", micro_batch_size=12, global_batch_size=24)
     config = config.with_section("parallel", tensor_model_parallel_size=1, sequence_parallel=False)
     config = config.with_section("data", seq_length=2048)
     made, values = chosen(config, Machine("te", gpu=True, memory_gib=memory_gib), world_size=1)
-    assert values["precision.use_precision_aware_optimizer"] is lean
+    assert values["precision.use_precision_aware_optimizer"] is precision_aware
     assert values["training.recompute_granularity"] == recompute
     assert max(stage.total_gib for stage in memory_per_stage(made, world_size=1)) <= memory_gib
 

@@ -84,7 +84,7 @@ def test_fp8_of_a_mixture_stays_near_bf16(tokens, tmp_path):
 
 TE, TORCH = ["precision.backend=te"], ["precision.backend=torch"]
 FP8 = ["precision.backend=te", "precision.fp8=tensorwise"]
-LEAN = [
+PRECISION_AWARE = [
     "precision.backend=te",
     "precision.use_precision_aware_optimizer=true",
     "precision.exp_avg_dtype=bf16",
@@ -99,9 +99,9 @@ PAIRS = {
     "torch-te": (TORCH, TE),
     "te-fp8": (TE, FP8),
     "fp8-te": (FP8, TE),
-    "lean-lean": (LEAN, LEAN),
-    "te-lean": (TE, LEAN),
-    "lean-torch": (LEAN, TORCH),
+    "precision-aware to itself": (PRECISION_AWARE, PRECISION_AWARE),
+    "te to precision-aware": (TE, PRECISION_AWARE),
+    "precision-aware to torch": (PRECISION_AWARE, TORCH),
     "host-host": (HOST, HOST),
     "host-torch": (HOST, TORCH),
     "te-host": (TE, HOST),

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.hf.config import hf_config, model_from_hf
-from megatron_qwen.hf.mapping import Rule, core_tensors, count_hf_tensors, hf_tensors, rules
+from megatron_qwen.hf.mapping import TensorMapping, core_tensors, count_hf_tensors, hf_tensors, tensor_mappings
 from megatron_qwen.recipes.registry import RECIPES
 
 
@@ -29,33 +29,33 @@ def test_names_are_those_of_transformers(recipe):
         assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
 
 
-def split(rule: Rule, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def split(mapping: TensorMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
-    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in rule.rows)
+    return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in mapping.rows)
 
 
-def join(rule: Rule, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def join(mapping: TensorMapping, tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     """The inverse of ``split``."""
-    return torch.cat([tensors[part][start:stop] for part, (start, stop) in rule.origin()])
+    return torch.cat([tensors[part][start:stop] for part, (start, stop) in mapping.origin()])
 
 
 @pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe"])
 def test_split_and_join_are_inverse(recipe):
     model = RECIPES[recipe]().model
-    for rule in rules(model):
-        tensor = torch.randn(rule.core_shape)
-        parts = split(rule, tensor)
-        assert [part.shape for part in parts] == [rule.shape(index) for index in range(len(rule.hf))]
-        assert torch.equal(join(rule, parts), tensor), rule.core
-        assert sorted(row for ranges in rule.rows for span in ranges for row in range(*span)) == list(
-            range(rule.num_rows)
+    for mapping in tensor_mappings(model):
+        tensor = torch.randn(mapping.core_shape)
+        parts = split(mapping, tensor)
+        assert [part.shape for part in parts] == [mapping.shape(index) for index in range(len(mapping.hf))]
+        assert torch.equal(join(mapping, parts), tensor), mapping.core
+        assert sorted(row for ranges in mapping.rows for span in ranges for row in range(*span)) == list(
+            range(mapping.num_rows)
         ), "a row goes nowhere, or to two places"
 
 
 def test_query_heads_lie_beside_their_key_and_value():
     """The core's order by the plain definition: group by group, its query heads, then key, then value."""
     model = RECIPES["tiny_dense"]().model
-    rule = next(rule for rule in rules(model) if rule.core.endswith("linear_qkv.bias"))
+    mapping = next(mapping for mapping in tensor_mappings(model) if mapping.core.endswith("linear_qkv.bias"))
     d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups
     query, key, value = (torch.arange(1000 * n, 1000 * n + count * d) for n, count in ((1, 4), (2, 2), (3, 2)))
     expected = [
@@ -67,7 +67,7 @@ def test_query_heads_lie_beside_their_key_and_value():
             value[group * d : (group + 1) * d],
         )
     ]
-    assert torch.equal(join(rule, (query, key, value)), torch.cat(expected))
+    assert torch.equal(join(mapping, (query, key, value)), torch.cat(expected))
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "qwen3_235b_a22b"])
@@ -85,5 +85,5 @@ def test_config_json_comes_back(recipe):
 def test_parameters_of_the_table_are_those_of_the_estimate():
     for name in ("qwen2_5_0_5b", "qwen2_5_72b", "qwen2_57b_a14b", "qwen3_8b", "qwen3_30b_a3b"):
         model = RECIPES[name]().model
-        stored = sum(torch.Size(item.rule.core_shape).numel() for item in core_tensors(model))
+        stored = sum(torch.Size(item.mapping.core_shape).numel() for item in core_tensors(model))
         assert stored == count_parameters(model).total, name

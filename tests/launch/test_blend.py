@@ -61,7 +61,7 @@ def test_path_and_blend_are_not_both(tokens, tmp_path):
     path = write(tmp_path, tokens, {"name": "s", "weights": {"a": 1}})
     done = run("launch.train", "tiny_dense", f"data.path={tokens}", f"data.blend={path}", "--run-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert "goes instead of data.path" in done.stderr
+    assert "cannot be combined with data.path" in done.stderr
 
 
 def test_estimates_go_over_all_stages(tokens, tmp_path):

@@ -25,7 +25,7 @@ def test_everything_at_once():
     request = make("parallel.tensor_model_parallel_size=3", *words)
     found = texts(request)
     assert any("parallel.tensor_model_parallel_size = 3" in text for text in found)
-    assert any("ranks = 16: must divide by TP x PP x CP" in text for text in found)
+    assert any("ranks = 16: must be divisible by TP x PP x CP" in text for text in found)
     assert any("U+0007" in text for text in found)
     assert any(text.startswith("to do: data.path") for text in found)
 

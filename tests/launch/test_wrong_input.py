@@ -64,7 +64,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         DENSE,
         ["parallel.virtual_pipeline_model_parallel_size=2"],
         1,
-        ["needs parallel.pipeline_model_parallel_size > 1"],
+        ["requires parallel.pipeline_model_parallel_size > 1"],
     ),
     (
         DENSE,
@@ -80,13 +80,18 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         DENSE,
         ["parallel.context_parallel_size=2", "data.seq_length=62"],
         2,
-        ["data.seq_length = 62", "must divide by 4"],
+        ["data.seq_length = 62", "divisible by 2 x context_parallel_size = 4; use 60 or 64"],
     ),
     (DENSE, ["parallel.expert_model_parallel_size=2"], 2, ["parallel.expert_model_parallel_size = 2", "no experts"]),
     (DENSE, ["parallel.use_distributed_optimizer=false"], 1, ["parallel.use_distributed_optimizer", "must be true"]),
-    (DENSE, ["parallel.overlap_param_gather=true"], 1, ["needs parallel.overlap_grad_reduce=true"]),
-    (DENSE, ["training.global_batch_size=3"], 2, ["training.global_batch_size = 3", "micro batch x DP = 1 x 2"]),
-    (DENSE, ["training.rampup_batch_size=[2, 3, 8]"], 1, ["training.rampup_batch_size", "4 - 2 must divide"]),
+    (DENSE, ["parallel.overlap_param_gather=true"], 1, ["requires parallel.overlap_grad_reduce=true"]),
+    (
+        DENSE,
+        ["training.global_batch_size=3"],
+        2,
+        ["training.global_batch_size = 3", "= 2 (micro-batch 1, data parallel 2); use 2 or 4."],
+    ),
+    (DENSE, ["training.rampup_batch_size=[2, 3, 8]"], 1, ["training.rampup_batch_size", "4 - 2 must be divisible"]),
     (
         DENSE,
         ["training.recompute_granularity=selective", "training.recompute_modules=[moe]"],
@@ -109,7 +114,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         ["parallel.expert_model_parallel_size = 3", "num_moe_experts = 4"],
     ),
     (MOE, ["model.moe_router_topk=5"], 1, ["model.moe_router_topk = 5", "at most model.num_moe_experts = 4"]),
-    (MOE, ["model.moe_ffn_hidden_size=null"], 1, ["model.moe_ffn_hidden_size", "must be given"]),
+    (MOE, ["model.moe_ffn_hidden_size=null"], 1, ["model.moe_ffn_hidden_size", "must be set"]),
     (
         MOE,
         ["model.moe_shared_expert_intermediate_size=null"],
@@ -153,10 +158,10 @@ def test_all_problems_at_once(tmp_path):
     [
         ("recipe: tiny_dense\nmodel:\n  num_layers: 2\n  num_layers: 4\n", ["run.yaml:3", "twice"]),
         ("recipe: tiny_dense\nmodel: [1\n", ["run.yaml", "not valid YAML"]),
-        ("- a\n- b\n", ["run.yaml", "mapping of sections"]),
+        ("- a\n- b\n", ["run.yaml", "must contain a YAML mapping"]),
         ("recipe: tiny_dense\nmodels:\n  num_layers: 2\n", ["models", "Did you mean model?"]),
         ("recipe: tiny_dens\n", ["tiny_dens", "Did you mean tiny_dense?"]),
-        ("model:\n  num_layers: 2\n", ["model.hidden_size", "model.vocab_size", "must be given"]),
+        ("model:\n  num_layers: 2\n", ["model.hidden_size", "model.vocab_size", "must be set in"]),
         ("recipe: tiny_dense\nmodel: 5\n", ["model = 5", "mapping of fields"]),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_configuration_that_is_wrong_on_the_node(runs):
     stopped(run)
     (attempt,) = run.attempts()
     assert (attempt.reason, attempt.exit_code, attempt.action) == ("configuration", 93, "stop")
-    assert "must divide by TP x PP x CP = 2" in attempt.detail
+    assert "must be divisible by TP x PP x CP = 2" in attempt.detail
     assert run_yaml.is_file()
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
-from megatron_qwen.estimate.choices import Choice
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.estimate.choices import PresetChoice
+from megatron_qwen.models.torch_backend import dense_gemm
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.training import kernels
@@ -30,7 +30,7 @@ def test_a_compiled_run_is_that_without(recipe, ranks, layout, pool, tokens):
 
 def with_large_products(config, steps):
     """Losses of a run whose weight gradients all count as large, and as oneDNN's; its GEMMs; its kernels."""
-    calls, onednn = [], dense_product._onednn
+    calls, onednn = [], dense_gemm._onednn
 
     def counted(*args):
         calls.append(1)
@@ -38,8 +38,8 @@ def with_large_products(config, steps):
 
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("_LEAST_ROWS", 1), ("_LEAST_WEIGHTS", 1), ("_onednn_pays", lambda: True)):
-            patch.setattr(dense_product, name, value)
-        patch.setattr(dense_product, "_onednn", counted)
+            patch.setattr(dense_gemm, name, value)
+        patch.setattr(dense_gemm, "_onednn", counted)
         losses = jobs.train(config, steps)["losses"]
         return losses, len(calls), 0 if PROCESS_KERNELS.present is None else len(PROCESS_KERNELS.present._made)
 
@@ -60,7 +60,7 @@ def with_a_broken_compiler(config, choices):
 
 def test_one_broken_compiler_counts_for_all(pool):
     config = RECIPES["tiny_dense"]().with_section("performance", compile=True)
-    chosen, forced = (Choice("performance.compile", True, "long enough", forced) for forced in (False, True))
+    chosen, forced = (PresetChoice("performance.compile", True, "long enough", forced) for forced in (False, True))
     said = "performance.compile=false: torch.compile does not work on rank 1: no space left"
     assert pool[2].run(with_a_broken_compiler, config, [chosen]) == [(False, False, [said])] * 2
     for answer in pool[2].run(with_a_broken_compiler, config, [forced]):

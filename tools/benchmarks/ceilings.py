@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from megatron_qwen import device
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.estimate.hardware import Hardware, ProductRate, known, peak_tflops
+from megatron_qwen.estimate.hardware import GemmRate, Hardware, known, peak_tflops
 from megatron_qwen.estimate.hardware_file import write_hardware
 from tools.benchmarks.collectives import speeds_of_links
 from tools.benchmarks.rows import BenchmarkRow
@@ -107,7 +107,7 @@ def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
     )
 
 
-def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> ProductRate:
+def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> GemmRate:
     """Rate, share of memory traffic and launch that explain the times, none below zero, by relative least squares."""
     from scipy.optimize import nnls
 
@@ -119,7 +119,7 @@ def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_
         matrix.append([flops / 1e12 / seconds, moved / (memory_gb_s * 1e9) / seconds, 1e-6 / seconds])
         ones.append(1.0)
     (per_tflop, exposed, launch_us), _ = nnls(matrix, ones)
-    return ProductRate(float(1.0 / max(per_tflop, 1e-9)), float(exposed), float(launch_us), element_bytes)
+    return GemmRate(float(1.0 / max(per_tflop, 1e-9)), float(exposed), float(launch_us), element_bytes)
 
 
 def _rows(rounds: int) -> Iterator[BenchmarkRow]:

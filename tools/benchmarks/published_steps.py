@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig, TrainingConfig
-from megatron_qwen.estimate.step_time import Assumptions
+from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.recipes.registry import RECIPES
 
 ARCHIVE = "Megatron-Bridge, performance summary and archive"

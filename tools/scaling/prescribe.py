@@ -9,7 +9,7 @@ from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import Hardware
-from megatron_qwen.estimate.layouts import Candidate, layouts
+from megatron_qwen.estimate.layouts import LayoutEstimate, layouts
 from tools.scaling.fit_file import FitFile
 from tools.scaling.ladder import ModelShape, shape_near
 from tools.scaling.surface import Points
@@ -66,7 +66,7 @@ class Prescription:
 
     config: RunConfig
     origins: dict[str, str]
-    layout: Candidate
+    layout: LayoutEstimate
     shape: ModelShape
     params: float
     tokens: float
@@ -298,7 +298,7 @@ def _batch_and_layout(
     tokens: float,
     origins: dict[str, str],
     warnings: list[str],
-) -> Candidate:
+) -> LayoutEstimate:
     answer = _setting(fit, "batch_tokens", params, tokens)
     length = config.data.seq_length
     if answer is None:

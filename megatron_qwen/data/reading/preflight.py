@@ -1,7 +1,7 @@
 """Whether data, tokenizer and model belong together; asked before any rank starts."""
 
+from megatron_qwen.config.checks import packed_sequence_problems
 from megatron_qwen.config.checks import problems as config_problems
-from megatron_qwen.config.checks import separate_sequences
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.reading.sources import OpenSource
 from megatron_qwen.data.reading.training_data import TrainingData
@@ -53,7 +53,7 @@ def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
         # What is wrong with the run's own configuration is said elsewhere.
         wrong = config_problems(config, world_size=world_size) if config != data.config else []
         if data.separates(stage) and not config.data.reset_attention_mask:
-            wrong += separate_sequences(config, Problem("lengths" if stage.lengths else "packing", None, ""))
+            wrong += packed_sequence_problems(config, Problem("lengths" if stage.lengths else "packing", None, ""))
         found += [Problem(f"stage {stage.name}: {one.where}", one.value, one.fix) for one in wrong]
     if found:
         raise ConfigError(found)

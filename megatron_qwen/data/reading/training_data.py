@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.config.blend import Blend, Stage, read_blend, single_source
+from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_source
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import stream
 from megatron_qwen.data.order.apportion import Apportionment
@@ -66,7 +66,7 @@ class StageReader(SampleReader):
     def __init__(
         self,
         data: "TrainingData",
-        stage: Stage,
+        stage: DataStage,
         phase: Phase,
         *,
         config: RunConfig,
@@ -149,7 +149,7 @@ class TrainingData:
         """The reader of the step that ended with sample ``consumed - 1``; before the first step, of the first."""
         return self._begun(consumed)[-1]
 
-    def validation_of(self, stage: Stage) -> "Validation":
+    def validation_of(self, stage: DataStage) -> "Validation":
         """Held-out samples in the mix and at the length of a stage, as one sequence each.
 
         Raises:
@@ -198,7 +198,7 @@ class TrainingData:
         """The open phases that have given a sample, or the first."""
         return [reader for reader in self._open if reader.phase.first_sample < consumed] or self._open[:1]
 
-    def _begin(self, stage: Stage, first_sample: int, positions: Mapping[str, Position]) -> StageReader:
+    def _begin(self, stage: DataStage, first_sample: int, positions: Mapping[str, Position]) -> StageReader:
         config = stage.configure(self.config)
         length = config.data.seq_length
         begins = {
@@ -207,7 +207,7 @@ class TrainingData:
         phase = Phase(self._orders, stage.weights, seq_length=length, first_sample=first_sample, begins=begins)
         return self._reader(stage, phase, positions)
 
-    def _reader(self, stage: Stage, phase: Phase, positions: Mapping[str, Position]) -> StageReader:
+    def _reader(self, stage: DataStage, phase: Phase, positions: Mapping[str, Position]) -> StageReader:
         return StageReader(
             self,
             stage,
@@ -217,18 +217,18 @@ class TrainingData:
             idle={name: position for name, position in positions.items() if name not in phase.begins},
         )
 
-    def _ends(self, stage: Stage, first_sample: int, seq_length: int) -> int | None:
+    def _ends(self, stage: DataStage, first_sample: int, seq_length: int) -> int | None:
         if stage.tokens is None:
             return None
         used = sum(record.samples * record.seq_length for record in self._closed if record.stage == stage.name)
         return first_sample + max(-(-(stage.tokens - used) // seq_length), 0)
 
-    def separates(self, stage: Stage) -> bool:
+    def separates(self, stage: DataStage) -> bool:
         """Whether a stage's samples may hold independent sequences."""
         packs = any(self.sources[name].spec.packing == "best_fit" for name in stage.weights)
         return bool(stage.lengths) or packs or self.reading.reset_attention_mask
 
-    def reading_of(self, stage: Stage) -> dict[str, Any]:
+    def reading_of(self, stage: DataStage) -> dict[str, Any]:
         """What decides the text of a stage's samples beside their tokens, for the ledger."""
         fim = {
             name: [self.blend.sources[name].fim_rate, self.blend.sources[name].fim_spm_rate]

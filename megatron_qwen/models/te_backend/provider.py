@@ -11,7 +11,7 @@ from megatron_qwen.config.run import RunConfig
 
 
 def why_not() -> str | None:
-    """What this machine lacks to run Transformer Engine, or None where it can."""
+    """Why Transformer Engine cannot run on this machine; None where it can."""
     if not device.has_cuda():
         return "there is no CUDA device"
     if importlib.util.find_spec("transformer_engine") is None:
@@ -19,12 +19,12 @@ def why_not() -> str | None:
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
-        return f"transformer_engine does not import ({error})"
+        return f"transformer_engine cannot be imported ({error})"
     return None
 
 
 def why_not_fp8(recipe: str) -> str | None:
-    """What the GPU lacks for an FP8 recipe, or None where it can."""
+    """Why the GPU cannot run an FP8 recipe; None where it can."""
     major = device.compute_capability()[0]
     if recipe == "mxfp8" and major < 10:
         return "mxfp8 needs a Blackwell GPU"
@@ -34,10 +34,10 @@ def why_not_fp8(recipe: str) -> str | None:
 
 
 def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
-    """Has weight-gradient products add to the fp32 main gradients, with no bf16 gradient in between.
+    """Makes weight-gradient GEMMs accumulate into the fp32 main gradients, without a bf16 gradient in between.
 
     megatron-core's switch for it (gradient_accumulation_fusion) asks NVIDIA's apex for its own output layer as well,
-    whose gradient is made elsewhere here (loss.py); Transformer Engine's layers need nobody.
+    whose gradient is computed in loss.py here. Transformer Engine's layers need no apex, so the switch is set on them.
     """
     for module in modules:
         for layer in module.modules():
@@ -46,9 +46,9 @@ def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
 
 
 def start_tensor_overlap(config: RunConfig) -> None:
-    """Makes the buffers through which Transformer Engine overlaps tensor-parallel messages with products.
+    """Creates the buffers through which Transformer Engine overlaps tensor-parallel communication with GEMMs.
 
-    After the process groups and before the layers are built, whose shapes they have.
+    Call it after the process groups exist and before the layers are built.
     """
     from transformer_engine.pytorch.module.base import initialize_ub
 

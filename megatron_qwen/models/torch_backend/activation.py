@@ -7,10 +7,10 @@ from megatron_qwen.models.torch_backend.functions import SwiGLU
 
 
 class SwiGLUActivation(torch.nn.Module):
-    """SwiGLU on gate and up side by side.
+    """SwiGLU on concatenated gate and up.
 
     Args:
-        config: the core's configuration; not read.
+        config: megatron-core passes its configuration; not read.
     """
 
     def __init__(self, *, config: TransformerConfig) -> None:

@@ -1,14 +1,14 @@
-"""Weights that are used without calling the module that holds them."""
+"""Access to weights that are used without calling their module."""
 
 import torch
 
 
 def arrived_weight(module: torch.nn.Module) -> torch.nn.Parameter:
-    """The module's weight, once its data-parallel gather has ended.
+    """The module's weight, after its data-parallel all-gather has finished.
 
-    With overlap_param_gather the core's DistributedDataParallel waits for a bucket in a hook before the forward pass of
-    each module that has a parameter in it. Who takes a weight out of a module must run the hooks, or computes with
-    what the last step left there.
+    With overlap_param_gather, megatron-core's DistributedDataParallel waits for the all-gather of a bucket in a forward
+    pre-hook of each module with a parameter in it. Code that reads a weight without calling the module must run these
+    hooks; otherwise it computes with the weights of the previous step.
     """
     for hook in module._forward_pre_hooks.values():
         hook(module, ())

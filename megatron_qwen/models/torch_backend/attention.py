@@ -14,16 +14,16 @@ from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
-from megatron_qwen.models.sequences import SeparateSequences
+from megatron_qwen.models.sequences import PackedSequences
 from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 from megatron_qwen.models.torch_backend.functions import RotateQKV
 
 
 class TorchSelfAttention(SelfAttention):
-    """The core's self-attention with its own path from the joint projection to the context.
+    """megatron-core's self-attention with another path from the QKV projection to the context.
 
-    Splitting, RoPE and the layout that SDPA wants are one operation with one gradient buffer. Parameters,
-    sharding and checkpoint names are the core's.
+    Splitting, RoPE and the layout for SDPA are one operation with one gradient buffer. Parameters, sharding and
+    checkpoint names are those of megatron-core.
     """
 
     def forward(
@@ -40,10 +40,10 @@ class TorchSelfAttention(SelfAttention):
         Args:
             hidden_states: normalised input, [s / CP, b, h], and split over TP under sequence parallelism.
             attention_mask: not used; the mask is causal.
-            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position with independent sequences.
-            packed_seq_params: where independent sequences begin; None where the row is one.
+            rotary_pos_emb: angles, [s / CP, 1, 1, d]; of every position, not only this rank's, with packed sequences.
+            packed_seq_params: the packed sequences of the row; None where the row is a single sequence.
         """
-        assert packed_seq_params is None or isinstance(packed_seq_params, SeparateSequences)
+        assert packed_seq_params is None or isinstance(packed_seq_params, PackedSequences)
         mixed, _bias = self.linear_qkv(hidden_states)
         if self.checkpoint_core_attention:
             context = tensor_parallel.checkpoint(
@@ -54,9 +54,7 @@ class TorchSelfAttention(SelfAttention):
         projected: tuple[torch.Tensor, torch.Tensor | None] = self.linear_proj(context)
         return projected
 
-    def _context(
-        self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: SeparateSequences | None
-    ) -> torch.Tensor:
+    def _context(self, mixed: torch.Tensor, angles: torch.Tensor, *, sequences: PackedSequences | None) -> torch.Tensor:
         groups, d = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
         slots = self.num_attention_heads_per_partition // groups + 2
         half = angles[:, 0, 0, : d // 2]
@@ -81,7 +79,7 @@ class TorchAttention(torch.nn.Module):
     of Llama 3 (arXiv 2407.21783, section 3.3.2).
 
     Args:
-        config: the core's configuration; its attention dropout is read.
+        config: megatron-core's configuration; its attention dropout is read.
         softmax_scale: factor on the scores; None is 1 / sqrt(head dimension).
         pg_collection: groups; ``cp`` is used.
     """
@@ -105,15 +103,15 @@ class TorchAttention(torch.nn.Module):
         self.cp_group = pg_collection.cp
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: SeparateSequences | None = None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, sequences: PackedSequences | None = None
     ) -> torch.Tensor:
-        """Attends.
+        """Causal attention.
 
         Args:
             query: [b, heads / TP, s / CP, d].
             key: [b, kv_heads / TP, s / CP, d].
             value: as ``key``.
-            sequences: what may attend to one another; None is everything before.
+            sequences: packed sequences, which attend only within themselves; None for a single sequence.
 
         Returns:
             [s / CP, b, heads / TP x d].
@@ -130,12 +128,12 @@ class TorchAttention(torch.nn.Module):
     def _attend_each(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...]
     ) -> torch.Tensor:
-        """Each sequence by itself: the work is the sum of their squares."""
+        """Attention within each packed sequence, one call each: the work is the sum of the squared lengths."""
         parts = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
         return torch.cat([self._attend(*part) for part in parts], dim=2)
 
     def _attend_gathered(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: SeparateSequences | None
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: PackedSequences | None
     ) -> torch.Tensor:
         cp, rank = self.cp_group.size(), self.cp_group.rank()
 
@@ -168,7 +166,7 @@ class TorchAttention(torch.nn.Module):
             mask = _causal(query.shape[2], key.shape[2], query.device) & allowed
         elif query.shape[2] != key.shape[2]:
             mask = _causal_bias(query.shape[2], key.shape[2], query.device, query.dtype)
-        # Ranks that hold other heads draw other dropout.
+        # TP ranks hold different heads, so their dropout must differ: fork their tensor-parallel generator.
         with tensor_parallel.get_cuda_rng_tracker().fork() if dropout else contextlib.nullcontext():
             return F.scaled_dot_product_attention(
                 query,
@@ -193,12 +191,12 @@ def _causal(queries: int, keys: int, device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=2)  # a rank has two chunks of queries
 def _causal_bias(queries: int, keys: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The same to add to scores. Layers share it: each would otherwise keep its own for the backward pass."""
+    """The same as a bias, 0 or -inf. Cached so that layers share it: each would otherwise save its own for backward."""
     bias = torch.zeros(queries, keys, dtype=dtype, device=device)
     return bias.masked_fill_(~_causal(queries, keys, device), float("-inf"))
 
 
-def _same_sequence(sequences: SeparateSequences, first: int, stop: int) -> torch.Tensor:
+def _same_sequence(sequences: PackedSequences, first: int, stop: int) -> torch.Tensor:
     """Which of keys 0 .. stop - 1 are of the same sequence as queries first .. stop - 1, [stop - first, stop]."""
     bounds = sequences.cu_seqlens_q
     number = torch.bucketize(torch.arange(stop, device=bounds.device), bounds, right=True)

@@ -1,9 +1,9 @@
-"""Causal attention on a CPU, by batched products over blocks of queries.
+"""Causal attention on a CPU, by batched GEMMs over blocks of queries.
 
-torch's own CPU kernel reaches a fifth to a third of the speed of a plain product. Here the query heads that share a key
-head are rows of one product, and a block of queries meets only the keys up to its end. The probabilities are kept for
-the backward pass: to compute them again, as FlashAttention does (Dao, arXiv 2307.08691), is a fifth to a third of the
-time where nothing waits for memory. Who lacks memory computes attention again (training.recompute_modules=core_attn).
+torch's own CPU kernel reaches a fifth to a third of the speed of a plain GEMM. Here the query heads that share a key
+head are rows of one GEMM, and a block of queries meets only the keys up to its end. The probabilities are kept for
+the backward pass: recomputing them, as FlashAttention does (Dao, arXiv 2307.08691), would cost a fifth to a third of
+the time. To save that memory, recompute attention (training.recompute_modules=core_attn).
 """
 
 from typing import Any
@@ -65,7 +65,7 @@ class BlockwiseCausalAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Gradients of query, key and value."""
+        """Gradients of query, key and value, in their shapes and formats."""
         query, key, value, *kept = ctx.saved_tensors
         keys, values, dtype = key.flatten(0, 1), value.flatten(0, 1), query.dtype
         grad_query = torch.empty_like(query)
@@ -102,6 +102,6 @@ def _rows(tensor: torch.Tensor, key: torch.Tensor, start: int, stop: int) -> tor
 
 
 def _put(out: torch.Tensor, start: int, stop: int, rows: torch.Tensor) -> None:
-    """The way back from ``_rows``."""
+    """Writes a block of queries to ``out``; the inverse of ``_rows``."""
     b, heads, _, d = out.shape
     out[:, :, start:stop] = rows.view(b, heads, stop - start, d)

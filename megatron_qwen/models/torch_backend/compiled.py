@@ -1,4 +1,4 @@
-"""Small operations as one kernel each (torch.compile), in the runs that are long enough to pay for the compiler."""
+"""Compiles memory-bound operations to one kernel each (torch.compile), in runs with ``performance.compile``."""
 
 import logging
 import os
@@ -13,12 +13,13 @@ from megatron_qwen.core_patches import compiler_settings
 
 log = logging.getLogger(__name__)
 
-# Kernels of one formula: widths of norms, training and validation, and micro-batches of a ramp or a curriculum.
+# Variants of one formula that torch.compile may make: widths of norms, training and validation, and micro-batch shapes
+# of a batch ramp-up or of data stages. Beyond torch's default limit of 8 it runs uncompiled.
 _MOST_KERNELS = 64
 
 
 def compiler_is_here() -> bool:
-    """Whether there is a C++ compiler, without trying it."""
+    """Whether a C++ compiler is on the path; it is not run."""
     return shutil.which(shlex.split(os.environ.get("CXX") or "g++")[0]) is not None
 
 
@@ -70,7 +71,8 @@ def _compiled[T](formula: Callable[..., T]) -> Callable[..., T]:
 
 
 def _without_autograd(args: tuple[Any, ...]) -> list[Any]:
-    """Kernels are made anew for tensors that want a gradient, which means nothing inside of an autograd function."""
+    """Tensors detached from autograd: torch.compile makes separate variants for tensors that require a gradient, which
+    has no meaning inside an autograd function."""
     return [arg.detach() if isinstance(arg, torch.Tensor) else arg for arg in args]
 
 

@@ -1,4 +1,4 @@
-"""The products of a dense layer: torch's own, or on a CPU those of the library which is faster there."""
+"""GEMMs of linear layers: torch's own, or oneDNN's on CPUs where it is faster (``_onednn_pays``)."""
 
 from functools import cache
 from pathlib import Path
@@ -9,38 +9,38 @@ import torch.nn.functional as F
 from megatron_qwen.models.torch_backend import formulas
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
-# From so many rows and weights on, oneDNN's weight gradients pay for their transposed copies.
+# From this many rows and weights on, oneDNN's faster weight-gradient GEMM outweighs the transposed copy that it needs.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
 
 
 def linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, *, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x w' + bias, without autograd.
+    """x w' + bias, [n, m], without autograd.
 
     Args:
         x: [n, k].
-        weight: [m, k]; a transposed view costs no copy.
-        bias: [m]; not with ``out``.
-        out: where the result goes, [n, m]; None is a new tensor.
+        weight: [m, k]; may be a transposed view.
+        bias: [m]; cannot be combined with ``out``.
+        out: tensor for the result, [n, m]; None makes a new one.
     """
     if _is_onednns(x, weight):
-        product = _onednn(x, weight, bias)
-        return product if out is None else out.copy_(product)
+        result = _onednn(x, weight, bias)
+        return result if out is None else out.copy_(result)
     if out is not None:
         return torch.mm(x, weight.t(), out=out)
     return F.linear(x, weight, bias)
 
 
 def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """total + gradient' x, in the place of ``total``, without autograd.
+    """Adds gradient' x to ``total`` in place, [m, k], without autograd.
 
-    oneDNN is the faster one here too, but copies a first factor whose rows are not contiguous, at torch's speed. In
-    compiled runs a kernel copies the narrower of the two, where the product is large enough for it and for a tensor of
-    its own.
+    oneDNN is faster here too, but it copies a first operand whose rows are not contiguous, slowly. In compiled runs a
+    fast kernel transposes the narrower operand first, where the GEMM is large enough to pay for that and for a
+    temporary result.
 
     Args:
-        total: [m, k], in the format of both factors.
+        total: [m, k], in the format of both operands.
         gradient: [n, m].
         x: [n, k].
     """
@@ -50,15 +50,15 @@ def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.T
     narrow, wide = (gradient, x) if m < k else (x, gradient)
     if transposed is None or add_transposed_ is None or not large or not _is_onednns(narrow, wide):
         return total.addmm_(gradient.t(), x)
-    product = _onednn(transposed(narrow), wide.t())
+    result = _onednn(transposed(narrow), wide.t())
     if m < k:
-        return total.add_(product)
-    add_transposed_(total, product)
+        return total.add_(result)
+    add_transposed_(total, result)
     return total
 
 
 def _is_onednns(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether it takes both; a second factor with gaps between its rows or columns is a thousand times slower there."""
+    """Whether to use oneDNN: fp32 on a CPU, and a second operand without gaps, with which it is 1000 times slower."""
     dense = second.is_contiguous() or second.t().is_contiguous()
     return dense and first.device.type == "cpu" and first.dtype == second.dtype == torch.float32 and _onednn_pays()
 
@@ -70,10 +70,10 @@ def _onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 @cache
 def _onednn_pays() -> bool:
-    """Whether fp32 goes to oneDNN. torch hands fp32 to MKL, whose kernels for AMD's processors are not its best.
+    """Whether to send fp32 GEMMs to oneDNN: on AMD processors, for which MKL, torch's default, does not optimise.
 
-    On two cores of an AMD EPYC 9004 oneDNN was 5 to 20 % faster for outputs and input gradients. bf16 is oneDNN's in
-    torch as it is.
+    On two cores of an AMD EPYC 9004 oneDNN was 5 to 20 % faster for outputs and input gradients. torch already uses
+    oneDNN for bf16.
     """
     there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,9 +1,9 @@
-"""The experts of a rank in plain torch, all of them in one operation.
+"""Grouped GEMMs in plain torch: all experts of a rank in one operation.
 
-An expert by itself is a few small kernels; one after the other they leave a GPU idle and a CPU in Python. Here each
-of the two products runs over all experts: as one kernel where torch has one for the device (grouped_mm), else product
-by product into one buffer. What lies between them runs once over the tokens of all experts. Parameters, their names
-and their shards are megatron-core's SequentialMLP.
+A single expert is a few small kernels. Run one by one, they leave a GPU idle and spend a CPU's time in Python. Here
+each of the two GEMMs of an MLP runs over all experts: as one kernel where torch has one for the device (grouped_mm),
+else expert by expert into one buffer. SwiGLU and the routing weights run once over the tokens of all experts.
+Parameters, names and sharding are those of megatron-core's SequentialMLP, so checkpoints are the same.
 """
 
 from collections.abc import Sequence
@@ -17,25 +17,26 @@ from megatron_qwen import device
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.torch_backend.functions import swiglu, swiglu_gradient
 
-# torch's kernel for products of groups wants the weights side by side: a copy of them, which the loop saves.
+# Compute capability from which grouped_mm is used (Hopper). It needs the weights of all experts in one tensor, which
+# costs a copy that the loop does not need.
 _KERNEL_FROM_CAPABILITY = (9, 0)
 
 
 class GroupedExperts(SequentialMLP):
-    """SwiGLU experts without biases; the tokens come sorted by expert."""
+    """SwiGLU experts without biases, for tokens that are sorted by expert."""
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Each token through its expert, weighed before the second product as the core does.
+        """Applies to each token its expert. The routing weight is applied before the second GEMM, as in megatron-core.
 
         Args:
             permuted_local_hidden_states: [n, h], sorted by expert.
             tokens_per_expert: tokens of each expert of this rank, [experts].
-            permuted_probs: weight of each row, [n].
+            permuted_probs: routing weight of each row, [n].
 
         Returns:
-            [n, h], and no bias.
+            [n, h], and None for the bias.
         """
         assert not self.config.moe_apply_probs_on_input
         first = [arrived_weight(expert.linear_fc1) for expert in self.local_experts]
@@ -45,9 +46,9 @@ class GroupedExperts(SequentialMLP):
 
 
 class _Experts(torch.autograd.Function):
-    """rows [n, h], weights of rows [n], tokens of each expert, then E x [2 f, h] and E x [h, f] -> [n, h].
+    """rows [n, h], routing weights [n], tokens per expert, then E x [2 f, h] and E x [h, f] -> [n, h].
 
-    For the backward pass it keeps its input and the first product; SwiGLU is computed again.
+    Saves its input and the output of the first GEMM for the backward pass; SwiGLU is recomputed there.
     """
 
     @staticmethod
@@ -55,10 +56,10 @@ class _Experts(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, probs: torch.Tensor, counts: tuple[int, ...], *matrices: torch.Tensor
     ) -> torch.Tensor:
         first, second = matrices[: len(counts)], matrices[len(counts) :]
-        gate_up = products(rows, first, counts)
+        gate_up = grouped_gemm(rows, first, counts)
         ctx.save_for_backward(rows, probs, gate_up, *matrices)
         ctx.counts = counts
-        return products(_weighed(swiglu(gate_up), probs), second, counts)
+        return grouped_gemm(_weighed(swiglu(gate_up), probs), second, counts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -67,33 +68,33 @@ class _Experts(torch.autograd.Function):
         first, second = matrices[: len(counts)], matrices[len(counts) :]
         gradient = gradients[0].contiguous()
         active = swiglu(gate_up)
-        grad_second = weight_gradients(gradient, _weighed(active, probs), counts)
-        grad_weighed = products(gradient, [weight.t() for weight in second], counts)
+        grad_second = grouped_weight_gradients(gradient, _weighed(active, probs), counts)
+        grad_weighed = grouped_gemm(gradient, [weight.t() for weight in second], counts)
         grad_probs = (grad_weighed * active).sum(dim=-1, dtype=torch.float32).to(probs.dtype)
         grad_active = _weighed(grad_weighed, probs)
         del active, grad_weighed
         grad_gate_up = swiglu_gradient(gate_up, grad_active)
         del grad_active
-        grad_first = weight_gradients(grad_gate_up, rows, counts)
-        grad_rows = products(grad_gate_up, [weight.t() for weight in first], counts)
+        grad_first = grouped_weight_gradients(grad_gate_up, rows, counts)
+        grad_rows = grouped_gemm(grad_gate_up, [weight.t() for weight in first], counts)
         return grad_rows, grad_probs, None, *grad_first, *grad_second
 
 
 def _weighed(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """Rows times their weight, in the weights' precision and then in the rows'."""
+    """[n, f] times [n]: multiplied in the routing weights' precision (fp32), then rounded to the format of the rows."""
     return (x * probs.unsqueeze(-1)).to(x.dtype)
 
 
-def products(
+def grouped_gemm(
     rows: torch.Tensor, weights: Sequence[torch.Tensor], counts: Sequence[int], *, kernel: bool | None = None
 ) -> torch.Tensor:
-    """Each group of rows times its weight, transposed.
+    """Grouped GEMM: each group of rows times its transposed weight.
 
     Args:
-        rows: [n, inner], the groups one after the other.
+        rows: [n, inner], sorted by group.
         weights: [outer, inner] of each group.
         counts: rows of each group; their sum is n.
-        kernel: whether to use torch's one kernel; None is where it pays.
+        kernel: whether to use grouped_mm; None decides by device and format.
 
     Returns:
         [n, outer].
@@ -107,16 +108,16 @@ def products(
     return result
 
 
-def weight_gradients(
+def grouped_weight_gradients(
     gradients: torch.Tensor, rows: torch.Tensor, counts: Sequence[int], *, kernel: bool | None = None
 ) -> list[torch.Tensor]:
-    """Transposed gradients of each group of rows times its rows.
+    """Weight gradients of a grouped GEMM: transposed output gradients of each group times its rows.
 
     Args:
-        gradients: [n, outer].
+        gradients: gradients of the output, [n, outer].
         rows: [n, inner].
         counts: rows of each group; their sum is n.
-        kernel: as for ``products``.
+        kernel: as for ``grouped_gemm``.
 
     Returns:
         [outer, inner] of each group; zeros where it has no row.
@@ -127,14 +128,14 @@ def weight_gradients(
 
 
 def _one_kernel(rows: torch.Tensor) -> bool:
-    # Rows begin at multiples of 16 bytes for it.
+    # grouped_mm supports bf16 only, and requires rows aligned to 16 bytes (8 elements).
     if not rows.is_cuda or rows.dtype != torch.bfloat16 or rows.shape[1] % 8:
         return False
     return device.compute_capability() >= _KERNEL_FROM_CAPABILITY
 
 
 def _bounds(counts: Sequence[int]) -> tuple[list[int], list[int]]:
-    """First row of each group and the row after its last."""
+    """First row of each group, and the row after its last."""
     begins, ends, end = [], [], 0
     for count in counts:
         begins.append(end)

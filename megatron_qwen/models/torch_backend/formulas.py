@@ -1,7 +1,7 @@
-"""The torch backend's small operations as formulas in fp32, for a compiler that makes one kernel of each.
+"""The torch backend's memory-bound operations as plain formulas in fp32, which torch.compile fuses to one kernel each.
 
-Each is what an operation of functions.py or loss.py computes step by step, in place and without a compiler;
-the last two move what dense_gemm.py multiplies.
+Each computes the same as an operation of functions.py or loss.py, which work in place for runs without a compiler. The
+last two transpose operands for dense_gemm.py.
 """
 
 import torch
@@ -15,10 +15,11 @@ def swiglu(x: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_gradient(x: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Gradient of its input, [n, 2 f], by that of its output, [n, f]."""
+    """Gradient of the input, [n, 2 f], from the gradient of the output, [n, f]."""
     gate, up = x.float().chunk(2, dim=-1)
     wide, share = gradient.float(), torch.sigmoid(gate)
     active = gate * share
+    # silu(g) = g sigmoid(g), and its derivative is sigmoid(g) + silu(g) (1 - sigmoid(g)).
     return torch.cat((wide * up * (share + active * (1 - share)), wide * active), dim=-1).to(x.dtype)
 
 
@@ -32,7 +33,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
 def rms_norm_gradient(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of x, [n, h], and of the weight, [h], by that of the output, [n, h]."""
+    """Gradients of x, [n, h], and of the weight, [h], from the gradient of the output, [n, h]."""
     normal, wide = x.float() * scale, gradient.float()
     grad_normal = wide * weight.float()
     grad_x = (grad_normal - normal * (grad_normal * normal).mean(dim=-1, keepdim=True)) * scale
@@ -51,7 +52,7 @@ def rotate_qkv(
 def rotate_qkv_gradient(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> torch.Tensor:
-    """Gradient of the joint projection by those of Q, K and V, which have the shapes of ``rotate_qkv``."""
+    """Gradient of the QKV projection from those of Q, K and V, in the shapes of ``rotate_qkv``."""
     grouped = _rotated(query.unflatten(1, (key.shape[1], -1)), cos, -sin)
     parts = (grouped, _rotated(key, cos, -sin).unsqueeze(2), value.unsqueeze(2))
     return torch.cat(parts, dim=2).permute(3, 0, 1, 2, 4).contiguous()
@@ -66,14 +67,14 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Ten
 def loss_and_gradient_(
     logits: torch.Tensor, index: torch.Tensor, mine: torch.Tensor, weights: torch.Tensor, valid: int
 ) -> torch.Tensor:
-    """Cross-entropy of each row, [n]; the gradient of the weighted sum takes the logits' place, [n, v].
+    """Cross-entropy of each row, [n]; overwrites the logits by the gradient of the weighted sum, [n, v].
 
     Args:
         logits: [n, v].
         index: column of each row's target, [n].
-        mine: whether there is one, [n].
+        mine: whether the target is among these columns, [n].
         weights: of each row's loss, [n].
-        valid: columns that are no padding.
+        valid: columns without the vocabulary padding.
     """
     columns = torch.arange(logits.shape[1], device=logits.device)
     wide = logits.float().masked_fill(columns >= valid, float("-inf"))
@@ -92,5 +93,5 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 
 
 def add_transposed_(total: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """total + part', [m, k] and [k, m], in the place of ``total``."""
+    """Adds part' to ``total`` in place, [k, m] to [m, k]."""
     return total.add_(part.t())

@@ -1,4 +1,4 @@
-"""Linear layers that compute as FP8 would: their three products take operands rounded to FP8, and sum in fp32.
+"""Linear layers that emulate FP8: their three GEMMs take operands rounded to FP8, and accumulate in fp32.
 
 The emulation is for studying a recipe's numerics where no GPU has FP8; it is slow. It differs from Transformer Engine
 in one thing: with tensor parallelism a weight has one scale over all its shards, so that a layout does not change the
@@ -16,7 +16,7 @@ from megatron_qwen.models.torch_backend import fp8_rounding
 from megatron_qwen.models.torch_backend.fp8_rounding import GRADIENTS, VALUES, Scaled
 
 
-class _Product(torch.autograd.Function):
+class _Fp8Gemm(torch.autograd.Function):
     """x [n, k], weight [m, k] -> [n, m]."""
 
     @staticmethod
@@ -38,7 +38,10 @@ class _Product(torch.autograd.Function):
 
 
 def _both_ways(x: torch.Tensor, dtype: torch.dtype, recipe: str, group: dist.ProcessGroup) -> tuple[Scaled, Scaled]:
-    """[n, k] for the product that sums over k, and for the one that sums over n."""
+    """[n, k] rounded for the GEMM that sums over k (output), and for the one that sums over n (weight gradient).
+
+    Blocks lie along the summed dimension, so blockwise needs both; a tensor with one scale serves both GEMMs.
+    """
     if recipe == "tensorwise":
         one = fp8_rounding.tensorwise(x, dtype, group=group)
         return one, one
@@ -64,12 +67,12 @@ def _forward(
     gather: bool,
     reduce_gradient: bool,
 ) -> torch.Tensor:
-    """The layer's part of the product, with what tensor parallelism does to the input and its gradient."""
+    """The layer's GEMM, with the tensor-parallel communication of the input and of its gradient."""
     if gather:
         x = tensor_parallel.gather_from_sequence_parallel_region(x, group=layer.tp_group)
     elif reduce_gradient:
         x = tensor_parallel.copy_to_tensor_model_parallel_region(x, group=layer.tp_group)
-    y: torch.Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(
+    y: torch.Tensor = _Fp8Gemm.apply(x.reshape(-1, x.shape[-1]), weight, recipe, layer.tp_group).view(
         *x.shape[:-1], len(weight)
     )
     return y if bias is None else y + bias

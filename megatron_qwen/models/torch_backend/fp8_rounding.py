@@ -18,7 +18,7 @@ _BLOCK = 128
 
 @dataclass(frozen=True)
 class Scaled:
-    """An FP8 tensor: what it stands for is ``values`` x ``inverse``.
+    """An FP8 tensor with its scales; it represents ``values`` x ``inverse``.
 
     Args:
         values: float8, [n, k].
@@ -31,7 +31,7 @@ class Scaled:
     block: tuple[int, int] | None
 
     def dequantised(self) -> torch.Tensor:
-        """What it stands for in fp32, exact for scales that are powers of two."""
+        """[n, k] in fp32; exact for scales that are powers of two."""
         values = self.values.float()
         if self.block is None:
             return values.mul_(self.inverse)
@@ -70,22 +70,22 @@ def blockwise(x: torch.Tensor, dtype: torch.dtype, *, block: tuple[int, int]) ->
 
 
 def along_columns() -> tuple[int, int]:
-    """Blocks of a matrix whose product sums over its columns."""
+    """Block shape of an operand whose GEMM sums over its columns."""
     return 1, _BLOCK
 
 
 def along_rows() -> tuple[int, int]:
-    """Blocks of a matrix whose product sums over its rows."""
+    """Block shape of an operand whose GEMM sums over its rows."""
     return _BLOCK, 1
 
 
 def square() -> tuple[int, int]:
-    """Blocks of a weight, which serve both of its products."""
+    """Block shape of a weight; square, so that one rounding serves the output and the input gradient."""
     return _BLOCK, _BLOCK
 
 
 def _scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What brings the largest value to the format's; 1 where all is zero.
+    """Factor that maps the largest value to the largest of the format; 1 where all values are zero.
 
     A value that is not finite gives 0 or NaN, which makes the tensor NaN: it must not be hidden by saturation.
     """
@@ -94,12 +94,12 @@ def _scale(largest: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounds to nearest even; beyond the largest value saturates. NaN stays NaN."""
+    """Rounds to nearest even, and saturates at the largest value of the format. NaN stays NaN."""
     limit = torch.finfo(dtype).max
     return x.clamp_(-limit, limit).to(dtype)
 
 
 def _spread(scale: torch.Tensor, block: tuple[int, int], shape: torch.Size) -> torch.Tensor:
-    """A value a block to a value an element, [n, k]."""
+    """Expands one value per block to one value per element, [n, k]."""
     rows, columns = block
     return scale.repeat_interleave(rows, 0)[: shape[0]].repeat_interleave(columns, 1)[:, : shape[1]]

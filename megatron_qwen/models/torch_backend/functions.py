@@ -1,8 +1,8 @@
-"""Forward and backward passes of the small operations around the matrix products, written to touch memory less.
+"""Forward and backward passes of the memory-bound operations between the GEMMs, written for few passes over memory.
 
-Autograd's own backward of a slice or a split writes a full-size tensor for every part and adds or joins them. On
-a CPU these copies cost more than the arithmetic, so each operation here fills one gradient buffer in place. Where a
-run compiles, each is one kernel (formulas.py).
+Autograd's own backward of a slice or a split writes a full-size tensor for every part and then adds them. On a CPU
+these copies cost more than the arithmetic, so each operation here fills one gradient buffer in place. In runs with
+``performance.compile`` each is one kernel (formulas.py).
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(gate) x up for [..., 2 f] that holds gate and up side by side (Shazeer 2020)."""
+    """silu(gate) x up, for a tensor [..., 2 f] that concatenates gate and up (Shazeer 2020, arXiv 2002.05202)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ class RMSNormFunction(torch.autograd.Function):
 
 
 class RotateQKV(torch.autograd.Function):
-    """Takes the joint projection apart into Q, K and V for attention, with RoPE on Q and K.
+    """Splits the QKV projection into Q, K and V in the layout of attention, and applies RoPE to Q and K.
 
     RoPE rotates channel i against channel i + d / 2 (Su et al. 2021, in the half-split form of GPT-NeoX that the
     Qwen family uses).
@@ -95,7 +95,7 @@ class RotateQKV(torch.autograd.Function):
         """Splits and rotates.
 
         Args:
-            mixed: [s, b, groups, q heads of a group + 2, d].
+            mixed: output of linear_qkv, [s, b, groups, query heads per group + 2, d]; the last two are key and value.
             cos: [s, d / 2].
             sin: [s, d / 2].
 
@@ -116,7 +116,7 @@ class RotateQKV(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Rotates back into one buffer of the joint projection's shape."""
+        """Gradient of ``mixed``: the inverse rotation (-sin), written into one buffer."""
         cos, sin = ctx.saved_tensors
         s, b, groups, slots, d = ctx.mixed_shape
         grad_query, grad_key, grad_value = gradients
@@ -131,7 +131,7 @@ class RotateQKV(torch.autograd.Function):
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor) -> None:
-    """out = RoPE of x, both [..., s, d]."""
+    """Writes RoPE of x to ``out``, both [..., s, d]: the pair (i, i + d / 2) is rotated by its angle."""
     first, second = x.chunk(2, dim=-1)
     out_first, out_second = out.chunk(2, dim=-1)
     torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)

@@ -1,9 +1,9 @@
-"""Linear layers on a CPU: the faster product, and weight gradients added where they are summed.
+"""Linear layers on a CPU: the faster GEMM, and weight gradients accumulated in place (gradient accumulation fusion).
 
-The core's layers write every weight gradient into a tensor of its own, which its hooks add to the sum over
-micro-batches; its fused kernel for this is CUDA's. Here they go to the sum at once where both have one format: fp32, or
-bf16 with precision.grad_reduce_in_fp32=false. A layer whose product communicates is left to the core, which does both
-at once.
+megatron-core's layers write every weight gradient into a new tensor, which its hooks add to ``main_grad``, the sum over
+micro-batches; its fused kernel for this exists for CUDA only. Here the GEMM adds directly to ``main_grad`` where both
+have one format: fp32, or bf16 with precision.grad_reduce_in_fp32=false. A layer with tensor-parallel communication is
+left to megatron-core, which overlaps the communication with the weight gradient.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import dense_gemm
 
 
 class _Linear(torch.autograd.Function):
@@ -22,8 +22,8 @@ class _Linear(torch.autograd.Function):
         """x w' + bias."""
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        out = dense_product.linear(x.flatten(0, -2), weight, bias)
-        # Not a view: what follows may work in place.
+        out = dense_gemm.linear(x.flatten(0, -2), weight, bias)
+        # _unsafe_view: autograd forbids in-place operations, which later layers use, on a view from a Function.
         shaped: torch.Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
         return shaped
 
@@ -32,20 +32,21 @@ class _Linear(torch.autograd.Function):
         """dx = g w, dw = g' x, db = sum of g."""
         x, weight = ctx.saved_tensors
         gradient, rows = gradients[0].flatten(0, -2), x.flatten(0, -2)
-        grad_x = dense_product.linear(gradient, weight.t()).view_as(x)
+        grad_x = dense_gemm.linear(gradient, weight.t()).view_as(x)
         grad_bias = gradient.sum(0) if ctx.has_bias else None
         return grad_x, _weight_gradient(weight, gradient, rows), grad_bias
 
 
 def _weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """The gradient; where it is in the sum already, one in its place, for the core's hooks to run.
+    """The weight gradient [m, k]; a placeholder where it was already added to ``main_grad``.
 
-    They add it only to a weight that has other gradients as well (``zero_out_wgrad``); else nobody reads it.
+    Autograd needs some gradient to run megatron-core's hooks. They read its values only for a weight that has other
+    gradients as well (``zero_out_wgrad``, tied embeddings), so only then it must be zero.
     """
     total: torch.Tensor | None = getattr(weight, "main_grad", None)
     if total is None or not total.dtype == gradient.dtype == rows.dtype:
         return gradient.t() @ rows
-    dense_product.add_weight_gradient_(total, gradient, rows)
+    dense_gemm.add_weight_gradient_(total, gradient, rows)
     weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     return torch.zeros_like(weight) if getattr(weight, "zero_out_wgrad", False) else torch.empty_like(weight)
 
@@ -56,7 +57,7 @@ def _on_a_cpu_alone(x: torch.Tensor, weight: torch.Tensor, options: dict[str, An
 
 
 class TorchColumnParallelLinear(ColumnParallelLinear):
-    """Split over its output features."""
+    """ColumnParallelLinear (split over output features) with the GEMMs of this file."""
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
         out: torch.Tensor
@@ -68,7 +69,7 @@ class TorchColumnParallelLinear(ColumnParallelLinear):
 
 
 class TorchRowParallelLinear(RowParallelLinear):
-    """Split over its input features."""
+    """RowParallelLinear (split over input features) with the GEMMs of this file."""
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
         out: torch.Tensor

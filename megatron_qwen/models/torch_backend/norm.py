@@ -9,13 +9,13 @@ from megatron_qwen.models.torch_backend.functions import RMSNormFunction
 class RMSNorm(torch.nn.Module):
     """Root mean square norm over the last dimension (Zhang and Sennrich 2019).
 
-    Under sequence parallelism each TP rank sees other tokens, so the weight is marked for the core to add
-    up its gradient over the TP group.
+    Under sequence parallelism each TP rank sees different tokens. The weight's attribute ``sequence_parallel`` makes
+    megatron-core all-reduce its gradient over the TP group.
 
     Args:
-        config: the core's configuration; its sequence_parallel flag is read.
+        config: megatron-core's configuration; its sequence_parallel flag is read.
         hidden_size: size of the last dimension.
-        eps: term under the root.
+        eps: epsilon under the root.
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: object) -> None:

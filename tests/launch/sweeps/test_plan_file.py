@@ -48,7 +48,7 @@ def wrong(content):
     yield edit(to("cells", 0, stem="other")), "is not a stem of the plan"
     yield edit(to("cells", 1, name=content["cells"][0]["name"])), "is the name of several runs"
     yield edit(lambda plan: plan["cells"][0].pop("from")), "cells[0].from: must be given"
-    yield edit(lambda plan: plan["cells"][0].pop("seed")), "cells[0].seed: must be given"
+    yield edit(lambda plan: plan["cells"][0].pop("seed")), "cells[0].seed: is required"
     yield edit(lambda plan: plan.pop("recipe")), "recipe"
     yield edit(lambda plan: plan.update(models={})), "models = {}: must be list of a mapping with name"
     yield edit(lambda plan: plan.update(name="a/b")), "name = 'a/b': must be letters"

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from megatron_qwen.models.torch_backend import compiled
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import compiled, dense_gemm
 from megatron_qwen.models.torch_backend.compiled import Kernels
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
@@ -15,9 +14,9 @@ NARROW, WIDE = (70, 130), (130, 70)
 @pytest.fixture
 def large(monkeypatch):
     """Every product counts as large, and as oneDNN's."""
-    monkeypatch.setattr(dense_product, "_LEAST_ROWS", 1)
-    monkeypatch.setattr(dense_product, "_LEAST_WEIGHTS", 0)
-    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: True)
+    monkeypatch.setattr(dense_gemm, "_LEAST_ROWS", 1)
+    monkeypatch.setattr(dense_gemm, "_LEAST_WEIGHTS", 0)
+    monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: True)
 
 
 @pytest.fixture(params=["compiled", "as written", "plain"])
@@ -40,14 +39,14 @@ def with_formulas(monkeypatch):
 @pytest.fixture
 def by_onednn(monkeypatch):
     """Shapes of the factors that oneDNN gets."""
-    shapes, product = [], dense_product._onednn
+    shapes, product = [], dense_gemm._onednn
 
     def seen(x, weight, bias=None):
         shapes.append((tuple(x.shape), tuple(weight.shape)))
         assert x.is_contiguous()
         return product(x, weight, bias)
 
-    monkeypatch.setattr(dense_product, "_onednn", seen)
+    monkeypatch.setattr(dense_gemm, "_onednn", seen)
     return shapes
 
 
@@ -65,7 +64,7 @@ def test_weight_gradients(large, way, by_onednn, weight):
         total, gradient, x = drawn(rows, weight)
         expected = total.double() + gradient.double().t() @ x.double()
         where = total.data_ptr()
-        assert dense_product.add_weight_gradient_(total, gradient, x).data_ptr() == where
+        assert dense_gemm.add_weight_gradient_(total, gradient, x).data_ptr() == where
         torch.testing.assert_close(total, expected.float(), rtol=1e-5, atol=1e-4)
     first, second = min(weight), max(weight)
     assert by_onednn == ([] if way == "plain" else [((first, rows), (second, rows)) for rows in counts])
@@ -82,7 +81,7 @@ def test_a_factor_with_gaps(large, with_formulas, by_onednn, weight):
         ((gradient, apart_x), weight is WIDE),
         ((apart, x), weight is NARROW),
     ):
-        found = dense_product.add_weight_gradient_(total.clone(), *factors)
+        found = dense_gemm.add_weight_gradient_(total.clone(), *factors)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
         assert len(by_onednn) == onednns
         by_onednn.clear()
@@ -91,23 +90,23 @@ def test_a_factor_with_gaps(large, with_formulas, by_onednn, weight):
 def test_weight_gradients_in_bf16_are_torchs(large, way, by_onednn):
     total, gradient, x = drawn(64, WIDE, torch.bfloat16)
     expected = total.float() + gradient.float().t() @ x.float()
-    dense_product.add_weight_gradient_(total, gradient, x)
+    dense_gemm.add_weight_gradient_(total, gradient, x)
     torch.testing.assert_close(total.float(), expected, rtol=2e-2, atol=0.2)
     assert not by_onednn
 
 
 @pytest.mark.parametrize(("rows", "weight"), [(1023, (512, 512)), (1024, (512, 511))])
 def test_small_weight_gradients_are_torchs(monkeypatch, way, by_onednn, rows, weight):
-    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: True)
-    dense_product.add_weight_gradient_(*drawn(rows, weight))
+    monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: True)
+    dense_gemm.add_weight_gradient_(*drawn(rows, weight))
     assert not by_onednn
 
 
 def test_large_weight_gradients_are_onednns(monkeypatch, with_formulas, by_onednn):
-    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: True)
+    monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: True)
     total, gradient, x = drawn(1024, (512, 512))
     expected = total + gradient.t() @ x
-    dense_product.add_weight_gradient_(total, gradient, x)
+    dense_gemm.add_weight_gradient_(total, gradient, x)
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-3)
     assert by_onednn == [((512, 1024), (512, 1024))]
 
@@ -115,4 +114,4 @@ def test_large_weight_gradients_are_onednns(monkeypatch, with_formulas, by_onedn
 def test_a_weight_may_be_a_transposed_view():
     weight = torch.randn(32, 48)
     rows = torch.randn(7, 32)
-    torch.testing.assert_close(dense_product.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(dense_gemm.linear(rows, weight.t()), rows @ weight, rtol=1e-5, atol=1e-4)

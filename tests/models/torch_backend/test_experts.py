@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qwen.models.torch_backend import experts as torch_experts
-from megatron_qwen.models.torch_backend.experts import products, weight_gradients
+from megatron_qwen.models.torch_backend.experts import grouped_gemm, grouped_weight_gradients
 
 # Experts without a token at either end and inside; one that has them all.
 COUNTS = [(3, 0, 5, 8), (0, 16, 0, 0), (0, 7, 9, 0)]
@@ -57,8 +57,8 @@ def test_one_kernel_computes_the_same(counts):
     gradients = torch.randn(rows.shape[0], 48, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad():
         torch.testing.assert_close(
-            products(rows, first, counts, kernel=True), products(rows, first, counts, kernel=False)
+            grouped_gemm(rows, first, counts, kernel=True), grouped_gemm(rows, first, counts, kernel=False)
         )
-        together = weight_gradients(gradients, rows, counts, kernel=True)
-        for got, right in zip(together, weight_gradients(gradients, rows, counts, kernel=False), strict=True):
+        together = grouped_weight_gradients(gradients, rows, counts, kernel=True)
+        for got, right in zip(together, grouped_weight_gradients(gradients, rows, counts, kernel=False), strict=True):
             torch.testing.assert_close(got, right)

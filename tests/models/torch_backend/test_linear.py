@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_qwen.config.source import resolve
-from megatron_qwen.models.torch_backend import dense_gemm as dense_product
+from megatron_qwen.models.torch_backend import dense_gemm
 from megatron_qwen.models.torch_backend import linear as torch_linear
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
@@ -28,7 +28,7 @@ def gradients(function, x, weight, bias, upstream):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
-    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: onednn)
+    monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: onednn)
     inputs = drawn(dtype, bias=bias)
     upstream = torch.randn(5, 3, 48, dtype=dtype)
     ours = gradients(torch_linear._Linear.apply, *inputs, upstream)
@@ -40,7 +40,7 @@ def test_equals_torch(monkeypatch, onednn, bias, dtype, tolerance):
 
 @pytest.mark.parametrize("onednn", [True, False])
 def test_an_expert_without_tokens(monkeypatch, onednn):
-    monkeypatch.setattr(dense_product, "_onednn_pays", lambda: onednn)
+    monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: onednn)
     _, weight, _ = drawn(torch.float32, bias=False)
     x = torch.empty(0, 32, requires_grad=True)
     out = torch_linear._Linear.apply(x, weight, None)

@@ -71,7 +71,7 @@ def test_the_report_shows_it(card, tmp_path):
         "Where the time went",
         "steps that count",
         "Memory of the fullest rank",
-        "a CPU that sends does not compute",
+        "no overlap of communication with compute on a CPU",
     ):
         assert text in page
     assert "steps done again" not in page.split('class="legend"')[1]  # there are none

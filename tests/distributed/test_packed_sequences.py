@@ -44,7 +44,7 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
     import torch
 
     from megatron_qwen.data.loaders.batches import Request, micro_batches
-    from megatron_qwen.models.sequences import separate_sequences
+    from megatron_qwen.models.sequences import packed_sequences
     from megatron_qwen.training.build import build_components
 
     components = build_components(config)
@@ -57,7 +57,7 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
         return module(tokens, positions, None, packed_seq_params=sequences)[0]
 
     with torch.no_grad():
-        sequences = separate_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
+        sequences = packed_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
         together = logits(batch.tokens, batch.position_ids, sequences)
         worst, start = 0.0, 0
         for length in batch.lengths:
