@@ -21,7 +21,7 @@ from megatron_qwen.cli import run_program  # noqa: E402
 from megatron_qwen.config.run import RunConfig  # noqa: E402
 from megatron_qwen.config.sections import ParallelConfig  # noqa: E402
 from megatron_qwen.config.source import resolve  # noqa: E402
-from megatron_qwen.data.reading.samples import Source  # noqa: E402
+from megatron_qwen.data.reading.samples import SampleSource  # noqa: E402
 from megatron_qwen.data.reading.training_data import TrainingData  # noqa: E402
 from megatron_qwen.data.token_files.statistics import unigram_entropy  # noqa: E402
 from megatron_qwen.distributed import groups as process_groups  # noqa: E402
@@ -74,7 +74,7 @@ def checkpoint_logits(model: Model, tokens: torch.Tensor, *, vocab_size: int) ->
 
 
 @torch.no_grad()
-def compare(config: RunConfig, model: Model, hf_dir: Path, source: Source, *, samples: int) -> Agreement:
+def compare(config: RunConfig, model: Model, hf_dir: Path, source: SampleSource, *, samples: int) -> Agreement:
     """Runs both models on the first samples of a source."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str]) -> int:
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     config, model, _ = load_checkpoint(run_dir)
     data = TrainingData(config)
-    source: Source = data.at(0)
+    source: SampleSource = data.at(0)
     samples = max(config.training.eval_iters, 1) * config.training.global_batch_size
     if config.data.validation_fraction:
         held_out = data.validation(data.at(0))

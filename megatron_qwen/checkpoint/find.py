@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointCandidate:
     """A checkpoint directory and its iteration."""
 
     iteration: int
     path: Path
 
 
-def resolve(path: Path) -> list[Candidate]:
+def resolve(path: Path) -> list[CheckpointCandidate]:
     """Candidates under a run directory, a checkpoint root or one iteration, newest first.
 
     Raises:
@@ -30,14 +30,14 @@ def resolve(path: Path) -> list[Candidate]:
     """
     if (path / MANIFEST).is_file() or (path / ".metadata").is_file():
         digits = path.name.removeprefix("iter_")
-        return [Candidate(int(digits) if digits.isdigit() else 0, path)]
+        return [CheckpointCandidate(int(digits) if digits.isdigit() else 0, path)]
     for root in (path / "checkpoints", path):
         if found := committed(root):
-            return [Candidate(*item) for item in found]
+            return [CheckpointCandidate(*item) for item in found]
     raise CheckpointError(Problem(str(path), None, "holds no committed checkpoint (iter_* with a manifest)."))
 
 
-def newest_good(candidates: list[Candidate], *, strict: bool) -> Candidate:
+def newest_good(candidates: list[CheckpointCandidate], *, strict: bool) -> CheckpointCandidate:
     """The newest candidate whose every file is as its manifest says; all ranks share the reading.
 
     Args:

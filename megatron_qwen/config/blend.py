@@ -53,7 +53,7 @@ class SourceSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class DataStage:
     """A part of the run with one mix and one length.
 
     Args:
@@ -97,7 +97,7 @@ class Blend:
     """Sources by name, and stages in order."""
 
     sources: dict[str, SourceSpec]
-    stages: tuple[Stage, ...]
+    stages: tuple[DataStage, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """As a blend file says it, paths in full."""
@@ -136,7 +136,7 @@ def stretches(config: RunConfig) -> list[RunConfig]:
 
 def single_source(path: str) -> Blend:
     """The blend of a run that names one token file."""
-    return Blend({SINGLE: SourceSpec(path=path)}, (Stage(name=SINGLE, weights={SINGLE: 1.0}),))
+    return Blend({SINGLE: SourceSpec(path=path)}, (DataStage(name=SINGLE, weights={SINGLE: 1.0}),))
 
 
 def read_blend(path: Path) -> Blend:
@@ -199,7 +199,7 @@ _Count = Annotated[int, Bounds(minimum=1)]
 
 @dataclass(frozen=True, kw_only=True)
 class _StageEntry:
-    """A stage as the file has it; see ``Stage``."""
+    """A stage as the file has it; see ``DataStage``."""
 
     name: _Name
     weights: _Shares | None = None
@@ -251,10 +251,10 @@ def _check_mix(
         reader.wrong(f"{where}.tokens", body["tokens"], f"contradicts the budgets, which add up to {total:,.0f}.")
 
 
-def _stage(entry: _StageEntry) -> Stage:
+def _stage(entry: _StageEntry) -> DataStage:
     """A stage whose shares add up to one."""
     shares = entry.weights or entry.budgets or {}
-    return Stage(
+    return DataStage(
         name=entry.name,
         weights=_normalised(shares),
         tokens=int(sum(entry.budgets.values())) if entry.budgets else entry.tokens,

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, EXIT_FAILURE, UserError
 from megatron_qwen.job.allocation import find
-from megatron_qwen.job.controller import Controller
+from megatron_qwen.job.controller import JobController
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.signals import StopSignals
@@ -65,7 +65,7 @@ def control(run_dir: Path, *, world_size: int | None = None) -> int:
         settings = JobSettings.read(run_dir)
         if world_size is None:
             world_size = resolve(str(directory.run_yaml), [], RECIPES).parallel.model_parallel_size
-        return Controller(directory, settings, find(settings, world_size=world_size), signals).run()
+        return JobController(directory, settings, find(settings, world_size=world_size), signals).run()
     except UserError as error:
         # Nothing was tried: the files of the run, or Slurm's word about the job, cannot be used.
         logging.getLogger(__name__).error("%s", error.render())

@@ -20,7 +20,7 @@ from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.job.verdict import Evidence, judge
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.heartbeat import Watchdog, read_beat
-from megatron_qwen.resilience.policy import RULES, Action, Decision, Outcome, Reason, decide
+from megatron_qwen.resilience.policy import RULES, Action, AttemptOutcome, Decision, Reason, decide
 from megatron_qwen.resilience.rank_end import read_rank_ends
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
@@ -33,11 +33,11 @@ _NODE_STATE_WAIT_S = 3.0
 _LEAVE_S = 12.0
 
 
-class Superseded(Exception):
+class ControllerSuperseded(Exception):
     """Another attempt at the run has begun elsewhere; this one must touch nothing any more."""
 
 
-class Controller:
+class JobController:
     """The job's hold on a run.
 
     Args:
@@ -66,7 +66,7 @@ class Controller:
                 return settled
             try:
                 decision = self._attempt()
-            except Superseded:
+            except ControllerSuperseded:
                 log.warning("another attempt at this run has begun: leaving it the run")
                 return EXIT_DO_NOT_REQUEUE
             if not self._follow(decision):
@@ -108,7 +108,7 @@ class Controller:
         """Whether a person has ended the run: a requeue would bring a cancelled job back to life."""
         return self.directory.state() is RunState.CANCELLED or self.allocation.ending() is Ending.CANCELLED
 
-    def _unfit(self, number: int, logs: Path) -> Outcome | None:
+    def _unfit(self, number: int, logs: Path) -> AttemptOutcome | None:
         """The outcome where no rank is to be started on these nodes."""
         try:
             sick = self._sick_nodes(logs)
@@ -136,7 +136,7 @@ class Controller:
             environment=self.allocation.environment(0),
         )
 
-    def _with_ranks(self, number: int, logs: Path) -> Outcome:
+    def _with_ranks(self, number: int, logs: Path) -> AttemptOutcome:
         ranks = self.allocation.start(self.directory.path, attempt=number, logs=logs)
         try:
             hang = self._watch(ranks, number)
@@ -172,12 +172,12 @@ class Controller:
             if time.monotonic() > next_look:
                 next_look = time.monotonic() + _CURRENT_EVERY_S
                 if self.attempts.newest() != number:
-                    raise Superseded
+                    raise ControllerSuperseded
                 if (hang := watchdog.silence()) is not None:
                     return hang
         return None
 
-    def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> Outcome:
+    def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> AttemptOutcome:
         found = stacks.gather(ranks, logs)
         for line in (f"attempt {number} hangs: {hang}; all stacks are in {logs / 'stacks.txt'}", *found.summary):
             log.error("%s", line)
@@ -188,7 +188,7 @@ class Controller:
         odd = f"; the odd one: {', '.join(f'rank {rank} on {places[rank]}' for rank in found.odd[:4])}" if blame else ""
         return self._outcome(number, Reason.HANG, hang + odd, failed_nodes=blame)
 
-    def _ended(self, ranks: Ranks, number: int, logs: Path) -> Outcome:
+    def _ended(self, ranks: Ranks, number: int, logs: Path) -> AttemptOutcome:
         code = ranks.poll() or 0
         ends = read_rank_ends(logs)
         if code:
@@ -214,21 +214,21 @@ class Controller:
 
     def _outcome(
         self, number: int, reason: Reason, detail: str, *, failed_nodes: tuple[str, ...] = (), error: str | None = None
-    ) -> Outcome:
+    ) -> AttemptOutcome:
         beat = read_beat(self.directory.heartbeat)
         own = beat is not None and beat.attempt == number
         iteration = beat.iteration if own and beat is not None else None
         gained = max(0, beat.iteration - beat.resumed_at) if own and beat is not None else 0
         saved = self._newest_saved()
-        return Outcome(reason, detail, failed_nodes, error, iteration, gained, saved)
+        return AttemptOutcome(reason, detail, failed_nodes, error, iteration, gained, saved)
 
     def _newest_saved(self) -> int:
         found = committed(self.directory.checkpoints)
         return found[0][0] if found else 0
 
-    def _note(self, number: int, outcome: Outcome, decision: Decision) -> None:
+    def _note(self, number: int, outcome: AttemptOutcome, decision: Decision) -> None:
         if self.attempts.newest() != number:
-            raise Superseded
+            raise ControllerSuperseded
         facts = {
             "exit_code": decision.exit_code,
             "reason": str(outcome.reason),

@@ -42,7 +42,7 @@ class Action(StrEnum):
 
 
 @dataclass(frozen=True)
-class Rule:
+class RequeueRule:
     """A row of the table.
 
     Args:
@@ -63,9 +63,9 @@ class Rule:
     exit_code: int
 
 
-POLICY: tuple[Rule, ...] = (
-    Rule(Reason.FINISHED, "every rank ended with 0", Action.NONE, False, None, 0),
-    Rule(
+POLICY: tuple[RequeueRule, ...] = (
+    RequeueRule(Reason.FINISHED, "every rank ended with 0", Action.NONE, False, None, 0),
+    RequeueRule(
         Reason.PREEMPTED,
         "SIGUSR2 or SIGTERM before the job's end; the ranks saved and ended with 75",
         Action.REQUEUE,
@@ -73,7 +73,7 @@ POLICY: tuple[Rule, ...] = (
         None,
         EXIT_REQUEUE,
     ),
-    Rule(
+    RequeueRule(
         Reason.OUT_OF_TIME,
         "SIGUSR2 ahead of the time limit; the ranks saved and ended with 75",
         Action.REQUEUE,
@@ -81,9 +81,9 @@ POLICY: tuple[Rule, ...] = (
         None,
         EXIT_REQUEUE,
     ),
-    Rule(Reason.REQUEUED, "`scontrol requeue`; the ranks saved", Action.REQUEUE, False, None, EXIT_REQUEUE),
-    Rule(Reason.CANCELLED, "`mq launch cancel`, `scancel`", Action.NONE, False, None, EXIT_TERMINATED),
-    Rule(
+    RequeueRule(Reason.REQUEUED, "`scontrol requeue`; the ranks saved", Action.REQUEUE, False, None, EXIT_REQUEUE),
+    RequeueRule(Reason.CANCELLED, "`mq launch cancel`, `scancel`", Action.NONE, False, None, EXIT_TERMINATED),
+    RequeueRule(
         Reason.UNHEALTHY_NODE,
         "slurm/healthcheck.sh failed on some nodes of the job, before any rank started",
         Action.REQUEUE,
@@ -91,8 +91,8 @@ POLICY: tuple[Rule, ...] = (
         1,
         EXIT_LOST_PEER,
     ),
-    Rule(Reason.LOST_NODE, "Slurm reports a node of the job down", Action.REQUEUE, True, 2, EXIT_LOST_PEER),
-    Rule(
+    RequeueRule(Reason.LOST_NODE, "Slurm reports a node of the job down", Action.REQUEUE, True, 2, EXIT_LOST_PEER),
+    RequeueRule(
         Reason.LOST_PEER,
         "a rank was killed, or lost its connection; its node answers",
         Action.REQUEUE,
@@ -100,7 +100,7 @@ POLICY: tuple[Rule, ...] = (
         2,
         EXIT_LOST_PEER,
     ),
-    Rule(
+    RequeueRule(
         Reason.HANG,
         "no step for `resilience.hang_timeout_s`; stacks of all ranks are in the logs",
         Action.REQUEUE,
@@ -108,7 +108,7 @@ POLICY: tuple[Rule, ...] = (
         2,
         EXIT_LOST_PEER,
     ),
-    Rule(
+    RequeueRule(
         Reason.ERROR,
         "an exception; the same one at the same iteration as the attempt before stops the run",
         Action.REQUEUE,
@@ -116,16 +116,16 @@ POLICY: tuple[Rule, ...] = (
         None,
         EXIT_FAILURE,
     ),
-    Rule(Reason.CONFIGURATION, "a rank ended with 2", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
-    Rule(Reason.DATA, "a rank ended with 3", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
-    Rule(Reason.CHECKPOINT, "a rank ended with 4", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
-    Rule(Reason.NUMERICS, "a rank ended with 17", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    RequeueRule(Reason.CONFIGURATION, "a rank ended with 2", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    RequeueRule(Reason.DATA, "a rank ended with 3", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    RequeueRule(Reason.CHECKPOINT, "a rank ended with 4", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
+    RequeueRule(Reason.NUMERICS, "a rank ended with 17", Action.STOP, False, None, EXIT_DO_NOT_REQUEUE),
 )
-RULES: dict[Reason, Rule] = {rule.reason: rule for rule in POLICY}
+RULES: dict[Reason, RequeueRule] = {rule.reason: rule for rule in POLICY}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class AttemptOutcome:
     """How an attempt ended, as its controller found it.
 
     Args:
@@ -164,7 +164,7 @@ class Decision:
     exclude: tuple[str, ...]
 
 
-def decide(earlier: Sequence[Attempt], outcome: Outcome, *, max_restarts_without_progress: int) -> Decision:
+def decide(earlier: Sequence[Attempt], outcome: AttemptOutcome, *, max_restarts_without_progress: int) -> Decision:
     """Reads the table for an attempt that has just ended.
 
     Args:
@@ -191,7 +191,7 @@ def decide(earlier: Sequence[Attempt], outcome: Outcome, *, max_restarts_without
     return Decision(Action.REQUEUE, f"{outcome.reason}: {outcome.detail}", rule.exit_code, exclude)
 
 
-def excluded_nodes(earlier: Sequence[Attempt], outcome: Outcome | None = None) -> tuple[str, ...]:
+def excluded_nodes(earlier: Sequence[Attempt], outcome: AttemptOutcome | None = None) -> tuple[str, ...]:
     """Nodes that have failed the run as often as the table allows."""
     ends = [(attempt.reason, attempt.failed_nodes) for attempt in earlier]
     if outcome is not None:
@@ -215,7 +215,7 @@ def _counts(reason: str | None, gained: int | None) -> bool:
     return not gained if counted is None else counted
 
 
-def _fruitless(earlier: Sequence[Attempt], outcome: Outcome) -> int:
+def _fruitless(earlier: Sequence[Attempt], outcome: AttemptOutcome) -> int:
     """Restarts in a row, the newest included, that ended for a counted reason and left no newer checkpoint."""
     ends = [(attempt.reason, attempt.gained, attempt.saved) for attempt in earlier]
     ends.append((outcome.reason, outcome.gained, outcome.saved))
@@ -228,7 +228,7 @@ def _fruitless(earlier: Sequence[Attempt], outcome: Outcome) -> int:
     return count
 
 
-def _same_error_again(earlier: Sequence[Attempt], outcome: Outcome) -> bool:
+def _same_error_again(earlier: Sequence[Attempt], outcome: AttemptOutcome) -> bool:
     if outcome.error is None:
         return False
     failures = [attempt for attempt in earlier if attempt.error is not None]

@@ -17,7 +17,7 @@ from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.build import build_components
 from megatron_qwen.training.callbacks.build import build_callbacks
-from megatron_qwen.training.callbacks.signs_of_life import Superseded
+from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded
 from megatron_qwen.training.resume import resume
 from megatron_qwen.training.start_log import keep_log, log_data
 from megatron_qwen.training.trainer import Trainer
@@ -86,7 +86,9 @@ def _begin(directory: RunDirectory) -> int:
     if dist.get_rank() == 0:
         number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
         if directory.newest_attempt() != number[0]:
-            raise Superseded(Problem("attempt", number[0], "has been followed by another before it could begin."))
+            raise AttemptSuperseded(
+                Problem("attempt", number[0], "was superseded by a newer attempt before it could start.")
+            )
         clear_abandoned(directory.checkpoints)
         directory.checkpoints.mkdir(exist_ok=True)
     dist.broadcast_object_list(number)

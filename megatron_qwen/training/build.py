@@ -4,7 +4,7 @@ import torch.distributed as dist
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.loaders.batches import Shard
+from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
 from megatron_qwen.data.reading.preflight import require_legal_stages
 from megatron_qwen.data.reading.training_data import TrainingData
@@ -20,7 +20,7 @@ from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import make_forward_step
 from megatron_qwen.training.kernels import start_kernels
 from megatron_qwen.training.machine import common_machine
-from megatron_qwen.training.progress import Progress
+from megatron_qwen.training.progress import TrainingProgress
 from megatron_qwen.training.schedule_hooks import install_schedule_hooks
 from megatron_qwen.training.start_log import log_build
 
@@ -56,8 +56,8 @@ def build_components(config: RunConfig) -> TrainingComponents:
     if dist.get_rank() == 0:
         log_build(config, choices, backend, adam=adam)
     require_legal_stages(data, world_size=dist.get_world_size())
-    require_separable(data, backend)
-    shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
+    require_packed_support(data, backend)
+    batch_slice = BatchSlice(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
     return TrainingComponents(
         config=config,
         asked=asked,
@@ -67,23 +67,23 @@ def build_components(config: RunConfig) -> TrainingComponents:
         model=model,
         optimizer=optimizer,
         data=data,
-        loader=build_loader(config, shard),
-        shard=shard,
+        loader=build_loader(config, batch_slice),
+        batch_slice=batch_slice,
         forward_step=make_forward_step(config, groups),
-        progress=Progress(),
+        progress=TrainingProgress(),
     )
 
 
-def build_loader(config: RunConfig, shard: Shard) -> Loader:
+def build_loader(config: RunConfig, batch_slice: BatchSlice) -> Loader:
     """What reads batches ahead."""
     if config.data.loader == "dali":
         from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an extra: most installations lack it
 
-        return DaliLoader(shard, ahead=config.data.prefetch_steps)
-    return MemoryMapLoader(shard, ahead=config.data.prefetch_steps)
+        return DaliLoader(batch_slice, ahead=config.data.prefetch_steps)
+    return MemoryMapLoader(batch_slice, ahead=config.data.prefetch_steps)
 
 
-def require_separable(data: TrainingData, backend: Backend) -> None:
+def require_packed_support(data: TrainingData, backend: Backend) -> None:
     """Raises ConfigError where a stage has independent sequences that this backend cannot share over CP ranks.
 
     Transformer Engine wants each sequence cut into 2 x CP chunks of its own; rows are cut as a whole here.
@@ -91,6 +91,6 @@ def require_separable(data: TrainingData, backend: Backend) -> None:
     if backend.name != "te" or data.config.parallel.context_parallel_size == 1:
         return
     fix = "keeps sequences apart, which the te backend does not do with context parallelism; set one of them off."
-    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.separates(stage)]
+    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.is_packed(stage)]
     if wrong:
         raise ConfigError(wrong)

@@ -6,14 +6,14 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.loaders.batches import Shard
+from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.estimate.choices import Choice
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.build import Model
 from megatron_qwen.training.forward import ForwardStep
-from megatron_qwen.training.progress import Progress
+from megatron_qwen.training.progress import TrainingProgress
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainingComponents:
         optimizer: sharded over data-parallel ranks.
         data: training and validation samples.
         loader: reads batches ahead.
-        shard: this rank's part of a batch.
+        batch_slice: this rank's part of a batch.
         forward_step: what the schedule calls.
         progress: counters; the only part that changes by assignment, by the trainer and by a resume.
     """
@@ -44,6 +44,6 @@ class TrainingComponents:
     optimizer: ChainedOptimizer
     data: TrainingData
     loader: Loader
-    shard: Shard
+    batch_slice: BatchSlice
     forward_step: ForwardStep
-    progress: Progress
+    progress: TrainingProgress

@@ -70,9 +70,9 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
 
 
 def _sequences(batch: Batch) -> SeparateSequences | None:
-    if batch.bounds is None:
+    if batch.cu_seqlens is None:
         return None
-    return separate_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
+    return separate_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids[0])
 
 
 def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:

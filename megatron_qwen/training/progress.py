@@ -5,7 +5,7 @@ from typing import Any
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingProgress:
     """Counters of a run.
 
     Args:

@@ -93,11 +93,11 @@ def run_batch(
         Mean loss in nats per token and the number of tokens, the same on every rank.
     """
     micro = config.training.micro_batch_size
-    separate = batches[0].bounds is not None
+    packed = batches[0].cu_seqlens is not None
 
     def chunk_batches(chunk: int) -> Iterator[Batch | None]:
         module = model.modules[chunk]
-        needed = module.pre_process or module.post_process or separate
+        needed = module.pre_process or module.post_process or packed
         return iter(batches) if needed else itertools.repeat(None)
 
     iterators = [chunk_batches(chunk) for chunk in range(len(model.chunks))]
@@ -108,8 +108,8 @@ def run_batch(
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=len(batches),
             # Independent sequences are laid end to end in one row.
-            seq_length=config.data.seq_length * (micro if separate else 1),
-            micro_batch_size=1 if separate else micro,
+            seq_length=config.data.seq_length * (micro if packed else 1),
+            micro_batch_size=1 if packed else micro,
             forward_only=forward_only,
         )
     return _mean_loss(reports, groups, batches[0].tokens.device)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from megatron_qwen import device
 from megatron_qwen.config.batch_size import global_batch_size
-from megatron_qwen.data.loaders.batches import Request
+from megatron_qwen.data.loaders.batches import BatchRequest
 from megatron_qwen.data.reading.training_data import StageReader
 from megatron_qwen.errors import NumericsError
 from megatron_qwen.optim.build import set_learning_rate
@@ -115,11 +115,11 @@ class Trainer:
             config=reader.config,
         )
 
-    def _request(self, consumed: int, reader: StageReader) -> Request:
+    def _request(self, consumed: int, reader: StageReader) -> BatchRequest:
         training = reader.config.training
-        return Request(consumed, global_batch_size(consumed, training), training.micro_batch_size)
+        return BatchRequest(consumed, global_batch_size(consumed, training), training.micro_batch_size)
 
-    def _upcoming(self) -> Iterator[tuple[StageReader, Request]]:
+    def _upcoming(self) -> Iterator[tuple[StageReader, BatchRequest]]:
         """The steps after the one that begins, as far as anybody asks."""
         progress, config = self.components.progress, self.components.config
         consumed = progress.consumed_samples

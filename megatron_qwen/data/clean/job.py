@@ -17,7 +17,7 @@ from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCha
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.text.blocks import ReadOptions, as_text
 from megatron_qwen.data.text.inputs import InputFile
-from megatron_qwen.data.text.records import Span, read_span
+from megatron_qwen.data.text.records import FileSpan, read_span
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import publish, temporary_name
@@ -28,7 +28,7 @@ _LEVEL = 3
 
 
 @dataclass(frozen=True)
-class Stages:
+class CleaningStages:
     """Which stages there are; None leaves one out.
 
     Args:
@@ -68,7 +68,7 @@ class Dropped:
 
 
 @dataclass
-class Report:
+class CleaningReport:
     """What became of the documents: read = kept + empty + filtered + skipped + dropped by the stages."""
 
     read: int = 0
@@ -82,13 +82,13 @@ class Report:
 def clean(
     files: Sequence[InputFile],
     output: Path,
-    stages: Stages,
+    stages: CleaningStages,
     *,
     options: ReadOptions,
     skip_bad: bool,
     workers: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
-) -> Report:
+) -> CleaningReport:
     """Writes what is kept as OUTPUT/clean_00000.jsonl.zst and so on, and OUTPUT/report.json.
 
     Args:
@@ -113,7 +113,7 @@ def clean(
         None if stages.near is None else NearDuplicates(stages.near),
     )
     names += [one.name for one in (exact, near) if one is not None]
-    report = Report(dropped={name: Dropped() for name in names})
+    report = CleaningReport(dropped={name: Dropped() for name in names})
     partial = temporary_name(output)
     partial.mkdir(parents=True)
     try:
@@ -149,7 +149,12 @@ Judged = tuple[str, str, tuple[str, str] | None, tuple[bytes, Any]]
 
 
 def _judged(
-    files: Sequence[InputFile], stages: Stages, options: ReadOptions, skip_bad: bool, workers: int, report: Report
+    files: Sequence[InputFile],
+    stages: CleaningStages,
+    options: ReadOptions,
+    skip_bad: bool,
+    workers: int,
+    report: CleaningReport,
 ) -> Iterator[Judged]:
     """Documents in order with what the filters say, and their keys for duplicates."""
     with garbage_left_to_the_parent(), ProcessPoolExecutor(workers, initializer=_begin, initargs=(stages,)) as pool:
@@ -168,10 +173,10 @@ def _answers(where: str, texts: list[str], future: "Future[list[Any]]") -> Itera
 
 
 def _blocks(
-    files: Sequence[InputFile], options: ReadOptions, skip_bad: bool, report: Report
+    files: Sequence[InputFile], options: ReadOptions, skip_bad: bool, report: CleaningReport
 ) -> Iterator[tuple[str, list[str]]]:
     for file in files:
-        for block in read_span(Span(file), options):
+        for block in read_span(FileSpan(file), options):
             if block.bad and not skip_bad:
                 raise DataError([bad.problem() for bad in block.bad[:10]])
             report.read += block.read
@@ -185,11 +190,11 @@ def _blocks(
 class _Process:
     """What a worker process has set up once."""
 
-    stages: Stages
+    stages: CleaningStages
     filters: list[Filter]
 
 
-def _begin(stages: Stages) -> None:
+def _begin(stages: CleaningStages) -> None:
     tokenizers_without_threads()
     _Process.stages, _Process.filters = stages, stages.filters()
 

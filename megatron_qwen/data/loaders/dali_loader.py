@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from megatron_qwen.data.loaders.batches import Batch, Request, Shard, micro_batches
+from megatron_qwen.data.loaders.batches import Batch, BatchRequest, BatchSlice, micro_batches
 from megatron_qwen.data.loaders.read_ahead import Upcoming
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.errors import ConfigError, Problem
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
@@ -20,21 +20,21 @@ class DaliLoader:
     The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with what the model computes.
 
     Args:
-        shard: the rank's part of a batch.
+        batch_slice: the rank's part of a batch.
         ahead: steps that are read ahead.
 
     Raises:
         ConfigError: DALI is not installed.
     """
 
-    def __init__(self, shard: Shard, *, ahead: int) -> None:
-        self.shard, self.ahead = shard, ahead
-        self._pipeline = _build(shard.device)
+    def __init__(self, batch_slice: BatchSlice, *, ahead: int) -> None:
+        self.batch_slice, self.ahead = batch_slice, ahead
+        self._pipeline = _build(batch_slice.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._reading: deque[tuple[int, Request, Future[list[Batch]]]] = deque()
+        self._reading: deque[tuple[int, BatchRequest, Future[list[Batch]]]] = deque()
         self._fed: deque[list[Batch]] = deque()  # the first of what is being read is with DALI already
 
-    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+    def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
         """See ``Loader``."""
         while self._reading and self._reading[0][:2] != (id(source), request):
             self._drop()  # the run has gone another way than foreseen
@@ -57,8 +57,8 @@ class DaliLoader:
         """See ``Loader``."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, source: Source, request: Request) -> None:
-        future = self._thread.submit(lambda: list(micro_batches(source, self.shard, request)))
+    def _read(self, source: SampleSource, request: BatchRequest) -> None:
+        future = self._thread.submit(lambda: list(micro_batches(source, self.batch_slice, request)))
         self._reading.append((id(source), request, future))
 
     def _is_read(self) -> bool:
@@ -85,11 +85,11 @@ class DaliLoader:
         future.cancel()
 
     def _take(self, read: Batch) -> Batch:
-        """The pipeline's next output; bounds, which the host needs too, go beside it."""
+        """The pipeline's next output; cu_seqlens, which the host needs too, go beside it."""
         outputs = self._pipeline.outputs()
         tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
-        bounds = None if read.bounds is None else read.bounds.to(self.shard.device, non_blocking=True)
-        return Batch(**tensors, bounds=bounds, lengths=read.lengths)
+        cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(self.batch_slice.device, non_blocking=True)
+        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths)
 
 
 def _build(device: torch.device) -> Any:

@@ -19,9 +19,9 @@ from megatron_qwen.data.order.permutation import KeyedPermutation
 
 _BLOCK_DOCUMENTS, _BLOCKS_OF_POOL = 256, 64
 
-Bounds = Callable[[int, int], npt.NDArray[np.int64]]
-Run = tuple[int, int]
-Row = list[Run]
+DocumentStarts = Callable[[int, int], npt.NDArray[np.int64]]
+TokenSpan = tuple[int, int]
+Row = list[TokenSpan]
 
 
 @dataclass(frozen=True)
@@ -30,24 +30,24 @@ class Documents:
 
     Args:
         count: documents of the source.
-        bounds: gives the positions of the first tokens of documents first .. stop, one more than documents.
+        starts: gives the positions of the first tokens of documents first .. stop, one more than documents.
         key: seed and source.
     """
 
     count: int
-    bounds: Bounds
+    starts: DocumentStarts
     key: tuple[int, int]
 
     @classmethod
     def of(
-        cls, count: int, bounds: Callable[[int, int], npt.NDArray[np.int64]], *, seed: int, name: str
+        cls, count: int, starts: Callable[[int, int], npt.NDArray[np.int64]], *, seed: int, name: str
     ) -> "Documents":
         """The documents of a source of that name."""
-        return cls(count, bounds, (seed, zlib.crc32(name.encode())))
+        return cls(count, starts, (seed, zlib.crc32(name.encode())))
 
 
 @dataclass(frozen=True)
-class Untaken:
+class UntakenRows:
     """Rows of a pool that were not taken when the length of rows changed.
 
     Args:
@@ -57,7 +57,7 @@ class Untaken:
         taken: rows that were taken.
     """
 
-    of: "int | Untaken"
+    of: "int | UntakenRows"
     seq_length: int
     key: tuple[int, int]
     taken: int
@@ -73,7 +73,7 @@ class Cursor:
         first: number of the first row there, counted from the last change of length.
     """
 
-    left: tuple[Untaken, ...] = ()
+    left: tuple[UntakenRows, ...] = ()
     pool: int = 0
     first: int = 0
 
@@ -113,7 +113,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-class Packed:
+class PackedRows:
     """Rows of a source: row ``i`` is a pure function of seed, source, cursor and ``i``.
 
     Finding it takes packing the pools up to it; pools already seen are remembered by their number of rows.
@@ -132,7 +132,7 @@ class Packed:
         self._held: tuple[int, list[Row]] | None = None
 
     def __getitem__(self, index: int) -> Row:
-        """The runs [a, b) of the source that make up row ``index``, counted from the last change of length."""
+        """The spans [a, b) of the source that make up row ``index``, counted from the last change of length."""
         with self._lock:
             pool, within = self._place(index)
             return self._rows(pool)[within]
@@ -156,7 +156,7 @@ class Packed:
             if within == 0:
                 return Cursor(here.left, here.pool)
             pool = len(self.cursor.left) - len(here.left) + here.pool - self.cursor.pool
-            untaken = Untaken(self._source(pool), self.seq_length, self._key(pool), within)
+            untaken = UntakenRows(self._source(pool), self.seq_length, self._key(pool), within)
             rest = self._at(pool + 1, 0)
             return Cursor((untaken, *rest.left), rest.pool)
 
@@ -173,7 +173,7 @@ class Packed:
         pool = int(np.searchsorted(self._ends, index, side="right"))
         return pool, index - (self._ends[pool - 1] if pool else 0)
 
-    def _source(self, pool: int) -> "int | Untaken":
+    def _source(self, pool: int) -> "int | UntakenRows":
         left = self.cursor.left
         return left[pool] if pool < len(left) else self.cursor.pool + pool - len(left)
 
@@ -187,30 +187,30 @@ class Packed:
             self._held = pool, self._packed(self._source(pool), self.seq_length, self._key(pool))
         return self._held[1]
 
-    def _packed(self, source: "int | Untaken", seq_length: int, key: tuple[int, int]) -> list[Row]:
+    def _packed(self, source: "int | UntakenRows", seq_length: int, key: tuple[int, int]) -> list[Row]:
         """The rows of a pool in the order in which they are taken."""
-        runs = self._runs(source)
+        spans = self._spans(source)
         pieces = [
-            (start, min(start + seq_length, end)) for begin, end in runs for start in range(begin, end, seq_length)
+            (start, min(start + seq_length, end)) for begin, end in spans for start in range(begin, end, seq_length)
         ]
         rows = best_fit([end - start for start, end in pieces], seq_length)
         order = KeyedPermutation(len(rows), *self.documents.key, *key)
         return [[pieces[item] for item in rows[order[index]]] for index in range(len(rows))]
 
-    def _runs(self, source: "int | Untaken") -> list[Run]:
-        if isinstance(source, Untaken):
+    def _spans(self, source: "int | UntakenRows") -> list[TokenSpan]:
+        if isinstance(source, UntakenRows):
             rows = self._packed(source.of, source.seq_length, source.key)
-            return [run for row in rows[source.taken :] for run in row]
+            return [span for row in rows[source.taken :] for span in row]
         blocks = -(-self.documents.count // _BLOCK_DOCUMENTS)
         pools = -(-blocks // _BLOCKS_OF_POOL)
         epoch, number = divmod(source, pools)
         order = KeyedPermutation(blocks, *self.documents.key, -1, epoch)
-        runs: list[Run] = []
+        spans: list[TokenSpan] = []
         for visit in range(number * _BLOCKS_OF_POOL, min((number + 1) * _BLOCKS_OF_POOL, blocks)):
             first = order[visit] * _BLOCK_DOCUMENTS
-            bounds = self.documents.bounds(first, min(first + _BLOCK_DOCUMENTS, self.documents.count)).tolist()
-            runs += [(start, end) for start, end in itertools.pairwise(bounds) if end > start]
-        return runs
+            starts = self.documents.starts(first, min(first + _BLOCK_DOCUMENTS, self.documents.count)).tolist()
+            spans += [(start, end) for start, end in itertools.pairwise(starts) if end > start]
+        return spans
 
 
 def to_json(cursor: Cursor) -> dict[str, Any]:
@@ -223,11 +223,11 @@ def from_json(saved: dict[str, Any]) -> Cursor:
     return Cursor(tuple(_untaken(one) for one in saved["left"]), saved["pool"], saved["first"])
 
 
-def _untaken_json(one: Untaken) -> dict[str, Any]:
+def _untaken_json(one: UntakenRows) -> dict[str, Any]:
     inner = one.of if isinstance(one.of, int) else _untaken_json(one.of)
     return {"of": inner, "seq_length": one.seq_length, "key": list(one.key), "taken": one.taken}
 
 
-def _untaken(saved: dict[str, Any]) -> Untaken:
+def _untaken(saved: dict[str, Any]) -> UntakenRows:
     inner = saved["of"] if isinstance(saved["of"], int) else _untaken(saved["of"])
-    return Untaken(inner, saved["seq_length"], (saved["key"][0], saved["key"][1]), saved["taken"])
+    return UntakenRows(inner, saved["seq_length"], (saved["key"][0], saved["key"][1]), saved["taken"])

@@ -11,19 +11,19 @@ import numpy as np
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.apportion import Apportionment
 
-Run = tuple[int, int]
+TokenSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Order:
+class SourceOrder:
     """What decides the order of a source's tokens: a stream of windows, or documents to pack."""
 
-    windows: stream.Shape | None
+    windows: stream.StreamLayout | None
     documents: packing.Documents | None
 
 
 @dataclass(frozen=True)
-class Position:
+class SourcePosition:
     """How far a source has been read.
 
     Args:
@@ -40,29 +40,29 @@ class Position:
     pieces: stream.Pieces = stream.WHOLE
     cursor: packing.Cursor = packing.BEGINNING
 
-    def cut(self, order: Order, seq_length: int) -> "Position":
+    def cut(self, order: SourceOrder, seq_length: int) -> "SourcePosition":
         """The same place, to be read on at a length."""
         if self.seq_length in (None, seq_length):
-            return Position(seq_length, self.ordinal, self.taken, self.pieces, self.cursor)
+            return SourcePosition(seq_length, self.ordinal, self.taken, self.pieces, self.cursor)
         assert self.seq_length is not None
         old = {"seq_length": self.seq_length, "ordinal": self.ordinal}
         pieces, cursor = self.pieces, self.cursor
         if order.windows is not None:
             pieces = stream.after(order.windows, pieces, **old, taken=self.taken)
         if order.documents is not None:
-            cursor = packing.Packed(order.documents, cursor, **old).after(self.taken)
-        return Position(seq_length, self.ordinal + 1, 0, pieces, cursor)
+            cursor = packing.PackedRows(order.documents, cursor, **old).after(self.taken)
+        return SourcePosition(seq_length, self.ordinal + 1, 0, pieces, cursor)
 
-    def on(self, samples: int) -> "Position":
+    def on(self, samples: int) -> "SourcePosition":
         """The place some samples further."""
-        return Position(self.seq_length, self.ordinal, self.taken + samples, self.pieces, self.cursor)
+        return SourcePosition(self.seq_length, self.ordinal, self.taken + samples, self.pieces, self.cursor)
 
-    def reader(self, order: Order) -> "stream.Windows | packing.Packed":
+    def reader(self, order: SourceOrder) -> "stream.Windows | packing.PackedRows":
         """Where the samples lie, by number from the last change of length on."""
         assert self.seq_length is not None
         cut = {"seq_length": self.seq_length, "ordinal": self.ordinal}
         if order.documents is not None:
-            return packing.Packed(order.documents, self.cursor, **cut)
+            return packing.PackedRows(order.documents, self.cursor, **cut)
         assert order.windows is not None
         return stream.Windows(order.windows, self.pieces, **cut)
 
@@ -77,7 +77,7 @@ class Position:
         }
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> "Position":
+    def restored(cls, saved: Mapping[str, Any]) -> "SourcePosition":
         """What ``as_dict`` wrote."""
         return cls(
             saved["seq_length"],
@@ -103,14 +103,14 @@ class Phase:
 
     def __init__(
         self,
-        orders: Mapping[str, Order],
+        orders: Mapping[str, SourceOrder],
         weights: Mapping[str, float],
         *,
         seq_length: int,
         first_sample: int,
-        begins: Mapping[str, Position],
+        begins: Mapping[str, SourcePosition],
         counts: Mapping[str, int] | None = None,
-        resumed: Mapping[str, Position] | None = None,
+        resumed: Mapping[str, SourcePosition] | None = None,
     ) -> None:
         self.weights, self.seq_length, self.first_sample = dict(weights), seq_length, first_sample
         self.names = sorted(weights)
@@ -124,8 +124,8 @@ class Phase:
         self._sources, self._indices = array("H"), array("q")
         self._lock = threading.RLock()  # one thread reads ahead while another asks how far the run is
 
-    def __getitem__(self, sample: int) -> tuple[str, int, list[Run]]:
-        """The source of a sample, its number among that source's samples of this length, and its runs of tokens."""
+    def __getitem__(self, sample: int) -> tuple[str, int, list[TokenSpan]]:
+        """The source of a sample, its number among that source's samples of this length, and its spans of tokens."""
         chosen, index = self._assigned(sample - self.first_sample)
         name = self.names[chosen]
         number = self.begins[name].taken + index
@@ -140,12 +140,12 @@ class Phase:
             counts = np.bincount(since, minlength=len(self.names)) + self._counts_there
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def positions(self, samples: int) -> dict[str, Position]:
+    def positions(self, samples: int) -> dict[str, SourcePosition]:
         """Where each source stands once the phase has given ``samples``."""
         found = {}
         for name, count in self.counts(samples).items():
             position, reader = self.begins[name].on(count), self._readers[name]
-            if isinstance(reader, packing.Packed):
+            if isinstance(reader, packing.PackedRows):
                 position = replace(position, cursor=reader.advanced(position.taken))
             found[name] = position
         return found

@@ -22,7 +22,7 @@ _BLOCKS_OF_SOURCE, _BLOCKS_OF_GROUP = 256, 64
 
 
 @dataclass(frozen=True)
-class Shape:
+class StreamLayout:
     """Sizes that decide a source's order; a run keeps those it began with.
 
     Args:
@@ -38,7 +38,7 @@ class Shape:
     key: tuple[int, int]
 
     @classmethod
-    def of(cls, total: int, *, seed: int, name: str) -> "Shape":
+    def of(cls, total: int, *, seed: int, name: str) -> "StreamLayout":
         """The sizes for a source of ``total`` tokens."""
         block = min(max(total // _BLOCKS_OF_SOURCE, _LEAST_BLOCK), _MOST_BLOCK)
         return cls(total, block, min(_BLOCKS_OF_GROUP * block, total), (seed, zlib.crc32(name.encode())))
@@ -49,7 +49,7 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Range:
+class StreamRange:
     """Positions start .. stop - 1 of the endless stream; without an end where ``stop`` is None."""
 
     start: int
@@ -57,7 +57,7 @@ class Range:
 
 
 @dataclass(frozen=True)
-class Untaken:
+class UntakenWindows:
     """Windows of a group that were not taken, one after the other in the order in which they were to be.
 
     Args:
@@ -79,12 +79,12 @@ class Untaken:
     stop: int
 
 
-Piece = Range | Untaken
+Piece = StreamRange | UntakenWindows
 Pieces = tuple[Piece, ...]
-WHOLE: Pieces = (Range(0),)
+WHOLE: Pieces = (StreamRange(0),)
 
 
-def segments(shape: Shape, pieces: Pieces, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def segments(layout: StreamLayout, pieces: Pieces, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Where positions start .. stop - 1 of a stream lie in the source.
 
     Returns:
@@ -92,24 +92,24 @@ def segments(shape: Shape, pieces: Pieces, start: int, stop: int) -> Iterator[tu
     """
     for piece, first, last in _cut(pieces, start, stop):
         position, end = piece.start + first, piece.start + _known(last)
-        if isinstance(piece, Range):
-            yield from _in_source(shape, position, end)
+        if isinstance(piece, StreamRange):
+            yield from _in_source(layout, position, end)
             continue
-        order = KeyedPermutation(piece.windows, *shape.key, *piece.key)
+        order = KeyedPermutation(piece.windows, *layout.key, *piece.key)
         while position < end:
             window, offset = divmod(position, piece.seq_length)
             length = min(piece.seq_length - offset, end - position)
             begin = order[piece.taken + window] * piece.seq_length + offset
-            yield from segments(shape, piece.of, begin, begin + length)
+            yield from segments(layout, piece.of, begin, begin + length)
             position += length
 
 
 def part(pieces: Pieces, start: int, stop: int | None) -> Pieces:
     """Positions start .. stop - 1 of a stream, as a stream."""
     return tuple(
-        Range(piece.start + first, None if last is None else piece.start + last)
-        if isinstance(piece, Range)
-        else Untaken(
+        StreamRange(piece.start + first, None if last is None else piece.start + last)
+        if isinstance(piece, StreamRange)
+        else UntakenWindows(
             piece.of,
             piece.seq_length,
             piece.windows,
@@ -122,24 +122,24 @@ def part(pieces: Pieces, start: int, stop: int | None) -> Pieces:
     )
 
 
-def after(shape: Shape, pieces: Pieces, *, seq_length: int, ordinal: int, taken: int) -> Pieces:
+def after(layout: StreamLayout, pieces: Pieces, *, seq_length: int, ordinal: int, taken: int) -> Pieces:
     """What is left of a stream once samples have been taken from it.
 
     Args:
-        shape: of the source.
+        layout: of the source.
         pieces: the stream.
         seq_length: tokens of a sample.
         ordinal: how many times the stream had been cut anew.
         taken: samples taken.
     """
-    windows = shape.windows(seq_length)
+    windows = layout.windows(seq_length)
     group, within = divmod(taken, windows)
     size = windows * seq_length
     if within == 0:
         return part(pieces, group * size, None)
     own = part(pieces, group * size, (group + 1) * size)
     rest = (windows - within) * seq_length
-    left = Untaken(own, seq_length, windows, (ordinal, group), within, 0, rest)
+    left = UntakenWindows(own, seq_length, windows, (ordinal, group), within, 0, rest)
     return (left, *part(pieces, (group + 1) * size, None))
 
 
@@ -147,30 +147,30 @@ class Windows:
     """Samples of a stream: sample ``i`` is a pure function of seed, source, stream and ``i``.
 
     Args:
-        shape: of the source.
+        layout: of the source.
         pieces: the stream.
         seq_length: tokens of a sample.
         ordinal: how many times the stream had been cut anew.
     """
 
-    def __init__(self, shape: Shape, pieces: Pieces, *, seq_length: int, ordinal: int) -> None:
-        self.shape, self.pieces, self.seq_length, self.ordinal = shape, pieces, seq_length, ordinal
-        self._windows = shape.windows(seq_length)
+    def __init__(self, layout: StreamLayout, pieces: Pieces, *, seq_length: int, ordinal: int) -> None:
+        self.layout, self.pieces, self.seq_length, self.ordinal = layout, pieces, seq_length, ordinal
+        self._windows = layout.windows(seq_length)
         self._order: tuple[int, KeyedPermutation] | None = None
 
     def __getitem__(self, index: int) -> list[tuple[int, int]]:
-        """Where sample ``index`` lies in the source, as runs [a, b); runs that touch are one."""
+        """Where sample ``index`` lies in the source, as spans [a, b); spans that touch are one."""
         group, within = divmod(index, self._windows)
         if self._order is None or self._order[0] != group:
-            self._order = group, KeyedPermutation(self._windows, *self.shape.key, self.ordinal, group)
+            self._order = group, KeyedPermutation(self._windows, *self.layout.key, self.ordinal, group)
         start = (group * self._windows + self._order[1][within]) * self.seq_length
-        runs: list[tuple[int, int]] = []
-        for begin, end in segments(self.shape, self.pieces, start, start + self.seq_length):
-            if runs and runs[-1][1] == begin:
-                runs[-1] = (runs[-1][0], end)
+        spans: list[tuple[int, int]] = []
+        for begin, end in segments(self.layout, self.pieces, start, start + self.seq_length):
+            if spans and spans[-1][1] == begin:
+                spans[-1] = (spans[-1][0], end)
             else:
-                runs.append((begin, end))
-        return runs
+                spans.append((begin, end))
+        return spans
 
 
 def _cut(pieces: Pieces, start: int, stop: int | None) -> Iterator[tuple[Piece, int, int | None]]:
@@ -197,25 +197,25 @@ def _known(value: int | None) -> int:
     return value
 
 
-def _in_source(shape: Shape, start: int, stop: int) -> Iterator[tuple[int, int]]:
+def _in_source(layout: StreamLayout, start: int, stop: int) -> Iterator[tuple[int, int]]:
     """Where positions of the endless stream lie in the source."""
-    blocks = max(1, shape.total // shape.block)
-    longer = shape.total - blocks * shape.block  # by so much is the last block longer
+    blocks = max(1, layout.total // layout.block)
+    longer = layout.total - blocks * layout.block  # by so much is the last block longer
     position = start
     while position < stop:
-        epoch, inside = divmod(position, shape.total)
-        order = KeyedPermutation(blocks, *shape.key, -1, epoch)
+        epoch, inside = divmod(position, layout.total)
+        order = KeyedPermutation(blocks, *layout.key, -1, epoch)
         place = order.index(blocks - 1)  # where the longer block stands
-        if inside < place * shape.block:
-            visit = inside // shape.block
-            first = visit * shape.block
-        elif inside < (place + 1) * shape.block + longer:
-            visit, first = place, place * shape.block
+        if inside < place * layout.block:
+            visit = inside // layout.block
+            first = visit * layout.block
+        elif inside < (place + 1) * layout.block + longer:
+            visit, first = place, place * layout.block
         else:
-            visit = (inside - longer) // shape.block
-            first = visit * shape.block + longer
-        size = shape.block + (longer if visit == place else 0)
-        begin = order[visit] * shape.block + inside - first
+            visit = (inside - longer) // layout.block
+            first = visit * layout.block + longer
+        size = layout.block + (longer if visit == place else 0)
+        begin = order[visit] * layout.block + inside - first
         length = min(size - (inside - first), stop - position)
         yield begin, begin + length
         position += length
@@ -225,7 +225,7 @@ def to_json(pieces: Pieces) -> list[dict[str, Any]]:
     """A stream for a checkpoint's state."""
     return [
         {"start": piece.start, "stop": piece.stop}
-        if isinstance(piece, Range)
+        if isinstance(piece, StreamRange)
         else {
             "of": to_json(piece.of),
             "seq_length": piece.seq_length,
@@ -242,7 +242,7 @@ def to_json(pieces: Pieces) -> list[dict[str, Any]]:
 def from_json(saved: Sequence[dict[str, Any]]) -> Pieces:
     """The stream that ``to_json`` wrote."""
     return tuple(
-        Untaken(
+        UntakenWindows(
             from_json(item["of"]),
             item["seq_length"],
             item["windows"],
@@ -252,6 +252,6 @@ def from_json(saved: Sequence[dict[str, Any]]) -> Pieces:
             item["stop"],
         )
         if "of" in item
-        else Range(item["start"], item["stop"])
+        else StreamRange(item["start"], item["stop"])
         for item in saved
     )

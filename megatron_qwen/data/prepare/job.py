@@ -11,12 +11,12 @@ from pathlib import Path
 
 from megatron_qwen.data.prepare.join import ShardWriter, set_manifest
 from megatron_qwen.data.prepare.part import Part, part_path, read_part
-from megatron_qwen.data.prepare.plan import Plan, Shard, Unit
-from megatron_qwen.data.prepare.workers import Progress, Workers
+from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan, Unit
+from megatron_qwen.data.prepare.workers import EncodingProgress, Workers
 from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, read_manifest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers import encoder as encoders
-from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, Plain
+from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, TokenizerEncoder
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
@@ -29,7 +29,7 @@ ENDINGS = (".bin", ".idx", ".mask", ".skipped.jsonl", ".json")
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """Which shards this process makes: every ``count``-th from ``index``."""
 
     index: int = 0
@@ -41,7 +41,11 @@ class _OtherIds(Exception):
 
 
 def prepare(
-    plan: Plan, *, workers: int, task: Task | None = None, on_progress: Callable[[Progress], None] = lambda _: None
+    plan: PreparationPlan,
+    *,
+    workers: int,
+    task: ShardTask | None = None,
+    on_progress: Callable[[EncodingProgress], None] = lambda _: None,
 ) -> Manifest | None:
     """Makes the shards of a task; the task that finds all of them made writes the manifest of the whole.
 
@@ -60,7 +64,7 @@ def prepare(
         ConfigError: other files lie where this would write, or another preparation is under way there.
         DataError: a document or a file is bad, or there is no text at all.
     """
-    task = task or Task()
+    task = task or ShardTask()
     if (there := _made_before(plan)) is not None:
         return there
     _claim(plan)
@@ -71,7 +75,7 @@ def prepare(
             _make(plan, mine, encoder, workers, on_progress)
         except _OtherIds as error:
             why = f"slower; gigatoken gives other ids for {str(error)[:60]!r}"
-            encoder = Plain(load_tokenizer(plan.tokenizer), why)
+            encoder = TokenizerEncoder(load_tokenizer(plan.tokenizer), why)
             log.warning("%s: begins anew with %s", plan.prefix, encoder.name)
             _forget_parts(plan, mine)
             (plan.work / _SLOW).write_text(why)
@@ -79,15 +83,19 @@ def prepare(
     return _finish(plan)
 
 
-def _chosen_encoder(plan: Plan) -> Encoder:
+def _chosen_encoder(plan: PreparationPlan) -> Encoder:
     """What an earlier attempt has found to be right, else the fastest."""
     with contextlib.suppress(FileNotFoundError):
-        return Plain(load_tokenizer(plan.tokenizer), (plan.work / _SLOW).read_text())
+        return TokenizerEncoder(load_tokenizer(plan.tokenizer), (plan.work / _SLOW).read_text())
     return encoders.open_encoder(plan.tokenizer)
 
 
 def _make(
-    plan: Plan, shards: Sequence[Shard], encoder: Encoder, workers: int, on_progress: Callable[[Progress], None]
+    plan: PreparationPlan,
+    shards: Sequence[OutputShard],
+    encoder: Encoder,
+    workers: int,
+    on_progress: Callable[[EncodingProgress], None],
 ) -> None:
     open_shards = [shard for shard in shards if not manifest_path(shard.prefix).is_file()]
     done = {unit.key: read_part(plan.work, unit.key) for shard in open_shards for unit in shard.units}
@@ -95,7 +103,7 @@ def _make(
     old = frozenset(parts)
     missing = [unit for shard in open_shards for unit in shard.units if unit.key not in parts]
     for part in parts.values():
-        on_progress(Progress(0, part.text_bytes, part.documents, part.tokens))
+        on_progress(EncodingProgress(0, part.text_bytes, part.documents, part.tokens))
     writers = (ShardWriter(plan, shard) for shard in open_shards)
     pool = Workers(min(workers, len(missing)), plan, encoder, missing) if missing else None
     words = pool.run() if pool is not None else ()
@@ -104,10 +112,10 @@ def _make(
         # Loaded while the processes are at work already; what they made is used only if the proof holds.
         tokenizer = load_tokenizer(plan.tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
-        if not isinstance(encoder, Plain):
+        if not isinstance(encoder, TokenizerEncoder):
             _prove(encoder, tokenizer, PROBES)
         for word in words:
-            if isinstance(word, Progress):
+            if isinstance(word, EncodingProgress):
                 on_progress(word)
                 continue
             _compare(word, tokenizer)
@@ -149,7 +157,7 @@ def _compare(part: Part, tokenizer: Tokenizer) -> None:
             raise _OtherIds(text)
 
 
-def _forget_parts(plan: Plan, shards: Sequence[Shard]) -> None:
+def _forget_parts(plan: PreparationPlan, shards: Sequence[OutputShard]) -> None:
     for unit in _units(shards):
         part_path(plan.work, unit.key, "json").unlink(missing_ok=True)
     for shard in shards:
@@ -157,12 +165,12 @@ def _forget_parts(plan: Plan, shards: Sequence[Shard]) -> None:
             with_ending(shard.prefix, ending).unlink(missing_ok=True)
 
 
-def _units(shards: Sequence[Shard]) -> Iterator[Unit]:
+def _units(shards: Sequence[OutputShard]) -> Iterator[Unit]:
     for shard in shards:
         yield from shard.units
 
 
-def _claim(plan: Plan) -> None:
+def _claim(plan: PreparationPlan) -> None:
     """Makes the work directory, or takes over the one there: parts that fit are used, whatever it was begun for."""
     stated = plan.work / "plan.json"
     there = None
@@ -179,7 +187,7 @@ def _claim(plan: Plan) -> None:
     atomic_write_json(stated, plan.identity)
 
 
-def _made_before(plan: Plan) -> Manifest | None:
+def _made_before(plan: PreparationPlan) -> Manifest | None:
     """The manifest that the same command has left, its work done."""
     if plan.work.exists():
         return None
@@ -190,7 +198,7 @@ def _made_before(plan: Plan) -> Manifest | None:
     return there if there is not None and there.made_by == plan.fingerprint else None
 
 
-def require_free(plan: Plan) -> None:
+def require_free(plan: PreparationPlan) -> None:
     """Raises ConfigError where anything lies already that the work would write."""
     prefixes = {plan.prefix, *(shard.prefix for shard in plan.shards)}
     paths = [with_ending(prefix, ending) for prefix in sorted(prefixes) for ending in ENDINGS]
@@ -201,7 +209,7 @@ def require_free(plan: Plan) -> None:
 
 
 @contextmanager
-def _nothing_left_of_nothing(plan: Plan) -> Iterator[None]:
+def _nothing_left_of_nothing(plan: PreparationPlan) -> Iterator[None]:
     """Clears the work directory after an error that came before anything was made."""
     try:
         yield
@@ -227,7 +235,7 @@ def _alone(lock: Path) -> Iterator[None]:
         yield
 
 
-def _finish(plan: Plan) -> Manifest | None:
+def _finish(plan: PreparationPlan) -> Manifest | None:
     """Writes the manifest of the whole and clears the work directory, if every shard is there."""
     shards = [read_manifest(shard.prefix) for shard in plan.shards]
     made = [shard for shard in shards if shard is not None]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
-from megatron_qwen.data.prepare.plan import Plan, Shard
+from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
 from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class ShardWriter:
         shard: the shard.
     """
 
-    def __init__(self, plan: Plan, shard: Shard) -> None:
+    def __init__(self, plan: PreparationPlan, shard: OutputShard) -> None:
         self.plan, self.shard = plan, shard
         self.parts: list[Part] = []
         masked = plan.options.prompt_field is not None
@@ -132,7 +132,7 @@ class ShardWriter:
             yield np.fromfile(part_path(self.plan.work, part.key, "len"), dtype=np.int32)
 
 
-def set_manifest(plan: Plan, shards: Sequence[Manifest]) -> Manifest:
+def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
     """The manifest of all shards together."""
     first = shards[0]
     together = xxhash.xxh3_128("".join(shard.bin_xxh3_128 for shard in shards).encode())
@@ -153,7 +153,7 @@ def set_manifest(plan: Plan, shards: Sequence[Manifest]) -> Manifest:
     )
 
 
-def _inputs(shard: Shard) -> list[dict[str, Any]]:
+def _inputs(shard: OutputShard) -> list[dict[str, Any]]:
     files = {span.file.path: span.file.size for unit in shard.units for span in unit.spans}
     return [{"path": str(path.absolute()), "size": size} for path, size in files.items()]
 

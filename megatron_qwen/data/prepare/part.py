@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.text.records import read_span
@@ -71,7 +71,7 @@ def read_part(work: Path, key: str) -> Part | None:
     return part
 
 
-def encode_unit(unit: Unit, plan: Plan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
+def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
     """Reads, encodes and writes a unit; nothing lies under the part's name before all of it is written.
 
     Args:

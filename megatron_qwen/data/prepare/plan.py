@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.data.text.blocks import ReadOptions
-from megatron_qwen.data.text.inputs import Form, InputFile, Packing
-from megatron_qwen.data.text.records import Span
+from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
+from megatron_qwen.data.text.records import FileSpan
 from megatron_qwen.data.tokenizers.tokenizer import fingerprint
 
 UNIT_BYTES = 16 << 20
@@ -26,11 +26,11 @@ class Unit:
     """
 
     key: str
-    spans: tuple[Span, ...]
+    spans: tuple[FileSpan, ...]
 
 
 @dataclass(frozen=True)
-class Shard:
+class OutputShard:
     """Units that become one token file.
 
     Args:
@@ -43,7 +43,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PreparationPlan:
     """All that decides the bytes of the output.
 
     Args:
@@ -61,7 +61,7 @@ class Plan:
     files: tuple[InputFile, ...]
     options: ReadOptions
     skip_bad: bool
-    shards: tuple[Shard, ...]
+    shards: tuple[OutputShard, ...]
     identity: dict[str, Any]
 
     @property
@@ -84,7 +84,7 @@ def make_plan(
     skip_bad: bool = False,
     shard_bytes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
-) -> Plan:
+) -> PreparationPlan:
     """Cuts the input.
 
     Args:
@@ -112,10 +112,10 @@ def make_plan(
         "on_error": "skip" if skip_bad else "stop",
         "shard_bytes": shard_bytes,
     }
-    return Plan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
+    return PreparationPlan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
 
 
-def _key(spans: tuple[Span, ...], deciding: dict[str, Any]) -> str:
+def _key(spans: tuple[FileSpan, ...], deciding: dict[str, Any]) -> str:
     read = [
         (str(span.file.path.absolute()), span.file.size, span.file.path.stat().st_mtime_ns, span.start, span.stop)
         for span in spans
@@ -123,9 +123,9 @@ def _key(spans: tuple[Span, ...], deciding: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([read, deciding], sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[Span, ...]]:
+def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[FileSpan, ...]]:
     """Large files in several units, small ones together in one."""
-    gathered: list[Span] = []
+    gathered: list[FileSpan] = []
     size = 0
     for file in files:
         spans = list(_spans(file, options, unit_bytes))
@@ -144,8 +144,8 @@ def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) ->
         yield tuple(gathered)
 
 
-def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[Span]:
-    if file.form is Form.PARQUET:
+def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[FileSpan]:
+    if file.format is FileFormat.PARQUET:
         from megatron_qwen.data.text.parquet import row_groups
 
         first, size = 0, 0
@@ -153,25 +153,25 @@ def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[S
         on_disk = file.size / max(sum(groups), 1)  # a row group says how large it is unpacked
         for index, group in enumerate(groups):
             if size and size + group > unit_bytes:
-                yield Span(file, first, index, round(size * on_disk))
+                yield FileSpan(file, first, index, round(size * on_disk))
                 first, size = index, 0
             size += group
-        yield Span(file, first, len(groups), round(size * on_disk))
-    elif file.form is Form.JSONL and file.packing is Packing.PLAIN:
+        yield FileSpan(file, first, len(groups), round(size * on_disk))
+    elif file.format is FileFormat.JSONL and file.compression is Compression.PLAIN:
         for start in range(0, file.size, unit_bytes):
             stop = min(start + unit_bytes, file.size)
-            yield Span(file, start, stop, stop - start)
+            yield FileSpan(file, start, stop, stop - start)
     else:
-        yield Span(file)
+        yield FileSpan(file)
 
 
-def _span_bytes(span: Span) -> int:
+def _span_bytes(span: FileSpan) -> int:
     return span.file.size if span.size is None else span.size
 
 
-def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[Shard, ...]:
+def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[OutputShard, ...]:
     if shard_bytes is None:
-        return (Shard(prefix, units),)
+        return (OutputShard(prefix, units),)
     groups: list[list[Unit]] = [[]]
     size = 0
     for unit in units:
@@ -183,5 +183,6 @@ def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> t
         size += more
     width = max(5, len(str(len(groups) - 1)))
     return tuple(
-        Shard(prefix.with_name(f"{prefix.name}_{index:0{width}d}"), tuple(group)) for index, group in enumerate(groups)
+        OutputShard(prefix.with_name(f"{prefix.name}_{index:0{width}d}"), tuple(group))
+        for index, group in enumerate(groups)
     )

@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.prepare.part import Part, encode_unit
-from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import Problem, UserError
@@ -33,7 +33,7 @@ class WorkerDied(UserError):
 
 
 @dataclass(frozen=True)
-class Progress:
+class EncodingProgress:
     """Work done since the last word of a process."""
 
     read: int
@@ -59,7 +59,7 @@ class Workers:
         units: what there is to encode; the processes know them from the fork, and are sent numbers.
     """
 
-    def __init__(self, count: int, plan: Plan, encoder: Encoder, units: Sequence[Unit]) -> None:
+    def __init__(self, count: int, plan: PreparationPlan, encoder: Encoder, units: Sequence[Unit]) -> None:
         self._units = units
         context = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
@@ -72,7 +72,7 @@ class Workers:
             theirs.close()
             self._workers.append(_Worker(process, ours, []))
 
-    def run(self) -> Iterator[Part | Progress]:
+    def run(self) -> Iterator[Part | EncodingProgress]:
         """Has the units encoded, at once; parts come as they are finished, in any order.
 
         Raises:
@@ -85,7 +85,7 @@ class Workers:
                 self._give(worker, waiting)
         return self._words(waiting)
 
-    def _words(self, waiting: list[int]) -> Iterator[Part | Progress]:
+    def _words(self, waiting: list[int]) -> Iterator[Part | EncodingProgress]:
         while any(worker.units for worker in self._workers):
             by_connection = {worker.connection: worker for worker in self._workers if worker.units}
             for ready in wait(list(by_connection)):
@@ -130,7 +130,11 @@ class Workers:
 
 
 def _serve(
-    connection: Connection, foreign: Sequence[Connection], plan: Plan, encoder: Encoder, units: Sequence[Unit]
+    connection: Connection,
+    foreign: Sequence[Connection],
+    plan: PreparationPlan,
+    encoder: Encoder,
+    units: Sequence[Unit],
 ) -> None:
     """Encodes the units that come until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
@@ -150,7 +154,7 @@ def _serve(
 
     def flush() -> None:
         nonlocal told
-        connection.send(Progress(*held))
+        connection.send(EncodingProgress(*held))
         held[:], told = [0, 0, 0, 0], time.monotonic()
 
     try:

@@ -52,7 +52,7 @@ def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
         config = stage.configure(data.config)
         # What is wrong with the run's own configuration is said elsewhere.
         wrong = config_problems(config, world_size=world_size) if config != data.config else []
-        if data.separates(stage) and not config.data.reset_attention_mask:
+        if data.is_packed(stage) and not config.data.reset_attention_mask:
             wrong += separate_sequences(config, Problem("lengths" if stage.lengths else "packing", None, ""))
         found += [Problem(f"stage {stage.name}: {one.where}", one.value, one.fix) for one in wrong]
     if found:

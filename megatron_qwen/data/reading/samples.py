@@ -1,4 +1,4 @@
-"""One training sequence out of the runs of tokens that make it up."""
+"""One training sequence out of the spans of tokens that make it up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
 
-Run = tuple[int, int]
+TokenSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Sample:
     starts: npt.NDArray[np.int64]
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Samples by number."""
 
     @property
@@ -38,7 +38,7 @@ class Source(Protocol):
         """Tokens of a sample."""
 
     @property
-    def separates(self) -> bool:
+    def is_packed(self) -> bool:
         """Whether any sample may hold more than one independent sequence."""
 
     def __getitem__(self, index: int) -> Sample:
@@ -46,7 +46,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingOptions:
     """How samples are made of tokens.
 
     Args:
@@ -60,19 +60,19 @@ class Reading:
     vocab_size: int | None = None
 
 
-def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading) -> Sample:
+def window(tokens: TokenSet, spans: Sequence[TokenSpan], *, stop: int, reading: ReadingOptions) -> Sample:
     """A sample of consecutive tokens; a label is always the token that follows in the text.
 
     Args:
         tokens: the source.
-        runs: [a, b) of the source's positions, in order.
+        spans: [a, b) of the source's positions, in order.
         stop: end of the training part: what follows there is not for training, and carries no loss.
         reading: how.
     """
     inputs, labels, masks = [], [], []
     starts: list[int] = [0]
     length = 0
-    for begin, end in runs:
+    for begin, end in spans:
         row = tokens.tokens(begin, min(end + 1, stop))
         mask = np.ones(end - begin, dtype=np.float32)
         if end == stop:
@@ -91,17 +91,17 @@ def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading
         masks.append(mask)
         length += end - begin
     sample = Sample(_joined(inputs), _joined(labels), _joined(masks), _starts(starts, length))
-    _require_known(tokens, runs, sample.tokens, reading)
-    _require_known(tokens, [(begin + 1, end + 1) for begin, end in runs], sample.labels, reading)
+    _require_known(tokens, spans, sample.tokens, reading)
+    _require_known(tokens, [(begin + 1, end + 1) for begin, end in spans], sample.labels, reading)
     return sample
 
 
-def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: Reading) -> Sample:
+def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, reading: ReadingOptions) -> Sample:
     """A sample of whole documents, or of parts of long ones, each on its own; what is left over is padding.
 
     Args:
         tokens: the source.
-        runs: documents and parts as [a, b) of the source's positions.
+        spans: documents and parts as [a, b) of the source's positions.
         seq_length: tokens of the sample.
         reading: how.
     """
@@ -109,7 +109,7 @@ def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: R
     labels = np.zeros(seq_length, dtype=np.int64)
     mask = np.zeros(seq_length, dtype=np.float32)
     starts, at = [], 0
-    for begin, end in runs:
+    for begin, end in spans:
         size = end - begin
         own = tokens.tokens(begin, min(end + 1, tokens.num_tokens))
         row[at : at + size] = own[:size]
@@ -125,7 +125,7 @@ def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: R
     if at < seq_length:
         row[at:] = labels[at:] = row[at - 1]
         starts.append(at)
-    _require_known(tokens, runs, row[:at], reading)
+    _require_known(tokens, spans, row[:at], reading)
     return Sample(row, labels, mask, _starts(starts, seq_length))
 
 
@@ -145,14 +145,16 @@ def _starts(found: list[int], length: int) -> npt.NDArray[np.int64]:
     return starts[starts < length]
 
 
-def _require_known(tokens: TokenSet, runs: Sequence[Run], row: npt.NDArray[np.int64], reading: Reading) -> None:
+def _require_known(
+    tokens: TokenSet, spans: Sequence[TokenSpan], row: npt.NDArray[np.int64], reading: ReadingOptions
+) -> None:
     """An id that the model does not have is found here, by file and document, and not in a kernel."""
     size = reading.vocab_size
     if size is None or (row.max() < size and row.min() >= 0):
         return
     at = int(np.argmax((row >= size) | (row < 0)))
     token = int(row[at])
-    for begin, end in runs:
+    for begin, end in spans:
         if at < end - begin:
             fix = f"is no id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare the data again."
             raise DataError(Problem("token", token, fix))

@@ -12,7 +12,7 @@ from megatron_qwen.config.sections import DataConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.permutation import KeyedPermutation
 from megatron_qwen.data.reading.fim import FillInTheMiddle, Piece
-from megatron_qwen.data.reading.samples import Reading, Run, Sample, packed, window
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample, TokenSpan, packed, window
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
@@ -64,32 +64,32 @@ class OpenSource:
             "digest": self.tokens.digest,
         }
 
-    def shape(self, seed: int) -> stream.Shape:
+    def stream_layout(self, seed: int) -> stream.StreamLayout:
         """Sizes that decide its order."""
-        return stream.Shape.of(self.stop, seed=seed, name=self.name)
+        return stream.StreamLayout.of(self.stop, seed=seed, name=self.name)
 
     def packable(self, seed: int) -> packing.Documents:
         """Its documents, for packing."""
 
-        def bounds(first: int, stop: int) -> Any:
+        def starts(first: int, stop: int) -> Any:
             lengths = self.tokens.lengths(first, stop).astype(np.int64)
             return self.tokens.document_start(first) + np.concatenate(([0], np.cumsum(lengths)))
 
-        return packing.Documents.of(self.documents, bounds, seed=seed, name=self.name)
+        return packing.Documents.of(self.documents, starts, seed=seed, name=self.name)
 
-    def read(self, runs: list[Run], *, seq_length: int, reading: Reading, key: tuple[int, ...]) -> Sample:
-        """The sample that some runs of its tokens make up."""
+    def read(self, spans: list[TokenSpan], *, seq_length: int, reading: ReadingOptions, key: tuple[int, ...]) -> Sample:
+        """The sample that some spans of its tokens make up."""
         if self.spec.packing == "best_fit":
-            sample = packed(self.tokens, runs, seq_length=seq_length, reading=reading)
+            sample = packed(self.tokens, spans, seq_length=seq_length, reading=reading)
         else:
-            sample = window(self.tokens, runs, stop=self.stop, reading=reading)
-        return sample if self.fim is None else self.fim(sample, self._pieces(runs), key=key)
+            sample = window(self.tokens, spans, stop=self.stop, reading=reading)
+        return sample if self.fim is None else self.fim(sample, self._pieces(spans), key=key)
 
-    def _pieces(self, runs: list[Run]) -> list[Piece]:
-        """Documents and parts of documents in a sample made of some runs."""
+    def _pieces(self, spans: list[TokenSpan]) -> list[Piece]:
+        """Documents and parts of documents in a sample made of some spans."""
         pieces: list[Piece] = []
         at = 0
-        for begin, end in runs:
+        for begin, end in spans:
             start = at
             for last in (self.tokens.document_ends(begin, end) - begin + at).tolist():
                 pieces.append((start, last + 1, True))
@@ -114,9 +114,9 @@ class HeldOut:
     source: OpenSource
     seq_length: int
     seed: int
-    reading: Reading
+    reading: ReadingOptions
 
-    separates = False
+    is_packed = False
 
     @cached_property
     def windows(self) -> int:
@@ -197,7 +197,7 @@ def require_room(source: OpenSource, seq_length: int, *, where: str = "data.seq_
 
 
 def held_out(
-    sources: Mapping[str, OpenSource], *, seq_length: int, seed: int, reading: Reading, fraction: float
+    sources: Mapping[str, OpenSource], *, seq_length: int, seed: int, reading: ReadingOptions, fraction: float
 ) -> dict[str, HeldOut]:
     """The held-out windows of the sources that have any.
 

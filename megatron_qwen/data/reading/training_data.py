@@ -10,19 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.config.blend import Blend, Stage, read_blend, single_source
+from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_source
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import stream
 from megatron_qwen.data.order.apportion import Apportionment
-from megatron_qwen.data.order.phase import Order, Phase, Position
+from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
 from megatron_qwen.data.reading.sample_reader import SampleReader
-from megatron_qwen.data.reading.samples import Reading, Sample
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_sources, require_room
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 
 @dataclass
-class Record:
+class LedgerEntry:
     """A phase as the ledger keeps it.
 
     Args:
@@ -45,7 +45,7 @@ class Record:
     reading: dict[str, Any]
     begins: dict[str, dict[str, Any]]
 
-    def continues(self, other: "Record") -> bool:
+    def continues(self, other: "LedgerEntry") -> bool:
         """Whether ``other`` is the same phase, further on."""
         mine = (self.stage, self.seq_length, self.weights, self.reading)
         return mine == (other.stage, other.seq_length, other.weights, other.reading)
@@ -66,24 +66,24 @@ class StageReader(SampleReader):
     def __init__(
         self,
         data: "TrainingData",
-        stage: Stage,
+        stage: DataStage,
         phase: Phase,
         *,
         config: RunConfig,
         ends: int | None,
-        idle: Mapping[str, Position],
+        idle: Mapping[str, SourcePosition],
     ) -> None:
         super().__init__(data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed)
         self.data, self.stage, self.config, self.ends, self.idle = data, stage, config, ends, dict(idle)
 
-    def positions(self, consumed: int) -> dict[str, Position]:
+    def positions(self, consumed: int) -> dict[str, SourcePosition]:
         """Where every source stands once the run has taken samples up to ``consumed``."""
         return {**self.idle, **self.phase.positions(consumed - self.phase.first_sample)}
 
-    def record(self, consumed: int) -> Record:
+    def ledger_entry(self, consumed: int) -> LedgerEntry:
         """The phase, up to sample ``consumed``."""
         phase, samples = self.phase, consumed - self.phase.first_sample
-        return Record(
+        return LedgerEntry(
             stage=self.stage.name,
             seq_length=phase.seq_length,
             first_sample=phase.first_sample,
@@ -110,7 +110,9 @@ class TrainingData:
         self.config, self.seed = config, config.training.seed
         self.blend = blend_of(config)
         self.sources = open_sources(self.blend, config.data)
-        self.reading = Reading(config.data.eod_mask_loss, config.data.reset_attention_mask, config.model.vocab_size)
+        self.reading = ReadingOptions(
+            config.data.eod_mask_loss, config.data.reset_attention_mask, config.model.vocab_size
+        )
         for stage in self.blend.stages:
             seq_length = stage.configure(config).data.seq_length
             for name in stage.weights:
@@ -118,7 +120,7 @@ class TrainingData:
                     require_room(self.sources[name], seq_length)
         self._orders = {name: order_of(source, self.seed) for name, source in self.sources.items()}
         self._known: dict[str, dict[str, Any]] = {}  # identities of the sources that the run has read
-        self._closed: list[Record] = []
+        self._closed: list[LedgerEntry] = []
         self.consumed = 0  # where the run began, or resumed
         # The phase under way, and those that a loader has looked ahead to.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
@@ -133,7 +135,7 @@ class TrainingData:
             ConfigError: the blend misses the stage under way.
             DataError: a source has other tokens than those that the run has read.
         """
-        self.consumed = sum(record["samples"] for record in saved["phases"])
+        self.consumed = sum(entry["samples"] for entry in saved["phases"])
         self._open = [self._restore(saved)]
 
     def at(self, consumed: int) -> StageReader:
@@ -149,7 +151,7 @@ class TrainingData:
         """The reader of the step that ended with sample ``consumed - 1``; before the first step, of the first."""
         return self._begun(consumed)[-1]
 
-    def validation_of(self, stage: Stage) -> "Validation":
+    def validation_of(self, stage: DataStage) -> "ValidationSamples":
         """Held-out samples in the mix and at the length of a stage, as one sequence each.
 
         Raises:
@@ -157,26 +159,26 @@ class TrainingData:
         """
         used = {name: self.sources[name] for name in stage.weights}
         seq_length = stage.configure(self.config).data.seq_length
-        reading = Reading(self.reading.eod_mask_loss, False, self.reading.vocab_size)
+        reading = ReadingOptions(self.reading.eod_mask_loss, False, self.reading.vocab_size)
         parts = held_out(
             used, seq_length=seq_length, seed=self.seed, reading=reading, fraction=self.config.data.validation_fraction
         )
-        return Validation(parts, stage.weights, seq_length)
+        return ValidationSamples(parts, stage.weights, seq_length)
 
-    def validation(self, reader: StageReader) -> "Validation":
+    def validation(self, reader: StageReader) -> "ValidationSamples":
         """Those of a reader's stage."""
         return self.validation_of(reader.stage)
 
-    def records(self, consumed: int) -> list[Record]:
+    def ledger(self, consumed: int) -> list[LedgerEntry]:
         """The ledger: every phase up to sample ``consumed``."""
         begun = self._begun(consumed)
         ends = [reader.phase.first_sample for reader in begun[1:]] + [consumed]
-        return [*self._closed, *(reader.record(end) for reader, end in zip(begun, ends, strict=True))]
+        return [*self._closed, *(reader.ledger_entry(end) for reader, end in zip(begun, ends, strict=True))]
 
     def forget(self, consumed: int) -> None:
         """Lets go of the order of samples before ``consumed``: they are not asked for again."""
         begun = self._begun(consumed)
-        self._closed = self.records(consumed)[:-1]
+        self._closed = self.ledger(consumed)[:-1]
         self._known |= {name: self._identity(name) for reader in begun[:-1] for name in reader.stage.weights}
         self._open = self._open[len(begun) - 1 :]
         phase = self._open[0].phase
@@ -191,23 +193,24 @@ class TrainingData:
             "seed": self.seed,
             "sources": {**self._known, **identities},
             "positions": {name: position.as_dict() for name, position in sorted(positions.items())},
-            "phases": [asdict(record) for record in self.records(consumed)],
+            "phases": [asdict(entry) for entry in self.ledger(consumed)],
         }
 
     def _begun(self, consumed: int) -> list[StageReader]:
         """The open phases that have given a sample, or the first."""
         return [reader for reader in self._open if reader.phase.first_sample < consumed] or self._open[:1]
 
-    def _begin(self, stage: Stage, first_sample: int, positions: Mapping[str, Position]) -> StageReader:
+    def _begin(self, stage: DataStage, first_sample: int, positions: Mapping[str, SourcePosition]) -> StageReader:
         config = stage.configure(self.config)
         length = config.data.seq_length
         begins = {
-            name: positions.get(name, Position()).cut(self._orders[name], length) for name in sorted(stage.weights)
+            name: positions.get(name, SourcePosition()).cut(self._orders[name], length)
+            for name in sorted(stage.weights)
         }
         phase = Phase(self._orders, stage.weights, seq_length=length, first_sample=first_sample, begins=begins)
         return self._reader(stage, phase, positions)
 
-    def _reader(self, stage: Stage, phase: Phase, positions: Mapping[str, Position]) -> StageReader:
+    def _reader(self, stage: DataStage, phase: Phase, positions: Mapping[str, SourcePosition]) -> StageReader:
         return StageReader(
             self,
             stage,
@@ -217,18 +220,18 @@ class TrainingData:
             idle={name: position for name, position in positions.items() if name not in phase.begins},
         )
 
-    def _ends(self, stage: Stage, first_sample: int, seq_length: int) -> int | None:
+    def _ends(self, stage: DataStage, first_sample: int, seq_length: int) -> int | None:
         if stage.tokens is None:
             return None
-        used = sum(record.samples * record.seq_length for record in self._closed if record.stage == stage.name)
+        used = sum(entry.samples * entry.seq_length for entry in self._closed if entry.stage == stage.name)
         return first_sample + max(-(-(stage.tokens - used) // seq_length), 0)
 
-    def separates(self, stage: Stage) -> bool:
+    def is_packed(self, stage: DataStage) -> bool:
         """Whether a stage's samples may hold independent sequences."""
         packs = any(self.sources[name].spec.packing == "best_fit" for name in stage.weights)
         return bool(stage.lengths) or packs or self.reading.reset_attention_mask
 
-    def reading_of(self, stage: Stage) -> dict[str, Any]:
+    def reading_of(self, stage: DataStage) -> dict[str, Any]:
         """What decides the text of a stage's samples beside their tokens, for the ledger."""
         fim = {
             name: [self.blend.sources[name].fim_rate, self.blend.sources[name].fim_spm_rate]
@@ -243,8 +246,8 @@ class TrainingData:
         }
 
     def _identity(self, name: str) -> dict[str, Any]:
-        shape = self._orders[name].windows
-        sizes = {} if shape is None else {"block": shape.block, "group": shape.group}
+        layout = self._orders[name].windows
+        sizes = {} if layout is None else {"block": layout.block, "group": layout.group}
         return {**self.sources[name].identity(), **sizes}
 
     def _restore(self, saved: Mapping[str, Any]) -> StageReader:
@@ -252,21 +255,21 @@ class TrainingData:
         self._known = dict(saved["sources"])
         for name in set(self._known) & set(self.sources):
             self._orders[name] = order_of(self.sources[name], self.seed, self._known[name])
-        *self._closed, last = [Record(**record) for record in saved["phases"]]
+        *self._closed, last = [LedgerEntry(**entry) for entry in saved["phases"]]
         stages = {stage.name: stage for stage in self.blend.stages}
         if last.stage not in stages:
             fix = f"is the stage under way, and the blend has only {', '.join(stages)}; keep its name."
             raise ConfigError(Problem("data.blend: stages", last.stage, fix))
         stage = stages[last.stage]
-        positions = {name: Position.restored(position) for name, position in saved["positions"].items()}
+        positions = {name: SourcePosition.restored(position) for name, position in saved["positions"].items()}
         consumed = last.first_sample + last.samples
         length = stage.configure(self.config).data.seq_length
-        fresh = Record(stage.name, length, consumed, 0, dict(stage.weights), {}, self.reading_of(stage), {})
+        fresh = LedgerEntry(stage.name, length, consumed, 0, dict(stage.weights), {}, self.reading_of(stage), {})
         if not last.continues(fresh):
             if last.samples:
                 self._closed.append(last)
             return self._begin(stage, consumed, positions)
-        begins = {name: Position.restored(position) for name, position in last.begins.items()}
+        begins = {name: SourcePosition.restored(position) for name, position in last.begins.items()}
         phase = Phase(
             self._orders,
             stage.weights,
@@ -279,7 +282,7 @@ class TrainingData:
         return self._reader(stage, phase, positions)
 
 
-class Validation:
+class ValidationSamples:
     """Held-out samples of several sources, by weight.
 
     Args:
@@ -288,7 +291,7 @@ class Validation:
         seq_length: tokens of a sample.
     """
 
-    separates = False
+    is_packed = False
 
     def __init__(self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int) -> None:
         self.parts, self.seq_length = dict(parts), seq_length
@@ -323,14 +326,14 @@ def blend_of(config: RunConfig) -> Blend:
     return single_source(config.data.path)
 
 
-def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> Order:
+def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> SourceOrder:
     """What decides a source's order; the sizes that a run began with (``noted``) stay, whatever is usual now."""
     if source.spec.packing == "best_fit":
-        return Order(None, source.packable(seed))
-    shape = source.shape(seed)
+        return SourceOrder(None, source.packable(seed))
+    layout = source.stream_layout(seed)
     if noted is not None:
-        shape = stream.Shape(shape.total, noted["block"], noted["group"], shape.key)
-    return Order(shape, None)
+        layout = stream.StreamLayout(layout.total, noted["block"], noted["group"], layout.key)
+    return SourceOrder(layout, None)
 
 
 def require_same(noted: Mapping[str, Mapping[str, Any]], sources: Mapping[str, OpenSource]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron_qwen.errors import DataError, Problem
 
 
-class Form(StrEnum):
+class FileFormat(StrEnum):
     """How documents lie in a file."""
 
     JSONL = ".jsonl"
@@ -18,7 +18,7 @@ class Form(StrEnum):
     PARQUET = ".parquet"
 
 
-class Packing(StrEnum):
+class Compression(StrEnum):
     """How a file is compressed; the value is the ending."""
 
     PLAIN = ""
@@ -32,14 +32,14 @@ class InputFile:
 
     Args:
         path: where it lies.
-        form: how documents lie in it.
-        packing: how it is compressed.
+        format: how documents lie in it.
+        compression: how it is compressed.
         size: bytes on disk.
     """
 
     path: Path
-    form: Form
-    packing: Packing
+    format: FileFormat
+    compression: Compression
     size: int
 
 
@@ -58,7 +58,9 @@ def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
     for path in _expand(names, problems):
         kind = _kind(path)
         if kind is None:
-            fix = f"is none of {', '.join(Form)}, plain or with {' or '.join(filter(None, Packing))} after it."
+            fix = (
+                f"is none of {', '.join(FileFormat)}, plain or with {' or '.join(filter(None, Compression))} after it."
+            )
             problems.append(Problem(str(path), path.suffix, fix))
         elif (size := path.stat().st_size) == 0:
             problems.append(Problem(str(path), None, "is empty."))
@@ -75,13 +77,13 @@ def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
     return found
 
 
-def _kind(path: Path) -> tuple[Form, Packing] | None:
+def _kind(path: Path) -> tuple[FileFormat, Compression] | None:
     ending = path.suffix.lower()
-    packing = Packing(ending) if ending in (Packing.GZIP, Packing.ZSTD) else Packing.PLAIN
-    form = Path(path.stem).suffix.lower() if packing else ending
-    if form not in list(Form) or (form == Form.PARQUET and packing):
+    compression = Compression(ending) if ending in (Compression.GZIP, Compression.ZSTD) else Compression.PLAIN
+    form = Path(path.stem).suffix.lower() if compression else ending
+    if form not in list(FileFormat) or (form == FileFormat.PARQUET and compression):
         return None
-    return Form(form), packing
+    return FileFormat(form), compression
 
 
 def _expand(names: Sequence[str | Path], problems: list[Problem]) -> Iterator[Path]:
@@ -92,7 +94,7 @@ def _expand(names: Sequence[str | Path], problems: list[Problem]) -> Iterator[Pa
         elif path.is_dir():
             below = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) is not None)
             if not below:
-                problems.append(Problem(name, None, f"holds no file of the forms {', '.join(Form)}."))
+                problems.append(Problem(name, None, f"holds no file of the forms {', '.join(FileFormat)}."))
             yield from below
         elif path.is_file():
             yield path

@@ -9,7 +9,7 @@ import orjson
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take
 from megatron_qwen.data.text.filters import lookup
-from megatron_qwen.data.text.inputs import Form, InputFile, Packing
+from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
@@ -21,7 +21,7 @@ _KEPT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """A part of a file that can be read on its own.
 
     Args:
@@ -37,7 +37,7 @@ class Span:
     size: int | None = None
 
 
-def read_span(span: Span, options: ReadOptions, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
+def read_span(span: FileSpan, options: ReadOptions, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
     """The documents of a span in the order of the file.
 
     Args:
@@ -49,9 +49,9 @@ def read_span(span: Span, options: ReadOptions, on_read: Callable[[int], None] =
         DataError: the file cannot be read, or is damaged as a whole.
     """
     try:
-        if span.file.form is Form.TXT:
+        if span.file.format is FileFormat.TXT:
             yield from _whole_text(span.file, options, on_read)
-        elif span.file.form is Form.PARQUET:
+        elif span.file.format is FileFormat.PARQUET:
             from megatron_qwen.data.text.parquet import parquet_blocks
 
             yield from parquet_blocks(span.file, span.start, span.stop, options, on_read)
@@ -68,7 +68,7 @@ def documents(files: Sequence[InputFile], options: ReadOptions) -> Iterator[str]
         DataError: a record is bad, or a file is damaged.
     """
     for file in files:
-        for block in read_span(Span(file), options):
+        for block in read_span(FileSpan(file), options):
             if block.bad:
                 raise DataError([bad.problem() for bad in block.bad[:10]])
             yield from map(as_text, block.texts)
@@ -107,7 +107,7 @@ def _long_text(content: bytearray, file: InputFile) -> Block:
     return Block(texts=[text], read=1, bytes=len(content))
 
 
-def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
+def _json_blocks(span: FileSpan, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
     number = _LineNumbers(span)
     for lines in _lines(span, options, on_read):
         passed = len(lines)
@@ -120,7 +120,7 @@ def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None
 class _LineNumbers:
     """Turns lines of a range into line numbers of the file; what lies before is counted only when asked for."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: FileSpan) -> None:
         self.span, self.passed = span, 0
         self._before: int | None = None if span.start else 0
 
@@ -139,10 +139,10 @@ class _LineNumbers:
 
 
 def _lines(
-    span: Span, options: ReadOptions, on_read: Callable[[int], None]
+    span: FileSpan, options: ReadOptions, on_read: Callable[[int], None]
 ) -> Iterator[list[bytes | bytearray | None]]:
     """Whole lines, some at a time; None stands for one that is too long."""
-    pieces = unpacked(span.file, on_read) if span.file.packing is not Packing.PLAIN else _range(span, on_read)
+    pieces = unpacked(span.file, on_read) if span.file.compression is not Compression.PLAIN else _range(span, on_read)
     held = bytearray()
     too_long, first = False, span.start == 0
     for piece in pieces:
@@ -177,7 +177,7 @@ def _lines(
         yield lines
 
 
-def _range(span: Span, on_read: Callable[[int], None]) -> Iterator[bytes]:
+def _range(span: FileSpan, on_read: Callable[[int], None]) -> Iterator[bytes]:
     """The bytes of the lines that begin in a range of a plain file."""
     stop = span.file.size if span.stop is None else span.stop
     with span.file.path.open("rb") as file:

@@ -6,7 +6,7 @@ from typing import Any
 
 import zstandard
 
-from megatron_qwen.data.text.inputs import InputFile, Packing
+from megatron_qwen.data.text.inputs import Compression, InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _PLAIN_BYTES = 1 << 22
@@ -24,12 +24,12 @@ def unpacked(file: InputFile, on_read: Callable[[int], None]) -> Iterator[bytes]
     Raises:
         DataError: the file is damaged, or breaks off.
     """
-    if file.packing is Packing.PLAIN:
+    if file.compression is Compression.PLAIN:
         with file.path.open("rb") as stream:
             while piece := stream.read(_PLAIN_BYTES):
                 on_read(len(piece))
                 yield piece
-    elif file.packing is Packing.GZIP:
+    elif file.compression is Compression.GZIP:
         yield from _members(file, on_read, lambda: zlib.decompressobj(wbits=31), zlib.error)
     else:
         decompressor = zstandard.ZstdDecompressor()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.token_files.token_set import TokenSet
 
 _DOCUMENTS = 1 << 20
@@ -13,7 +13,7 @@ _LONGEST = 10
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthStatistics:
     """How long documents are.
 
     Args:
@@ -31,7 +31,7 @@ class Lengths:
     longest: list[tuple[int, int]]
 
 
-def lengths(source: TokenSet) -> Lengths:
+def lengths(source: TokenSet) -> LengthStatistics:
     """Reads the whole index, some at a time."""
     edges = np.concatenate(([0], 2 ** np.arange(32, dtype=np.int64)))
     documents = np.zeros(len(edges) - 1, dtype=np.int64)
@@ -46,10 +46,10 @@ def lengths(source: TokenSet) -> Lengths:
         longest = sorted([*longest, *((int(some[at]), first + int(at)) for at in most)], reverse=True)[:_LONGEST]
     middle = int(np.searchsorted(np.cumsum(documents), source.num_documents / 2))
     last = int(np.flatnonzero(documents)[-1]) + 1
-    return Lengths(edges[: last + 1], documents[:last], tokens[:last], int(edges[middle]), longest)
+    return LengthStatistics(edges[: last + 1], documents[:last], tokens[:last], int(edges[middle]), longest)
 
 
-def unigram_entropy(source: Source, samples: int) -> float:
+def unigram_entropy(source: SampleSource, samples: int) -> float:
     """Entropy in nats of the labels of the first samples, each token taken by itself.
 
     A model that knows only how often each token occurs has this loss on them.

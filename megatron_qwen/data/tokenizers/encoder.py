@@ -64,7 +64,7 @@ class Encoder(Protocol):
         """The ids of a text that is too long for one string."""
 
 
-class Plain:
+class TokenizerEncoder:
     """The tokenizer's own library, a text at a time.
 
     Args:
@@ -85,7 +85,7 @@ class Plain:
         yield from self.encode(text.text())
 
 
-class Gigatoken:
+class GigatokenEncoder:
     """gigatoken, on the thread that calls.
 
     Args:
@@ -192,10 +192,10 @@ def _in_one_normal_form(text: str) -> bool:
 def open_encoder(directory: Path) -> Encoder:
     """gigatoken if it takes this tokenizer, else the tokenizer's own library; not proven yet."""
     try:
-        return Gigatoken(directory)
+        return GigatokenEncoder(directory)
     except Exception as error:  # whatever it stumbles over, the tokenizer's own library is there
         why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        return Plain(load_tokenizer(directory), f"slower; gigatoken does not take it: {why}")
+        return TokenizerEncoder(load_tokenizer(directory), f"slower; gigatoken does not take it: {why}")
 
 
 def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:

@@ -12,11 +12,11 @@ from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.garbage import GarbageCollection
+from megatron_qwen.training.callbacks.heartbeat import HeartbeatCallback
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.performance import Performance
 from megatron_qwen.training.callbacks.profiler import Profiler
-from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife
 from megatron_qwen.training.callbacks.stopping import Stopping
 from megatron_qwen.training.callbacks.validation import Validation
 from megatron_qwen.training.components import TrainingComponents
@@ -48,7 +48,7 @@ def build_callbacks(
     callbacks: list[Callback] = []
     # First: an attempt that another one has followed must not write the metrics of this step either.
     if heartbeat is not None:
-        callbacks.append(SignsOfLife(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
+        callbacks.append(HeartbeatCallback(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
     if interval := config.performance.garbage_collection_interval:
         callbacks.append(GarbageCollection(interval))
     # These two add to the record what Metrics writes.

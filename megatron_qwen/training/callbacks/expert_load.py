@@ -48,7 +48,7 @@ class ExpertLoad(Callback):
         model = trainer.components.config.model
         assert model.num_moe_experts is not None
         counts = torch.zeros(
-            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.components.shard.device
+            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.components.batch_slice.device
         )
         for layer, chosen in self._counts.items():
             counts[layer] += chosen
@@ -59,12 +59,12 @@ class ExpertLoad(Callback):
         record.extra["load_balancing_loss"] = self._balancing_loss(trainer, record)
 
     def _balancing_loss(self, trainer: TrainerInterface, record: StepRecord) -> float | None:
-        model, shard = trainer.components.config.model, trainer.components.shard
+        model, batch_slice = trainer.components.config.model, trainer.components.batch_slice
         if not model.moe_aux_loss_coeff or model.moe_router_load_balancing_type == "none":
             return None
         name = _TRACKED[model.moe_router_load_balancing_type]
         micro_batches = record.global_batch_size // (
-            trainer.components.config.training.micro_batch_size * shard.dp_size
+            trainer.components.config.training.micro_batch_size * batch_slice.dp_size
         )
         totals: dict[str, torch.Tensor] = {}
         get_moe_metrics_tracker().report(

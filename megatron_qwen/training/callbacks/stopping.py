@@ -26,7 +26,7 @@ class Stopping(Callback):
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Stops the trainer with exit code 75, or 130 after Ctrl-C; the checkpoint callback then saves."""
-        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.components.shard.device)
+        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.components.batch_slice.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         number = int(flag)
         if not number:

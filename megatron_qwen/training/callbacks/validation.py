@@ -1,15 +1,15 @@
-"""Validation loss at intervals, on the same held-out samples every time."""
+"""ValidationSamples loss at intervals, on the same held-out samples every time."""
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.loaders.batches import Request, micro_batches
+from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
 from megatron_qwen.data.reading.training_data import StageReader
-from megatron_qwen.data.reading.training_data import Validation as ValidationSamples
+from megatron_qwen.data.reading.training_data import ValidationSamples as ValidationSamples
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.step import run_batch
 from megatron_qwen.training.step_record import StepRecord
 
 
-class Validation(Callback):
+class ValidationSamples(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step."""
 
     timed_as = "validation"
@@ -39,9 +39,10 @@ class Validation(Callback):
         with components.model.whole_parameters():
             for index in range(training.eval_iters):
                 size = training.global_batch_size
-                request = Request(index * size, size, training.micro_batch_size)
+                request = BatchRequest(index * size, size, training.micro_batch_size)
                 batches = [
-                    batch.to(components.shard.device) for batch in micro_batches(samples, components.shard, request)
+                    batch.to(components.batch_slice.device)
+                    for batch in micro_batches(samples, components.batch_slice, request)
                 ]
                 loss, tokens = run_batch(
                     config, components.model, components.groups, components.forward_step, batches, forward_only=True

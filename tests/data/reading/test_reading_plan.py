@@ -34,7 +34,7 @@ def test_what_is_planned_is_what_is_read(config):
     data = TrainingData(config)
     stages = plan(data)
     consumed = take(data, 20)
-    records = data.records(consumed)
+    records = data.ledger(consumed)
     assert [(stage.name, stage.samples, stage.tokens) for stage in stages] == [
         (record.stage, record.samples, record.samples * record.seq_length) for record in records
     ]
