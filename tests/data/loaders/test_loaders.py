@@ -47,7 +47,7 @@ def hashes(loader, data, steps: int, micro: int = 2) -> list[str]:
             digest = hashlib.sha256()
             for field in FIELDS:
                 tensor = getattr(batch, field)
-                digest.update(f"{field} {tensor.dtype} {tuple(tensor.shape)} {batch.lengths}".encode())
+                digest.update(f"{field} {tensor.dtype} {tuple(tensor.shape)} {batch.seq_lengths}".encode())
                 digest.update(tensor.numpy().tobytes())
             found.append(digest.hexdigest())
         data.forget(4 * step + 4)
