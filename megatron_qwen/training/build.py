@@ -1,4 +1,4 @@
-"""Builds the components of a run on a rank, one after the other, in the order in which they need one another."""
+"""Builds the components of a run on a rank, each after the components that it needs."""
 
 import torch.distributed as dist
 
@@ -32,22 +32,22 @@ def build_components(config: RunConfig) -> TrainingComponents:
         config: a legal configuration.
 
     Raises:
-        ConfigError: it asks for what cannot be done here.
+        ConfigError: it asks for something that is impossible on this machine.
     """
     asked, backend = config, choose_backend(config.precision)
     machine = common_machine(backend)
     if wrong := list(impossible(config, machine)):
         raise ConfigError(wrong)
-    # Fills in the fields that are null: everything below reads the chosen values.
+    # Fills in the fields that are null. Everything below reads the chosen values.
     config, choices = choose(config, machine, world_size=dist.get_world_size())
-    # Before groups and model, which take long at scale: a wrong path is said at once.
+    # Before groups and model, which take minutes at scale: a wrong path is reported at once.
     data = TrainingData(config)
-    # Before megatron-core is asked for an optimizer, which then finds this Adam.
+    # Before megatron-core builds the optimizer: it looks up its Adam when it does.
     adam = install_where_needed()
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
-    # The last choice that only a trial can make: whether the compiler works on every rank.
+    # The one choice that needs a trial: whether torch.compile works on every rank.
     config, choices = start_kernels(config, choices)
     place = device.current()
     model = build_model(config, groups, backend, device=place)
@@ -75,22 +75,26 @@ def build_components(config: RunConfig) -> TrainingComponents:
 
 
 def build_loader(config: RunConfig, batch_slice: BatchSlice) -> Loader:
-    """What reads batches ahead."""
+    """The loader that data.loader names."""
     if config.data.loader == "dali":
-        from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an extra: most installations lack it
+        from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an optional extra that most installations lack
 
         return DaliLoader(batch_slice, ahead=config.data.prefetch_steps)
     return MemoryMapLoader(batch_slice, ahead=config.data.prefetch_steps)
 
 
 def require_packed_support(data: TrainingData, backend: Backend) -> None:
-    """Raises ConfigError where a stage has independent sequences that this backend cannot share over CP ranks.
+    """Raises ConfigError if a data stage packs sequences and the backend cannot split packed rows over CP ranks.
 
-    Transformer Engine wants each sequence cut into 2 x CP chunks of its own; rows are cut as a whole here.
+    Transformer Engine expects every packed sequence to be cut into 2 x CP chunks of its own. The loaders cut the row as
+    a whole, so the chunks would belong to the wrong sequences.
     """
     if backend.name != "te" or data.config.parallel.context_parallel_size == 1:
         return
-    fix = "keeps sequences apart, which the te backend does not do with context parallelism; set one of them off."
+    fix = (
+        "packs sequences, which cannot be combined with parallel.context_parallel_size > 1 in the te backend: use "
+        "context_parallel_size=1, precision.backend=torch, or a stage without packing."
+    )
     wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.is_packed(stage)]
     if wrong:
         raise ConfigError(wrong)

@@ -9,7 +9,7 @@ from megatron_qwen.models.torch_backend.compiled import kernels
 
 
 def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, list[Choice]]:
-    """Has the small operations compiled, on all ranks or on none: they would round differently.
+    """Compiles the memory-bound operations on all ranks or on none: compiled and eager kernels round differently.
 
     Args:
         config: the run, with every choice of the preset made.
@@ -19,7 +19,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
         Both, without kernels where a rank's compiler does not work.
 
     Raises:
-        ConfigError: it does not, and kernels were asked for.
+        ConfigError: a compiler does not work, and the user set performance.compile=true.
     """
     reasons: list[str | None] = [None] * dist.get_world_size()
     if config.performance.compile:
@@ -29,7 +29,7 @@ def start_kernels(config: RunConfig, choices: list[Choice]) -> tuple[RunConfig, 
         reason = "torch.compile does not work on rank {}: {}".format(*broken)
         field = "performance.compile"
         if any(choice.forced for choice in choices if choice.field == field):
-            fix = f"{reason}. Install g++ there, or set it to false."
+            fix = f"{reason}. Install g++ on that machine, or set performance.compile=false."
             raise ConfigError(Problem(field, "true", fix))
         config = config.with_section("performance", compile=False)
         off = Choice(field, False, reason)

@@ -1,4 +1,4 @@
-"""Makes the callbacks of a run and puts them in order."""
+"""Builds the callbacks of a run, in the order in which they act."""
 
 import torch.distributed as dist
 
@@ -46,7 +46,7 @@ def build_callbacks(
     """
     config = components.config
     callbacks: list[Callback] = []
-    # First: an attempt that another one has followed must not write the metrics of this step either.
+    # First: an attempt that a newer one has superseded must not write the metrics of this step either.
     if heartbeat is not None:
         callbacks.append(HeartbeatCallback(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
     if interval := config.performance.garbage_collection_interval:
@@ -58,14 +58,14 @@ def build_callbacks(
         callbacks.append(Validation())
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
-    # After Metrics, so that the step that ends the run is on record; before Checkpointing, so that it is not saved.
+    # After Metrics, so that the step that ends the run is recorded. Before Checkpointing, so that it is not saved.
     callbacks.append(NumericsGuard())
     if config.metrics.profile_start is not None:
         callbacks.append(Profiler(directory.profile))
     callbacks.append(_checkpointing(components, directory, attempt=attempt, resumed_at=resumed_at))
     # After Checkpointing: a signal that comes while the step saves is noticed in the same step.
     callbacks.append(Stopping(signals))
-    # Last: its figures then hold what the others took of the same step.
+    # Last: its figures include the time of all other callbacks in the same step.
     callbacks.append(Performance(directory.performance, attempt=attempt, started=started, resumed_at=resumed_at))
     return callbacks
 

@@ -1,4 +1,4 @@
-"""Load-balancing loss and the busiest expert's share, for a mixture of experts."""
+"""Load-balancing loss and the busiest expert's share, for a mixture-of-experts (MoE) model."""
 
 from typing import Any
 
@@ -18,18 +18,19 @@ _TRACKED = {
 
 
 class ExpertLoad(Callback):
-    """Counts where the routers send tokens.
+    """Counts how many tokens the routers send to each expert.
 
-    ``load_balancing_loss`` is the core's auxiliary loss, mean over layers and micro-batches, before its coefficient:
-    1 is perfect balance, the number of experts the worst. ``busiest_expert_share`` is the largest share of a layer's
-    token slots that one expert took; 1 / experts is perfect balance.
+    ``load_balancing_loss`` is megatron-core's auxiliary loss, averaged over layers and micro-batches, without its
+    coefficient: 1 is perfect balance, the number of experts is the worst value.
+    ``busiest_expert_share`` is the largest share of a layer's token slots that one expert took; 1 / experts is
+    perfect balance.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, torch.Tensor] = {}
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """Hooks every router of this rank; what the core has counted before does not belong to this run."""
+        """Hooks every router of this rank, and clears megatron-core's global tracker of earlier counts."""
         get_moe_metrics_tracker().clear()
         for chunk in trainer.components.model.modules:
             for module in chunk.modules():

@@ -32,5 +32,9 @@ class Stopping(Callback):
         if not number:
             return
         if dist.get_rank() == 0:
-            log.info("%s: saving after iteration %d and leaving", signal.Signals(number).name, record.iteration)
+            log.info(
+                "received %s: saving a checkpoint after iteration %d, then exiting",
+                signal.Signals(number).name,
+                record.iteration,
+            )
         trainer.stop(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE)

@@ -18,7 +18,7 @@ class ValidationSamples(Callback):
         self._samples: tuple[StageReader, ValidationSamples] | None = None
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """Finds out before the first step whether there is enough held out."""
+        """Opens the held-out samples, so that too few of them are reported before the first step."""
         self._of(trainer)
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
@@ -52,7 +52,7 @@ class ValidationSamples(Callback):
         return total / max(weight, 1.0)
 
     def _of(self, trainer: TrainerInterface) -> tuple[ValidationSamples, RunConfig]:
-        """The held-out samples of the stage that the last step was of, and what holds in it."""
+        """The held-out samples of the data stage of the last step, and the configuration in force there."""
         reader = trainer.components.data.latest(trainer.components.progress.consumed_samples)
         if self._samples is None or self._samples[0] is not reader:
             self._samples = reader, trainer.components.data.validation(reader)
