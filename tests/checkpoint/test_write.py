@@ -46,7 +46,7 @@ def test_a_stale_attempt_commits_nothing(pool, config, tmp_path):
     for _ in range(4):
         attempts_beside(root).begin()
     messages = pool[2].run(save_as, config, root)
-    assert all("attempt 3 has been followed by another" in message for message in messages)
+    assert all("attempt 3 was superseded by a newer attempt" in message for message in messages)
     assert list(root.iterdir()) == [], "it left something behind"
 
 
