@@ -127,7 +127,7 @@ def test_a_full_disk_loses_nothing(bytes_left, pool, config, small_disk):
     messages = pool[2].run(save_twice, config, root, bytes_left)
     assert messages[0] == messages[1]
     assert "No space left on device" in messages[0]
-    assert "MiB are free. Make room" in messages[0]
+    assert "MiB are free. Free some space" in messages[0]
     assert "Earlier checkpoints are untouched" in messages[0]
     assert [iteration for iteration, _ in committed(root)] == [1]
     assert find.newest_good(find.resolve(root), strict=True).iteration == 1

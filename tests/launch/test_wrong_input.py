@@ -276,14 +276,14 @@ def test_the_same_data_may_lie_elsewhere(tokens, tmp_path):
     (tmp_path / "moved.json").write_text(json.dumps({**noted, "bin_xxh3_128": "0" * 32}))
     refused = train_tiny(tmp_path / "moved", "training.train_iters=5", run_dir=tmp_path / "run")
     assert refused.returncode == 2
-    assert "holds other tokens than this run began with" in refused.stderr
+    assert "holds other tokens than those this run started with" in refused.stderr
 
 
 def test_run_directory_that_holds_something_else(tokens, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     done = train_tiny(tokens, run_dir=tmp_path)
     assert done.returncode == 2
-    assert "is not empty and holds no run.yaml" in done.stderr
+    assert "is not empty and has no run.yaml" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
