@@ -111,14 +111,14 @@ def warnings(data: TrainingData, stages: list[StagePlan]) -> list[Problem]:
         source = data.sources[name]
         if epochs > source.spec.max_epochs:
             fix = (
-                f"would be read {epochs:.1f} times; its limit is {source.spec.max_epochs:g}. Beyond 4 epochs repeated "
-                "text is worth little (arXiv 2305.16264); add data, or lower its weight."
+                f"would be read {epochs:.1f} times; max_epochs is {source.spec.max_epochs:g}. Repeating data more than "
+                "4 times adds little (arXiv 2305.16264); add data, or lower its weight."
             )
             found.append(Problem(source.where, f"{source.stop:,} tokens", fix))
     reached = {stage.name for stage in stages} | {entry.stage for entry in data.ledger(data.consumed)}
     for stage in data.blend.stages:
         if stage.name not in reached:
-            fix = f"is never reached: training.train_iters = {data.config.training.train_iters} ends before it."
+            fix = f"is never reached: the run ends before it (training.train_iters={data.config.training.train_iters})."
             found.append(Problem(f"stage {stage.name}", None, fix))
     final = data.blend.stages[-1]
     if stages and stages[-1].name == final.name and final.tokens is not None:
@@ -128,7 +128,9 @@ def warnings(data: TrainingData, stages: list[StagePlan]) -> list[Problem]:
         over, under = stages[-1].tokens + earlier - final.tokens, final.tokens - stages[-1].tokens - earlier
         step = stages[-1].global_batch_size * stages[-1].seq_length
         if over >= step:
-            found.append(Problem(f"stage {final.name}", None, f"goes on {over:,} tokens beyond its {final.tokens:,}."))
+            found.append(
+                Problem(f"stage {final.name}", None, f"continues {over:,} tokens beyond its {final.tokens:,}.")
+            )
         elif under > 0:
             found.append(Problem(f"stage {final.name}", None, f"ends {under:,} tokens short of its {final.tokens:,}."))
     return found

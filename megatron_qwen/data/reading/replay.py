@@ -1,4 +1,4 @@
-"""The samples that a run has read, found again from its ledger alone."""
+"""Finds the samples that a run has read, from its ledger alone."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 from megatron_qwen.config.blend import SourceSpec
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order.phase import Phase, SourcePosition
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.sample_reader import SampleReader
-from megatron_qwen.data.reading.samples import ReadingOptions, Sample, TokenSpan
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import OpenSource, open_source
 from megatron_qwen.data.reading.training_data import LedgerEntry, order_of, require_same
 from megatron_qwen.errors import ConfigError, Problem
 
 
 class Replay:
-    """A run's samples, whatever its blend is by now.
+    """The samples that a run has read, independent of its present blend.
 
     Args:
         config: of the run; the share held out for validation is read.
@@ -31,13 +32,13 @@ class Replay:
         """A sample by its number in the run: its source, the spans [a, b) of the source's tokens, and the sample.
 
         Raises:
-            ConfigError: the ledger does not reach so far.
+            ConfigError: the ledger ends before this sample.
             DataError: the source's files are gone, or hold other tokens than those that the run has read.
         """
         for entry in self.entries:
             if entry.first_sample <= sample < entry.first_sample + entry.samples:
                 return self._reader_of(entry).traced(sample)
-        raise ConfigError(Problem("sample", sample, "lies beyond the ledger of the newest checkpoint."))
+        raise ConfigError(Problem("sample", sample, "is beyond the ledger of the newest checkpoint."))
 
     def source(self, name: str) -> OpenSource:
         """A source as the run has read it."""

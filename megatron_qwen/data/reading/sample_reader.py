@@ -1,17 +1,20 @@
-"""The samples of a phase, by their number in the run."""
+"""Reads the samples of a phase, by their number in the run."""
 
 import zlib
 from collections.abc import Mapping
 
 from megatron_qwen.data.order.phase import Phase
-from megatron_qwen.data.reading.samples import ReadingOptions, Sample, TokenSpan, cut
+from megatron_qwen.data.order.stream import TokenSpan
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample, cut
 from megatron_qwen.data.reading.sources import OpenSource
 
+# 2**64 / golden ratio. Its multiples modulo 2**64 are evenly spread (Fibonacci hashing), so every prefix of a source's
+# samples has close to the right share of each length.
 _GOLDEN = 0x9E3779B97F4A7C15
 
 
 class SampleReader:
-    """Reads what a phase says.
+    """Reads the tokens that a phase assigns to a sample, and builds the sample.
 
     Args:
         sources: that the phase draws from, by name.
@@ -48,7 +51,7 @@ class SampleReader:
         return name, spans, read if length == self.seq_length else cut(read, length)
 
     def _length(self, key: tuple[int, ...]) -> int:
-        """Length of the independent sequences of a sample: over a source's samples each has its share."""
+        """Length of the independent sequences in a sample; over the samples of a source each length has its share."""
         length = self.seq_length
         at = ((key[0] ^ key[1]) + key[3]) * _GOLDEN % (1 << 64) / (1 << 64)
         for length, share in self.lengths.items():

@@ -1,4 +1,4 @@
-"""One training sequence out of the spans of tokens that make it up."""
+"""Builds one training sample from the spans of tokens that make it up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
-
-TokenSpan = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Sample:
         tokens: inputs, [s].
         labels: the tokens that follow, [s].
         loss_mask: weight of each label's loss, [s].
-        starts: where independent sequences begin inside it, the first at 0; they do not attend to one another.
+        starts: [n] positions at which independent sequences begin, the first is 0; they do not attend to one another.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -39,7 +38,7 @@ class SampleSource(Protocol):
 
     @property
     def is_packed(self) -> bool:
-        """Whether any sample may hold more than one independent sequence."""
+        """Whether a sample may hold several independent sequences, so that batches are packed (THD, cu_seqlens)."""
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``."""
@@ -47,12 +46,12 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class ReadingOptions:
-    """How samples are made of tokens.
+    """How samples are built from tokens.
 
     Args:
         eod_mask_loss: no loss on the token that follows an end of document.
-        reset_attention_mask: documents do not attend to one another, and their positions begin anew.
-        vocab_size: ids that the model has; another one is an error.
+        reset_attention_mask: documents do not attend to one another, and their positions start at 0.
+        vocab_size: number of token ids of the model; an id outside is an error. None: not checked.
     """
 
     eod_mask_loss: bool
@@ -66,7 +65,7 @@ def window(tokens: TokenSet, spans: Sequence[TokenSpan], *, stop: int, reading: 
     Args:
         tokens: the source.
         spans: [a, b) of the source's positions, in order.
-        stop: end of the training part: what follows there is not for training, and carries no loss.
+        stop: end of the training part. Tokens after it are held out, so the last label before it carries no loss.
         reading: how.
     """
     inputs, labels, masks = [], [], []
@@ -97,7 +96,7 @@ def window(tokens: TokenSet, spans: Sequence[TokenSpan], *, stop: int, reading: 
 
 
 def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, reading: ReadingOptions) -> Sample:
-    """A sample of whole documents, or of parts of long ones, each on its own; what is left over is padding.
+    """A sample of whole documents, or parts of long ones, as independent sequences; the rest is padding.
 
     Args:
         tokens: the source.
@@ -117,7 +116,7 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
         mask[at : at + size] = 1.0
         if (carried := tokens.loss_mask(begin + 1, begin + len(own))) is not None:
             mask[at : at + len(own) - 1] *= carried
-        if len(tokens.document_ends(end - 1, end)):  # what follows is another document
+        if len(tokens.document_ends(end - 1, end)):  # the next token belongs to another document
             mask[at + size - 1] = 0.0
             labels[at + size - 1] = row[at + size - 1]
         starts.append(at)
@@ -130,7 +129,7 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
 
 
 def cut(sample: Sample, length: int) -> Sample:
-    """The sample as independent sequences of a length."""
+    """The sample, split into independent sequences of ``length`` tokens."""
     size = len(sample.tokens)
     starts = np.union1d(sample.starts, np.arange(0, size, length, dtype=np.int64))
     return Sample(sample.tokens, sample.labels, sample.loss_mask, starts)
@@ -148,7 +147,10 @@ def _starts(found: list[int], length: int) -> npt.NDArray[np.int64]:
 def _require_known(
     tokens: TokenSet, spans: Sequence[TokenSpan], row: npt.NDArray[np.int64], reading: ReadingOptions
 ) -> None:
-    """An id that the model does not have is found here, by file and document, and not in a kernel."""
+    """Raises DataError for an id outside of the vocabulary, with file and document.
+
+    In the embedding kernel the same error would be a device-side assertion without a place.
+    """
     size = reading.vocab_size
     if size is None or (row.max() < size and row.min() >= 0):
         return
@@ -156,6 +158,6 @@ def _require_known(
     token = int(row[at])
     for begin, end in spans:
         if at < end - begin:
-            fix = f"is no id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare the data again."
+            fix = f"is not an id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare it again."
             raise DataError(Problem("token", token, fix))
         at -= end - begin

@@ -11,8 +11,9 @@ from megatron_qwen.config.blend import SINGLE, Blend, SourceSpec
 from megatron_qwen.config.sections import DataConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.permutation import KeyedPermutation
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.fim import FillInTheMiddle, Piece
-from megatron_qwen.data.reading.samples import ReadingOptions, Sample, TokenSpan, packed, window
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample, packed, window
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
@@ -38,7 +39,7 @@ class OpenSource:
 
     @property
     def where(self) -> str:
-        """The field that names it."""
+        """The configuration field or blend entry that names it, for messages."""
         return "data.path" if self.name == SINGLE and self.spec == SourceSpec(path=self.spec.path) else self.spec.path
 
     @cached_property
@@ -55,7 +56,7 @@ class OpenSource:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must stay as it is while a run reads it, and where it lay."""
+        """What must not change while a run reads it, and its path."""
         return {
             "path": self.spec.path,
             "packing": self.spec.packing,
@@ -172,26 +173,26 @@ def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     documents = tokens.num_documents - held_out
     stop = tokens.document_start(documents)
     if documents and not stop:
-        fix = f"is damaged: its first {documents} documents hold no token; prepare the data again."
+        fix = f"is damaged: its first {documents} documents are empty; prepare the data again."
         raise DataError(Problem(str(tokens.prefix), None, fix))
     if not documents:
-        fix = "holds nothing but what is held out for validation; set data.validation_fraction=0 or prepare more."
+        fix = "are all held out for validation; set data.validation_fraction=0 or prepare more documents."
         raise DataError(Problem(str(tokens.prefix), f"{tokens.num_documents} documents", fix))
     if spec.fim_rate and any(file.has_mask for file in tokens.files):
-        fix = "rearranges documents, and this source says token by token what carries loss; set it to 0."
+        fix = "cannot be combined with a source that has a loss mask (prompts without loss); set it to 0."
         raise DataError(Problem(f"sources.{name}.fim_rate", spec.fim_rate, fix))
     return OpenSource(name, spec, tokens, documents, stop)
 
 
 def require_room(source: OpenSource, seq_length: int, *, where: str = "data.seq_length") -> None:
-    """Raises DataError where a source's training part holds no sample of a length."""
+    """Raises DataError if the training part of a source has fewer tokens than one sample."""
     if source.stop > seq_length:
         return
     held_out = source.tokens.num_documents - source.documents
     why = (
         f" ({held_out} of its {source.tokens.num_documents} documents are held out for validation)" if held_out else ""
     )
-    fix = f"its {source.stop} training tokens{why} are fewer than {where} + 1 = {seq_length + 1}."
+    fix = f"has {source.stop} training tokens{why}; at least {where} + 1 = {seq_length + 1} are needed."
     more = " Set data.validation_fraction=0 or prepare more documents." if held_out else " Prepare more text."
     raise DataError(Problem(source.where, source.spec.path, fix + more))
 

@@ -97,7 +97,9 @@ def test_a_bad_token_read_ahead_is_named_at_its_own_step(make, folder, tmp_path)
         loader.load(reader, BatchRequest(good, 1, 1), lambda: iter([(reader, BatchRequest(bad, 1, 1))]))
         loader.load(reader, BatchRequest(bad, 1, 1), lambda: iter(()))
 
-    with pytest.raises(DataError, match=r"is no id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"):
+    with pytest.raises(
+        DataError, match=r"is not an id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"
+    ):
         two_steps()
     loader.close()
 

@@ -83,7 +83,9 @@ def test_a_sample_cut_into_shorter_sequences(four_documents):
 def test_an_id_the_model_does_not_have_is_named_by_file_and_document(four_documents):
     reading = ReadingOptions(False, False, vocab_size=42)
     window(four_documents, [(0, 12)], stop=16, reading=reading)
-    with pytest.raises(DataError, match=r"token = 42: is no id of the model's vocabulary of 42 \(.*/a.bin, document 3"):
+    with pytest.raises(
+        DataError, match=r"token = 42: is not an id of the model's vocabulary of 42 \(.*/a.bin, document 3"
+    ):
         window(four_documents, [(0, 4), (12, 16)], stop=16, reading=reading)
 
 

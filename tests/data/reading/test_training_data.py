@@ -192,7 +192,7 @@ def test_a_replay_finds_what_a_step_saw(folder):
         data.forget(consumed)
     replay = Replay(data.config, json.loads(json.dumps(data.state(48))))
     assert [replay[number][2].tokens.tolist() for number in range(48)] == saw
-    with pytest.raises(ConfigError, match="lies beyond the ledger"):
+    with pytest.raises(ConfigError, match="is beyond the ledger"):
         replay[48]
 
 
@@ -226,7 +226,7 @@ def test_a_source_that_holds_other_tokens_is_refused(folder, tmp_path):
 def test_the_stage_under_way_must_stay(folder):
     data = open_run(folder, blend(folder, {"name": "s", "weights": {"a": 1}}))
     other = open_run(folder, blend(folder, {"name": "t", "weights": {"a": 1}}))
-    with pytest.raises(ConfigError, match="is the stage under way, and the blend has only t"):
+    with pytest.raises(ConfigError, match="is the current stage of the run, but the blend has only t"):
         other.resume(data.state(8))
 
 
