@@ -100,8 +100,8 @@ LONG = '{"text": "' + "x" * (3 << 20) + '"}\n'
         ("nan.jsonl", b'{"text": "a", "x": NaN}\n', "nan.jsonl:1"),
         ("latin.txt", b"caf\xe9", "latin.txt"),
         ("empty.jsonl", b"", "empty.jsonl"),
-        ("blank.jsonl", b"\n\n  \n", "holds no text"),
-        ("hollow.jsonl", b'{"text": ""}\n', "holds no text"),
+        ("blank.jsonl", b"\n\n  \n", "has no text"),
+        ("hollow.jsonl", b'{"text": ""}\n', "has no text"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-9], "cut.jsonl.gz"),
         (
             "torn.jsonl.gz",

@@ -219,11 +219,11 @@ def test_tokenizer_that_does_not_match_the_data(tokens, corpus, tmp_path):
         ("empty.txt", b"", ["empty.txt", "is empty"]),
         ("blank.jsonl", b'{"text": ""}\n\n', ["no text"]),
         ("latin.txt", "café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl:2", "no JSON"]),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl:2", "not JSON"]),
         ("other.jsonl", b'{"body": "a"}\n', ["other.jsonl:1", "'text'", "--field"]),
         ("number.jsonl", b'{"text": 5}\n', ["number.jsonl:1"]),
         ("half.jsonl", b'{"text": "a\\ud800b"}\n', ["half.jsonl:1", "surrogate"]),
-        ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "no JSON"]),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "not JSON"]),
         ("page.pdf", b"%PDF", ["page.pdf", ".jsonl, .txt"]),
     ],
 )

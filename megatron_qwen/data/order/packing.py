@@ -1,8 +1,8 @@
 """Whole documents packed into rows of a fixed length with little padding; for long contexts and fine-tuning.
 
 In every epoch a keyed permutation orders blocks of 256 neighbouring documents. Pools of 64 blocks are packed by best
-fit decreasing (arXiv 2404.10830, section 3), and the rows of a pool are shuffled. A document longer than a row is split.
-Nothing is prepared in advance: a pool is packed when its first row is read.
+fit decreasing (arXiv 2404.10830, section 3), and the rows of a pool are shuffled. A document longer than a row is
+split. Nothing is prepared in advance: a pool is packed when its first row is read.
 
 Unlike a window (``stream.py``), a row is not found in constant time: the number of rows of a pool is known only after
 packing it. A cursor therefore points at a pool, and a resume packs only from there on.

@@ -1,4 +1,4 @@
-"""A preparation from a plan to token files, alone or as one of many tasks."""
+"""Runs a preparation plan: text to token files, in one job or as one of several tasks."""
 
 import contextlib
 import json
@@ -23,21 +23,21 @@ from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
 
 log = logging.getLogger(__name__)
 
-# In the work directory: why the tokenizer's own library is used.
+# File in the work directory that says why the tokenizer's own library is used instead of gigatoken.
 _SLOW = "slow_encoder"
 ENDINGS = (".bin", ".idx", ".mask", ".skipped.jsonl", ".json")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Which shards this process makes: every ``count``-th from ``index``."""
+    """Which output shards this process makes: every ``count``-th, starting at ``index``."""
 
     index: int = 0
     count: int = 1
 
 
 class _OtherIds(Exception):
-    """The fast encoder and the tokenizer differ on a text."""
+    """The fast encoder gives other ids than the tokenizer for a text."""
 
 
 def prepare(
@@ -47,28 +47,28 @@ def prepare(
     task: ShardTask | None = None,
     on_progress: Callable[[EncodingProgress], None] = lambda _: None,
 ) -> Manifest | None:
-    """Makes the shards of a task; the task that finds all of them made writes the manifest of the whole.
+    """Makes the shards of a task. The task that finishes last writes the manifest of the whole set.
 
-    What lies in the work directory from an earlier attempt is used.
+    Parts that an earlier attempt left in the work directory are reused.
 
     Args:
-        plan: what is made.
-        workers: processes.
-        task: this task of several.
-        on_progress: called as work is done; what an earlier attempt did comes first, at once.
+        plan: what to make.
+        workers: number of processes.
+        task: which shards to make; None makes all.
+        on_progress: called as work is done; reused parts are reported first.
 
     Returns:
-        The manifest of the whole, or None while other tasks are at work.
+        The manifest of the whole set, or None while other tasks have shards left.
 
     Raises:
-        ConfigError: other files lie where this would write, or another preparation is under way there.
-        DataError: a document or a file is bad, or there is no text at all.
+        ConfigError: an output file exists already, or another preparation writes there.
+        DataError: a document or a file is damaged, or the input has no text.
     """
     task = task or ShardTask()
     if (there := _made_before(plan)) is not None:
         return there
     _claim(plan)
-    with _alone(plan.work / f"task_{task.index}_of_{task.count}.lock"), _nothing_left_of_nothing(plan):
+    with _locked(plan.work / f"task_{task.index}_of_{task.count}.lock"), _without_empty_work(plan):
         mine = plan.shards[task.index :: task.count]
         encoder = _chosen_encoder(plan)
         try:
@@ -76,7 +76,7 @@ def prepare(
         except _OtherIds as error:
             why = f"slower; gigatoken gives other ids for {str(error)[:60]!r}"
             encoder = TokenizerEncoder(load_tokenizer(plan.tokenizer), why)
-            log.warning("%s: begins anew with %s", plan.prefix, encoder.name)
+            log.warning("%s: restarting with %s", plan.prefix, encoder.name)
             _forget_parts(plan, mine)
             (plan.work / _SLOW).write_text(why)
             _make(plan, mine, encoder, workers, on_progress)
@@ -84,7 +84,7 @@ def prepare(
 
 
 def _chosen_encoder(plan: PreparationPlan) -> Encoder:
-    """What an earlier attempt has found to be right, else the fastest."""
+    """The encoder that an earlier attempt fell back to, else the fastest."""
     with contextlib.suppress(FileNotFoundError):
         return TokenizerEncoder(load_tokenizer(plan.tokenizer), (plan.work / _SLOW).read_text())
     return encoders.open_encoder(plan.tokenizer)
@@ -106,21 +106,21 @@ def _make(
         on_progress(EncodingProgress(0, part.text_bytes, part.documents, part.tokens))
     writers = (ShardWriter(plan, shard) for shard in open_shards)
     pool = Workers(min(workers, len(missing)), plan, encoder, missing) if missing else None
-    words = pool.run() if pool is not None else ()
+    messages = pool.run() if pool is not None else ()
     current = next(writers, None)
     try:
-        # Loaded while the processes are at work already; what they made is used only if the proof holds.
+        # Loaded while the workers run already: their parts are used only if the comparison with the tokenizer succeeds.
         tokenizer = load_tokenizer(plan.tokenizer)
         dtype = token_dtype(tokenizer.vocab_size)
         if not isinstance(encoder, TokenizerEncoder):
             _prove(encoder, tokenizer, PROBES)
-        for word in words:
-            if isinstance(word, EncodingProgress):
-                on_progress(word)
+        for message in messages:
+            if isinstance(message, EncodingProgress):
+                on_progress(message)
                 continue
-            _compare(word, tokenizer)
-            word.samples.clear()
-            parts[word.key] = word
+            _compare(message, tokenizer)
+            message.samples.clear()
+            parts[message.key] = message
             while current is not None and _append_ready(current, parts, old):
                 current.commit(tokenizer, encoder.name, dtype)
                 current = next(writers, None)
@@ -137,7 +137,7 @@ def _make(
 
 
 def _append_ready(writer: ShardWriter, parts: dict[str, Part], old: frozenset[str]) -> bool:
-    """Appends the parts that are there, in order; whether the shard is whole."""
+    """Appends the parts that are ready, in order; returns whether the shard is complete."""
     units = writer.shard.units
     while len(writer.parts) < len(units) and (part := parts.get(units[len(writer.parts)].key)) is not None:
         writer.append(part, trusted=part.key not in old)
@@ -150,7 +150,7 @@ def _prove(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> None
 
 
 def _compare(part: Part, tokenizer: Tokenizer) -> None:
-    """Encodes the part's samples again, by the tokenizer's own library."""
+    """Encodes the part's samples again with the tokenizer's own library; raises _OtherIds if any id differs."""
     texts = [text for text, _ in part.samples]
     for (text, found), ids in zip(part.samples, tokenizer.encode_batch(texts), strict=True):
         if found != ids:
@@ -171,7 +171,7 @@ def _units(shards: Sequence[OutputShard]) -> Iterator[Unit]:
 
 
 def _claim(plan: PreparationPlan) -> None:
-    """Makes the work directory, or takes over the one there: parts that fit are used, whatever it was begun for."""
+    """Creates the work directory or takes over an existing one. Parts are named by content, so those that fit are used."""
     stated = plan.work / "plan.json"
     there = None
     if stated.is_file():
@@ -180,7 +180,7 @@ def _claim(plan: PreparationPlan) -> None:
         if there == plan.identity:
             return
         for lock in plan.work.glob("task_*.lock"):
-            with _alone(lock):
+            with _locked(lock):
                 pass
     require_free(plan)
     plan.work.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def _claim(plan: PreparationPlan) -> None:
 
 
 def _made_before(plan: PreparationPlan) -> Manifest | None:
-    """The manifest that the same command has left, its work done."""
+    """The manifest of an earlier, finished run of the same command, else None."""
     if plan.work.exists():
         return None
     try:
@@ -199,7 +199,7 @@ def _made_before(plan: PreparationPlan) -> Manifest | None:
 
 
 def require_free(plan: PreparationPlan) -> None:
-    """Raises ConfigError where anything lies already that the work would write."""
+    """Raises ConfigError if any output file exists already."""
     prefixes = {plan.prefix, *(shard.prefix for shard in plan.shards)}
     paths = [with_ending(prefix, ending) for prefix in sorted(prefixes) for ending in ENDINGS]
     if there := [path for path in paths if path.exists()]:
@@ -209,34 +209,36 @@ def require_free(plan: PreparationPlan) -> None:
 
 
 @contextmanager
-def _nothing_left_of_nothing(plan: PreparationPlan) -> Iterator[None]:
-    """Clears the work directory after an error that came before anything was made."""
+def _without_empty_work(plan: PreparationPlan) -> Iterator[None]:
+    """Removes the work directory after an error, unless some parts were made."""
     try:
         yield
     except DataError:
         made = any(len(path.stem) > len("plan") for path in plan.work.glob("*.json"))
         made = made or any(manifest_path(shard.prefix).is_file() for shard in plan.shards)
         if made or len(list(plan.work.glob("task_*.lock"))) > 1:
-            log.warning("%s: what was made is kept in %s; the same command goes on from there", plan.prefix, plan.work)
+            log.warning(
+                "%s: finished parts are kept in %s; run the same command again to resume", plan.prefix, plan.work
+            )
         else:
             shutil.rmtree(plan.work, ignore_errors=True)
         raise
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _locked(lock: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
-            # Workers are forked: one that outlives a killed preparation must not keep the next one out.
+            # Workers are forked and would inherit the lock: one that outlives a killed job must not block the next.
             stack.enter_context(exclusive_lock(lock, timeout_s=0, inherited=False))
         except LockHeldError:
-            fix = "another process is at work on this; wait for it, or end it."
+            fix = "another process is preparing this output; wait for it to finish, or stop it."
             raise ConfigError(Problem("--output", lock.parent, fix)) from None
         yield
 
 
 def _finish(plan: PreparationPlan) -> Manifest | None:
-    """Writes the manifest of the whole and clears the work directory, if every shard is there."""
+    """If every shard is complete, writes the manifest of the set and removes the work directory."""
     shards = [read_manifest(shard.prefix) for shard in plan.shards]
     made = [shard for shard in shards if shard is not None]
     if len(made) < len(plan.shards):
@@ -246,7 +248,7 @@ def _finish(plan: PreparationPlan) -> Manifest | None:
             for ending in (".json", ".idx", ".bin", ".mask"):
                 with_ending(shard.prefix, ending).unlink(missing_ok=True)
         shutil.rmtree(plan.work, ignore_errors=True)
-        raise DataError(Problem(str(plan.prefix), None, "the input holds no text; nothing was written."))
+        raise DataError(Problem(str(plan.prefix), None, "the input has no text; nothing was written."))
     if plan.shards[0].prefix == plan.prefix:
         whole = made[0]
     else:

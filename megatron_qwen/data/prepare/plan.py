@@ -1,4 +1,8 @@
-"""How input files are cut into units and units into shards: a function of the input alone, whoever does the work."""
+"""How input files are divided into units and units into shards.
+
+The division is a function of the input alone, not of the number of workers or tasks, so the output has the same bytes
+however many of them make it, and an interrupted job resumes with another number.
+"""
 
 import hashlib
 import json
@@ -18,11 +22,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Unit:
-    """Spans that one process encodes into one part.
+    """File spans that one process encodes into one part.
 
     Args:
-        key: hash of what decides its tokens: another attempt, or another plan, finds the part by it.
-        spans: what is read, in order.
+        key: hash of everything that determines its tokens; another attempt, or another plan, finds the part by it.
+        spans: what to read, in order.
     """
 
     key: str
@@ -44,16 +48,16 @@ class OutputShard:
 
 @dataclass(frozen=True)
 class PreparationPlan:
-    """All that decides the bytes of the output.
+    """Everything that determines the bytes of the output.
 
     Args:
         prefix: of the output.
         tokenizer: its directory.
         files: the input, in order.
         options: how records are read.
-        skip_bad: whether bad records are set aside, or stop the work.
+        skip_bad: write bad records to a file of their own and continue, instead of stopping.
         shards: the output; a single one has the output's own prefix.
-        identity: what another attempt must have in common with this one.
+        identity: what determines the output, as JSON; attempts with the same identity can continue each other.
     """
 
     prefix: Path
@@ -71,7 +75,7 @@ class PreparationPlan:
 
     @property
     def work(self) -> Path:
-        """Where parts lie until their shard is whole."""
+        """Directory of parts until their shard is complete."""
         return self.prefix.with_name(self.prefix.name + ".work")
 
 
@@ -85,16 +89,16 @@ def make_plan(
     shard_bytes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> PreparationPlan:
-    """Cuts the input.
+    """Divides the input into units and shards.
 
     Args:
         files: the input, in order.
         tokenizer: its directory.
         prefix: of the output.
         options: how records are read.
-        skip_bad: whether bad records are set aside.
-        shard_bytes: input of a shard, as it lies on disk; None makes one token file.
-        unit_bytes: input of a unit.
+        skip_bad: write bad records to a file of their own and continue.
+        shard_bytes: input bytes on disk per shard; None makes one token file.
+        unit_bytes: input bytes on disk per unit.
 
     Raises:
         DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
@@ -124,7 +128,7 @@ def _key(spans: tuple[FileSpan, ...], deciding: dict[str, Any]) -> str:
 
 
 def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[FileSpan, ...]]:
-    """Large files in several units, small ones together in one."""
+    """Spans of each unit: a large file is divided into several units, small files share one."""
     gathered: list[FileSpan] = []
     size = 0
     for file in files:
@@ -150,7 +154,7 @@ def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[F
 
         first, size = 0, 0
         groups = row_groups(file, options)
-        on_disk = file.size / max(sum(groups), 1)  # a row group says how large it is unpacked
+        on_disk = file.size / max(sum(groups), 1)  # metadata gives the uncompressed size of a row group
         for index, group in enumerate(groups):
             if size and size + group > unit_bytes:
                 yield FileSpan(file, first, index, round(size * on_disk))

@@ -14,7 +14,7 @@ from megatron_qwen.data.reading.samples import Sample
 from megatron_qwen.errors import DataError, Problem
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-# (begin, end, whole): positions in a sample of a document or a part of one; whether it includes its end-of-document token.
+# (begin, end, whole): a document, or a part of one, in a sample; whether it includes its end-of-document token.
 Piece = tuple[int, int, bool]
 # Documents with fewer tokens are left unchanged.
 _LEAST = 16

@@ -1,4 +1,4 @@
-"""Which files are read: names, folders, patterns and lists of them, each of a known form."""
+"""Finds the input files: names, folders, patterns and lists of them, each of a known format."""
 
 import glob
 from collections import Counter
@@ -11,7 +11,7 @@ from megatron_qwen.errors import DataError, Problem
 
 
 class FileFormat(StrEnum):
-    """How documents lie in a file."""
+    """How documents are stored in a file; the value is the ending."""
 
     JSONL = ".jsonl"
     TXT = ".txt"
@@ -31,8 +31,8 @@ class InputFile:
     """A file of documents.
 
     Args:
-        path: where it lies.
-        format: how documents lie in it.
+        path: of the file.
+        format: how documents are stored in it.
         compression: how it is compressed.
         size: bytes on disk.
     """
@@ -44,14 +44,14 @@ class InputFile:
 
 
 def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
-    """The files that are meant, in the order in which they are read.
+    """The input files, in the order in which they are read.
 
     Args:
-        names: a file; a folder (every file of a known form below it, by name); a pattern with ``*``, ``?`` or ``[``
-            (``**`` goes into folders), sorted; or ``@list``, a file with one of these on every line.
+        names: a file; a folder (every file of a known format below it, sorted by name); a pattern with ``*``, ``?`` or
+            ``[`` (``**`` matches folders), sorted; or ``@list``, a file with one of these on every line.
 
     Raises:
-        DataError: with every name that is missing, empty, unreadable or of an unknown form.
+        DataError: with every name that is missing, empty, unreadable or of an unknown format.
     """
     found: list[InputFile] = []
     problems: list[Problem] = []
@@ -68,7 +68,7 @@ def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
             found.append(InputFile(path, *kind, size))
     times = Counter(file.path for file in found)
     problems += [
-        Problem(str(path), None, "is named twice; its documents would be there twice.")
+        Problem(str(path), None, "is named twice, so its documents would be used twice; remove one of the two.")
         for path, count in times.items()
         if count > 1
     ]
@@ -94,7 +94,7 @@ def _expand(names: Sequence[str | Path], problems: list[Problem]) -> Iterator[Pa
         elif path.is_dir():
             below = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) is not None)
             if not below:
-                problems.append(Problem(name, None, f"holds no file of the forms {', '.join(FileFormat)}."))
+                problems.append(Problem(name, None, f"contains no file of the formats {', '.join(FileFormat)}."))
             yield from below
         elif path.is_file():
             yield path
@@ -119,7 +119,7 @@ def _listed(path: Path, problems: list[Problem]) -> Iterator[Path]:
         problems.append(Problem(f"@{path}", None, f"the list cannot be read ({error.strerror})."))
         return
     except UnicodeDecodeError:
-        problems.append(Problem(f"@{path}", None, "the list is no text."))
+        problems.append(Problem(f"@{path}", None, "the list is not UTF-8 text."))
         return
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     nested = [name for name in names if name.startswith("@")]

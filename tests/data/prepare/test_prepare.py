@@ -252,7 +252,7 @@ def test_a_bad_record_in_the_last_shard_keeps_the_others(tokenizer, tmp_path):
     ]
     done = run("tools.data", *arguments, source)
     assert done.returncode == 3
-    assert "what was made is kept" in done.stderr
+    assert "finished parts are kept" in done.stderr
     made = len(list(tmp_path.glob("out_*.json")))
     assert made > 0
     again = run("tools.data", *arguments, "--on-error", "skip", "--json", source)
