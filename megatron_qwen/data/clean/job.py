@@ -1,4 +1,4 @@
-"""Documents through the stages, in order; what is kept, and what was dropped by which."""
+"""Runs documents through the cleaning stages, in order, and reports what each stage dropped."""
 
 import json
 import os
@@ -29,14 +29,14 @@ _LEVEL = 3
 
 @dataclass(frozen=True)
 class CleaningStages:
-    """Which stages there are; None leaves one out.
+    """The cleaning stages; None omits a stage.
 
     Args:
         characters: length and character filter.
         quality: model, label and least score of a classifier.
         tests: test sequences, tokenizer directory, and whether documents are compared whole.
         exact: whether exact duplicates are dropped.
-        near: similarity from which on near duplicates are dropped.
+        near: Jaccard similarity at which near duplicates are dropped.
     """
 
     characters: LengthAndCharacters | None = None
@@ -61,7 +61,7 @@ class CleaningStages:
 
 @dataclass
 class Dropped:
-    """What a stage dropped: how many, and the first of them."""
+    """The documents that a stage dropped: their number, and the first few."""
 
     documents: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Dropped:
 
 @dataclass
 class CleaningReport:
-    """What became of the documents: read = kept + empty + filtered + skipped + dropped by the stages."""
+    """Counts of documents: read = kept + empty + filtered + skipped + dropped by the stages."""
 
     read: int = 0
     kept: int = 0
@@ -93,20 +93,20 @@ def clean(
 
     Args:
         files: the input.
-        output: a directory that is not there yet; it appears when everything is done.
-        stages: what is dropped. A near or exact duplicate of an earlier document is; the earlier one stays.
+        output: a directory that does not exist yet; it appears when everything is done.
+        stages: what to drop. Of duplicates the first document stays.
         options: how records are read.
         skip_bad: count bad records instead of stopping.
         workers: processes.
         on_progress: called with documents read and kept so far.
 
     Raises:
-        ConfigError: the output is there already, or a stage cannot be set up.
+        ConfigError: the output exists already, or a stage cannot be set up.
         DataError: a record is bad, a file is damaged, or nothing is left.
     """
     if output.exists():
         raise ConfigError(Problem("--output", output, "exists already; name another directory or remove it."))
-    filters = stages.filters()  # what is wrong with them is said before anything is read
+    filters = stages.filters()  # so that their errors are reported before anything is read
     names = [one.name for one in filters]
     exact, near = (
         ExactDuplicates() if stages.exact else None,
@@ -131,7 +131,7 @@ def clean(
                     _note(report.dropped[stage_and_why[0]], where, text, stage_and_why[1])
                 on_progress(report.read, report.kept)
         if not report.kept:
-            raise DataError(Problem(str(output), None, "nothing is left of the input; nothing was written."))
+            raise DataError(Problem(str(output), None, "no document is left after cleaning; nothing was written."))
         (partial / "report.json").write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
         publish(partial, output)
     finally:
@@ -161,7 +161,7 @@ def _judged(
         waiting: deque[tuple[str, list[str], Future[list[Any]]]] = deque()
         for where, texts in _blocks(files, options, skip_bad, report):
             waiting.append((where, texts, pool.submit(_judge, texts)))
-            if len(waiting) > 2 * workers:  # so much lies in memory
+            if len(waiting) > 2 * workers:  # bounds the documents in memory
                 yield from _answers(*waiting.popleft())
         while waiting:
             yield from _answers(*waiting.popleft())
@@ -213,7 +213,7 @@ def _judge(texts: list[str]) -> list[tuple[tuple[str, str] | None, tuple[bytes, 
 
 
 class _Writer:
-    """Compressed JSON lines, a new file after so much text."""
+    """Writes compressed JSON lines, a new file after every _FILE_CHARACTERS characters."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._number, self._written = directory, 0, 0

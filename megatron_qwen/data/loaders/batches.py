@@ -1,4 +1,4 @@
-"""The micro-batches of one rank."""
+"""The micro-batches of one rank: which samples they hold, and how samples become tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from megatron_qwen.distributed.sequence import slice_for_rank
 
 @dataclass(frozen=True)
 class BatchSlice:
-    """Which part of a batch a rank takes.
+    """Which part of a global batch a rank reads.
 
     Args:
         dp_rank: data-parallel rank.
@@ -48,11 +48,11 @@ class Batch:
     seq_lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device."""
+        """The batch on another device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """In page-locked memory, from which a copy to the device overlaps with what it computes."""
+        """The batch in page-locked memory, from which copies to the device overlap with its kernels."""
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
@@ -86,7 +86,7 @@ class BatchRequest:
     micro_batch_size: int
 
     def indices(self, batch_slice: BatchSlice) -> Iterator[range]:
-        """The samples of each micro-batch of a rank."""
+        """Sample numbers of each micro-batch of a rank."""
         stride = self.micro_batch_size * batch_slice.dp_size
         assert self.global_batch_size % stride == 0, "samples would be read twice"
         for begin in range(0, self.global_batch_size, stride):
@@ -95,13 +95,17 @@ class BatchRequest:
 
 
 def micro_batches(source: SampleSource, batch_slice: BatchSlice, request: BatchRequest) -> Iterator[Batch]:
-    """The micro-batches of one global batch that belong to a rank, on the host."""
+    """A rank's micro-batches of one global batch, on the host."""
     for indices in request.indices(batch_slice):
         yield collate([source[index] for index in indices], batch_slice, packed=source.is_packed)
 
 
 def collate(samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool) -> Batch:
-    """Stacks samples and cuts the sequence for the context-parallel rank."""
+    """Builds a micro-batch: [b, s / CP] tensors, or [1, b * s / CP] and cu_seqlens if ``packed``.
+
+    The sequence is cut for the context-parallel rank in load-balanced order (``distributed/sequence.py``). Positions
+    are computed before the cut: each token has its position in its own sequence.
+    """
     size = len(samples[0].tokens)
     positions = [_positions(sample.starts, size) for sample in samples]
 
@@ -127,7 +131,7 @@ def collate(samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool)
 
 
 def _positions(starts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """Position of each token in its own sequence."""
+    """[s] position of each token in its own sequence."""
     positions = np.arange(size, dtype=np.int64)
     if len(starts) == 1:
         return positions

@@ -1,4 +1,4 @@
-"""Batches read ahead by NVIDIA DALI: the memory-map loader's samples, copied to the device by DALI."""
+"""Prefetches batches with NVIDIA DALI: the samples of the memory-map loader, copied to the device by DALI."""
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,13 +15,13 @@ _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class DaliLoader:
-    """A DALI pipeline that is fed micro-batches and gives them back on the device.
+    """A DALI pipeline that takes micro-batches on the host and returns them on the device.
 
-    The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with what the model computes.
+    The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with the model's kernels.
 
     Args:
         batch_slice: the rank's part of a batch.
-        ahead: steps that are read ahead.
+        ahead: number of steps to prefetch.
 
     Raises:
         ConfigError: DALI is not installed.
@@ -32,12 +32,12 @@ class DaliLoader:
         self._pipeline = _build(batch_slice.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._reading: deque[tuple[int, BatchRequest, Future[list[Batch]]]] = deque()
-        self._fed: deque[list[Batch]] = deque()  # the first of what is being read is with DALI already
+        self._fed: deque[list[Batch]] = deque()  # the first steps of _reading that were handed to DALI
 
     def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
         """See ``Loader``."""
         while self._reading and self._reading[0][:2] != (id(source), request):
-            self._drop()  # the run has gone another way than foreseen
+            self._drop()  # prefetched for a step that does not come
         if not self._reading:
             self._read(source, request)
         if not self._fed:
@@ -62,7 +62,7 @@ class DaliLoader:
         self._reading.append((id(source), request, future))
 
     def _is_read(self) -> bool:
-        """Whether a step lies ready for DALI; one that could not be read says so when its turn comes."""
+        """Whether a step is ready for DALI. A step that could not be read raises its error when it is loaded."""
         if len(self._fed) == len(self._reading):
             return False
         future = self._reading[len(self._fed)][2]
@@ -85,7 +85,7 @@ class DaliLoader:
         future.cancel()
 
     def _take(self, read: Batch) -> Batch:
-        """The pipeline's next output; cu_seqlens, which the host needs too, go beside it."""
+        """The pipeline's next output; cu_seqlens bypass the pipeline because the host needs them too."""
         outputs = self._pipeline.outputs()
         tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
         cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(self.batch_slice.device, non_blocking=True)
@@ -100,7 +100,7 @@ def _build(device: torch.device) -> Any:
         fix = f"needs NVIDIA DALI ({error}): pip install 'megatron_qwen[dali]', or set data.loader=mmap."
         raise ConfigError(Problem("data.loader", "dali", fix)) from None
     gpu = device.type == "cuda"
-    # A deeper queue would run, at its first call, ahead of what it was fed.
+    # With a deeper queue the first call would run the pipeline before its inputs were fed.
     pipeline = Pipeline(
         batch_size=1, num_threads=1, device_id=device.index if gpu else None, exec_dynamic=True, prefetch_queue_depth=1
     )
@@ -113,5 +113,5 @@ def _build(device: torch.device) -> Any:
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    """A copy: DALI uses its buffers again."""
+    """A copy of an output, because DALI reuses its buffers."""
     return torch.utils.dlpack.from_dlpack(output[0]).clone()

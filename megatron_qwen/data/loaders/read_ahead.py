@@ -1,4 +1,4 @@
-"""Reads batches ahead: while a step computes, the next one's samples are read."""
+"""Prefetches batches: while a step computes, the samples of the next ones are read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,22 +14,22 @@ class Loader(Protocol):
     """Gives a rank the micro-batches of a step."""
 
     def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
-        """The micro-batches of a step, on the rank's device; then begins to read those that follow.
+        """The micro-batches of a step, on the rank's device; starts prefetching those of later steps.
 
         Raises:
-            DataError: what is read is damaged, in this step or in one that was read ahead for it.
+            DataError: the data of this step is damaged.
         """
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Stops prefetching."""
 
 
 class MemoryMapLoader:
-    """Reads from memory maps, in one thread that runs ahead.
+    """Reads from memory maps in one background thread.
 
     Args:
         batch_slice: the rank's part of a batch.
-        ahead: steps that are read ahead.
+        ahead: number of steps to prefetch; 0 reads in the calling thread.
     """
 
     def __init__(self, batch_slice: BatchSlice, *, ahead: int) -> None:
@@ -42,7 +42,7 @@ class MemoryMapLoader:
         if self._thread is None:
             return self._on_device(self._read(source, request))
         while self._ready and self._ready[0][:2] != (id(source), request):
-            self._ready.pop(0)[2].cancel()  # the run has gone another way than foreseen
+            self._ready.pop(0)[2].cancel()  # prefetched for a step that does not come
         if not self._ready:
             self._send(source, request)
         future = self._ready.pop(0)[2]

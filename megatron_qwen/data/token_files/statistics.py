@@ -1,4 +1,4 @@
-"""What the tokens alone say."""
+"""Statistics of token files: document lengths and unigram entropy."""
 
 from dataclasses import dataclass
 
@@ -32,7 +32,7 @@ class LengthStatistics:
 
 
 def lengths(source: TokenSet) -> LengthStatistics:
-    """Reads the whole index, some at a time."""
+    """Statistics of the document lengths; reads the whole index, in pieces."""
     edges = np.concatenate(([0], 2 ** np.arange(32, dtype=np.int64)))
     documents = np.zeros(len(edges) - 1, dtype=np.int64)
     tokens = np.zeros_like(documents)
@@ -50,9 +50,9 @@ def lengths(source: TokenSet) -> LengthStatistics:
 
 
 def unigram_entropy(source: SampleSource, samples: int) -> float:
-    """Entropy in nats of the labels of the first samples, each token taken by itself.
+    """Unigram entropy, in nats per token, of the labels of the first samples.
 
-    A model that knows only how often each token occurs has this loss on them.
+    It is the loss of a model that knows only how often each token occurs: a trained model must be below it.
 
     Args:
         source: the samples.

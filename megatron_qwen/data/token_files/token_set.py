@@ -1,4 +1,4 @@
-"""One stream of tokens over the shards of a set: what a source of training data is made of."""
+"""One stream of tokens over the shards of a set; the tokens of a source of training data."""
 
 import bisect
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ class TokenSet:
     """Token files one after the other, as one stream of tokens and documents.
 
     Args:
-        prefix: of a token file, or of a set made of shards; a URL lies in an object store.
+        prefix: of a token file or of a set of shards; a path, or the URL of an object store.
 
     Raises:
         DataError: a file is missing, damaged or cut off; all such files are named.
@@ -110,7 +110,7 @@ class TokenSet:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def place(self, position: int) -> str:
-        """A token's file, document and position there, for a message."""
+        """File, document and position of a token, for a message."""
         index = bisect.bisect_right(self.token_starts, position) - 1
         own = position - self.token_starts[index]
         file = self.files[index]
@@ -118,12 +118,12 @@ class TokenSet:
 
     @cached_property
     def digest(self) -> str | None:
-        """Hash of all tokens as the manifest notes it; None where there is no manifest."""
+        """Hash of all tokens, from the manifest; None without a manifest."""
         noted = self.manifest or read_manifest(self.prefix)
         return None if noted is None else noted.bin_xxh3_128
 
     def _pieces(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """Files from ``first`` on that reach into the stream up to ``stop``, with the end inside each."""
+        """Indices of files from ``first`` on that begin before ``stop``, each with the end position in that file."""
         found = []
         index = first
         while index < len(self.files) and self.token_starts[index] < stop:

@@ -40,8 +40,8 @@ PROBES = (
 _PART_CHARACTERS = 1 << 20
 _CUT = re.compile(r"\n(?=[A-Za-z])")
 # tokenizers and gigatoken implement Unicode's normal form C (NFC) with tables of different Unicode versions. They
-# differ on text that is not in NFC, and on the scripts with compositions since Unicode 16, which Python's own tables may
-# lack (given here by the first bytes of their UTF-8: U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F).
+# differ on text that is not in NFC, and on the scripts with compositions since Unicode 16, which Python's own tables
+# may lack (given here by the first bytes of their UTF-8: U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F).
 # The tokenizer's own library encodes such text.
 _RECENT = (b"\xf0\x91\x8e", b"\xf0\x91\x8f", b"\xf0\x96\x84", b"\xf0\x96\xb5")
 

@@ -85,8 +85,8 @@ def test_a_run_trains_from_a_store(tokenizer, tmp_path):
     ("url", "named"),
     [
         ("msc://data/nothing", "no such token file"),
-        ("msc://elsewhere/one", "is not reached"),
-        ("ftp://host/one", "is not reached"),
+        ("msc://elsewhere/one", "cannot be reached"),
+        ("ftp://host/one", "cannot be reached"),
     ],
 )
 def test_what_is_not_there(url, named):
