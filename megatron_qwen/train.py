@@ -19,7 +19,7 @@ from megatron_qwen.rundir import RunDirectory
 
 
 def main(run_dir: str) -> int:
-    """Runs one rank of the run whose run.yaml lies in ``run_dir`` and returns its exit code."""
+    """Runs one rank of the run in ``run_dir`` and returns its exit code."""
     # Before the imports, which take seconds: a stop signal may arrive while they run.
     signals = StopSignals()
     signals.install()

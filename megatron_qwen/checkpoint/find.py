@@ -67,7 +67,9 @@ def newest_good(candidates: list[CheckpointCandidate], *, strict: bool) -> Check
         if not dist.is_initialized() or dist.get_rank() == 0:
             named = "; ".join(str(problem) for problem in damage)
             log.warning("checkpoint %s is damaged, trying the next older one: %s", candidate.path, named)
-    raise CheckpointError([*all_damage, Problem(str(candidates[-1].path.parent), None, "no checkpoint here is whole.")])
+    raise CheckpointError(
+        [*all_damage, Problem(str(candidates[-1].path.parent), None, "none of its checkpoints is valid.")]
+    )
 
 
 def shared_damage(directory: Path) -> list[Problem]:

@@ -42,7 +42,7 @@ class JobSettings:
         """Reads job.json.
 
         Raises:
-            ConfigError: it is missing or not one of ours.
+            ConfigError: it is missing or not a valid job.json.
         """
         path = run_dir / NAME
         try:

@@ -304,6 +304,6 @@ def test_nothing_but_damaged_checkpoints(finished_run, tokens, tokenizer, tmp_pa
     files = [f"data.tokenizer={tokenizer}", "training.train_iters=9"]
     done = train_tiny(tokens, *files, run_dir=tmp_path / "run")
     assert done.returncode == 4, done.stderr
-    assert "no checkpoint here is whole" in done.stderr
+    assert "none of its checkpoints is valid" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "run" / "checkpoints").glob("iter_*"))) == 2

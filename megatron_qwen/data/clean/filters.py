@@ -18,7 +18,7 @@ _PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 class Filter(Protocol):
-    """A stage that looks at one document at a time."""
+    """A stage that judges one document at a time."""
 
     @property
     def name(self) -> str:

@@ -46,7 +46,7 @@ class CleaningStages:
     near: float | None = None
 
     def filters(self) -> list[Filter]:
-        """The stages that look at one document at a time."""
+        """The stages that judge one document at a time."""
         found: list[Filter] = []
         if self.characters is not None:
             found.append(self.characters)

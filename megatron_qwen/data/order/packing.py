@@ -72,7 +72,7 @@ class Cursor:
     """The position in a packed source: first the rows that earlier changes of length left, then pool after pool.
 
     Args:
-        left: rows that earlier changes left, unpacked and packed anew at the present length.
+        left: rows that earlier changes left, to be packed again at the present length.
         pool: number of the first pool after that.
         first: number of the first row there, counted from the last change of length.
     """

@@ -2,7 +2,7 @@
 
 A balanced Feistel network over the smallest even number of bits that holds n, with cycle walking (Black and
 Rogaway 2002) back into the range. Four rounds of a 64-bit mixer make it a shuffle good enough for sample order, more
-of them where a half has few bits; it is no cipher.
+of them where a half has few bits; it is not a cipher.
 """
 
 _MASK = (1 << 64) - 1

@@ -171,7 +171,9 @@ def _units(shards: Sequence[OutputShard]) -> Iterator[Unit]:
 
 
 def _claim(plan: PreparationPlan) -> None:
-    """Creates the work directory or takes over an existing one: parts are named by content, so any that fit are used."""
+    """Creates the work directory, or takes over an existing one: parts are named by content, so those that fit are used
+    whatever the directory was created for.
+    """
     stated = plan.work / "plan.json"
     there = None
     if stated.is_file():

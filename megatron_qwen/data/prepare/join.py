@@ -66,7 +66,7 @@ class ShardWriter:
             if ending == "bin" and not trusted and own.hexdigest() != part.bin_xxh3_128:
                 path = part_path(self.plan.work, part.key, "json")
                 path.unlink()
-                fix = "did not match its checksum and was deleted; run the same command again to make it anew."
+                fix = "did not match its checksum and was deleted; run the same command again to recreate it."
                 raise DataError(Problem(str(path.with_suffix(".bin")), None, fix))
         self.parts.append(part)
         self._unsynced += part.tokens

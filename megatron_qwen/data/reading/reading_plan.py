@@ -53,7 +53,7 @@ class StagePlan:
 
 
 def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
-    """The stages that the run's steps reach, in order, from where the data stands.
+    """The stages that the run's steps reach, in order, from the present position of the data.
 
     Args:
         data: of the run, at its beginning or where it has resumed.

@@ -33,7 +33,7 @@ class Replay:
 
         Raises:
             ConfigError: the ledger ends before this sample.
-            DataError: the source's files are gone, or hold other tokens than those that the run has read.
+            DataError: the source's files are missing, or contain other tokens than the run has read.
         """
         for entry in self.entries:
             if entry.first_sample <= sample < entry.first_sample + entry.samples:

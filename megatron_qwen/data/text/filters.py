@@ -62,7 +62,7 @@ def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
     """Conditions as typed after ``--where``.
 
     Raises:
-        ConfigError: with every one that is no comparison.
+        ConfigError: with every text that is not a comparison.
     """
     problems, found = [], []
     for text in texts:

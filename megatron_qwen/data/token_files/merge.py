@@ -37,7 +37,7 @@ def merge(prefixes: Sequence[Path], output: Path, *, single: bool) -> Manifest:
     members = [member for prefix in prefixes for member in _members(prefix)]
     files = [TokenFile(member) for member, _ in members]
     noted = [manifest for _, manifest in members]
-    _require_alike(files, noted)
+    _require_compatible(files, noted)
     names = [output] if single else [with_ending(output, f"_{index:05d}") for index in range(len(files))]
     paths = [with_ending(name, ending) for name in {output, *names} for ending in _ENDINGS]
     if there := sorted(path for path in paths if path.exists()):
@@ -79,7 +79,7 @@ def _members(prefix: Path) -> list[tuple[Path, Manifest]]:
     return [item for name in noted.shards for item in _members(prefix.with_name(name))]
 
 
-def _require_alike(files: Sequence[TokenFile], noted: Sequence[Manifest]) -> None:
+def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -> None:
     problems = []
     for file, manifest in zip(files[1:], noted[1:], strict=True):
         if manifest.tokenizer_sha256 != noted[0].tokenizer_sha256:

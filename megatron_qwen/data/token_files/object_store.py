@@ -60,7 +60,7 @@ class StoredArray:
         return np.frombuffer(data, dtype=self.dtype)
 
 
-def fetch_beside(prefix: str, endings: tuple[str, ...]) -> Path:
+def fetch_small_files(prefix: str, endings: tuple[str, ...]) -> Path:
     """Downloads small files of a prefix, unless they are in the cache already.
 
     Args:

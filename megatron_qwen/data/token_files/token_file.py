@@ -120,7 +120,7 @@ class TokenFile:
         return self.tokens(self.document_start(index), self.document_start(index + 1))
 
     def document_ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions in [start, stop) at which a document's last token lies."""
+        """Positions in [start, stop) of the last tokens of documents."""
         width = self.dtype.itemsize
         # bisect reads a few entries; numpy's search would copy the whole unaligned map.
         first = bisect.bisect_left(self._offsets, (start + 1) * width)

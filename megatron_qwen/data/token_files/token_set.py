@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.data.token_files.manifest import Manifest, read_manifest, with_ending
-from megatron_qwen.data.token_files.object_store import fetch_beside, is_url
+from megatron_qwen.data.token_files.object_store import fetch_small_files, is_url
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.errors import DataError, Problem
 
@@ -26,7 +26,7 @@ class TokenSet:
 
     def __init__(self, prefix: str | Path) -> None:
         url = str(prefix) if is_url(prefix) else None
-        self.prefix = Path(prefix) if url is None else fetch_beside(url, (".json", ".idx"))
+        self.prefix = Path(prefix) if url is None else fetch_small_files(url, (".json", ".idx"))
         self.manifest: Manifest | None = None
         members: list[tuple[Path, str | None]] = [(self.prefix, url)]
         if self.prefix.name and not with_ending(self.prefix, ".idx").is_file():
@@ -41,7 +41,7 @@ class TokenSet:
         if url is None:
             return self.prefix.with_name(name), None
         own = f"{url.rsplit('/', 1)[0]}/{name}"
-        return fetch_beside(own, (".json", ".idx")), own
+        return fetch_small_files(own, (".json", ".idx")), own
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +92,7 @@ class TokenSet:
         return self.document_starts[index] + self.files[index].document_at(position - self.token_starts[index])
 
     def document_ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions in [start, stop) at which a document's last token lies."""
+        """Positions in [start, stop) of the last tokens of documents."""
         first = bisect.bisect_right(self.token_starts, start) - 1
         found = []
         for index, end in self._pieces(first, stop):
