@@ -34,7 +34,7 @@ class Ending(Enum):
     CANCELLED = "it was cancelled"
 
 
-class Allocation(Protocol):
+class JobAllocation(Protocol):
     """Where a controller runs."""
 
     @property
@@ -307,7 +307,7 @@ def _seconds_until(moment: str) -> float | None:
         return None
 
 
-def find(settings: JobSettings, *, world_size: int) -> Allocation:
+def find(settings: JobSettings, *, world_size: int) -> JobAllocation:
     """The allocation this process was given.
 
     Args:

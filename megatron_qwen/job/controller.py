@@ -15,7 +15,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, UserError
 from megatron_qwen.job import health, stacks
-from megatron_qwen.job.allocation import Allocation, Ending
+from megatron_qwen.job.allocation import Ending, JobAllocation
 from megatron_qwen.job.ranks import Ranks
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.job.verdict import Evidence, judge
@@ -49,7 +49,7 @@ class JobController:
     """
 
     def __init__(
-        self, directory: RunDirectory, settings: JobSettings, allocation: Allocation, signals: StopSignals
+        self, directory: RunDirectory, settings: JobSettings, allocation: JobAllocation, signals: StopSignals
     ) -> None:
         self.directory, self.settings, self.allocation, self.signals = directory, settings, allocation, signals
         self.attempts = AttemptLog(directory.attempts)

@@ -60,7 +60,7 @@ class CleaningStages:
 
 
 @dataclass
-class Dropped:
+class DroppedDocuments:
     """The documents that a stage dropped: their number, and the first few."""
 
     documents: int = 0
@@ -76,7 +76,7 @@ class CleaningReport:
     empty: int = 0
     filtered: int = 0
     skipped: int = 0
-    dropped: dict[str, Dropped] = field(default_factory=dict)
+    dropped: dict[str, DroppedDocuments] = field(default_factory=dict)
 
 
 def clean(
@@ -113,7 +113,7 @@ def clean(
         None if stages.near is None else NearDuplicates(stages.near),
     )
     names += [one.name for one in (exact, near) if one is not None]
-    report = CleaningReport(dropped={name: Dropped() for name in names})
+    report = CleaningReport(dropped={name: DroppedDocuments() for name in names})
     partial = temporary_name(output)
     partial.mkdir(parents=True)
     try:
@@ -139,7 +139,7 @@ def clean(
     return report
 
 
-def _note(dropped: Dropped, where: str, text: str, why: str) -> None:
+def _note(dropped: DroppedDocuments, where: str, text: str, why: str) -> None:
     dropped.documents += 1
     if len(dropped.samples) < _SAMPLES:
         dropped.samples.append({"file": where, "why": why, "text": text[:_SHOWN_CHARACTERS]})

@@ -164,7 +164,7 @@ class TrainingData:
         """The reader of the step that ended with sample ``consumed - 1``; before the first step, the first reader."""
         return self._begun(consumed)[-1]
 
-    def validation_of(self, stage: DataStage) -> "ValidationSamples":
+    def validation_of(self, stage: DataStage) -> "HeldOutSamples":
         """Held-out samples in the mix and at the length of a stage, one sequence per sample.
 
         Raises:
@@ -176,9 +176,9 @@ class TrainingData:
         parts = held_out(
             used, seq_length=seq_length, seed=self.seed, reading=reading, fraction=self.config.data.validation_fraction
         )
-        return ValidationSamples(parts, stage.weights, seq_length)
+        return HeldOutSamples(parts, stage.weights, seq_length)
 
-    def validation(self, reader: StageReader) -> "ValidationSamples":
+    def validation(self, reader: StageReader) -> "HeldOutSamples":
         """Held-out samples of a reader's stage."""
         return self.validation_of(reader.stage)
 
@@ -295,7 +295,7 @@ class TrainingData:
         return self._reader(stage, phase, positions)
 
 
-class ValidationSamples:
+class HeldOutSamples:
     """Held-out samples of several sources, by weight.
 
     Args:

@@ -1,21 +1,20 @@
-"""ValidationSamples loss at intervals, on the same held-out samples every time."""
+"""Validation loss at intervals, on the same held-out samples every time."""
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
-from megatron_qwen.data.reading.training_data import StageReader
-from megatron_qwen.data.reading.training_data import ValidationSamples as ValidationSamples
+from megatron_qwen.data.reading.training_data import HeldOutSamples, StageReader
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.step import run_batch
 from megatron_qwen.training.step_record import StepRecord
 
 
-class ValidationSamples(Callback):
+class Validation(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step."""
 
     timed_as = "validation"
 
     def __init__(self) -> None:
-        self._samples: tuple[StageReader, ValidationSamples] | None = None
+        self._samples: tuple[StageReader, HeldOutSamples] | None = None
 
     def before_training(self, trainer: TrainerInterface) -> None:
         """Opens the held-out samples, so that too few of them are reported before the first step."""
@@ -51,7 +50,7 @@ class ValidationSamples(Callback):
         components.model.train(True)
         return total / max(weight, 1.0)
 
-    def _of(self, trainer: TrainerInterface) -> tuple[ValidationSamples, RunConfig]:
+    def _of(self, trainer: TrainerInterface) -> tuple[HeldOutSamples, RunConfig]:
         """The held-out samples of the data stage of the last step, and the configuration in force there."""
         reader = trainer.components.data.latest(trainer.components.progress.consumed_samples)
         if self._samples is None or self._samples[0] is not reader:
