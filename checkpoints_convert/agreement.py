@@ -16,7 +16,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints the agreement of a run's checkpoint and its export on validation samples."""
     prepare_process()
     from checkpoints_convert.compare.whole_models import compare, load_checkpoint
-    from megatron_qwen.data.reading.samples import Source
+    from megatron_qwen.data.reading.samples import SampleSource
     from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.distributed.rank import RankInfo, join
 
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
     join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
     config, model, _ = load_checkpoint(run_dir)
     data = TrainingData(config)
-    source: Source = data.at(0)
+    source: SampleSource = data.at(0)
     samples = max(config.training.eval_iters, 1) * config.training.global_batch_size
     if config.data.validation_fraction:
         held_out = data.validation(data.at(0))

@@ -104,7 +104,7 @@ class CheckpointSource:
         ]
 
 
-def choose(path: Path, iteration: int | None) -> find.Candidate:
+def choose(path: Path, iteration: int | None) -> find.CheckpointCandidate:
     """The checkpoint that is meant: the newest, or the one of an iteration. Never another in its place.
 
     Raises:
@@ -210,7 +210,7 @@ def damaged(directory: Path, error: CheckpointError | None = None) -> Checkpoint
     return CheckpointError(found)
 
 
-def _others(directory: Path) -> list[find.Candidate]:
+def _others(directory: Path) -> list[find.CheckpointCandidate]:
     try:
         return find.resolve(directory.parent)
     except CheckpointError:

@@ -1,4 +1,8 @@
-"""attempts.jsonl: every attempt at a run, how it began and how it ended. Read leniently, appended to under a lock."""
+"""attempts.jsonl: every attempt at a run, how it started and how it ended.
+
+One JSON object per line, only ever appended, by the controller or by rank 0. A line that a kill cut off is ignored when
+the file is read, and the next append starts a new line after it.
+"""
 
 import datetime
 import json
@@ -14,7 +18,7 @@ from megatron_qwen.files import LockHeldError, exclusive_lock
 from megatron_qwen.json_lines import objects
 
 log = logging.getLogger(__name__)
-# A rank that hangs while it holds the lock must not hold up the attempt that follows.
+# A rank that hangs while it holds the lock must not block the next attempt for longer than this.
 _LOCK_TIMEOUT_S = 20.0
 
 
@@ -27,18 +31,18 @@ class Attempt:
         started: ISO time.
         nodes: names of its nodes; empty for a run outside a cluster.
         job_id: Slurm's, or None.
-        restarts: how often Slurm had started the job before.
+        restarts: how often Slurm had requeued the job before.
         world_size: ranks.
-        ended: ISO time, or None where no end was noted: it runs, or was killed.
-        exit_code: None without an end.
-        reason: why it ended, one of ``resilience.policy.Reason`` where a job controller saw to it.
+        ended: ISO time, or None if no end is recorded: the attempt still runs, or was killed.
+        exit_code: None if no end is recorded.
+        reason: why it ended; one of ``resilience.policy.Reason`` if a job controller recorded it.
         detail: one line about the cause.
         iteration: last finished iteration.
         gained: iterations it added.
         saved: newest committed iteration at its end.
-        failed_nodes: nodes that failed it.
-        error: signature of the exception that ended it, where one did.
-        action: what was done then.
+        failed_nodes: nodes to blame for its end.
+        error: signature of the exception that ended it, None if there was none.
+        action: what the controller decided: none, requeue or stop.
     """
 
     number: int
@@ -60,7 +64,7 @@ class Attempt:
 
     @property
     def wall_s(self) -> float | None:
-        """Seconds from start to end; None where no end was noted."""
+        """Seconds from start to end; None if no end is recorded."""
         try:
             begun, ended = (datetime.datetime.fromisoformat(str(moment)) for moment in (self.started, self.ended))
             return (ended - begun).total_seconds()
@@ -70,7 +74,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class AttemptLog:
-    """The file.
+    """Reads and appends to attempts.jsonl.
 
     Args:
         path: attempts.jsonl.
@@ -80,11 +84,11 @@ class AttemptLog:
     _lock: Path = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """The lock lies beside the file."""
+        """The lock file is next to attempts.jsonl."""
         object.__setattr__(self, "_lock", self.path.with_name(".attempts.lock"))
 
     def read(self) -> list[Attempt]:
-        """All attempts in their order; a line that was cut off in writing is left out."""
+        """All attempts in order; lines that were cut off are ignored."""
         begun: dict[int, dict[str, Any]] = {}
         ended: dict[int, dict[str, Any]] = {}
         for entry in _lines(self.path):
@@ -102,16 +106,16 @@ class AttemptLog:
         )
 
     def since_forgiven(self) -> list[Attempt]:
-        """Attempts since a person last asked for the run to go on: what restarts are counted from."""
+        """Attempts since a person last resumed the run (``mq launch requeue``): only these count as restarts."""
         through = [entry["forgiven_through"] for entry in _lines(self.path) if "forgiven_through" in entry]
         return [attempt for attempt in self.read() if attempt.number > max(through, default=0)]
 
     def forgive(self) -> None:
-        """Has the policy forget what has gone wrong so far; nothing is deleted."""
+        """Makes the policy ignore all attempts so far, so that a stopped run can be resumed; nothing is deleted."""
         self._append({"forgiven_through": self.newest(), "time": now()})
 
     def begin(self, **facts: Any) -> int:
-        """Notes a new attempt and returns its number, from 1. From here on no earlier attempt commits anything."""
+        """Records a new attempt and returns its number, from 1. From now on no earlier attempt commits a checkpoint."""
         with self.exclusive():
             number = self.newest() + 1
             entry = {"attempt": number, "started": now(), **facts, "pid": os.getpid(), "host": os.uname().nodename}
@@ -119,20 +123,20 @@ class AttemptLog:
         return number
 
     def end(self, number: int, **facts: Any) -> None:
-        """Notes how an attempt ended."""
+        """Records how an attempt ended."""
         self._append({"attempt": number, "ended": now(), **facts})
 
     def _append(self, entry: dict[str, Any]) -> None:
         with self.path.open("ab") as file:
-            # After a line that was cut off, a new one begins.
+            # A line that was cut off has no line end: terminate it first, or the new entry would be lost with it.
             torn = file.tell() and self.path.read_bytes()[-1:] != b"\n"
             file.write((b"\n" if torn else b"") + json.dumps(entry).encode() + b"\n")
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Holds the lock between asking which attempt is the newest and acting on the answer.
+        """Holds the lock between the check for the newest attempt and the action that depends on it.
 
-        A file system without locks, and a holder that hangs, are passed over after a while.
+        After a timeout it continues without the lock: the file system may not support locks, or the holder may hang.
         """
         with ExitStack() as stack:
             with suppress(LockHeldError):
@@ -141,7 +145,7 @@ class AttemptLog:
 
 
 def now() -> str:
-    """The time as the run's files write it."""
+    """The current time in UTC, in the ISO format of the run's files."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 

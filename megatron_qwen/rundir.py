@@ -1,4 +1,4 @@
-"""The run directory: what lies where, which configuration owns it, what state it is in."""
+"""The run directory: its files, the configuration it belongs to, and the state of the run."""
 
 import json
 import logging
@@ -19,14 +19,14 @@ from megatron_qwen.recipes.registry import RECIPES
 
 log = logging.getLogger(__name__)
 
-# A resumed run may change anything but what decides which model it is and which tokens it reads. Lengths, batches
-# and the blend may change: the ledger in its checkpoints says where each source stands.
+# A resumed run may change everything except the fields that define the model and the tokens it reads. Lengths, batch
+# sizes and the blend may change: the ledger in its checkpoints records the position in every source.
 _OWNING_SECTIONS = ("model", "optim")
 _OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
 
 
 class RunState(StrEnum):
-    """What status.json says of a run."""
+    """The state of a run in status.json."""
 
     QUEUED = "queued"
     RUNNING = "running"
@@ -40,7 +40,7 @@ class RunDirectory:
     """Paths and small files of one run.
 
     Args:
-        path: the directory; made when first written to.
+        path: the directory; created at the first write.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -63,22 +63,22 @@ class RunDirectory:
         self.controller_log = self.path / "logs" / "controller.log"
 
     def logs(self, attempt: int) -> Path:
-        """Where the ranks of an attempt write what they print."""
+        """Directory of the output of an attempt's ranks."""
         return self.path / "logs" / f"attempt_{attempt:03d}"
 
     def owned(self, config: RunConfig) -> RunConfig:
-        """The configuration as run.yaml holds it: the blend is the run's own copy."""
+        """The configuration as run.yaml stores it: data.blend names the run's own copy of the blend."""
         return config if config.data.blend is None else config.with_section("data", blend=str(self.blend))
 
     def claim(self, config: RunConfig, *, data_digest: str | None = None) -> None:
-        """Writes run.yaml, or checks that the one there is of the same run and replaces it.
+        """Writes run.yaml. If there is one already, checks first that it belongs to the same run.
 
-        The blend is copied beside it, paths in full: editing the file that was named does not change a run under way
-        until it is named again.
+        The blend file is copied next to it, with absolute paths: later edits of the original take effect only when it
+        is passed again.
 
         Args:
             config: the run.
-            data_digest: hash of the token file, where it is known; the same tokens may lie elsewhere than before.
+            data_digest: hash of the token file, if known; with the same hash the file may have moved.
 
         Raises:
             ConfigError: the directory belongs to another configuration; every differing field is named.
@@ -88,10 +88,10 @@ class RunDirectory:
                 raise ConfigError(problems)
         elif self.path.is_dir() and any(self.path.iterdir()):
             raise ConfigError(
-                Problem("--run-dir", self.path, "is not empty and holds no run.yaml; choose another directory.")
+                Problem("--run-dir", self.path, "is not empty and has no run.yaml; choose another directory.")
             )
         try:
-            # What a job reads and runs lies here: nobody else may write it.
+            # A job executes code from this directory, so no other user may write to it.
             self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
             if config.data.blend is not None:
                 if self.blend.is_file():
@@ -106,19 +106,19 @@ class RunDirectory:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
 
     def foreign_problems(self, config: RunConfig, *, data_digest: str | None = None) -> list[Problem]:
-        """Every field by which the run that lies here already differs from ``config``; none where nothing lies here."""
+        """Every field in which ``config`` differs from the run in this directory; empty if there is no run."""
         if not self.run_yaml.is_file():
             return []
         begun_with = self._data_digest()
         moved = data_digest is not None and data_digest == begun_with
         problems = self._foreign(resolve(str(self.run_yaml), [], RECIPES), config, data_moved=moved)
         if None not in (data_digest, begun_with) and not moved:
-            fix = "holds other tokens than this run began with; use a new --run-dir."
+            fix = "holds other tokens than those this run started with; use a new --run-dir."
             problems.append(Problem("data.path", config.data.path, fix))
         return problems
 
     def _keep_tokenizer(self, source: str | None) -> None:
-        """Copies the tokenizer the run begins with; what is released must have this one."""
+        """Copies the tokenizer at the start of the run: exported models must have the one they were trained with."""
         if source is None or self.tokenizer.exists():
             return
         temporary = self.path / ".tokenizer.tmp"
@@ -146,34 +146,34 @@ class RunDirectory:
             Problem(
                 f"{section}.{name}",
                 value,
-                f"but {self.run_yaml} says {getattr(getattr(there, section), name)}: the directory belongs to another "
-                "configuration; use a new --run-dir.",
+                f"differs from {getattr(getattr(there, section), name)} in {self.run_yaml}: the directory belongs to "
+                "another configuration; use a new --run-dir.",
             )
             for section, name, value in fields
         ]
 
     def begin_attempt(self, *, world_size: int) -> int:
-        """Notes a new attempt of a run without a job controller and returns its number, from 1."""
+        """Records a new attempt of a run without a job controller and returns its number, from 1."""
         number = AttemptLog(self.attempts).begin(world_size=world_size)
         self.write_status(RunState.RUNNING, attempt=number)
         return number
 
     def end_attempt(self, number: int, *, exit_code: int, reason: str, iteration: int, gained: int) -> None:
-        """Notes how such an attempt ended."""
+        """Records how an attempt of a run without a job controller ended."""
         state = RunState.DONE if exit_code == 0 else RunState.STOPPED
         facts = {"exit_code": exit_code, "reason": reason, "iteration": iteration}
         try:
             AttemptLog(self.attempts).end(number, **facts, iterations_gained=gained)
             self.write_status(state, attempt=number, **facts)
         except OSError as error:  # a full disk must not hide why the attempt ended
-            log.warning("the end of attempt %d could not be noted: %s", number, error)
+            log.warning("the end of attempt %d could not be recorded: %s", number, error)
 
     def newest_attempt(self) -> int:
         """Number of the newest attempt, 0 before the first."""
         return AttemptLog(self.attempts).newest()
 
     def state(self) -> RunState | None:
-        """What status.json says; None before the first word."""
+        """The state in status.json; None if there is no readable status.json."""
         try:
             return RunState(str(json.loads(self.status.read_text())["state"]))
         except (OSError, ValueError, KeyError, TypeError):

@@ -1,6 +1,6 @@
-"""What is asked of Slurm, through its own programs. Everything here works without slurmdbd.
+"""Queries to Slurm, through its own programs. All of them work without slurmdbd.
 
-Accounts of jobs come from ``squeue`` and ``scontrol show``, because ``sacct`` fails where no accounting database runs.
+The state of jobs comes from ``squeue`` and ``scontrol show``, because ``sacct`` fails without an accounting database.
 """
 
 import os
@@ -21,7 +21,7 @@ _LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
 _UNUSABLE = (*_LOST, "DRAIN", "REBOOT", "MAINT")
 
 
-# States of a job that will do nothing any more.
+# Final states of a job.
 ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
@@ -34,43 +34,49 @@ class SlurmError(UserError):
 
 
 def is_there() -> bool:
-    """Whether this machine belongs to a cluster: Slurm's programs are here, and know of a controller.
+    """Whether this machine belongs to a Slurm cluster: Slurm's programs are installed and configured.
 
-    A controller that does not answer at the moment is one all the same; programs without any configuration are none.
+    A slurmctld that does not answer at the moment does not matter; programs without a configuration do not count.
     """
     if shutil.which("sbatch") is None or shutil.which("scontrol") is None:
         return False
     named = [os.environ.get("SLURM_CONF", ""), *_CONFIGURATIONS]
     if "SLURM_CONF_SERVER" in os.environ or any(name and Path(name).is_file() for name in named):
         return True
-    try:  # a cluster that is found through DNS
+    try:  # a configless cluster, found through DNS
         return "is UP" in ask("scontrol", "ping", timeout_s=10)
     except SlurmError:
         return False
 
 
 def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
-    """What a Slurm program prints.
+    """The output of a Slurm program.
 
     Raises:
-        SlurmError: it is not there, failed, or did not answer in time.
+        SlurmError: the program is not installed, failed, or did not answer in time.
     """
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, env=_plain_environment(), check=False
         )
     except FileNotFoundError:
-        fix = "is not on PATH; load the site's Slurm module, or ask on a login node."
+        fix = "is not on PATH; load the site's Slurm module, or run this on a login node."
         raise SlurmError(Problem(command[0], None, fix)) from None
     except subprocess.TimeoutExpired:
-        raise SlurmError(Problem(" ".join(command), None, f"no answer in {timeout_s:.0f} s.")) from None
+        raise SlurmError(
+            Problem(
+                " ".join(command),
+                None,
+                f"did not answer within {timeout_s:.0f} s; check `scontrol ping` and try again.",
+            )
+        ) from None
     if done.returncode:
         raise SlurmError(Problem(" ".join(command), None, (done.stderr or done.stdout).strip().replace("\n", "; ")))
     return done.stdout
 
 
 def _plain_environment() -> dict[str, str]:
-    """The environment without what would filter or reshape answers."""
+    """The environment without variables that filter or reformat the output of Slurm's programs."""
     return {
         name: value
         for name, value in os.environ.items()
@@ -79,25 +85,25 @@ def _plain_environment() -> dict[str, str]:
 
 
 def fields(line: str) -> dict[str, str]:
-    """``Key=Value`` pairs of a line of ``scontrol show -o``; values may hold blanks."""
+    """``Key=Value`` pairs of a line of ``scontrol show -o``; values may contain blanks."""
     return {key: value.strip() for key, value in _PAIR.findall(line.strip())}
 
 
 def show_job(job_id: str) -> dict[str, str]:
-    """A job as ``scontrol show job`` has it."""
+    """The fields of a job in ``scontrol show job``."""
     lines = ask("scontrol", "show", "job", "-o", job_id).splitlines()
     return fields(lines[0]) if lines else {}
 
 
 def show_nodes(names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """Nodes by name; all of them where none is named."""
+    """Fields of nodes by node name; of all nodes if none is named."""
     lines = ask("scontrol", "show", "node", "-o", *([",".join(names)] if names else [])).splitlines()
     shown = [fields(line) for line in lines if line.strip()]
     return {node["NodeName"]: node for node in shown if "NodeName" in node}
 
 
 def show_partitions() -> dict[str, dict[str, str]]:
-    """Partitions by name."""
+    """Fields of partitions by partition name."""
     shown = [fields(line) for line in ask("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
     return {partition["PartitionName"]: partition for partition in shown if "PartitionName" in partition}
 
@@ -120,13 +126,13 @@ def gpus_of(node: dict[str, str]) -> dict[str, int]:
 
 
 def is_lost(node: dict[str, str]) -> bool:
-    """Whether what ran on a node has to be given up."""
+    """Whether the processes on a node must be considered lost."""
     state = node.get("State", "")
     return "*" in state or any(word in state for word in _LOST)
 
 
 def hostnames(node_list: str) -> list[str]:
-    """``n[1-3,07],m`` as names; without asking Slurm, whose programs are not on the nodes of every site."""
+    """``n[1-3,07],m`` as names. Parsed here, because not every site has Slurm's programs on its nodes."""
     names: list[str] = []
     for part in re.findall(r"[^,\[]+(?:\[[^\]]*\][^,\[]*)*", node_list):
         pieces = re.split(r"\[([^\]]*)\]", part)
@@ -171,7 +177,7 @@ def minutes(text: str) -> float | None:
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A job that Slurm still knows.
+    """A job in the output of squeue.
 
     Args:
         job_id: ``12`` or ``12_3``.
@@ -197,20 +203,20 @@ class QueuedJob:
 
     @property
     def is_held(self) -> bool:
-        """Whether it waits for a person."""
+        """Whether it is held: it does not start until a person releases it."""
         reason = self.reason.lower()
         return self.state == "PENDING" and ("held" in reason or self.priority == "0")
 
 
 def queue() -> dict[str, QueuedJob]:
-    """This user's jobs by id, arrays task by task."""
+    """This user's jobs by id; every task of an array is a job."""
     lines = ask("squeue", "--me", "-h", "-r", "-t", "all", "-o", "|".join(_QUEUE_FIELDS)).splitlines()
     jobs = [QueuedJob(*line.split("|")) for line in lines if line.count("|") == len(_QUEUE_FIELDS) - 1]
     return {job.job_id: job for job in jobs}
 
 
 def accounting(job_ids: Sequence[str]) -> dict[str, str]:
-    """States that slurmdbd has kept, by job id; empty where there is no accounting."""
+    """States of jobs in the accounting database, by job id; empty without one."""
     if not job_ids or shutil.which("sacct") is None:
         return {}
     try:

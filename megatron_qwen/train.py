@@ -20,12 +20,13 @@ from megatron_qwen.rundir import RunDirectory
 
 
 def main(run_dir: str) -> int:
-    """Runs one rank of the run whose run.yaml lies in ``run_dir`` and returns its exit code."""
-    # Before the imports, which take seconds: a job may be told to end while they run.
+    """Runs one rank of the run in ``run_dir`` and returns its exit code."""
+    # Before the imports, which take seconds: a stop signal may arrive while they run.
     signals = StopSignals()
     signals.install()
     stack_dump.install()
-    # Overlap of tensor-parallel communication on Hopper needs the order that one connection gives.
+    # Before Blackwell, overlap of tensor-parallel communication needs kernels to start in the order of their launch,
+    # which a single hardware queue guarantees (megatron-core requires it with sequence parallelism).
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     prepare_process()
     from megatron_qwen.config.checks import require_legal
@@ -42,13 +43,13 @@ def main(run_dir: str) -> int:
     device.set_threads(config.performance.threads_per_rank or device.fair_threads(info.local_world_size))
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
     code = run_attempt(config, info, signals, Path(run_dir), started=psutil.Process().create_time())
-    # Only after a normal end: with peers still inside a collective, leaving would wait for them.
+    # Only after a normal end: destroying the group would wait for peers that are still inside a collective.
     leave()
     return code
 
 
 def report_end(run_dir: Path, exit_code: int, error: BaseException | None) -> None:
-    """Leaves the job's controller, where there is one, a note of how this rank ended."""
+    """Records how this rank ended for the job's controller, if there is one."""
     attempt = attempt_of_controller()
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))
     if attempt is None or (error is None and rank):
@@ -56,7 +57,7 @@ def report_end(run_dir: Path, exit_code: int, error: BaseException | None) -> No
     try:
         rank_end(rank, exit_code=exit_code, error=error).write(RunDirectory(run_dir).logs(attempt))
     except OSError as failure:  # a full disk must not hide the error itself
-        print(f"the end of rank {rank} could not be noted: {failure}", file=sys.stderr)
+        print(f"the end of rank {rank} could not be recorded: {failure}", file=sys.stderr)
 
 
 if __name__ == "__main__":

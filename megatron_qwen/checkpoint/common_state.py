@@ -1,6 +1,6 @@
-"""What Megatron-LM notes beside the tensors: its arguments and counters, from a pickle that is not trusted.
+"""Reads what Megatron-LM saves besides tensors, its arguments and counters, from a pickle that is not trusted.
 
-It lies in common.pt or, since megatron-core 0.19, in the shards under the name ``common_state``. Both are torch.save
+It is in common.pt or, since megatron-core 0.19, in the shards under the name ``common_state``. Both are torch.save
 archives. The unpickler knows plain containers, argparse's Namespace and a few names whose objects it replaces by inert
 ones; anything else is refused before it is looked up.
 """
@@ -25,7 +25,7 @@ _LARGEST = 1 << 30
 
 
 class _Inert(metaclass=FrozenType):
-    """Stands for an object whose content is of no use here; nothing of it runs."""
+    """Replaces an object that is not needed here; none of its code runs."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
@@ -75,7 +75,7 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 _ENUMERATIONS = ("megatron.core.enums", "megatron.core.transformer.enums")
 
 
-class _Unpickler(pickle.Unpickler):
+class _CommonStateUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in _ENUMERATIONS and "." not in name:
             return _Inert
@@ -89,13 +89,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_common_state(directory: Path) -> dict[str, Any]:
-    """What a checkpoint notes beside its tensors; ``args`` holds Megatron-LM's arguments as attributes.
+    """The values that a checkpoint saves besides its tensors; ``args`` has Megatron-LM's arguments as attributes.
 
     Args:
         directory: one iteration's directory.
 
     Returns:
-        The noted values; empty where the checkpoint notes nothing.
+        The values by name; empty if the checkpoint has none.
 
     Raises:
         CheckpointError: it is damaged, or names anything outside the allow-list.
@@ -114,7 +114,7 @@ def read_common_state(directory: Path) -> dict[str, Any]:
             (described,) = [item for item in archive.infolist() if item.filename.partition("/")[2] == "data.pkl"]
             if described.compress_type != zipfile.ZIP_STORED:  # torch compresses nothing; a bomb would
                 raise ValueError("compressed")
-            content = _Unpickler(io.BytesIO(archive.read(described))).load()
+            content = _CommonStateUnpickler(io.BytesIO(archive.read(described))).load()
     except pickle.UnpicklingError as error:
         raise CheckpointError(Problem(str(path), None, f"is refused: {error}. Do not load this checkpoint.")) from None
     except Exception as error:
@@ -126,7 +126,11 @@ def read_common_state(directory: Path) -> dict[str, Any]:
 
 def _read(path: Path, offset: int, length: int) -> bytes:
     if not 0 <= length <= _LARGEST:
-        raise CheckpointError(Problem(str(path), f"{length} bytes", "is too large for what it is said to hold."))
+        raise CheckpointError(
+            Problem(
+                str(path), f"{length} bytes", "is too large for arguments and counters; do not load this checkpoint."
+            )
+        )
     try:
         with path.open("rb") as file:
             file.seek(offset)

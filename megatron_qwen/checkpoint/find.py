@@ -1,4 +1,4 @@
-"""Finds the newest checkpoint that can be trusted."""
+"""Finds the newest checkpoint that passes verification."""
 
 import logging
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class CheckpointCandidate:
     """A checkpoint directory and its iteration."""
 
     iteration: int
     path: Path
 
 
-def resolve(path: Path) -> list[Candidate]:
+def resolve(path: Path) -> list[CheckpointCandidate]:
     """Candidates under a run directory, a checkpoint root or one iteration, newest first.
 
     Raises:
@@ -30,22 +30,22 @@ def resolve(path: Path) -> list[Candidate]:
     """
     if (path / MANIFEST).is_file() or (path / ".metadata").is_file():
         digits = path.name.removeprefix("iter_")
-        return [Candidate(int(digits) if digits.isdigit() else 0, path)]
+        return [CheckpointCandidate(int(digits) if digits.isdigit() else 0, path)]
     for root in (path / "checkpoints", path):
         if found := committed(root):
-            return [Candidate(*item) for item in found]
+            return [CheckpointCandidate(*item) for item in found]
     raise CheckpointError(Problem(str(path), None, "holds no committed checkpoint (iter_* with a manifest)."))
 
 
-def newest_good(candidates: list[Candidate], *, strict: bool) -> Candidate:
-    """The newest candidate whose every file is as its manifest says; all ranks share the reading.
+def newest_good(candidates: list[CheckpointCandidate], *, strict: bool) -> CheckpointCandidate:
+    """The newest candidate whose files all match its manifest. The ranks share the reading.
 
     Args:
         candidates: newest first.
         strict: refuse if the newest is damaged, instead of falling back.
 
     Raises:
-        CheckpointError: no candidate is good, or the newest is not and strict is set; names the bad files.
+        CheckpointError: no candidate is valid, or strict is set and the newest is not; names the damaged files.
     """
     all_damage: list[Problem] = []
     for candidate in candidates:
@@ -55,16 +55,25 @@ def newest_good(candidates: list[Candidate], *, strict: bool) -> Candidate:
         all_damage += damage
         if strict:
             raise CheckpointError(
-                [*damage, Problem("checkpoint.strict", "true", "forbids to fall back to an older one.")]
+                [
+                    *damage,
+                    Problem(
+                        "checkpoint.strict",
+                        "true",
+                        "does not allow falling back to an older checkpoint; set it to false to do so.",
+                    ),
+                ]
             )
         if not dist.is_initialized() or dist.get_rank() == 0:
             named = "; ".join(str(problem) for problem in damage)
-            log.warning("checkpoint %s is damaged and passed over: %s", candidate.path, named)
-    raise CheckpointError([*all_damage, Problem(str(candidates[-1].path.parent), None, "no checkpoint here is whole.")])
+            log.warning("checkpoint %s is damaged, trying the next older one: %s", candidate.path, named)
+    raise CheckpointError(
+        [*all_damage, Problem(str(candidates[-1].path.parent), None, "none of its checkpoints is valid.")]
+    )
 
 
 def shared_damage(directory: Path) -> list[Problem]:
-    """``manifest.damage`` with the files dealt out over the ranks, the same answer on each."""
+    """``manifest.damage`` with the files divided over the ranks; every rank gets the whole list."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return manifest.damage(directory) or _metadata_damage(directory)
     entries = manifest.read(directory)

@@ -1,4 +1,4 @@
-"""Reads torch's checkpoint metadata with an unpickler that knows what may be in it.
+"""Reads torch's checkpoint metadata with an unpickler that has an allow-list.
 
 torch reads ``.metadata`` with plain pickle, so a crafted file runs any command. Every load here goes through
 ``read_metadata`` first; a file that names anything outside the allow-list is refused before torch sees it.
@@ -97,7 +97,7 @@ def _frozen(thing: Any) -> Any:
 _FROZEN = {name: _frozen(thing) for name, thing in _ALLOWED.items()}
 
 
-class _Unpickler(pickle.Unpickler):
+class _MetadataUnpickler(pickle.Unpickler):
     def __init__(self, data: bytes, allowed: dict[tuple[str, str], Any]) -> None:
         super().__init__(io.BytesIO(data))
         self._allowed = allowed
@@ -118,11 +118,11 @@ def read_metadata(directory: Path) -> dcp.Metadata:
     path = directory / ".metadata"
     try:
         data = path.read_bytes()
-        _Unpickler(data, _FROZEN).load()
-        content = _Unpickler(data, _ALLOWED).load()
+        _MetadataUnpickler(data, _FROZEN).load()
+        content = _MetadataUnpickler(data, _ALLOWED).load()
         _require_well_formed(content)
     except FileNotFoundError:
-        raise CheckpointError(Problem(str(path), None, "is missing: this is no torch_dist checkpoint.")) from None
+        raise CheckpointError(Problem(str(path), None, "is missing: this is not a torch_dist checkpoint.")) from None
     except pickle.UnpicklingError as error:
         raise CheckpointError(Problem(str(path), None, f"is refused: {error}. Do not load this checkpoint.")) from None
     except Exception as error:
@@ -161,7 +161,7 @@ def _are_sizes(sizes: Any) -> bool:
 def plain_objects_only() -> Iterator[None]:
     """Loads inside take tensors and plain containers only, and say so in an error of ours where a shard holds more.
 
-    Beside tensors a shard holds pickled objects, which torch's planner reads without restriction: see
+    Besides tensors a shard holds pickled objects, which torch's planner reads without restriction: see
     core_patches/plain_objects.py.
 
     Raises:

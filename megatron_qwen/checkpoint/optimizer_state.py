@@ -53,7 +53,8 @@ def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> N
         content |= {"param_state": loaded[str(index)], "param_state_sharding_type": _SHARDING_TYPE}
         part.load_state_dict(content)
         if isinstance(part.optimizer, HybridDeviceOptimizer):
-            # The core would write this count over those of the optimizers inside before every step; nobody advances it.
+            # megatron-core's hybrid optimizer copies this count to its inner optimizers before every step and never
+            # advances it: Adam's bias correction would stay at the resumed step.
             for group in part.optimizer.param_groups:
                 group.pop("step", None)
 

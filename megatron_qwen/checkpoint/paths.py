@@ -14,7 +14,7 @@ _COMMITTED = re.compile(r"iter_(\d{7,})")
 
 
 def iteration_dir(root: Path, iteration: int) -> Path:
-    """Where a committed checkpoint lies."""
+    """Directory of a committed checkpoint."""
     return root / f"iter_{iteration:07d}"
 
 

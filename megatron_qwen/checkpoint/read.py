@@ -1,4 +1,12 @@
-"""Reads rows of the tensors of a torch_dist checkpoint: no process group, no model, no GPU, any layout."""
+"""Reads rows of the tensors of a torch_dist checkpoint of any layout, without process group, model or GPU.
+
+torch's own loader fills whole tensors and needs all of them in memory. A converter streams: it needs rows of one tensor
+at a time, of checkpoints larger than memory. So ``.metadata`` says which slice of a tensor lies at which bytes of which
+file, ``torch_file.locate`` finds the values inside the zip archive of a slice, and only the wanted rows are read.
+
+A weight may be stored with leading dimensions for layers and experts: ``decoder.layers.mlp.linear_fc2.weight`` with
+shape [24, 896, 4864] holds 24 layers. ``leading=(3,)`` then selects layer 3, and rows count within [896, 4864].
+"""
 
 import itertools
 import threading
@@ -28,15 +36,15 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A stored slice of a tensor.
+    """A stored slice (hyperrectangle) of a tensor.
 
     Args:
         tensor: name of the tensor.
-        offsets: where it begins in the tensor.
+        offsets: index of its first value, one number per dimension of the tensor.
         sizes: its shape.
         file: the shard that holds it, relative to the checkpoint.
-        start: first byte of its archive.
-        length: bytes of its archive.
+        start: first byte of its zip archive in the file.
+        length: bytes of its zip archive.
     """
 
     tensor: str
@@ -52,8 +60,7 @@ class CheckpointReader:
 
     Args:
         directory: one iteration's directory.
-        manifest: what the checkpoint's manifest notes of its files; a slice whose hash is noted is checked when it is
-            first touched.
+        manifest: entries of the checkpoint's manifest; a slice that has a hash there is verified at its first read.
 
     Raises:
         CheckpointError: the metadata is missing, damaged or refused.
@@ -81,11 +88,11 @@ class CheckpointReader:
         }
 
     def read(self, name: str, *, leading: tuple[int, ...] = ()) -> torch.Tensor:
-        """A tensor, or the part of it at an index of its first dimensions.
+        """The tensor, or its part at an index of its leading dimensions.
 
         Args:
             name: such as ``decoder.layers.mlp.linear_fc2.weight``.
-            leading: index of the layer, or of layer and expert; only chunks that touch it are read.
+            leading: index of the layer, or of layer and expert; only chunks that contain it are read.
 
         Returns:
             A tensor on the CPU without the leading dimensions.
@@ -94,10 +101,10 @@ class CheckpointReader:
         return self.read_rows(name, 0, shape[0] if shape else 1, leading=leading)
 
     def read_rows(self, name: str, start: int, stop: int, *, leading: tuple[int, ...] = ()) -> torch.Tensor:
-        """Rows ``start`` to ``stop`` of a tensor, or of its part at an index of its first dimensions.
+        """Rows start .. stop - 1 of a tensor, or of its part at a leading index: [stop - start, ...].
 
         Raises:
-            CheckpointError: they are not all there, or damaged; names file and tensor.
+            CheckpointError: rows are missing or damaged; the message names file and tensor.
         """
         entry = self._entry(name)
         axes = len(leading)
@@ -121,12 +128,12 @@ class CheckpointReader:
                 result[box] = part
             filled += part.numel()
         if filled != result.numel():
-            fix = f"rows {start} to {stop} at {leading} hold {filled} of {result.numel()} values: incomplete."
+            fix = f"has {filled} of {result.numel()} values in rows {start} to {stop} at {leading}: incomplete."
             raise CheckpointError(Problem(str(self.directory), name, fix))
         return result
 
     def chunks(self, name: str, leading: tuple[int, ...] = ()) -> list[Chunk]:
-        """The stored slices that touch an index of a tensor's first dimensions."""
+        """The stored slices that contain an index of a tensor's leading dimensions."""
         key = (name, len(leading))
         with self._lock:
             if key not in self._by_leading:
@@ -142,7 +149,7 @@ class CheckpointReader:
             return self._by_leading[key].get(leading, [])
 
     def problems(self, name: str) -> list[Problem]:
-        """What is wrong with how a tensor is said to be stored, without reading it."""
+        """Problems of the metadata of a tensor: slices outside of it, overlapping or missing. Reads no values."""
         entry, where = self._entry(name), str(self.directory)
         try:
             with self._lock:
@@ -157,7 +164,7 @@ class CheckpointReader:
                 or min(chunk.offsets, default=0) < 0
                 or any(end > limit for end, limit in zip(ends, size, strict=False))
             ):
-                found.append(Problem(where, name, f"has a slice at {chunk.offsets} that lies outside of it."))
+                found.append(Problem(where, name, f"has a slice at {chunk.offsets} that is outside of it."))
         if not found and (pair := _overlapping(chunks)):
             fix = f"has slices at {pair[0].offsets} and {pair[1].offsets} that overlap."
             found.append(Problem(where, name, fix))
@@ -177,7 +184,7 @@ class CheckpointReader:
     def _entry(self, name: str) -> TensorStorageMetadata:
         entry = self._metadata.state_dict_metadata.get(name)
         if not isinstance(entry, TensorStorageMetadata):
-            raise CheckpointError(Problem(str(self.directory), name, "there is no such tensor in the checkpoint."))
+            raise CheckpointError(Problem(str(self.directory), name, "does not exist in the checkpoint."))
         return entry
 
     def _chunk(self, name: str, index: int, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Chunk:
@@ -186,15 +193,19 @@ class CheckpointReader:
             file = str(stored.relative_path)
             start, length = int(stored.offset), int(stored.length)
         except (KeyError, AttributeError, TypeError, ValueError):
-            fix = f"its slice at {offsets} is stored nowhere: the metadata is damaged."
+            fix = f"has a slice at {offsets} that is stored nowhere: the metadata is damaged."
             raise CheckpointError(Problem(str(self.directory), name, fix)) from None
         if Path(file).name != file or "\0" in file or (self.directory / file).is_symlink():
-            fix = f"is said to lie in {file!r}, outside of the checkpoint. Do not load it."
+            fix = f"has its values in {file!r}, outside of the checkpoint. Do not load this checkpoint."
             raise CheckpointError(Problem(str(self.directory), name, fix))
         return Chunk(name, offsets, sizes, file, start, length)
 
     def _rows(self, chunk: Chunk, leading: tuple[int, ...], low: int, high: int) -> torch.Tensor:
-        """Rows of a chunk, behind its leading dimensions; they lie in one piece."""
+        """Rows low .. high - 1 of a chunk at a leading index, read with one seek.
+
+        A chunk is stored in row-major order. So rows that are consecutive, at one leading index, are consecutive bytes
+        of the file: ``index`` is the number of leading slices before them, ``first`` the number of values.
+        """
         stored = self._locate(chunk)
         axes = len(leading)
         sizes = chunk.sizes[axes:]
@@ -232,14 +243,14 @@ class CheckpointReader:
             raise CheckpointError(Problem(str(path), chunk.tensor, f"cannot be read: {error}.")) from None
         dtype = self._entry(chunk.tensor).properties.dtype
         if stored.dtype != dtype or torch.Size(stored.shape).numel() != torch.Size(chunk.sizes).numel():
-            fix = f"holds {stored.dtype} {stored.shape} where the metadata says {dtype} {chunk.sizes}."
+            fix = f"has {stored.dtype} {stored.shape}, but the metadata says {dtype} {chunk.sizes}: damaged."
             raise CheckpointError(Problem(str(path), chunk.tensor, fix))
         with self._lock:
             self._located[chunk] = stored
         return stored
 
     def _damage(self, chunk: Chunk) -> str | None:
-        """Compares a slice's bytes with the hash its manifest notes, where it notes one."""
+        """Compares the bytes of a slice with its hash in the manifest, if there is one. None: no damage found."""
         noted = self._noted.get((chunk.file, chunk.start))
         if noted is None or noted[0] != chunk.length:
             return None
@@ -253,14 +264,19 @@ class CheckpointReader:
                     return "is cut off."
                 digest.update(buffer[:taken])
                 left -= taken
-        return None if digest.hexdigest() == noted[1] else "has other bytes than when it was written: damaged."
+        return (
+            None
+            if digest.hexdigest() == noted[1]
+            else "does not match its checksum in the manifest: the file is damaged."
+        )
 
 
 def _overlapping(chunks: list[Chunk]) -> tuple[Chunk, Chunk] | None:
     """Two slices that share a value, or None.
 
-    Slices are compared within one index of the dimensions along which all have length one (layers, experts), and
-    there only with those that begin before they end.
+    Comparing every pair would be quadratic in the number of chunks. So slices are grouped by their index in the
+    dimensions along which all have length one (layers, experts), sorted within a group, and compared only with the
+    following slices that begin before they end.
     """
     if not chunks:
         return None

@@ -1,4 +1,4 @@
-"""Which checkpoints are kept."""
+"""Which checkpoints are kept, and the deletion of the others."""
 
 import shutil
 from collections.abc import Sequence
@@ -10,9 +10,9 @@ from megatron_qwen.checkpoint.paths import MANIFEST, abandoned, committed
 def superseded(
     iterations: list[int], *, keep_last: int, keep_every: int | None, keep_at: Sequence[int] = ()
 ) -> list[int]:
-    """Iterations that may go: not among the newest, and not kept for good.
+    """Iterations to delete: neither among the newest nor kept permanently.
 
-    Of what is to be kept at an iteration whose numbers were not finite, the next checkpoint stands for it.
+    A skipped step is not saved. If an iteration of ``keep_at`` was skipped, the next checkpoint is kept in its place.
     """
     newest = sorted(iterations, reverse=True)[:keep_last]
     keep_at = [min((one for one in iterations if one >= wanted), default=wanted) for wanted in keep_at]
@@ -26,12 +26,14 @@ def superseded(
 def prune(
     root: Path, *, newest: int, keep_last: int, keep_every: int | None, keep_at: Sequence[int] = ()
 ) -> list[Path]:
-    """Deletes superseded checkpoints, manifest first so that none is ever half there, and returns them.
+    """Deletes superseded checkpoints and returns their paths.
+
+    The manifest is deleted first: a checkpoint whose deletion is interrupted is then recognised as incomplete.
 
     Args:
         root: the run's checkpoints directory.
-        newest: the iteration just committed. Later ones are of an abandoned future (the run fell back behind a damaged
-            checkpoint); they count for nothing and are left alone.
+        newest: the iteration just committed. Later checkpoints come from before the run fell back to an older one; they
+            do not count as newest and are not deleted.
         keep_last: newest checkpoints to keep.
         keep_every: multiples of this many iterations are kept for good.
         keep_at: iterations that are kept for good.

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, to and from the parts of a run."""
+"""The content of a checkpoint: how it is gathered from a run's components, and loaded into them."""
 
 import json
 from collections.abc import Container, Iterable, Sequence
@@ -75,12 +75,12 @@ def load_sharded(
 
 
 def has_optimizer(saved: Iterable[str]) -> bool:
-    """Whether a checkpoint with these names holds the optimizer's state beside the weights."""
+    """Whether a checkpoint with these tensor names holds optimizer state."""
     return any(name.startswith("optimizer.") for name in saved)
 
 
 def _drop_absent_extra_state(wanted: dict[str, Any], saved: Container[str]) -> None:
-    """Takes out of a request the extra state of Transformer Engine's modules that the torch backend does not save."""
+    """Removes Transformer Engine's extra state from a load request if a checkpoint of the torch backend lacks it."""
     for key, state in wanted.items():
         if key.startswith("model"):
             for name in [name for name, entry in state.items() if isinstance(entry, ShardedObject)]:
@@ -144,7 +144,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def restore_generators(path: Path, *, parallel: ParallelConfig, state: dict[str, Any]) -> bool:
-    """Restores this rank's generators if the layout and the kind of device wrote them; says whether it did."""
+    """Restores this rank's generators if layout and kind of device are those of the save; returns whether it did."""
     sizes = {name: value for name, value in asdict(parallel).items() if name.endswith("_size")}
     saved = {name: state["layout"].get(name) for name in sizes}
     same_place = state["world_size"] == dist.get_world_size() and state["backend"] == device.backend()

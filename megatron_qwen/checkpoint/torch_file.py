@@ -1,7 +1,7 @@
-"""A tensor as torch.save writes it: where its bytes lie inside, and what stands around them.
+"""The zip archive that torch.save writes for a tensor: the place of its values, and the bytes around them.
 
-torch_dist shards hold one such zip archive per slice of a tensor. Knowing where the raw bytes begin, any rows can
-be read without the rest, and a shard can be written without ever holding a tensor whole. The pickle inside is read
+torch_dist shards hold one such zip archive per slice of a tensor. With the place of the raw values, any rows can
+be read without the rest, and a shard can be written without holding a whole tensor in memory. The pickle inside is read
 with an unpickler that knows tensors and nothing else.
 """
 
@@ -42,7 +42,7 @@ class NoPlainTensor(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a saved tensor's values lie.
+    """The place of a saved tensor's values.
 
     Args:
         offset: first byte of the values, from the beginning of the file.
@@ -90,8 +90,8 @@ class _Window(io.RawIOBase):
         return len(data)
 
 
-class _Tensors(pickle.Unpickler):
-    """Reads a tensor's description; makes nothing but tuples."""
+class _TensorUnpickler(pickle.Unpickler):
+    """Reads the description of a tensor; creates only tuples."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -132,7 +132,7 @@ def locate(file: BinaryIO, offset: int, length: int) -> StoredTensor:
             if described.file_size > _LARGEST_PICKLE:
                 raise NoPlainTensor("its description is too long")
             window.seek(_start(window, described))
-            content = _Tensors(io.BytesIO(window.read(described.file_size) or b"")).load()
+            content = _TensorUnpickler(io.BytesIO(window.read(described.file_size) or b"")).load()
             dtype, key, start, shape, stride = content
             if not all(isinstance(number, int) for number in (start, *shape, *stride)) or not isinstance(
                 dtype, torch.dtype

@@ -1,8 +1,8 @@
-"""The weights of a checkpoint by the names of the mapping table, whichever way megatron-core stored them.
+"""The weights of a checkpoint by the names of the mapping table, however megatron-core stored them.
 
-megatron-core stores the layers of a model as one tensor with the layer as first dimension, or (metadata
-``non_homogeneous_layers``) a tensor a layer; experts likewise; and with ``singleton_local_shards`` gate and up of a
-SwiGLU matrix as two tensors. All of it reads the same here.
+megatron-core stores a weight of all layers as one tensor with the layer as first dimension, or (metadata
+``non_homogeneous_layers``) as one tensor per layer; experts likewise. With ``singleton_local_shards`` the gate and up
+halves of a SwiGLU matrix are two tensors, ``_w`` and ``_v``. Readers of this module see no difference.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,17 +18,17 @@ from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 
 _SHOWN = 10
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
-# What a checkpoint holds beside the weights.
+# Prefixes of tensors that are not weights.
 _NOT_WEIGHTS = ("optimizer.", "rng_state", "rerun_state", "common_state", "opt_param_scheduler")
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """One stored tensor of those that make up a weight.
+    """One of the stored tensors that make up a weight.
 
     Args:
         name: its name in the checkpoint.
-        leading: index of its first dimensions.
+        leading: index of its leading dimensions (layer, expert).
         start: row of the weight at which it begins.
         rows: how many rows of the weight it holds, padding included.
     """
@@ -59,7 +59,7 @@ class CheckpointWeights:
             raise CheckpointError(problems)
 
     def dtype(self, core: str) -> torch.dtype:
-        """Format of a weight."""
+        """The dtype of a weight."""
         return self._dtypes[core]
 
     def rows(self, item: CoreTensor, start: int, stop: int) -> torch.Tensor:
@@ -97,8 +97,8 @@ class CheckpointWeights:
         problems = [problem for name in sorted(used) for problem in self.reader.problems(name)] + list(wrong.values())
         extra = sorted(name for name in self._tensors if name not in used and not name.startswith(_NOT_WEIGHTS))
         for names_, fix in (
-            (missing, "tensors that the configuration names are not in the checkpoint"),
-            (extra, "tensors of the checkpoint are not in a model of this configuration"),
+            (missing, "tensors of the configuration are not in the checkpoint"),
+            (extra, "tensors of the checkpoint are not part of the configured model"),
         ):
             if names_:
                 shown = ", ".join(names_[:_SHOWN]) + (", ..." if len(names_) > _SHOWN else "")
@@ -106,7 +106,7 @@ class CheckpointWeights:
         return problems
 
     def _place(self, item: CoreTensor, names: tuple[tuple[str, tuple[int, ...]], ...]) -> str | None:
-        """Notes where a weight lies; says what is wrong with it."""
+        """Records where a weight is stored; returns what is wrong with it, else None."""
         mapping, shapes = item.mapping, [self._tensors[name].shape for name, _ in names]
         inner = [shape[len(leading) :] for shape, (_, leading) in zip(shapes, names, strict=True)]
         if any(
@@ -114,22 +114,22 @@ class CheckpointWeights:
             for shape, (_, leading) in zip(shapes, names, strict=True)
             for place, size in zip(leading, shape, strict=False)
         ) or not all(inner):
-            return f"has the shape {shapes[0]}, which has no place for {item.leading}."
+            return f"has the shape {shapes[0]}, which has no index {item.leading} (layer, expert)."
         rows = sum(shape[0] for shape in inner)
         if any(shape[1:] != mapping.core_shape[1:] for shape in inner) or not (
             rows >= mapping.num_rows if mapping.padded else rows == mapping.num_rows
         ):
-            return f"has the shape {(rows, *inner[0][1:])} where the configuration says {mapping.core_shape}."
+            return f"has the shape {(rows, *inner[0][1:])}, but the configuration requires {mapping.core_shape}."
         expected = self.model.num_layers if mapping.per_layer else None
         if expected is not None and len(names[0][1]) == len(item.leading) and shapes[0][0] != expected:
-            return f"has {shapes[0][0]} layers where the configuration says {expected}."
+            return f"has {shapes[0][0]} layers, but the configuration requires {expected}."
         if mapping.per_expert and len(names[0][1]) == 2 and shapes[0][1] != self.model.num_moe_experts:
-            return f"has {shapes[0][1]} experts where the configuration says {self.model.num_moe_experts}."
+            return f"has {shapes[0][1]} experts, but the configuration requires {self.model.num_moe_experts}."
         if any(self._tensors[name].dtype not in _FORMATS for name, _ in names):
-            return f"has the format {self._tensors[names[0][0]].dtype}; bfloat16, float16 and float32 can be converted."
+            return f"has the dtype {self._tensors[names[0][0]].dtype}; supported are bfloat16, float16 and float32."
         dtypes = {self._tensors[name].dtype for name, _ in names} | {self._dtypes.get(mapping.core)} - {None}
         if len(dtypes) > 1:
-            return f"has several formats: {', '.join(sorted(map(str, dtypes)))}."
+            return f"has several dtypes: {', '.join(sorted(map(str, dtypes)))}."
         self._dtypes[mapping.core] = self._tensors[names[0][0]].dtype
         starts = accumulate((shape[0] for shape in inner), initial=0)
         self._stored[mapping.core, item.leading] = tuple(
@@ -142,7 +142,7 @@ class CheckpointWeights:
 def _stored_names(
     tensors: Mapping[str, TensorInfo], item: CoreTensor
 ) -> tuple[tuple[str, tuple[int, ...]], ...] | None:
-    """The tensors a weight is stored in, with the index of their leading dimensions; None if it is nowhere."""
+    """The tensors a weight is stored in, with the index of their leading dimensions; None if there is none."""
     candidates = [(item.mapping.core, item.leading)]
     if item.mapping.per_layer:
         layer, *rest = item.leading

@@ -1,4 +1,16 @@
-"""Writes checkpoints: everything under a temporary name, then the manifest, the rename, and ``latest``."""
+"""Writes checkpoints: all files under a temporary name, then the manifest, the rename, and ``latest``.
+
+The order makes a checkpoint either whole or absent, whenever the job is killed:
+
+1. All ranks write into ``.iter_N.attempt_A.tmp``. The name holds the attempt, so two attempts never share a directory.
+2. Each rank hashes the files it wrote, right after writing them.
+3. Rank 0 writes manifest.json last and syncs the tree: a manifest never names bytes that are not on disk.
+4. The rename publishes the directory. A directory named ``iter_N`` is therefore complete.
+5. ``latest`` names it, and old checkpoints are deleted.
+
+A rank of a superseded attempt may still run, as on a node that lost slurmd but not its processes. So rank 0 checks,
+under the lock of attempts.jsonl, that its attempt is still the newest: no attempt can start between check and rename.
+"""
 
 import logging
 import queue
@@ -25,7 +37,7 @@ from megatron_qwen.errors import Problem, UserError
 from megatron_qwen.files import atomic_write, publish, sync_tree
 
 log = logging.getLogger(__name__)
-# torch's zip writer reports a disk that filled up as a position it did not expect.
+# torch's zip writer does not report a full disk as such: it fails with "unexpected pos".
 _FULL_SIGNS = ("No space left", "unexpected pos")
 _FULL_BYTES = 1 << 20
 _OPTIMIZER = "optimizer."
@@ -39,7 +51,7 @@ class SaveError(UserError):
 
 @dataclass
 class _Pending:
-    """A save whose writing is under way on this rank."""
+    """A save that this rank has started and not yet committed."""
 
     iteration: int
     directory: Path
@@ -55,11 +67,11 @@ class CheckpointWriter:
 
     Args:
         root: the run's checkpoints directory.
-        attempt: number of this attempt; a temporary directory carries it.
-        attempts: the run's attempts; one that is no longer the newest of them commits nothing.
+        attempt: number of this attempt; part of the names of temporary directories.
+        attempts: the run's attempts.jsonl; an attempt that is not the newest commits nothing.
         keep_last: newest checkpoints to keep.
-        keep_every: multiples of this many iterations are kept for good.
-        keep_at: iterations that are kept for good.
+        keep_every: multiples of this many iterations are never deleted.
+        keep_at: iterations whose checkpoints are never deleted.
     """
 
     def __init__(
@@ -80,16 +92,16 @@ class CheckpointWriter:
     def save(
         self, iteration: int, state: dict[str, Any], write_small_files: Callable[[Path], None], *, background: bool
     ) -> None:
-        """Saves a checkpoint; in the background, training goes on and ``finish`` commits it.
+        """Saves a checkpoint. In the background, training continues and a later ``finish`` commits it.
 
         Args:
             iteration: its number.
             state: megatron-core's sharded state.
-            write_small_files: writes what is not sharded into the directory it is given, on rank 0.
+            write_small_files: writes the files that are not sharded into the directory it is given, on rank 0.
             background: return as soon as the tensors are copied.
 
         Raises:
-            SaveError: the disk is full or a write failed, on whichever rank; nothing that existed is touched.
+            SaveError: the disk is full or a write failed, on any rank; earlier checkpoints are untouched.
         """
         self.finish(wait=True)
         directory = temporary_dir(self.root, iteration, self.attempt)
@@ -139,7 +151,7 @@ class CheckpointWriter:
         request = pending.request
         arguments = list(request.async_fn_args)
         if request.preload_fn is not None:
-            # From a GPU the core has copied already.
+            # From a GPU megatron-core has copied the tensors to the host already.
             arguments[1] = _staged(request.preload_fn(), copy=copy and not device.has_cuda())
 
         def write() -> None:
@@ -155,11 +167,14 @@ class CheckpointWriter:
         return write
 
     def _together(self, action: Callable[[], None], directory: Path) -> None:
-        """Runs ``action`` on every rank; if it fails on any, all raise SaveError and the directory is removed."""
+        """Runs ``action`` on every rank; if it fails on any, all raise SaveError and the directory is removed.
+
+        Without this a rank that fails alone would leave the others waiting in their next collective.
+        """
         failure = ""
         try:
             action()
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except (Exception, CheckpointException) as error:  # torch's CheckpointException derives from BaseException
             failure = f"rank {dist.get_rank()}: {error}"
         failures: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
@@ -168,7 +183,7 @@ class CheckpointWriter:
         raise self._failure(next(text for text in failures if text), directory)
 
     def _failure(self, cause: str, directory: Path) -> SaveError:
-        """The same error on every rank; what was written of the checkpoint is removed."""
+        """The same error on every rank; the unfinished checkpoint is removed."""
         text = [cause]
         if dist.get_rank() == 0:
             full = shutil.disk_usage(self.root).free < _FULL_BYTES or any(sign in cause for sign in _FULL_SIGNS)
@@ -180,7 +195,7 @@ class CheckpointWriter:
                 free = shutil.disk_usage(self.root).free
                 text[0] = (
                     f"No space left on device: the checkpoint needs about {needed / 2**20:.1f} MiB and "
-                    f"{free / 2**20:.1f} MiB are free. Make room and start the run again"
+                    f"{free / 2**20:.1f} MiB are free. Free some space and start the run again"
                 )
         dist.broadcast_object_list(text)
         return SaveError(Problem(str(directory), None, f"{text[0]}. Earlier checkpoints are untouched."))
@@ -196,7 +211,7 @@ class CheckpointWriter:
             self._require_current()
             manifest.write(directory, entries, iteration=pending.iteration, attempt=self.attempt)
             sync_tree(directory)
-            # No attempt begins between the question and the rename.
+            # The lock keeps a new attempt from starting between the check and the rename.
             with self.attempts.exclusive():
                 self._require_current()
                 if final.exists():
@@ -213,16 +228,18 @@ class CheckpointWriter:
 
     def _require_current(self) -> None:
         if self.attempts.newest() != self.attempt:
-            raise RuntimeError(f"attempt {self.attempt} has been followed by another and may not commit")
+            raise RuntimeError(
+                f"attempt {self.attempt} was superseded by a newer attempt and must not commit a checkpoint"
+            )
 
     def _prune(self, newest: int) -> None:
         try:
             prune(self.root, newest=newest, keep_last=self.keep_last, keep_every=self.keep_every, keep_at=self.keep_at)
-        except OSError as error:  # the checkpoint is committed; an old one that stays is no failure of it
-            log.warning("a checkpoint that is no longer kept could not be deleted: %s", error)
+        except OSError as error:  # the new checkpoint is committed; a leftover old one is only a warning
+            log.warning("an old checkpoint could not be deleted: %s", error)
 
     def _hash_written(self, pending: _Pending) -> dict[str, manifest.FileEntry]:
-        """What each rank hashed after writing it, and on rank 0 the rest; only rank 0 looks at the directory."""
+        """Size and hashes of every file: each rank hashed what it wrote, rank 0 the rest."""
         shares: list[dict[str, manifest.FileEntry]] = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(shares, pending.entries)
         entries = {name: entry for share in shares for name, entry in share.items()}
@@ -233,9 +250,10 @@ class CheckpointWriter:
 
 
 def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
-    """Tensors of a background save, apart from those that training goes on to change.
+    """The tensors to write, with a copy of those that training changes while a background save writes them.
 
-    The optimizer's are copies already: they were gathered into buffers of their own (core_patches/state_gather.py).
+    Only model weights need the copy: the optimizer's tensors were gathered into buffers of their own
+    (core_patches/state_gather.py).
     """
     if not copy:
         return buckets
@@ -251,7 +269,7 @@ def _staged(buckets: list[Any], *, copy: bool) -> list[Any]:
 
 
 def _check_result(results: "queue.Queue[Any]") -> Any:
-    """Looks at the outcome that the core put into its queue, and leaves it there for the core."""
+    """Reads the result that megatron-core put into its queue, and puts it back: megatron-core reads it as well."""
     outcome = results.get_nowait()
     results.put(outcome)
     if isinstance(outcome, Exception):
@@ -260,7 +278,11 @@ def _check_result(results: "queue.Queue[Any]") -> Any:
 
 
 def _weight_cuts(written: Any) -> dict[str, list[int]]:
-    """By file, the places where the slices of weights begin and end, from what the core notes of its writing."""
+    """For each file, the byte offsets at which slices of weights begin and end, from megatron-core's write results.
+
+    They become parts of the manifest with hashes of their own, so that an export verifies the weights without reading
+    the optimizer state.
+    """
     cuts: dict[str, list[int]] = {}
     results = [result for bucket in written.values() for result in bucket] if isinstance(written, dict) else written
     for result in results:
@@ -281,9 +303,9 @@ def _reraise(failures: list[BaseException]) -> None:
 
 
 def _finalize(request: Any) -> None:
-    """The core's own end of a save: rank 0 gathers what was written, writes metadata and then format.
+    """megatron-core's own end of a save: rank 0 gathers the write results and writes .metadata and metadata.json.
 
-    Where rank 0 cannot write, it still joins the collective in which the others wait.
+    If rank 0 cannot write, it still joins the collective in which the other ranks wait: else they would hang.
     """
     joins: tuple[Callable[[], Any], ...] = (_announce_failure, dist.barrier)
     for finalize, join_peers in zip(request.finalize_fns, joins, strict=True):

@@ -1,4 +1,4 @@
-"""The nodes a controller was given: starting ranks there, and what becomes of the job afterwards."""
+"""The nodes of a job: starting ranks on them, what the scheduler does with the job, and how it is requeued."""
 
 import datetime
 import os
@@ -27,14 +27,14 @@ _REQUEUE_WAITS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)
 class Ending(Enum):
     """What the scheduler is doing with the job."""
 
-    NOTHING = "it leaves the job alone"
-    PREEMPTING = "it makes room for another job"
-    REQUEUED = "it has put the job back into the queue"
-    TIMED_OUT = "the time limit is reached"
-    CANCELLED = "somebody cancelled it"
+    NOTHING = "the job keeps running"
+    PREEMPTING = "another job preempts it"
+    REQUEUED = "it is back in the queue"
+    TIMED_OUT = "it reached its time limit"
+    CANCELLED = "it was cancelled"
 
 
-class Allocation(Protocol):
+class JobAllocation(Protocol):
     """Where a controller runs."""
 
     @property
@@ -70,10 +70,10 @@ class Allocation(Protocol):
         """Time until the job's time limit; None where there is none."""
 
     def lost_among(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Nodes that the scheduler has lost."""
+        """Those of the nodes that the scheduler reports down."""
 
     def requeue(self, exclude: Sequence[str]) -> None:
-        """Has the job start again, on other nodes than those excluded."""
+        """Requeues the job and has the scheduler avoid the excluded nodes."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class LocalAllocation:
         return ranks
 
     def ending(self) -> Ending:
-        """Nobody does anything with it."""
+        """No scheduler, so nothing ends the job."""
         return Ending.NOTHING
 
     def seconds_left(self) -> float | None:
@@ -122,7 +122,7 @@ class LocalAllocation:
         return ()
 
     def requeue(self, exclude: Sequence[str]) -> None:
-        """The controller goes on by itself."""
+        """Nothing to do: the controller starts the next attempt itself."""
 
 
 class SlurmAllocation:
@@ -137,7 +137,8 @@ class SlurmAllocation:
 
     def __init__(self, settings: JobSettings, environ: Mapping[str, str] = os.environ) -> None:
         self.settings, self._environ = settings, environ
-        # One task of every array has the array's own number: by that alone Slurm would take all of them for meant.
+        # One task of every array has the array's own job id. A command that names only that id acts on the whole array,
+        # so a task is named ARRAY_TASK.
         array = environ.get("SLURM_ARRAY_JOB_ID")
         self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
         self.restarts = int(environ.get("SLURM_RESTART_COUNT", "0"))
@@ -146,13 +147,13 @@ class SlurmAllocation:
         self.world_size = sum(self.tasks)
 
     def environment(self, attempt: int) -> dict[str, str]:
-        """The job's, with where the ranks meet."""
+        """The job's environment, with the rendezvous address and port of the ranks."""
         return environment_of_ranks(
             self._environ, address=self.master_address(), port=self.master_port(), attempt=attempt
         )
 
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
-        """Starts one task a rank under srun."""
+        """Starts the ranks under srun, one task per rank."""
         command = [*self.settings.rank_prefix, self.settings.python, *_RANK, str(run_dir)]
         return SrunRanks(
             command,
@@ -169,7 +170,10 @@ class SlurmAllocation:
         )
 
     def master_address(self) -> str:
-        """Address of the first node, where this controller and rank 0 are. Node names need not resolve."""
+        """Address of the first node, where this controller and rank 0 run.
+
+        Slurm's NodeAddr is asked first, because a node name need not resolve on the other nodes.
+        """
         try:
             shown = slurm.show_nodes(self.nodes[:1])
             address = shown[self.nodes[0]].get("NodeAddr", "")
@@ -178,7 +182,11 @@ class SlurmAllocation:
         return address or self._environ.get("SLURM_LAUNCH_NODE_IPADDR") or self.nodes[0]
 
     def master_port(self) -> int:
-        """A port that differs between the jobs of a node and the restarts of a job, and that nothing listens on."""
+        """A free port for the rendezvous, derived from job id and restart count.
+
+        Two jobs that share a node get different ports, and so does a restart: sockets of the previous attempt may
+        still be in TIME_WAIT. The stride of 7 leaves room for the restarts of a job before the next job's port.
+        """
         wanted = int(self._environ["SLURM_JOB_ID"]) * 7 + self.restarts
         for offset in range(_PORTS):
             port = _FIRST_PORT + (wanted + offset) % _PORTS
@@ -191,7 +199,7 @@ class SlurmAllocation:
         return _FIRST_PORT + wanted % _PORTS
 
     def _shown(self) -> dict[str, str]:
-        """The job as Slurm shows it; nothing where it does not answer for a while."""
+        """The job as ``scontrol show job`` prints it; empty if Slurm does not answer after several tries."""
         try:
             return _patiently(lambda: slurm.show_job(self.job_id), _SHOW_WAITS_S)
         except UserError as error:
@@ -201,7 +209,13 @@ class SlurmAllocation:
     def ending(self) -> Ending:
         """What Slurm is doing with the job.
 
-        While a job is ended its state reads COMPLETING whatever the cause, so the cause is read from what surrounds it.
+        While Slurm ends a job its JobState reads COMPLETING whatever the cause, so the cause is derived from the other
+        fields, the most specific first:
+
+        - Restarts grew, or the job is pending again: requeued (by hand, or after a node failure).
+        - PreemptTime is set: preempted.
+        - The time since StartTime has reached TimeLimit: timed out.
+        - Otherwise somebody cancelled it.
         """
         shown = self._shown()
         state = shown.get("JobState", "RUNNING")
@@ -224,7 +238,7 @@ class SlurmAllocation:
         return _seconds_until(self._shown().get("EndTime", ""))
 
     def lost_among(self, nodes: Sequence[str]) -> tuple[str, ...]:
-        """Nodes that are down or do not answer; a node that is drained is neither."""
+        """Nodes that are down or do not answer. A drained node is neither: its jobs keep running."""
         try:
             shown = slurm.show_nodes(nodes)
         except UserError as error:
@@ -233,12 +247,13 @@ class SlurmAllocation:
         return tuple(name for name, node in shown.items() if slurm.is_lost(node))
 
     def requeue(self, exclude: Sequence[str]) -> None:
-        """Puts the job back into the queue, unless Slurm has done so, and has it avoid nodes.
+        """Requeues the job, unless Slurm has done so already, and has it avoid the excluded nodes.
 
         Raises:
             SlurmError: Slurm refused.
         """
-        # From the requeue on Slurm tells every process of this job to end, these programs too.
+        # After the requeue Slurm sends SIGTERM to every process of this job, the scontrol commands below included:
+        # children inherit the blocked signal, so ExcNodeList is still set.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
             if self.ending() is not Ending.REQUEUED:
@@ -250,7 +265,7 @@ class SlurmAllocation:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _avoidable(self, exclude: Sequence[str]) -> list[str]:
-        """Nodes to avoid, those the job avoids already among them; none where too few would be left to run on."""
+        """Nodes to exclude, together with those excluded already; empty if too few nodes would remain for the job."""
         if not exclude:
             return []
         shown = self._shown()
@@ -262,20 +277,24 @@ class SlurmAllocation:
         ]
         left = len(set(members) - set(avoided))
         if left < len(self.nodes):
-            print(f"{', '.join(exclude)} cannot be avoided: {left} other nodes are too few", file=sys.stderr)
+            print(
+                f"{', '.join(exclude)} cannot be excluded: the job needs {len(self.nodes)} nodes and its partition has "
+                f"{left} others",
+                file=sys.stderr,
+            )
             return []
         return avoided
 
 
 def _patiently[Answer](action: Callable[[], Answer], waits_s: Sequence[float]) -> Answer:
-    """What Slurm answers, asked again after each wait: a controller that restarts must not cost a run."""
+    """What Slurm answers, with a retry after each wait: a restart of slurmctld must not end a run."""
     for wait_s in waits_s:
         try:
             return action()
         except UserError as error:
             if "Invalid job id" in str(error):
-                raise  # Slurm answers; it knows no such job any more
-            print(f"{error.render()} (asked again in {wait_s:.0f} s)", file=sys.stderr)
+                raise  # Slurm does answer: the job does not exist any more
+            print(f"{error.render()} (retrying in {wait_s:.0f} s)", file=sys.stderr)
             time.sleep(wait_s)
     return action()
 
@@ -288,7 +307,7 @@ def _seconds_until(moment: str) -> float | None:
         return None
 
 
-def find(settings: JobSettings, *, world_size: int) -> Allocation:
+def find(settings: JobSettings, *, world_size: int) -> JobAllocation:
     """The allocation this process was given.
 
     Args:

@@ -1,7 +1,8 @@
-"""Sees a run through the attempts that one job makes at it: starts ranks, watches them, decides what follows.
+"""The controller of a job: starts the ranks of an attempt, watches them, and decides what follows.
 
-It runs in the batch script on the first node (or as a process of its own without Slurm), outside the ranks, so that it
-outlives them. Between jobs it knows nothing but what lies in the run directory.
+It runs in the batch script on the first node (without Slurm: as a process of its own), outside the ranks, so that it
+survives a rank that hangs or dies. It keeps no state of its own between jobs: everything it needs is in the run
+directory.
 """
 
 import logging
@@ -14,13 +15,13 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import EXIT_DO_NOT_REQUEUE, UserError
 from megatron_qwen.job import health, stacks
-from megatron_qwen.job.allocation import Allocation, Ending
+from megatron_qwen.job.allocation import Ending, JobAllocation
 from megatron_qwen.job.ranks import Ranks
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.job.verdict import Evidence, judge
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.heartbeat import Watchdog, read_beat
-from megatron_qwen.resilience.policy import RULES, Action, Decision, Outcome, Reason, decide
+from megatron_qwen.resilience.policy import RULES, Action, AttemptOutcome, Decision, Reason, decide
 from megatron_qwen.resilience.rank_end import read_rank_ends
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
@@ -33,32 +34,32 @@ _NODE_STATE_WAIT_S = 3.0
 _LEAVE_S = 12.0
 
 
-class Superseded(Exception):
-    """Another attempt at the run has begun elsewhere; this one must touch nothing any more."""
+class ControllerSuperseded(Exception):
+    """A newer attempt at the run has started elsewhere; this controller must not write to the run any more."""
 
 
-class Controller:
-    """The job's hold on a run.
+class JobController:
+    """Runs attempts at a run until the run ends or the job has to.
 
     Args:
-        directory: the run.
-        settings: of the job.
-        allocation: where it runs.
-        signals: what this process was told.
+        directory: the run directory.
+        settings: of the job (job.json).
+        allocation: the nodes, and the scheduler that gave them.
+        signals: stop signals that this process has received.
     """
 
     def __init__(
-        self, directory: RunDirectory, settings: JobSettings, allocation: Allocation, signals: StopSignals
+        self, directory: RunDirectory, settings: JobSettings, allocation: JobAllocation, signals: StopSignals
     ) -> None:
         self.directory, self.settings, self.allocation, self.signals = directory, settings, allocation, signals
         self.attempts = AttemptLog(directory.attempts)
         self.config: RunConfig = resolve(str(directory.run_yaml), [], RECIPES)
 
     def run(self) -> int:
-        """Makes attempts until this job has nothing more to do.
+        """Runs attempts until this job has nothing more to do.
 
         Returns:
-            The job's exit code by the policy's table.
+            The job's exit code, from the table in ``resilience.policy``.
         """
         while True:
             settled = self._settled()
@@ -66,20 +67,22 @@ class Controller:
                 return settled
             try:
                 decision = self._attempt()
-            except Superseded:
-                log.warning("another attempt at this run has begun: leaving it the run")
+            except ControllerSuperseded:
+                log.warning(
+                    "a newer attempt at this run has started elsewhere: this controller stops and changes nothing"
+                )
                 return EXIT_DO_NOT_REQUEUE
             if not self._follow(decision):
                 return decision.exit_code
 
     def _settled(self) -> int | None:
-        """Exit code where the run needs no attempt any more."""
+        """Exit code if the run needs no further attempt, else None."""
         state = self.directory.state()
         if state is RunState.DONE:
             log.info("the run is done already")
             return 0
         if state in (RunState.STOPPED, RunState.CANCELLED):
-            log.error("the run is %s; `mq launch requeue %s` has it go on", state, self.directory.path)
+            log.error("the run is %s; to resume it: mq launch requeue %s", state, self.directory.path)
             return EXIT_DO_NOT_REQUEUE
         return None
 
@@ -105,23 +108,23 @@ class Controller:
         return decision
 
     def _cancelled(self) -> bool:
-        """Whether a person has ended the run: a requeue would bring a cancelled job back to life."""
+        """Whether a person cancelled the run: a requeue would restart a cancelled job."""
         return self.directory.state() is RunState.CANCELLED or self.allocation.ending() is Ending.CANCELLED
 
-    def _unfit(self, number: int, logs: Path) -> Outcome | None:
-        """The outcome where no rank is to be started on these nodes."""
+    def _unfit(self, number: int, logs: Path) -> AttemptOutcome | None:
+        """The outcome of the attempt if no rank may be started on these nodes, else None."""
         try:
             sick = self._sick_nodes(logs)
         except health.HealthCheckError as error:
             return self._outcome(number, Reason.ERROR, str(error))
         if self.signals.received is not None:
-            return self._outcome(number, Reason.REQUEUED, "told to end before any rank had started")
+            return self._outcome(number, Reason.REQUEUED, "a stop signal arrived before any rank had started")
         if not sick:
             return None
         detail = "; ".join(f"{node}: {why}" for node, why in sorted(sick.items()))
         if len(sick) == len(self.allocation.nodes) > 1:
-            # What fails everywhere, such as a full shared disk, is no node's fault.
-            return self._outcome(number, Reason.ERROR, f"every node fails the health check: {detail}")
+            # A check that fails on every node (a full shared disk, for example) is no single node's fault.
+            return self._outcome(number, Reason.ERROR, f"the health check failed on every node: {detail}")
         return self._outcome(number, Reason.UNHEALTHY_NODE, detail, failed_nodes=tuple(sorted(sick)))
 
     def _sick_nodes(self, logs: Path) -> dict[str, str]:
@@ -136,7 +139,7 @@ class Controller:
             environment=self.allocation.environment(0),
         )
 
-    def _with_ranks(self, number: int, logs: Path) -> Outcome:
+    def _with_ranks(self, number: int, logs: Path) -> AttemptOutcome:
         ranks = self.allocation.start(self.directory.path, attempt=number, logs=logs)
         try:
             hang = self._watch(ranks, number)
@@ -147,7 +150,7 @@ class Controller:
         return self._ended(ranks, number, logs)
 
     def _watch(self, ranks: Ranks, number: int) -> str | None:
-        """Waits for the end; returns one line about a hang, else None."""
+        """Waits until the ranks end (returns None) or hang (returns one line that describes the hang)."""
         resilience = self.config.resilience
         watchdog = Watchdog(
             lambda: read_beat(self.directory.heartbeat),
@@ -160,35 +163,37 @@ class Controller:
         while ranks.poll() is None:
             time.sleep(_POLL_S)
             if self.signals.received is not None and not passed_on:
-                # Slurm tells the ranks by itself, but not every way of telling this process; twice does no harm.
+                # Slurm signals the ranks too, but not in every case in which it signals this process. Ranks only take
+                # note of a signal, so receiving it twice does no harm.
                 ranks.send(self.signals.received)
                 passed_on, too_late = True, time.monotonic() + _LEAVE_S
             if time.monotonic() > too_late:
                 too_late = float("inf")
                 if self.allocation.ending() is Ending.TIMED_OUT:
-                    # Slurm kills the ranks and this process soon, and would not start the job again.
-                    log.warning("the ranks do not leave at the time limit: ended")
+                    # At the limit Slurm soon sends SIGKILL to the ranks and to this process, and would not requeue the
+                    # job. Ending the ranks now leaves this process the time to requeue.
+                    log.warning("the ranks did not exit within %.0f s of the time limit: killing them", _LEAVE_S)
                     ranks.kill()
             if time.monotonic() > next_look:
                 next_look = time.monotonic() + _CURRENT_EVERY_S
                 if self.attempts.newest() != number:
-                    raise Superseded
+                    raise ControllerSuperseded
                 if (hang := watchdog.silence()) is not None:
                     return hang
         return None
 
-    def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> Outcome:
+    def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> AttemptOutcome:
         found = stacks.gather(ranks, logs)
         for line in (f"attempt {number} hangs: {hang}; all stacks are in {logs / 'stacks.txt'}", *found.summary):
             log.error("%s", line)
         places = ranks.nodes_of_ranks()
         blame = tuple(sorted({places[rank] for rank in found.odd}))
-        # Where most nodes stand out none does.
+        # If more than half of the nodes differ from the rest, none can be blamed.
         blame = blame if len(blame) * 2 <= len(self.allocation.nodes) else ()
-        odd = f"; the odd one: {', '.join(f'rank {rank} on {places[rank]}' for rank in found.odd[:4])}" if blame else ""
-        return self._outcome(number, Reason.HANG, hang + odd, failed_nodes=blame)
+        odd = f"; differs from the others: {', '.join(f'rank {rank} on {places[rank]}' for rank in found.odd[:4])}"
+        return self._outcome(number, Reason.HANG, hang + (odd if blame else ""), failed_nodes=blame)
 
-    def _ended(self, ranks: Ranks, number: int, logs: Path) -> Outcome:
+    def _ended(self, ranks: Ranks, number: int, logs: Path) -> AttemptOutcome:
         code = ranks.poll() or 0
         ends = read_rank_ends(logs)
         if code:
@@ -209,26 +214,26 @@ class Controller:
         )
 
     def _down_nodes(self, ranks: Ranks) -> tuple[str, ...]:
-        """Nodes that Slurm has lost, by its present word and by what it said before: a node may be back already."""
+        """Nodes that Slurm reports down now, or that srun reported while the ranks ran: a node may be back already."""
         return tuple(sorted({*ranks.failed_nodes(), *self.allocation.lost_among(self.allocation.nodes)}))
 
     def _outcome(
         self, number: int, reason: Reason, detail: str, *, failed_nodes: tuple[str, ...] = (), error: str | None = None
-    ) -> Outcome:
+    ) -> AttemptOutcome:
         beat = read_beat(self.directory.heartbeat)
         own = beat is not None and beat.attempt == number
         iteration = beat.iteration if own and beat is not None else None
         gained = max(0, beat.iteration - beat.resumed_at) if own and beat is not None else 0
         saved = self._newest_saved()
-        return Outcome(reason, detail, failed_nodes, error, iteration, gained, saved)
+        return AttemptOutcome(reason, detail, failed_nodes, error, iteration, gained, saved)
 
     def _newest_saved(self) -> int:
         found = committed(self.directory.checkpoints)
         return found[0][0] if found else 0
 
-    def _note(self, number: int, outcome: Outcome, decision: Decision) -> None:
+    def _note(self, number: int, outcome: AttemptOutcome, decision: Decision) -> None:
         if self.attempts.newest() != number:
-            raise Superseded
+            raise ControllerSuperseded
         facts = {
             "exit_code": decision.exit_code,
             "reason": str(outcome.reason),
@@ -247,7 +252,7 @@ class Controller:
             Action.NONE: RunState.DONE if outcome.reason is Reason.FINISHED else RunState.CANCELLED,
         }[decision.action]
         if decision.action is Action.REQUEUE and self.settings.scheduler == "local" and self.signals.received:
-            state = RunState.CANCELLED  # nobody starts a process again that a person has ended
+            state = RunState.CANCELLED  # without Slurm nothing restarts a controller that a person stopped
         self.directory.write_status(
             state,
             attempt=number,
@@ -264,32 +269,37 @@ class Controller:
         return str(found[0][1]) if found else None
 
     def _follow(self, decision: Decision) -> bool:
-        """Does what was decided; true where this process is to make the next attempt itself."""
+        """Carries out the decision; returns True if this process makes the next attempt itself."""
         if decision.action is Action.STOP:
             last = self._last_good()
             kept = f"The last good checkpoint is {last}." if last else "No checkpoint was written."
-            log.error("STOPPED, will not start again: %s. %s", decision.why, kept)
-            log.error("Once the cause is mended: mq launch requeue %s", self.directory.path)
+            log.error("STOPPED: the run will not be restarted: %s. %s", decision.why, kept)
+            log.error("Fix the cause, then run: mq launch requeue %s", self.directory.path)
             return False
         if decision.action is Action.NONE:
             log.info("%s", decision.why)
             return False
-        avoid = f"; avoids {', '.join(decision.exclude)}" if decision.exclude else ""
+        avoid = f"; excluded nodes: {', '.join(decision.exclude)}" if decision.exclude else ""
         if self.allocation.requeues_in_place and self.signals.received is None:
-            log.warning("starting again (%s)", decision.why)
+            log.warning("starting another attempt (%s)", decision.why)
             return True
         if not self.settings.requeue:
-            log.warning("left to the next job of the chain (%s)", decision.why)
+            log.warning("the next job of the chain resumes the run (%s)", decision.why)
             return False
         log.warning("requeued (%s)%s", decision.why, avoid)
         try:
             self.allocation.requeue(decision.exclude)
         except UserError as error:
-            log.error("%s The job ends with %d; start it again by hand.", error.render(), decision.exit_code)
+            log.error(
+                "%s The job could not be requeued and exits with code %d; resume it with: mq launch requeue %s",
+                error.render(),
+                decision.exit_code,
+                self.directory.path,
+            )
         return False
 
     def _close_unfinished(self) -> None:
-        """Notes the end of an attempt whose controller could not, because it went with its node."""
+        """Records the end of an attempt whose controller could not do so, because it died with its node."""
         attempts = self.attempts.read()
         if not attempts or attempts[-1].ended is not None:
             return
@@ -299,11 +309,11 @@ class Controller:
         if down:
             reason, detail = Reason.LOST_NODE, f"Slurm reports {', '.join(down)} down"
         elif again and last.restarts is not None and self.allocation.restarts > last.restarts:
-            reason, detail = Reason.REQUEUED, "Slurm ended and requeued the job before it had saved"
+            reason, detail = Reason.REQUEUED, "Slurm ended and requeued the job before a checkpoint was saved"
         else:
-            reason, detail = Reason.LOST_PEER, "its controller was killed"
+            reason, detail = Reason.LOST_PEER, "the controller was killed"
         outcome = self._outcome(last.number, reason, detail, failed_nodes=down)
-        log.warning("attempt %d ended without a word: %s", last.number, detail)
+        log.warning("attempt %d ended without recording why: %s", last.number, detail)
         self.attempts.end(
             last.number,
             exit_code=None,

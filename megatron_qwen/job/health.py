@@ -27,13 +27,13 @@ def failures(
         script: the check, on a file system that the nodes share.
         arguments: its arguments.
         logs: where its output is kept, as health.log.
-        environment: of the check; its loop finds the other nodes there.
+        environment: of the check; ``--loop`` finds the rendezvous of the nodes there.
 
     Returns:
         What is wrong, by node. A node that does not answer in time has failed.
 
     Raises:
-        HealthCheckError: the check could not be started at all, which is no node's fault.
+        HealthCheckError: the check could not be started at all, so no node is to blame.
     """
     command = [
         "srun",
@@ -58,7 +58,7 @@ def failures(
     found = dict(_FAILED.findall(text))
     heard = set(_DONE.findall(text))
     if code and not heard:
-        said = next((line for line in text.splitlines() if line.strip()), f"srun ended with {code}")
+        said = next((line for line in text.splitlines() if line.strip()), f"srun exited with code {code}")
         raise HealthCheckError(f"the health check could not be started: {said}")
     if code:
         found |= {node: "the health check did not finish" for node in nodes if node not in heard}

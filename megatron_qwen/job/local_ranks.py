@@ -1,4 +1,4 @@
-"""Starts the ranks of a run on this machine and sees them to their end."""
+"""Starts the ranks of a run on this machine and waits for them."""
 
 import os
 import signal
@@ -14,12 +14,12 @@ from typing import IO
 from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER
 from megatron_qwen.job.ranks import TaskEnd
 
-# A rank that lost its peers says less about the cause than the peer that went first.
-# NCCL's watchdog ends a process that waits for a dead peer by SIGABRT.
+# Exit codes that a failure elsewhere causes: a rank that lost its peers says less about the cause than the peer that
+# failed first. NCCL's watchdog ends a process that waits for a dead peer with SIGABRT.
 _CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
 _GRACE_S = 20.0
 LOCAL_NODE = "this machine"
-# SIGKILL is the out-of-memory killer or a dying node: the peer is lost, the run is not.
+# SIGKILL comes from the out-of-memory killer or from a dying node: the peer is lost, but the run can be resumed.
 _CODES_OF_SIGNALS: dict[int, int] = {
     signal.SIGINT: 130,
     signal.SIGTERM: 143,
@@ -38,7 +38,7 @@ class LocalRanks:
         world_size: ranks to start.
         log_dir: where the other ranks' output goes.
         python: their interpreter.
-        environment: theirs, beside what says who they are.
+        environment: of the ranks, without the variables that number them.
         quiet: rank 0 writes to a file as well.
     """
 
@@ -104,7 +104,7 @@ class LocalRanks:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # Ctrl-C reaches the ranks through us alone, once each.
+            # In their own process group ranks do not get the terminal's Ctrl-C: this process passes it on once.
             process_group=0,
         )
 
@@ -112,7 +112,7 @@ class LocalRanks:
         self.send(signal.Signals(number))
 
     def poll(self) -> int | None:
-        """Exit code of them all together once they have ended, or once those that lag behind a failure were ended."""
+        """Exit code of all ranks together, or None while they run; _GRACE_S after a failure the rest are killed."""
         known = {end.rank for end in self._ended}
         for rank, process in enumerate(self._processes):
             code = process.poll()
@@ -127,7 +127,7 @@ class LocalRanks:
         return self._verdict()
 
     def send(self, number: signal.Signals) -> None:
-        """Sends a signal to every rank that lives."""
+        """Sends a signal to every rank that still runs."""
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(number)
@@ -137,7 +137,7 @@ class LocalRanks:
         return [end for end in self._ended if end.code]
 
     def failed_nodes(self) -> list[str]:
-        """This machine does not fail unnoticed."""
+        """None: if this machine fails, this process fails with it."""
         return []
 
     def nodes_of_ranks(self) -> dict[int, str]:
@@ -145,7 +145,7 @@ class LocalRanks:
         return dict.fromkeys(range(self.world_size), LOCAL_NODE)
 
     def kill(self) -> None:
-        """Ends every rank at once and waits for that."""
+        """Kills every rank and waits for it."""
         for process in self._processes:
             if process.poll() is None:
                 process.kill()
@@ -161,9 +161,14 @@ class LocalRanks:
         said_by_rank_0 = any(end.rank == 0 and end.code == first.code for end in failed)
         if first.rank and log.is_file() and not said_by_rank_0:
             tail = log.read_text(errors="replace").splitlines()[-15:]
-            print(f"rank {first.rank} ended with {first.code}; the end of {log}:", *tail, sep="\n  ", file=sys.stderr)
+            print(
+                f"rank {first.rank} exited with code {first.code}; the last lines of {log}:",
+                *tail,
+                sep="\n  ",
+                file=sys.stderr,
+            )
         if first.code < 0:
-            print(f"rank {first.rank} was ended by {signal.Signals(-first.code).name}", file=sys.stderr)
+            print(f"rank {first.rank} was killed by {signal.Signals(-first.code).name}", file=sys.stderr)
             return _CODES_OF_SIGNALS.get(-first.code, EXIT_FAILURE)
         return first.code
 

@@ -121,10 +121,10 @@ class SrunRanks:
         try:
             subprocess.run(["scancel", f"--signal={name}", step], capture_output=True, timeout=60, check=False)
         except (OSError, subprocess.TimeoutExpired) as error:
-            print(f"ranks could not be signalled: {error}", file=sys.stderr)
+            print(f"the signal could not be sent to the ranks: {error}", file=sys.stderr)
 
     def kill(self) -> None:
-        """Ends the step, whatever its ranks do."""
+        """Kills the job step with SIGKILL, and srun itself if it does not exit within a minute."""
         deadline = time.monotonic() + _KILL_TIMEOUT_S
         while self._srun.poll() is None and time.monotonic() < deadline:
             self.send(signal.SIGKILL)
@@ -147,11 +147,11 @@ class SrunRanks:
         return str(max(numbers, default=0))
 
     def ends(self) -> list[TaskEnd]:
-        """What srun said of tasks that failed, in the order in which it said it."""
+        """Tasks that srun reported as failed, in the order of its reports."""
         return parse_task_ends(self._text())
 
     def failed_nodes(self) -> list[str]:
-        """What srun said of nodes that failed."""
+        """Nodes that srun reported as failed."""
         return _NODE_LINE.findall(self._text())
 
     def _text(self) -> str:
@@ -192,7 +192,7 @@ def placement(nodes: Sequence[str], tasks: Sequence[int]) -> dict[int, str]:
 
 
 def environment_of_ranks(own: Mapping[str, str], *, address: str, port: int, attempt: int) -> dict[str, str]:
-    """The controller's environment with what tells ranks where to meet, and without what would mislead them."""
+    """The controller's environment plus the rendezvous, without variables that would mislead the ranks."""
     mislead = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_EXPORT_ENV", "SBATCH_EXPORT"}
     kept = {name: value for name, value in own.items() if name not in mislead and not name.startswith("SUBMITIT_")}
     if "SLURM_CPUS_PER_TASK" in own:

@@ -1,4 +1,4 @@
-"""job.json: what the controller of a run's jobs needs to know beside run.yaml."""
+"""job.json: what the controller of a run's jobs needs to know in addition to run.yaml."""
 
 import json
 from dataclasses import asdict, dataclass, fields
@@ -18,11 +18,11 @@ class JobSettings:
     Args:
         scheduler: slurm, or local for one machine without it.
         signal_delay_s: seconds before the time limit at which Slurm sends SIGUSR2.
-        requeue: whether a job that may go on requeues itself; the jobs of a chain leave that to the next of them.
+        requeue: whether a job that can be resumed requeues itself; in a chain the next job resumes the run instead.
         python: interpreter of the ranks, inside the container where there is one.
-        srun_arguments: further arguments of srun, such as a container of pyxis.
-        rank_prefix: command that the ranks' command is handed to, such as ``apptainer exec``.
-        health_check: arguments of slurm/healthcheck.sh; None leaves it out.
+        srun_arguments: further arguments of srun, such as those of a pyxis container.
+        rank_prefix: command that wraps the ranks' command, such as ``apptainer exec``.
+        health_check: arguments of slurm/healthcheck.sh; None skips the check.
     """
 
     scheduler: Literal["slurm", "local"]
@@ -42,7 +42,7 @@ class JobSettings:
         """Reads job.json.
 
         Raises:
-            ConfigError: it is missing or not one of ours.
+            ConfigError: it is missing or not a valid job.json.
         """
         path = run_dir / NAME
         try:

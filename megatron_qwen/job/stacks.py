@@ -1,4 +1,4 @@
-"""The stacks of all ranks at a hang: asked for, gathered from their logs, and compared."""
+"""The stacks of all ranks at a hang: requested by signal, collected from the logs, and compared."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_qwen.job.ranks import Ranks
 
-# Every rank prints the stacks of its threads on this signal (``resilience.stack_dump``); NCCL has no use for it.
+# Every rank prints the stacks of its threads on this signal (``resilience.stack_dump``); NCCL does not use it.
 DUMP_SIGNAL = signal.SIGQUIT
 _WAIT_S = 10.0
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):$", re.MULTILINE)
@@ -23,8 +23,8 @@ class Stacks:
     """What was found.
 
     Args:
-        summary: lines for people, a line a group of ranks that stand at the same place.
-        odd: ranks that stand elsewhere than most, or gave no stack.
+        summary: one line for each group of ranks that are at the same place.
+        odd: ranks that are elsewhere than most ranks, or printed no stack.
     """
 
     summary: tuple[str, ...]
@@ -32,7 +32,7 @@ class Stacks:
 
 
 def gather(ranks: Ranks, logs: Path) -> Stacks:
-    """Has every rank print its stacks, writes them together to stacks.txt, and says who is the odd one.
+    """Has every rank print its stacks, writes all of them to stacks.txt, and finds the ranks that differ.
 
     Args:
         ranks: the processes.
@@ -55,7 +55,7 @@ def gather(ranks: Ranks, logs: Path) -> Stacks:
 
 
 def compare(dumps: Mapping[int, str], nodes: Mapping[int, str]) -> Stacks:
-    """Groups ranks by the place where their main thread stands.
+    """Groups ranks by the place where their main thread is.
 
     Args:
         dumps: what faulthandler printed, by rank.
@@ -68,10 +68,10 @@ def compare(dumps: Mapping[int, str], nodes: Mapping[int, str]) -> Stacks:
     lines = []
     for place, count in counts.most_common():
         members = sorted(rank for rank, where in places.items() if where == place)
-        lines.append(f"{count} of {len(nodes)} ranks ({_named(members, nodes)}) stand at {place}")
+        lines.append(f"{count} of {len(nodes)} ranks ({_named(members, nodes)}) are at {place}")
     if silent:
-        lines.append(f"no stack from {_named(silent, nodes)}: stopped, or stuck in the kernel")
-    # Where all wait at one place but some are silent, the silent ones are waited for.
+        lines.append(f"no stack from {_named(silent, nodes)}: the process is stopped, or blocked in the kernel")
+    # If some ranks print nothing, the others wait for them in a collective: the silent ranks are the suspects.
     odd = silent or sorted(rank for rank, place in places.items() if place != most)
     return Stacks(tuple(lines), tuple(odd))
 
@@ -107,5 +107,5 @@ def _since(path: Path, offset: int) -> str:
 
 
 def _complete(text: str) -> bool:
-    """Whether the main thread, printed last, is there to its end."""
+    """Whether the dump is complete: faulthandler prints the main thread last, and train.py is its outermost frame."""
     return "megatron_qwen/train.py" in text

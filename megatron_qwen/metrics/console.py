@@ -17,7 +17,7 @@ class ProgressLine:
     """Shows the newest step.
 
     Args:
-        stream: where to; a terminal gets one line that is written over, anything else a line a time.
+        stream: where to write. A terminal gets one line that is overwritten, anything else one line per step.
     """
 
     def __init__(self, stream: TextIO = sys.stderr) -> None:

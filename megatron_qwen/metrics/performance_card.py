@@ -1,6 +1,6 @@
-"""performance.json: what a run reached, so that it can be compared with anyone's, and where its time went.
+"""performance.json: throughput, MFU and memory of a run, and where its time went.
 
-The file holds one entry an attempt, each replaced by its own attempt alone, and the sums over all of them.
+The file has one entry per attempt, which only that attempt replaces, and the sums over all attempts.
 """
 
 import json
@@ -21,14 +21,14 @@ class AttemptTime:
         attempt: number, from 1.
         devices: ranks.
         started: seconds since 1970.
-        resumed_at: iteration it began from.
+        resumed_at: iteration it resumed from.
         iteration: last finished iteration.
         wall_s: from ``started`` to when this was written.
-        startup_s: until the first step: imports, joining, building, loading.
-        steps_s: in steps, those that were skipped and waits for data left out.
-        skipped_s: in steps whose numbers were not finite.
+        startup_s: until the first step: imports, process group, build, checkpoint load.
+        steps_s: in steps, without skipped steps and without waits for data.
+        skipped_s: in steps whose update was skipped.
         data_wait_s: waiting for batches.
-        save_s: in which a step waited for a checkpoint.
+        save_s: training stood still for a checkpoint.
         validation_s: measuring the validation loss.
     """
 
@@ -47,17 +47,17 @@ class AttemptTime:
 
     @property
     def other_s(self) -> float:
-        """What none of the parts explains: metrics, other callbacks, the end of the process."""
+        """The rest: metrics, other callbacks, the end of the process."""
         parts = (self.startup_s, self.steps_s, self.skipped_s, self.data_wait_s, self.save_s, self.validation_s)
         return max(0.0, self.wall_s - sum(parts))
 
 
 def goodput(attempts: Sequence[AttemptTime]) -> dict[str, float]:
-    """Seconds of each kind over all attempts, and ``share``: that of steps which count in the whole.
+    """Seconds of each kind over all attempts, and ``share``: useful step time divided by the sum of all kinds.
 
-    Steps after the oldest checkpoint that a later attempt begins from are done again: they count once. Time between two
-    attempts (in the queue, or until somebody looks) counts as lost; so does what an attempt did after its last word,
-    where it was killed.
+    Steps that a later attempt repeats count once. Example: attempt 1 runs iterations 0 to 250, attempt 2 resumes at
+    200: a fifth of attempt 1's step time is ``steps_done_again_s``. Time between attempts (in the queue, or until a
+    person acts) is lost, and so is what a killed attempt did after it last wrote its entry.
     """
     again = between = 0.0
     for number, before in enumerate(attempts[:-1]):
@@ -96,7 +96,7 @@ def write_card(path: Path, facts: dict[str, Any], attempts: Sequence[AttemptTime
 
     Args:
         path: performance.json.
-        facts: what the newest attempt has measured.
+        facts: measurements of the newest attempt.
         attempts: all of them.
     """
     content = {**facts, "goodput": goodput(attempts), "attempts": [asdict(one) for one in attempts]}

@@ -11,7 +11,7 @@ class WandbWriter:
 
     Args:
         project: the project.
-        run_dir: its name is the run's id, so that a resumed run goes on in the same one.
+        run_dir: its name is the run's id at Weights & Biases, so that a resumed run continues there.
         config: the resolved configuration.
     """
 

@@ -1,4 +1,4 @@
-"""Writers of a step's record, all behind one method."""
+"""Writers of a step's record: metrics.jsonl and TensorBoard, behind one protocol."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,13 +19,13 @@ class MetricsWriter(Protocol):
 
 
 class JsonlWriter:
-    """metrics.jsonl: a line a step, whole or absent.
+    """metrics.jsonl: one line per step.
 
     Lines past the iteration that a run resumes from are moved to metrics.superseded.jsonl when it opens.
 
     Args:
         path: the file.
-        resumed_at: iteration the run goes on from; 0 starts anew.
+        resumed_at: iteration that the run resumes from; 0 for a new run.
     """
 
     def __init__(self, path: Path, *, resumed_at: int) -> None:

@@ -1,1 +1,1 @@
-"""What a run does when something goes wrong: signals, heartbeat, exit codes, what is done after an attempt."""
+"""What a run does when something goes wrong: signals, heartbeat, exit codes, the requeue policy."""

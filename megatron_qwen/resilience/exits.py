@@ -1,4 +1,4 @@
-"""How a rank ends: an error of the user's becomes one message and its exit code, anything else a traceback."""
+"""How a rank ends: a UserError becomes one message and its exit code, any other exception a traceback."""
 
 import os
 import sys
@@ -9,11 +9,14 @@ from megatron_qwen.errors import EXIT_FAILURE, EXIT_LOST_PEER, UserError
 
 
 def exit_code_of(program: Callable[[], int], *, report: Callable[[int, BaseException | None], None]) -> int:
-    """Runs a rank's program; prints what it raises, and never hangs in the clean-up of a broken group.
+    """Runs a rank's program and prints the error it raises.
+
+    After an error the process exits through ``os._exit``: the normal clean-up would wait for the peers of a process
+    group that is broken.
 
     Args:
         program: returns an exit code.
-        report: is told the exit code, and the exception where one was raised.
+        report: called with the exit code and the exception, None if there was none.
     """
     raised: BaseException
     try:
@@ -23,7 +26,7 @@ def exit_code_of(program: Callable[[], int], *, report: Callable[[int, BaseExcep
     except UserError as error:
         raised = error
         rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0")
-        # The same message from every rank helps nobody; another rank's own trouble does.
+        # Ranks usually raise the same error; the rank's number tells which one raised another.
         print(error.render() if rank == "0" else f"rank {rank}: {error.render()}", file=sys.stderr, flush=True)
         code = error.exit_code
     except OSError as error:
@@ -32,14 +35,14 @@ def exit_code_of(program: Callable[[], int], *, report: Callable[[int, BaseExcep
             traceback.print_exc()
         else:
             where = f"{error.filename}: " if error.filename else ""
-            print(f"error: {where}{error.strerror}. Nothing that was saved is lost.", file=sys.stderr)
+            print(f"error: {where}{error.strerror}. Committed checkpoints are not affected.", file=sys.stderr)
     except RuntimeError as error:
         raised = error
         traceback.print_exc()
         code = EXIT_LOST_PEER if _is_lost_peer(error) else EXIT_FAILURE
     except (SystemExit, KeyboardInterrupt):
         raise
-    except BaseException as error:  # torch's CheckpointException is no Exception
+    except BaseException as error:  # torch's CheckpointException derives from BaseException
         raised = error
         traceback.print_exc()
         code = EXIT_FAILURE

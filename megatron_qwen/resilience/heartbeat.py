@@ -1,4 +1,4 @@
-"""heartbeat.json: rank 0 says that the run moves, and the watchdog outside it sees when it no longer does."""
+"""heartbeat.json: rank 0 writes its progress there; the controller's watchdog detects a hang from it."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ _SUSPENDED_S = 120.0
 
 @dataclass(frozen=True)
 class Beat:
-    """One sign of life.
+    """The content of heartbeat.json.
 
     Args:
-        attempt: which attempt it is of.
+        attempt: number of the attempt that wrote it.
         phase: what the run is doing: starting, training, finishing.
         iteration: last finished iteration.
-        resumed_at: iteration the attempt went on from.
-        count: grows with every beat that is written.
+        resumed_at: iteration that the attempt resumed from.
+        count: number of beats written so far; it changes even where nothing else does.
     """
 
     attempt: int
@@ -34,12 +34,12 @@ class Beat:
 
 
 class Heartbeat:
-    """Writes beats, at most one a second, apart from a change of phase.
+    """Writes beats, at most one per second; a change of phase is written at once.
 
     Args:
         path: the file.
         attempt: number of this attempt.
-        resumed_at: iteration it goes on from.
+        resumed_at: iteration that it resumed from.
     """
 
     def __init__(self, path: Path, *, attempt: int, resumed_at: int) -> None:
@@ -47,7 +47,7 @@ class Heartbeat:
         self._count, self._phase, self._written = 0, "", float("-inf")
 
     def beat(self, phase: str, iteration: int) -> bool:
-        """Notes that the run is in this phase; false where the last beat is too young for another."""
+        """Writes a beat unless the last one is less than a second old; returns whether it did."""
         if phase == self._phase and time.monotonic() - self._written < _INTERVAL_S:
             return False
         self._count += 1
@@ -56,7 +56,7 @@ class Heartbeat:
         try:
             atomic_write_json(self.path, vars(beat), indent=None)
         except OSError as error:  # a full disk must not hide why a run ends
-            log.warning("no sign of life could be written: %s", error)
+            log.warning("heartbeat.json could not be written: %s", error)
         return True
 
 
@@ -69,14 +69,16 @@ def read_beat(path: Path) -> Beat | None:
 
 
 class Watchdog:
-    """Tells when an attempt has shown no sign of life for too long. Goes by this process's clock alone.
+    """Detects that an attempt has written no heartbeat for too long.
+
+    It compares times of this process only: clocks of different nodes may disagree.
 
     Args:
         read: returns the newest beat.
-        attempt: the attempt that is watched.
-        start_s: patience until its first step.
-        step_s: patience after that.
-        clock: seconds that never go back.
+        attempt: number of the attempt to watch.
+        start_s: timeout until the first step, in seconds.
+        step_s: timeout after that, in seconds.
+        clock: monotonic time in seconds.
     """
 
     def __init__(
@@ -94,9 +96,9 @@ class Watchdog:
         self._seen = self._asked = clock()
 
     def silence(self) -> str | None:
-        """One line about the hang, or None while all is well."""
+        """One line that describes the hang, or None while the run makes progress."""
         beat, now = self._read(), self._clock()
-        if now - self._asked > _SUSPENDED_S:  # this process stood still itself: the job was suspended
+        if now - self._asked > _SUSPENDED_S:  # this process did not run either: the job was suspended
             self._seen += now - self._asked
         self._asked = now
         if beat is not None and beat.attempt == self._attempt and beat != self._last:
@@ -111,4 +113,4 @@ class Watchdog:
             if self._last is None
             else f"{self._last.phase} after iteration {self._last.iteration}"
         )
-        return f"no sign of life for {patience:.0f} s, {where}"
+        return f"no heartbeat for {patience:.0f} s, {where}"

@@ -1,4 +1,4 @@
-"""How a rank tells the job's controller of its end, and where it finds out that it has a controller."""
+"""How a rank reports its end to the job's controller, and how it learns whether it has a controller."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from megatron_qwen.files import atomic_write_json
 
 # Set by the controller for its ranks.
 ATTEMPT_VARIABLE = "MQ_ATTEMPT"
-# As CUDA words them.
+# Fragments of CUDA's error messages.
 _HARDWARE_SIGNS = (
     "uncorrectable ECC",
     "uncorrectable NVLink",
@@ -32,8 +32,8 @@ class RankEnd:
         exit_code: what it leaves with.
         message: one line for people.
         error: signature of an exception: its type and where it was raised. Empty where none was.
-        time: Unix time, to tell the first of several.
-        hardware: whether the message is one of broken hardware: the node is to blame, not the program.
+        time: Unix time, to find the rank that failed first.
+        hardware: whether the message reports broken hardware, so that the node is to blame and not the program.
     """
 
     rank: int
@@ -44,7 +44,7 @@ class RankEnd:
     hardware: bool = False
 
     def write(self, directory: Path) -> None:
-        """Leaves the record in the logs of the attempt."""
+        """Writes the record into the log directory of the attempt."""
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / _PATTERN.replace("*", str(self.rank))
         atomic_write_json(path, asdict(self), indent=None)
@@ -63,22 +63,22 @@ def rank_end(rank: int, *, exit_code: int, error: BaseException | None, message:
 
 
 def is_hardware_failure(text: str) -> bool:
-    """Whether an error message speaks of a device that broke."""
+    """Whether an error message reports broken hardware."""
     return any(sign in text for sign in _HARDWARE_SIGNS)
 
 
 def read_rank_ends(directory: Path) -> list[RankEnd]:
-    """What the ranks of an attempt left, the earliest first."""
+    """The records that the ranks of an attempt wrote, earliest first."""
     ends = []
     for path in directory.glob(_PATTERN):
         try:
             ends.append(RankEnd(**json.loads(path.read_text())))
         except (OSError, ValueError, TypeError):
-            continue  # cut off in writing
+            continue  # the rank was killed while it wrote
     return sorted(ends, key=lambda end: end.time)
 
 
 def attempt_of_controller(environ: Mapping[str, str] = os.environ) -> int | None:
-    """Number of the attempt that a controller began for this rank; None without a controller."""
+    """Number of the attempt that the controller started this rank for; None without a controller."""
     text = environ.get(ATTEMPT_VARIABLE, "")
     return int(text) if text.isdecimal() else None

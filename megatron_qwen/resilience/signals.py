@@ -1,16 +1,17 @@
-"""Signals that ask a run to stop, noted at once and acted on at the end of the step."""
+"""Signals that ask a run to stop: recorded when they arrive, acted on at the end of the step."""
 
 import os
 import signal
 from types import FrameType
 
-# Slurm sends TERM at a time limit or requeue and USR2 as an early warning; NCCL keeps USR1 for itself.
+# Slurm sends SIGTERM at the time limit or at a requeue, and SIGUSR2 as an early warning. SIGUSR1 is left alone because
+# NCCL uses it.
 _STOPPING = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 EXIT_INTERRUPTED = 130
 
 
 class StopSignals:
-    """Remembers that a stop was asked for. A second Ctrl-C leaves at once."""
+    """Remembers which stop signal arrived. A second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None

@@ -1,4 +1,7 @@
-"""A rank prints the stacks of all its threads when it is told to, even from inside a collective."""
+"""A rank prints the stacks of all its threads on SIGQUIT, even while it waits inside a collective.
+
+faulthandler writes from the signal handler itself, so the main thread does not have to return to the interpreter.
+"""
 
 import faulthandler
 import signal

@@ -17,7 +17,7 @@ from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.build import build_components
 from megatron_qwen.training.callbacks.build import build_callbacks
-from megatron_qwen.training.callbacks.signs_of_life import Superseded
+from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded
 from megatron_qwen.training.resume import resume
 from megatron_qwen.training.start_log import keep_log, log_data
 from megatron_qwen.training.trainer import Trainer
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 def run_attempt(
     config: RunConfig, info: RankInfo, signals: StopSignals, run_dir: Path, *, started: float | None = None
 ) -> int:
-    """Builds, resumes, trains and notes how it ended.
+    """Builds the components, resumes, trains, and records how the attempt ended.
 
     Args:
         config: a legal configuration.
@@ -44,12 +44,12 @@ def run_attempt(
     if report := placement_report(info):
         log.info("%s", report)
     components = build_components(config)
-    # Before the attempt is noted: what cannot be built or resumed leaves none behind.
+    # Before the attempt is recorded: a run that cannot be built or resumed leaves no attempt in attempts.jsonl.
     resumed_at = resume(components, directory)
     controlled = attempt_of_controller() is not None
     attempt = _begin(directory)
     if dist.get_rank() == 0:
-        if not controlled:  # the controller keeps what every rank prints
+        if not controlled:  # a controller already keeps the output of every rank
             keep_log(directory.logs(attempt) / "rank_0.log")
         log_data(components)
     heartbeat = None
@@ -72,21 +72,23 @@ def run_attempt(
             heartbeat.beat("finishing", done)
             if not controlled:
                 directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
-    # All leave together: where one of them is gone srun gives the others little time.
+    # All ranks leave together: once the first task exits, srun's --wait ends the rest after a timeout.
     dist.barrier()
     return code
 
 
 def _begin(directory: RunDirectory) -> int:
-    """Rank 0 notes the attempt, unless a controller has, and clears what earlier ones left half done.
+    """Number of the attempt, the same on every rank.
 
-    Every rank learns the number.
+    Rank 0 records the attempt, unless a controller has done so, and removes unfinished checkpoints of earlier attempts.
     """
     number = [attempt_of_controller() or 0]
     if dist.get_rank() == 0:
         number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
         if directory.newest_attempt() != number[0]:
-            raise Superseded(Problem("attempt", number[0], "has been followed by another before it could begin."))
+            raise AttemptSuperseded(
+                Problem("attempt", number[0], "was superseded by a newer attempt before it could start.")
+            )
         clear_abandoned(directory.checkpoints)
         directory.checkpoints.mkdir(exist_ok=True)
     dist.broadcast_object_list(number)

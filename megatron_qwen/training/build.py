@@ -1,11 +1,11 @@
-"""Builds the components of a run on a rank, one after the other, in the order in which they need one another."""
+"""Builds the components of a run on a rank, each after the components that it needs."""
 
 import torch.distributed as dist
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.core_patches.group_step_adam import adam_in_use
-from megatron_qwen.data.loaders.batches import Shard
+from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
 from megatron_qwen.data.reading.preflight import require_legal_stages
 from megatron_qwen.data.reading.training_data import TrainingData
@@ -20,7 +20,7 @@ from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import make_forward_step
 from megatron_qwen.training.kernels import start_kernels
 from megatron_qwen.training.machine import common_machine
-from megatron_qwen.training.progress import Progress
+from megatron_qwen.training.progress import TrainingProgress
 from megatron_qwen.training.schedule_hooks import install_schedule_hooks
 from megatron_qwen.training.start_log import log_build
 
@@ -32,21 +32,21 @@ def build_components(config: RunConfig) -> TrainingComponents:
         config: a legal configuration.
 
     Raises:
-        ConfigError: it asks for what cannot be done here.
+        ConfigError: it asks for something that is impossible on this machine.
     """
     asked, backend = config, choose_backend(config.precision)
     machine = common_machine(backend)
     if wrong := list(impossible(config, machine)):
         raise ConfigError(wrong)
-    # Fills in the fields that are null: everything below reads the chosen values.
+    # Fills in the fields that are null. Everything below reads the chosen values.
     config, choices = choose(config, machine, world_size=dist.get_world_size())
-    # Before groups and model, which take long at scale: a wrong path is said at once.
+    # Before groups and model, which take minutes at scale: a wrong path is reported at once.
     data = TrainingData(config)
     # Before megatron-core is asked for an optimizer, which then finds this Adam.
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
     )
-    # The last choice that only a trial can make: whether the compiler works on every rank.
+    # The one choice that needs a trial: whether torch.compile works on every rank.
     config, choices = start_kernels(config, choices)
     place = device.current()
     model = build_model(config, groups, backend, device=place)
@@ -55,8 +55,8 @@ def build_components(config: RunConfig) -> TrainingComponents:
     if dist.get_rank() == 0:
         log_build(config, choices, backend, adam=adam_in_use())
     require_legal_stages(data, world_size=dist.get_world_size())
-    require_separable(data, backend)
-    shard = Shard(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
+    require_packed_support(data, backend)
+    batch_slice = BatchSlice(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)
     return TrainingComponents(
         config=config,
         asked=asked,
@@ -66,30 +66,34 @@ def build_components(config: RunConfig) -> TrainingComponents:
         model=model,
         optimizer=optimizer,
         data=data,
-        loader=build_loader(config, shard),
-        shard=shard,
+        loader=build_loader(config, batch_slice),
+        batch_slice=batch_slice,
         forward_step=make_forward_step(config, groups),
-        progress=Progress(),
+        progress=TrainingProgress(),
     )
 
 
-def build_loader(config: RunConfig, shard: Shard) -> Loader:
-    """What reads batches ahead."""
+def build_loader(config: RunConfig, batch_slice: BatchSlice) -> Loader:
+    """The loader that data.loader names."""
     if config.data.loader == "dali":
-        from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an extra: most installations lack it
+        from megatron_qwen.data.loaders.dali_loader import DaliLoader  # an optional extra that most installations lack
 
-        return DaliLoader(shard, ahead=config.data.prefetch_steps)
-    return MemoryMapLoader(shard, ahead=config.data.prefetch_steps)
+        return DaliLoader(batch_slice, ahead=config.data.prefetch_steps)
+    return MemoryMapLoader(batch_slice, ahead=config.data.prefetch_steps)
 
 
-def require_separable(data: TrainingData, backend: Backend) -> None:
-    """Raises ConfigError where a stage has independent sequences that this backend cannot share over CP ranks.
+def require_packed_support(data: TrainingData, backend: Backend) -> None:
+    """Raises ConfigError if a data stage packs sequences and the backend cannot split packed rows over CP ranks.
 
-    Transformer Engine wants each sequence cut into 2 x CP chunks of its own; rows are cut as a whole here.
+    Transformer Engine expects every packed sequence to be cut into 2 x CP chunks of its own. The loaders cut the row as
+    a whole, so the chunks would belong to the wrong sequences.
     """
     if backend.name != "te" or data.config.parallel.context_parallel_size == 1:
         return
-    fix = "keeps sequences apart, which the te backend does not do with context parallelism; set one of them off."
-    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.separates(stage)]
+    fix = (
+        "packs sequences, which cannot be combined with parallel.context_parallel_size > 1 in the te backend: use "
+        "context_parallel_size=1, precision.backend=torch, or a stage without packing."
+    )
+    wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.is_packed(stage)]
     if wrong:
         raise ConfigError(wrong)

@@ -21,7 +21,7 @@ ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFu
 
 
 def loss_chunk_tokens(config: RunConfig) -> int:
-    """Tokens whose logits the loss holds at once on a rank."""
+    """Tokens per chunk of the cross-entropy: a rank holds the logits of this many tokens at a time."""
     tp = config.parallel.tensor_model_parallel_size
     row_bytes = padded_vocab_size(config.model.vocab_size, tp) // tp * DTYPES[config.precision.dtype].itemsize
     return config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens(row_bytes)
@@ -30,8 +30,8 @@ def loss_chunk_tokens(config: RunConfig) -> int:
 def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> ForwardStep:
     """The function megatron-core's schedules call for every micro-batch and model chunk.
 
-    A chunk in the middle of the pipeline needs no tokens and is handed None for its batch, unless it must know where
-    independent sequences begin.
+    A model chunk in the middle of the pipeline needs neither tokens nor labels, so its batch is None, unless sequences
+    are packed: then its attention needs cu_seqlens.
     """
 
     chunk_tokens = loss_chunk_tokens(config)
@@ -41,7 +41,8 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
     ) -> Any:
         return output_loss(
             hidden_states,
-            # Tied to the embedding of the same rank it has none of its own, and the embedding was called.
+            # With tied embeddings on the same rank the output layer has no weight of its own: it is passed in, and
+            # it has arrived (``arrival.py``) because the embedding was called before.
             output_weight if output_layer.weight is None else arrived_weight(output_layer),
             context.labels,
             context.loss_mask,
@@ -70,13 +71,17 @@ def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> Forw
 
 
 def _sequences(batch: Batch) -> PackedSequences | None:
-    if batch.bounds is None:
+    if batch.cu_seqlens is None:
         return None
-    return packed_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
+    return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids[0])
 
 
 def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss summed over tokens, number of tokens, and both for the log."""
+    """Sum of token losses (a scalar), number of tokens with loss (int), and both as a [2] float32 tensor for the log.
+
+    megatron-core divides the gradients by the number of tokens over all ranks (calculate_per_token_loss), so the sum is
+    returned and not a mean.
+    """
     tokens = mask.sum()
     report = torch.stack((output.detach().float(), tokens.float()))
     return output, tokens.to(torch.int), {"loss and tokens": report}

@@ -1,4 +1,4 @@
-"""Bytes of the tensors a rank holds all the time, counted tensor by tensor."""
+"""Persistent memory of a rank in bytes: weights, gradients and optimizer state, counted tensor by tensor."""
 
 from collections.abc import Iterable
 

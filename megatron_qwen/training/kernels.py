@@ -10,7 +10,7 @@ from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
 def start_kernels(config: RunConfig, choices: list[PresetChoice]) -> tuple[RunConfig, list[PresetChoice]]:
-    """Has the small operations compiled, on all ranks or on none: they would round differently.
+    """Compiles the memory-bound operations on all ranks or on none: compiled and eager kernels round differently.
 
     Args:
         config: the run, with every choice of the preset made.
@@ -20,7 +20,7 @@ def start_kernels(config: RunConfig, choices: list[PresetChoice]) -> tuple[RunCo
         Both, without kernels where a rank's compiler does not work.
 
     Raises:
-        ConfigError: it does not, and kernels were asked for.
+        ConfigError: a compiler does not work, and the user set performance.compile=true.
     """
     reasons: list[str | None] = [None] * dist.get_world_size()
     if config.performance.compile:
@@ -30,7 +30,7 @@ def start_kernels(config: RunConfig, choices: list[PresetChoice]) -> tuple[RunCo
         reason = "torch.compile does not work on rank {}: {}".format(*broken)
         field = "performance.compile"
         if any(choice.forced for choice in choices if choice.field == field):
-            fix = f"{reason}. Install g++ there, or set it to false."
+            fix = f"{reason}. Install g++ on that machine, or set performance.compile=false."
             raise ConfigError(Problem(field, "true", fix))
         config = config.with_section("performance", compile=False)
         off = PresetChoice(field, False, reason)

@@ -1,4 +1,4 @@
-"""What all ranks of a run compute on, so that the preset chooses alike on each."""
+"""The hardware and libraries that all ranks have in common, so that automatic choices agree on every rank."""
 
 import importlib
 from dataclasses import replace
@@ -14,9 +14,9 @@ from megatron_qwen.models.torch_backend.compiled import compiler_is_here
 
 
 def common_machine(backend: Backend) -> Machine:
-    """What all ranks compute on: the least memory, and the libraries that every one of them has.
+    """The smallest memory of any rank, and the libraries that every rank has.
 
-    All must choose alike, or they wait for one another.
+    Ranks that chose differently would call different collectives and wait for each other forever.
     """
     libraries = frozenset(name for name in ("deep_ep",) if device.has_cuda() and _imports(name))
     mine = Machine(
@@ -30,9 +30,9 @@ def common_machine(backend: Backend) -> Machine:
     everyone = [mine] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     if len(names := {one.backend for one in everyone}) > 1:
-        fix = f"is {' on some ranks and '.join(sorted(names))} on others; set precision.backend."
+        fix = f"is {' on some ranks and '.join(sorted(names))} on others; set precision.backend to te or torch."
         raise ConfigError(Problem("backend", None, fix))
-    # What the weakest rank can do, all can.
+    # What the smallest rank can do, every rank can.
     memory = [one.memory_gib for one in everyone if one.memory_gib is not None]
     return replace(
         mine,

@@ -1,11 +1,11 @@
-"""How far a run has come: the state that a checkpoint carries beside weights, optimizer and generators."""
+"""How far a run has come: counters that a checkpoint stores next to weights, optimizer and generator states."""
 
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 
 @dataclass(kw_only=True)
-class Progress:
+class TrainingProgress:
     """Counters of a run.
 
     Args:
@@ -13,8 +13,8 @@ class Progress:
         schedule_iteration: position in the learning-rate schedule; a skipped step does not move it.
         consumed_samples: data position, the index of the next sample.
         consumed_tokens: tokens trained on.
-        skipped_iterations: steps left out because loss or gradient was not finite.
-        consecutive_skips: of those, the ones in a row up to now.
+        skipped_iterations: steps skipped because the loss or the gradient norm was not finite.
+        consecutive_skips: how many of the latest steps in a row were skipped.
     """
 
     iteration: int = 0

@@ -1,4 +1,4 @@
-"""Where a run gets its state from: its own newest checkpoint, that of the run it branches off, or given weights."""
+"""Where a run gets its state: its own newest checkpoint, that of the run it branches from, or given weights."""
 
 import logging
 from pathlib import Path
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 def resume(components: TrainingComponents, directory: RunDirectory) -> int:
-    """Loads the newest good checkpoint of the run, else the one to branch or to start from, else nothing.
+    """Loads the newest valid checkpoint of the run, else the one to branch or to start from, else nothing.
 
     Returns:
         The iteration training resumes from.
@@ -28,10 +28,10 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
         beginning = settings.branch_from or settings.load
         if beginning is None:
             return 0
-        # A branch continues another run with everything; checkpoint.load starts a new run from its weights.
+        # A branch resumes another run with all its state; checkpoint.load starts a new run from its weights.
         candidates, continues = find.resolve(Path(beginning)), settings.branch_from is not None
     chosen = find.newest_good(candidates, strict=settings.strict)
-    # A model of another shape is refused by name here, before the core meets it.
+    # Compares the shapes first: megatron-core would fail on a mismatch without naming the field.
     reader = CheckpointReader(chosen.path)
     CheckpointWeights(reader, components.config.model)
     saved = state.read_state(chosen.path)
@@ -44,19 +44,24 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
     )
     if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
         log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
-    if not continues:  # weights (and moments, where there are any) are all that a new run takes
+    if not continues:  # a new run takes only weights, and moments if the checkpoint has them
         return 0
     components.progress.restore(saved["progress"])
     if "data" not in saved:
-        fix = "holds no ledger of what was read: an older version wrote it. Begin a run from it (checkpoint.load)."
+        fix = (
+            "has no data ledger because an older version wrote it, so it cannot be resumed. Start a new run from its "
+            "weights with checkpoint.load."
+        )
         raise CheckpointError(Problem(str(chosen.path), None, fix))
     components.data.resume(saved["data"])
-    # Progress and ledger are written by the same save and count the same samples.
+    # Progress and ledger are written by the same save, so they must count the same samples.
     if components.data.consumed != components.progress.consumed_samples:
-        fix = f"but its ledger ends at {components.data.consumed}; the checkpoint is damaged, use an older one."
+        fix = (
+            f"does not match its data ledger ({components.data.consumed}): the checkpoint is damaged; use an older one."
+        )
         raise CheckpointError(Problem(f"{chosen.path}: consumed_samples", components.progress.consumed_samples, fix))
     restored = state.restore_generators(chosen.path, parallel=components.config.parallel, state=saved)
     if dist.get_rank() == 0:
-        note = "" if restored else "; another layout, so dropout is seeded anew"
+        note = "" if restored else "; the parallel layout changed, so dropout generators were reseeded"
         log.info("resumed from %s at iteration %d%s", chosen.path, components.progress.iteration, note)
     return components.progress.iteration

@@ -18,7 +18,7 @@ _LISTED_SOURCES = 12
 
 
 def keep_log(path: Path) -> None:
-    """Rank 0 speaks on the terminal; what it logs is kept as well."""
+    """Writes the log of this rank to a file as well as to the terminal."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
@@ -35,9 +35,9 @@ def log_build(config: RunConfig, choices: Sequence[PresetChoice], backend: Backe
         adam: name of the optimizer's implementation.
     """
     if foreign_apex_is_here():
-        log.info("the installed package apex is not NVIDIA's (PyPI's is another project) and is not used")
+        log.info("the installed package apex is not NVIDIA apex (PyPI's is another project); it is not used")
     log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
-    log.info("performance: output layer and cross-entropy in one, %d tokens at once", loss_chunk_tokens(config))
+    log.info("performance: output layer and cross-entropy fused, in chunks of %d tokens", loss_chunk_tokens(config))
     for choice in choices:
         log.info("performance: %s", choice)
 
@@ -48,7 +48,7 @@ def log_data(components: TrainingComponents) -> None:
     reader = components.data.at(consumed)
     tokens = sum(components.data.sources[name].stop for name in reader.stage.weights)
     log.info(
-        "data: stage %s from sample %s on, %s training tokens in %d sources, %d tokens a sample",
+        "data: stage %s starts at sample %s: %s training tokens in %d sources, %d tokens per sample",
         reader.stage.name,
         f"{consumed:,}",
         f"{tokens:,}",
@@ -58,6 +58,8 @@ def log_data(components: TrainingComponents) -> None:
     stages = plan(components.data, iteration=components.progress.iteration)
     epochs = {share.name: share.epochs_so_far for stage in stages for share in stage.sources}
     listed = ", ".join(f"{name} {often:.2f}" for name, often in sorted(epochs.items())[:_LISTED_SOURCES])
-    log.info("data: epochs that the whole run reads: %s%s", listed, ", ..." if len(epochs) > _LISTED_SOURCES else "")
+    log.info(
+        "data: epochs of each source over the whole run: %s%s", listed, ", ..." if len(epochs) > _LISTED_SOURCES else ""
+    )
     for problem in warnings(components.data, stages):
         log.warning("data: %s", problem)

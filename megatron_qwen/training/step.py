@@ -26,7 +26,7 @@ class StepResult:
         loss: mean cross-entropy of the global batch, in nats per token.
         grad_norm: global gradient norm before clipping.
         tokens: tokens that carried loss.
-        skipped: whether the weights were left alone because a number was not finite.
+        skipped: whether the update was skipped because the loss or the gradient norm was not finite.
     """
 
     loss: float
@@ -43,10 +43,12 @@ def train_step(
     forward_step: ForwardStep,
     batches: Sequence[Batch],
 ) -> StepResult:
-    """Forward and backward over a global batch, then the update, on all ranks together.
+    """Forward and backward over a global batch, then the update; called by all ranks together.
 
-    The gradient norm is reduced over every rank that holds a part of the model, so a value that is not finite
-    anywhere makes it so everywhere, and all ranks skip the update together without a further collective.
+    Two scalars reach the host in every step, because they decide whether the update is skipped: the loss, which is
+    all-reduced over all ranks, and the gradient norm, which is reduced over every rank that holds a part of the model.
+    An inf or NaN on any rank makes them inf or NaN on all ranks, so all ranks skip together and no further collective
+    is needed to agree.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
@@ -63,7 +65,8 @@ def train_step(
                     parameters,
                     config.optim.clip_grad,
                     grad_norm,
-                    # Where Transformer Engine's Adam keeps the main weights, gradients hang at another attribute.
+                    # The precision-aware optimizer has its gradients in param.decoupled_grad: their dtype differs
+                    # from the parameter's, which torch forbids in param.grad.
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
     optimizer.step_with_ready_grads()
@@ -82,22 +85,22 @@ def run_batch(
     """Runs megatron-core's schedule over one global batch.
 
     Args:
-        config: what holds for this batch: its length and the size of its micro-batches.
+        config: the configuration in force for this batch (sequence length, micro-batch size).
         model: chunks of this rank.
         groups: groups of this rank.
-        forward_step: what the schedule calls.
+        forward_step: called by the schedule for every micro-batch and model chunk.
         batches: the micro-batches of this rank.
-        forward_only: without the backward pass.
+        forward_only: skip the backward pass.
 
     Returns:
         Mean loss in nats per token and the number of tokens, the same on every rank.
     """
     micro = config.training.micro_batch_size
-    separate = batches[0].bounds is not None
+    packed = batches[0].cu_seqlens is not None
 
     def chunk_batches(chunk: int) -> Iterator[Batch | None]:
         module = model.modules[chunk]
-        needed = module.pre_process or module.post_process or separate
+        needed = module.pre_process or module.post_process or packed
         return iter(batches) if needed else itertools.repeat(None)
 
     iterators = [chunk_batches(chunk) for chunk in range(len(model.chunks))]
@@ -107,9 +110,9 @@ def run_batch(
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=model.chunks if len(model.chunks) > 1 else model.chunks[0],
             num_microbatches=len(batches),
-            # Independent sequences are laid end to end in one row.
-            seq_length=config.data.seq_length * (micro if separate else 1),
-            micro_batch_size=1 if separate else micro,
+            # Packed: the micro-batch is one row of micro * seq_length tokens, with cu_seqlens.
+            seq_length=config.data.seq_length * (micro if packed else 1),
+            micro_batch_size=1 if packed else micro,
             forward_only=forward_only,
         )
     return _mean_loss(reports, groups, batches[0].tokens.device)
@@ -118,12 +121,22 @@ def run_batch(
 def _mean_loss(
     reports: list[dict[str, torch.Tensor]], groups: ProcessGroupCollection, device: torch.device
 ) -> tuple[float, int]:
-    """Adds up the last stages' losses over all data and context ranks and tells every rank."""
+    """Mean loss in nats per token and number of tokens of the global batch, the same on every rank.
+
+    Each report is [sum of token losses, number of tokens with loss] of one micro-batch; only the last pipeline stage
+    has any. The loss is sum / count over the whole global batch, not the mean of the ranks' means: with masked tokens
+    each rank has another count, and a mean of means would depend on the layout.
+
+    One all-reduce over the world does it, since the ranks that hold the same numbers are made to count once: ranks of
+    other pipeline stages add zero because they have no reports, and of a tensor-parallel group only rank 0 counts.
+    Data-parallel and context-parallel ranks hold different tokens and all count. float64, because a float32 sum loses
+    single tokens above 2**24 of them.
+    """
     both = torch.zeros(2, dtype=torch.float64, device=device)
     for report in reports:
         both += report["loss and tokens"]
     if groups.tp.rank() > 0:
-        both.zero_()  # TP ranks report the same loss
+        both.zero_()  # tensor-parallel ranks all report the same loss
     dist.all_reduce(both)
     loss, tokens = both.tolist()
     return loss / max(tokens, 1.0), int(tokens)

@@ -17,10 +17,10 @@ class StepRecord:
         learning_rate: of this step.
         global_batch_size: sequences of this step.
         step_time_s: wall time, device work included.
-        data_wait_s: of that, the time in which the step waited for its batches.
-        stage: of the blend.
-        config: what held for the step.
-        extra: what callbacks add for the metrics.
+        data_wait_s: the part of step_time_s spent waiting for batches.
+        stage: name of the data stage.
+        config: the configuration in force for the step.
+        extra: further metrics, added by callbacks.
     """
 
     iteration: int

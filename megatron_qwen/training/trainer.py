@@ -1,4 +1,4 @@
-"""The loop: counts, steps, calls."""
+"""The training loop: takes steps, counts them, and calls the callbacks."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from megatron_qwen import device
 from megatron_qwen.config.batch_size import global_batch_size
-from megatron_qwen.data.loaders.batches import Request
+from megatron_qwen.data.loaders.batches import BatchRequest
 from megatron_qwen.data.reading.training_data import StageReader
 from megatron_qwen.errors import NumericsError
 from megatron_qwen.optim.build import set_learning_rate
@@ -28,18 +28,18 @@ class Trainer:
     def __init__(self, components: TrainingComponents, callbacks: Sequence[Callback]) -> None:
         self.components, self.callbacks = components, callbacks
         self.exit_code: int | None = None
-        # Seconds after the steps so far, by what the callbacks that took them are timed as.
+        # Seconds spent in callbacks so far, by their ``timed_as``.
         self.callback_seconds: dict[TimedAs, float] = {}
 
     def stop(self, exit_code: int) -> None:
-        """Ends the loop after this step; the process will exit with this code."""
+        """Ends the loop after this step; the process exits with this code. The first caller decides."""
         self.exit_code = exit_code if self.exit_code is None else self.exit_code
 
     def fit(self) -> int:
         """Trains.
 
         Returns:
-            The exit code: 0 when the last step is done, else what a callback stopped with.
+            The exit code: 0 after the last step, else the code that a callback stopped with.
         """
         last = self.components.config.training.train_iters
         try:
@@ -61,7 +61,7 @@ class Trainer:
         return self.exit_code or 0
 
     def call_after_step(self, record: StepRecord) -> None:
-        """Hands a step to the callbacks, on the clock."""
+        """Calls every callback with the step, and measures the time it takes."""
         for callback in self.callbacks:
             with self._clock(callback):
                 callback.after_step(self, record)
@@ -77,7 +77,7 @@ class Trainer:
                 self.callback_seconds[name] = self.callback_seconds.get(name, 0.0) + taken
 
     def step(self) -> StepRecord:
-        """Takes one step and moves the progress on, without the callbacks."""
+        """Takes one step and updates the progress; does not call the callbacks."""
         components, config, progress = self.components, self.components.config, self.components.progress
         reader = components.data.at(progress.consumed_samples)
         components.model.set_rotary_base(reader.config.model.rotary_base)
@@ -92,6 +92,7 @@ class Trainer:
         result = train_step(
             reader.config, components.model, components.optimizer, components.groups, components.forward_step, batches
         )
+        # For step_time_s alone: the step has read loss and gradient norm, so only the update is left to wait for.
         device.synchronize()
         elapsed = time.perf_counter() - started
         progress.iteration += 1
@@ -115,12 +116,12 @@ class Trainer:
             config=reader.config,
         )
 
-    def _request(self, consumed: int, reader: StageReader) -> Request:
+    def _request(self, consumed: int, reader: StageReader) -> BatchRequest:
         training = reader.config.training
-        return Request(consumed, global_batch_size(consumed, training), training.micro_batch_size)
+        return BatchRequest(consumed, global_batch_size(consumed, training), training.micro_batch_size)
 
-    def _upcoming(self) -> Iterator[tuple[StageReader, Request]]:
-        """The steps after the one that begins, as far as anybody asks."""
+    def _upcoming(self) -> Iterator[tuple[StageReader, BatchRequest]]:
+        """The steps that follow the current one; the loader takes as many as it prefetches."""
         progress, config = self.components.progress, self.components.config
         consumed = progress.consumed_samples
         request = self._request(consumed, self.components.data.at(consumed))

@@ -1,4 +1,4 @@
-"""A rank of an attempt that was followed by another writes late, at any moment: nothing of it is committed."""
+"""A rank of an attempt that was superseded writes late, at any moment: nothing of it is committed."""
 
 import random
 import threading
@@ -30,7 +30,7 @@ def write_until_followed(config: RunConfig, root: Path) -> int:
             Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=bool(number % 2))
             writer.finish(wait=True)
         except SaveError as error:
-            if "has been followed by another and may not commit" not in error.render():
+            if "was superseded by a newer attempt and must not commit" not in error.render():
                 raise
             return number - 1
     raise AssertionError("nobody followed")

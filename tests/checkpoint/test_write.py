@@ -46,7 +46,7 @@ def test_a_stale_attempt_commits_nothing(pool, config, tmp_path):
     for _ in range(4):
         attempts_beside(root).begin()
     messages = pool[2].run(save_as, config, root)
-    assert all("attempt 3 has been followed by another" in message for message in messages)
+    assert all("attempt 3 was superseded by a newer attempt" in message for message in messages)
     assert list(root.iterdir()) == [], "it left something behind"
 
 
@@ -127,7 +127,7 @@ def test_a_full_disk_loses_nothing(bytes_left, pool, config, small_disk):
     messages = pool[2].run(save_twice, config, root, bytes_left)
     assert messages[0] == messages[1]
     assert "No space left on device" in messages[0]
-    assert "MiB are free. Make room" in messages[0]
+    assert "MiB are free. Free some space" in messages[0]
     assert "Earlier checkpoints are untouched" in messages[0]
     assert [iteration for iteration, _ in committed(root)] == [1]
     assert find.newest_good(find.resolve(root), strict=True).iteration == 1

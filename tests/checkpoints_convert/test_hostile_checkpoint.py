@@ -179,7 +179,7 @@ def test_a_configuration_of_another_shape(checkpoint, tmp_path):
     sign(checkpoint)
     message = refused("to-hf", checkpoint, tmp_path / "out", exit_codes=(4,))
     assert "5" in message
-    assert "has the shape (384, 64) where the configuration says (999, 64)" in message
+    assert "has the shape (384, 64), but the configuration requires (999, 64)" in message
     assert_untouched(tmp_path)
 
 

@@ -163,7 +163,7 @@ def test_a_checkpoint_of_another_shape_is_refused_by_name(pool, tokens, tmp_path
     config = resolve("tiny_dense", fields, RECIPES)
     (message,) = pool[1].run(refusal_of_start, config, tmp_path / "run")
     assert "decoder.layers.self_attention.linear_qkv.weight" in message
-    assert "where the configuration says" in message
+    assert "but the configuration requires" in message
 
 
 def refusal_of_start(config: Any, run_dir: Path) -> str:

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from megatron_qwen.config.blend import SourceSpec
-from megatron_qwen.data.reading.samples import Reading, window
+from megatron_qwen.data.reading.samples import ReadingOptions, window
 from megatron_qwen.data.reading.sources import open_source
 from megatron_qwen.data.token_files.manifest import manifest_path
 from megatron_qwen.data.token_files.token_file import TokenFile
@@ -66,7 +66,7 @@ def test_mutations(tokens, tmp_path):
                 file.document(document)
             file.document_ends(0, min(1000, file.num_tokens))
             source = open_source("a", SourceSpec(path=str(prefix)), fraction=0.1)
-            reading = Reading(True, True, vocab_size=320)
+            reading = ReadingOptions(True, True, vocab_size=320)
             for start in (0, source.stop // 2, max(source.stop - 64, 0)) if source.stop > 1 else ():
                 window(
                     source.tokens, [(start, start + min(64, source.stop - start))], stop=source.stop, reading=reading
@@ -100,8 +100,8 @@ LONG = '{"text": "' + "x" * (3 << 20) + '"}\n'
         ("nan.jsonl", b'{"text": "a", "x": NaN}\n', "nan.jsonl:1"),
         ("latin.txt", b"caf\xe9", "latin.txt"),
         ("empty.jsonl", b"", "empty.jsonl"),
-        ("blank.jsonl", b"\n\n  \n", "holds no text"),
-        ("hollow.jsonl", b'{"text": ""}\n', "holds no text"),
+        ("blank.jsonl", b"\n\n  \n", "has no text"),
+        ("hollow.jsonl", b'{"text": ""}\n', "has no text"),
         ("cut.jsonl.gz", gzip.compress(b'{"text": "abc"}\n' * 1000, mtime=0)[:-9], "cut.jsonl.gz"),
         (
             "torn.jsonl.gz",

@@ -43,13 +43,13 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
     """Logits of a row with many sequences against those of each sequence by itself, and of the row as one."""
     import torch
 
-    from megatron_qwen.data.loaders.batches import Request, micro_batches
+    from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
     from megatron_qwen.models.sequences import packed_sequences
     from megatron_qwen.training.build import build_components
 
     components = build_components(config)
     reader = components.data.at(0)
-    (batch,) = micro_batches(reader, components.shard, Request(0, 2, 2))
+    (batch,) = micro_batches(reader, components.batch_slice, BatchRequest(0, 2, 2))
     module = components.model.modules[0]
     components.model.train(False)
 
@@ -57,16 +57,16 @@ def compare_with_each_alone(config: RunConfig) -> dict[str, float]:
         return module(tokens, positions, None, packed_seq_params=sequences)[0]
 
     with torch.no_grad():
-        sequences = packed_sequences(batch.bounds, batch.lengths, batch.position_ids[0])
+        sequences = packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids[0])
         together = logits(batch.tokens, batch.position_ids, sequences)
         worst, start = 0.0, 0
-        for length in batch.lengths:
+        for length in batch.seq_lengths:
             own = batch.tokens[:, start : start + length]
             alone = logits(own, torch.arange(length)[None], None)
             worst = max(worst, float((together[start : start + length] - alone).abs().max()))
             start += length
         as_one = logits(batch.tokens, torch.arange(start)[None], None)
-    return {"sequences": len(batch.lengths), "difference": worst, "as_one": float((together - as_one).abs().max())}
+    return {"sequences": len(batch.seq_lengths), "difference": worst, "as_one": float((together - as_one).abs().max())}
 
 
 @pytest.mark.parametrize("recompute", [None, "selective", "full"])

@@ -7,7 +7,7 @@ import pytest
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.job.allocation import Ending, LocalAllocation
-from megatron_qwen.job.controller import Controller
+from megatron_qwen.job.controller import JobController
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.resilience.signals import StopSignals
@@ -28,12 +28,12 @@ class Job(LocalAllocation):
         return self.does
 
 
-def controller(tmp_path, **job) -> Controller:
+def controller(tmp_path, **job) -> JobController:
     directory = RunDirectory(tmp_path / "run")
     directory.path.mkdir()
     directory.run_yaml.write_text(to_yaml(RECIPES["tiny_dense"]()))
     settings = JobSettings(scheduler="slurm", signal_delay_s=60)
-    return Controller(directory, settings, Job(settings, 2, **job), StopSignals())
+    return JobController(directory, settings, Job(settings, 2, **job), StopSignals())
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def dump(line: int = 10, name: str = "all_reduce") -> str:
 def test_a_rank_that_stands_elsewhere():
     found = compare({0: dump(), 1: dump(), 2: dump(99, "read"), 3: dump()}, NODES)
     assert found.odd == (2,)
-    assert found.summary[0].startswith("3 of 4 ranks (rank 0 on n1, rank 1 on n1, rank 3 on n2) stand at")
+    assert found.summary[0].startswith("3 of 4 ranks (rank 0 on n1, rank 1 on n1, rank 3 on n2) are at")
     assert "distributed.py:99 read < step.py:59 train_step" in found.summary[1]
 
 

@@ -50,7 +50,7 @@ def test_a_blend_that_a_run_cannot_go_on_with_replaces_nothing(tokens, tmp_path)
     write(tmp_path, tokens, {**stage, "name": "renamed"})
     done = run("launch.train", *words[:2], "training.train_iters=6", *words[3:], "--run-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert "is the stage under way, and the blend has only renamed" in done.stderr
+    assert "is the current stage of the run, but the blend has only renamed" in done.stderr
     assert (tmp_path / "run" / "blend.yaml").read_text() == kept
     # The run itself goes on.
     words = [tmp_path / "run" / "run.yaml", "training.train_iters=6", "--run-dir", tmp_path / "run"]

@@ -224,11 +224,11 @@ def test_tokenizer_that_does_not_match_the_data(tokens, corpus, tmp_path):
         ("empty.txt", b"", ["empty.txt", "is empty"]),
         ("blank.jsonl", b'{"text": ""}\n\n', ["no text"]),
         ("latin.txt", "café".encode("latin-1"), ["latin.txt", "not UTF-8"]),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl:2", "no JSON"]),
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', ["broken.jsonl:2", "not JSON"]),
         ("other.jsonl", b'{"body": "a"}\n', ["other.jsonl:1", "'text'", "--field"]),
         ("number.jsonl", b'{"text": 5}\n', ["number.jsonl:1"]),
         ("half.jsonl", b'{"text": "a\\ud800b"}\n', ["half.jsonl:1", "surrogate"]),
-        ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "no JSON"]),
+        ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "not JSON"]),
         ("page.pdf", b"%PDF", ["page.pdf", ".jsonl, .txt"]),
     ],
 )
@@ -281,14 +281,14 @@ def test_the_same_data_may_lie_elsewhere(tokens, tmp_path):
     (tmp_path / "moved.json").write_text(json.dumps({**noted, "bin_xxh3_128": "0" * 32}))
     refused = train_tiny(tmp_path / "moved", "training.train_iters=5", run_dir=tmp_path / "run")
     assert refused.returncode == 2
-    assert "holds other tokens than this run began with" in refused.stderr
+    assert "holds other tokens than those this run started with" in refused.stderr
 
 
 def test_run_directory_that_holds_something_else(tokens, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     done = train_tiny(tokens, run_dir=tmp_path)
     assert done.returncode == 2
-    assert "is not empty and holds no run.yaml" in done.stderr
+    assert "is not empty and has no run.yaml" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -309,6 +309,6 @@ def test_nothing_but_damaged_checkpoints(finished_run, tokens, tokenizer, tmp_pa
     files = [f"data.tokenizer={tokenizer}", "training.train_iters=9"]
     done = train_tiny(tokens, *files, run_dir=tmp_path / "run")
     assert done.returncode == 4, done.stderr
-    assert "no checkpoint here is whole" in done.stderr
+    assert "none of its checkpoints is valid" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(list((tmp_path / "run" / "checkpoints").glob("iter_*"))) == 2

@@ -3,7 +3,7 @@
 import pytest
 
 from megatron_qwen.attempts import Attempt, AttemptLog
-from megatron_qwen.resilience.policy import POLICY, RULES, Action, Outcome, Reason, decide, excluded_nodes
+from megatron_qwen.resilience.policy import POLICY, RULES, Action, AttemptOutcome, Reason, decide, excluded_nodes
 
 
 def ended(
@@ -32,7 +32,7 @@ def test_every_reason_has_one_row():
 
 @pytest.mark.parametrize("reason", list(Reason))
 def test_a_first_end(reason):
-    decision = after([], Outcome(reason, "so it was"))
+    decision = after([], AttemptOutcome(reason, "so it was"))
     assert decision.action is RULES[reason].action
     assert decision.exit_code == RULES[reason].exit_code
     assert (decision.exit_code == 93) is (decision.action is Action.STOP)
@@ -42,53 +42,53 @@ def test_a_first_end(reason):
 def test_three_restarts_without_progress_stop(reason):
     earlier = [ended(number, reason, saved=10) for number in range(1, 4)]
     for so_far in range(3):
-        assert after(earlier[:so_far], Outcome(reason, "again", saved=10)).action is Action.REQUEUE
+        assert after(earlier[:so_far], AttemptOutcome(reason, "again", saved=10)).action is Action.REQUEUE
     # The first attempt saved 10; the three restarts after it nothing newer.
-    decision = after(earlier, Outcome(reason, "again", saved=10))
+    decision = after(earlier, AttemptOutcome(reason, "again", saved=10))
     assert (decision.action, decision.exit_code) == (Action.STOP, 93)
     assert "3 restarts without a newer checkpoint" in decision.why
 
 
 def test_a_newer_checkpoint_begins_the_count_anew():
     earlier = [ended(number, Reason.LOST_PEER, saved=10) for number in range(1, 4)]
-    assert after(earlier, Outcome(Reason.LOST_PEER, "again", saved=20)).action is Action.REQUEUE
+    assert after(earlier, AttemptOutcome(Reason.LOST_PEER, "again", saved=20)).action is Action.REQUEUE
     earlier.append(ended(4, Reason.LOST_PEER, saved=20))
-    assert after(earlier, Outcome(Reason.LOST_PEER, "again", saved=20)).action is Action.REQUEUE
+    assert after(earlier, AttemptOutcome(Reason.LOST_PEER, "again", saved=20)).action is Action.REQUEUE
 
 
 def test_preemptions_are_not_counted():
     earlier = [ended(number, Reason.PREEMPTED, gained=0) for number in range(1, 50)]
-    assert after(earlier, Outcome(Reason.PREEMPTED, "again")).action is Action.REQUEUE
+    assert after(earlier, AttemptOutcome(Reason.PREEMPTED, "again")).action is Action.REQUEUE
 
 
 def test_a_time_limit_too_short_for_a_step_stops():
     earlier = [ended(number, Reason.OUT_OF_TIME, gained=0) for number in range(1, 4)]
-    assert after(earlier, Outcome(Reason.OUT_OF_TIME, "again", gained=0)).action is Action.STOP
-    assert after(earlier, Outcome(Reason.OUT_OF_TIME, "again", gained=3)).action is Action.REQUEUE
+    assert after(earlier, AttemptOutcome(Reason.OUT_OF_TIME, "again", gained=0)).action is Action.STOP
+    assert after(earlier, AttemptOutcome(Reason.OUT_OF_TIME, "again", gained=3)).action is Action.REQUEUE
 
 
 def test_a_node_is_avoided_after_its_second_failure():
     first = ended(1, Reason.LOST_PEER, nodes=["n1"], saved=1)
-    assert after([], Outcome(Reason.LOST_NODE, "down", ("n1",))).exclude == ()
-    assert after([first], Outcome(Reason.LOST_NODE, "down", ("n2",), saved=2)).exclude == ()
-    assert after([first], Outcome(Reason.HANG, "stuck", ("n1",), saved=2)).exclude == ("n1",)
+    assert after([], AttemptOutcome(Reason.LOST_NODE, "down", ("n1",))).exclude == ()
+    assert after([first], AttemptOutcome(Reason.LOST_NODE, "down", ("n2",), saved=2)).exclude == ()
+    assert after([first], AttemptOutcome(Reason.HANG, "stuck", ("n1",), saved=2)).exclude == ("n1",)
 
 
 def test_an_unhealthy_node_is_avoided_at_once():
-    assert after([], Outcome(Reason.UNHEALTHY_NODE, "ECC", ("n3",))).exclude == ("n3",)
+    assert after([], AttemptOutcome(Reason.UNHEALTHY_NODE, "ECC", ("n3",))).exclude == ("n3",)
     assert excluded_nodes([ended(1, Reason.UNHEALTHY_NODE, nodes=["n3"])]) == ("n3",)
 
 
 def test_the_same_error_at_the_same_iteration_twice():
     error = "ValueError at step.py:59"
     first = ended(1, Reason.ERROR, error=error, iteration=24, saved=20)
-    again = Outcome(Reason.ERROR, "rank 1: ValueError", error=error, iteration=24, saved=20)
+    again = AttemptOutcome(Reason.ERROR, "rank 1: ValueError", error=error, iteration=24, saved=20)
     assert after([], again).action is Action.REQUEUE
     assert after([first], again).action is Action.STOP
     assert "twice" in after([first], again).why
-    later = Outcome(Reason.ERROR, "rank 1: ValueError", error=error, iteration=31, saved=30)
+    later = AttemptOutcome(Reason.ERROR, "rank 1: ValueError", error=error, iteration=31, saved=30)
     assert after([first], later).action is Action.REQUEUE, "it came further"
-    other = Outcome(Reason.ERROR, "rank 1", error="OSError at data.py:1", iteration=24, saved=20)
+    other = AttemptOutcome(Reason.ERROR, "rank 1", error="OSError at data.py:1", iteration=24, saved=20)
     assert after([first], other).action is Action.REQUEUE
     between = [first, ended(2, Reason.PREEMPTED, saved=20)]
     assert after(between, again).action is Action.STOP, "a preemption in between changes nothing"
@@ -100,7 +100,7 @@ def test_attempts_without_an_end_count(tmp_path):
         log.begin(nodes=["n1"])
     earlier = log.read()
     assert [attempt.ended for attempt in earlier] == [None] * 4
-    assert after(earlier, Outcome(Reason.LOST_PEER, "again")).action is Action.STOP
+    assert after(earlier, AttemptOutcome(Reason.LOST_PEER, "again")).action is Action.STOP
 
 
 def test_what_a_person_forgave_is_forgotten(tmp_path):

@@ -59,7 +59,7 @@ def test_one_fault_after_another(runs):
     attempts = run.attempts()
     assert attempts[2].failed_nodes == (down,)
     assert attempts[3].failed_nodes == (node,)
-    assert f"rank 1 on {node} was ended by SIGKILL" in attempts[3].detail
+    assert f"rank 1 on {node} was killed by SIGKILL" in attempts[3].detail
 
 
 def restart_controller(runs: Runs, number: signal.Signals) -> None:

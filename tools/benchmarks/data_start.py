@@ -66,15 +66,15 @@ def _measure(field: str, path: str) -> None:
     """Prints seconds to the first batch and the MiB that the process grew by."""
     import torch
 
-    from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
+    from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_batches
     from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.recipes.registry import RECIPES
 
-    shard = Shard(0, 1, 0, 1, torch.device("cpu"))
+    batch_slice = BatchSlice(0, 1, 0, 1, torch.device("cpu"))
     config = RECIPES["qwen2_5_0_5b"]().with_section("data", **{field: path})
     before, started = private_mib(), time.perf_counter()
     reader = TrainingData(config).at(0)
-    batches = list(micro_batches(reader, shard, Request(0, 8, 8)))
+    batches = list(micro_batches(reader, batch_slice, BatchRequest(0, 8, 8)))
     elapsed = time.perf_counter() - started
     assert batches[0].tokens.shape == (8, 4096)
     print(elapsed, private_mib() - before)

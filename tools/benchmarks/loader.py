@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
+from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_batches
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.recipes.registry import RECIPES
@@ -28,7 +28,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
             for _ in range(_DOCUMENTS):
                 writer.add(random.integers(0, 151_643, _LENGTH))
         config = RECIPES["qwen2_5_0_5b"]().with_section("data", path=str(Path(folder) / "a"), seq_length=4096)
-        shard = Shard(0, 1, 0, 1, torch.device("cpu"))
+        batch_slice = BatchSlice(0, 1, 0, 1, torch.device("cpu"))
         speeds = []
         os.sched_setaffinity(0, {min(cores)})
         torch.set_num_threads(1)
@@ -37,7 +37,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
                 reader = TrainingData(config).at(0)
                 started = time.perf_counter()
                 for step in range(_STEPS):
-                    list(micro_batches(reader, shard, Request(step * _BATCH, _BATCH, _BATCH)))
+                    list(micro_batches(reader, batch_slice, BatchRequest(step * _BATCH, _BATCH, _BATCH)))
                 if turn:  # the first turn brings the file into memory
                     speeds.append(_STEPS * _BATCH * 4096 / (time.perf_counter() - started))
         finally:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megatron_qwen.data.clean.job import Stages
+    from megatron_qwen.data.clean.job import CleaningStages
 
 
 def main(options: argparse.Namespace) -> int:
@@ -62,9 +62,9 @@ def _require_sensible(options: argparse.Namespace) -> None:
         raise ConfigError(problems)
 
 
-def _stages(options: argparse.Namespace) -> "Stages":
+def _stages(options: argparse.Namespace) -> "CleaningStages":
     from megatron_qwen.data.clean.filters import LengthAndCharacters
-    from megatron_qwen.data.clean.job import Stages
+    from megatron_qwen.data.clean.job import CleaningStages
     from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.inputs import find_inputs
     from megatron_qwen.data.text.records import documents
@@ -82,7 +82,7 @@ def _stages(options: argparse.Namespace) -> "Stages":
     quality = None
     if options.quality is not None:
         quality = (options.quality, options.quality_label, options.min_quality)
-    return Stages(
+    return CleaningStages(
         characters=None if characters == LengthAndCharacters() else characters,
         quality=quality,
         tests=tests,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megatron_qwen.data.token_files.statistics import Lengths
+    from megatron_qwen.data.token_files.statistics import LengthStatistics
     from megatron_qwen.data.token_files.token_set import TokenSet
 
 _FIRST_TOKENS = 32
@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(tokens: "TokenSet", measured: "Lengths", options: argparse.Namespace) -> dict[str, Any]:
+def _facts(tokens: "TokenSet", measured: "LengthStatistics", options: argparse.Namespace) -> dict[str, Any]:
     from megatron_qwen.data.token_files.manifest import read_manifest
     from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 
@@ -97,7 +97,7 @@ def _show(facts: dict[str, Any]) -> None:
         print(f"  document {document}: {text!r}")
 
 
-def _draw(measured: "dict[str, Lengths]", path: Path) -> None:
+def _draw(measured: "dict[str, LengthStatistics]", path: Path) -> None:
     """Shares of documents and of tokens by length, a line a source."""
     import matplotlib as mpl
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 from megatron_qwen.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
-    from megatron_qwen.data.prepare.workers import Progress
+    from megatron_qwen.data.prepare.workers import EncodingProgress
 
 _TERMINAL_S, _LOG_S = 0.2, 30.0
 
 
 def main(options: argparse.Namespace) -> int:
     """Prepares."""
-    from megatron_qwen.data.prepare.job import Task, prepare
+    from megatron_qwen.data.prepare.job import ShardTask, prepare
     from megatron_qwen.data.prepare.plan import make_plan
     from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
@@ -46,7 +46,7 @@ def main(options: argparse.Namespace) -> int:
     )
     show = ProgressDisplay(sum(file.size for file in files) // task[1])
     workers = options.workers or len(os.sched_getaffinity(0))
-    whole = prepare(plan, workers=workers, task=Task(*task), on_progress=show)
+    whole = prepare(plan, workers=workers, task=ShardTask(*task), on_progress=show)
     show.close()
     if whole is None:
         print(f"{options.output}: the shards of task {task[0]}/{task[1]} are made; those of other tasks are missing")
@@ -108,7 +108,7 @@ class ProgressDisplay:
         self._started = self._shown = time.monotonic()
         self._live = sys.stderr.isatty()
 
-    def __call__(self, progress: "Progress") -> None:
+    def __call__(self, progress: "EncodingProgress") -> None:
         """Counts and shows."""
         self._read += progress.read
         self._bytes += progress.text_bytes

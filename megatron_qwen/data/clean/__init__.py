@@ -1,1 +1,1 @@
-"""Text that is better left out: too short or odd, poor, there already, or part of a test set."""
+"""Removes text that should not be trained on: too short, of low quality, duplicated, or part of a test set."""

@@ -1,4 +1,4 @@
-"""Documents that are there already: the same bytes, or nearly the same words."""
+"""Duplicate documents: the same bytes, or nearly the same words."""
 
 import re
 from typing import Any
@@ -11,7 +11,7 @@ _PERMUTATIONS = 128
 
 
 class ExactDuplicates:
-    """Remembers 16 bytes of every document."""
+    """Finds exact duplicates by a 16-byte hash of every document."""
 
     name = "exact duplicates"
 
@@ -19,7 +19,7 @@ class ExactDuplicates:
         self._seen: set[bytes] = set()
 
     def is_new(self, digest: bytes) -> bool:
-        """Whether no document had this digest; notes it."""
+        """Whether no earlier document had this digest; remembers it."""
         if digest in self._seen:
             return False
         self._seen.add(digest)
@@ -29,10 +29,11 @@ class ExactDuplicates:
 class NearDuplicates:
     """MinHash signatures in a locality-sensitive index (Broder 1997), by datasketch.
 
-    The index lies in memory: about 3 KB a document that is kept.
+    The index is in memory: about 3 KB per kept document.
 
     Args:
-        threshold: Jaccard similarity of the sets of five-word shingles from which on a document is dropped.
+        threshold: a document is dropped if the Jaccard similarity of its five-word shingles to a kept document is this
+            or more.
     """
 
     name = "near duplicates"
@@ -45,7 +46,7 @@ class NearDuplicates:
         self._threshold, self._kept = threshold, 0
 
     def is_new(self, own: Any) -> bool:
-        """Whether no document kept before is as similar as the threshold; notes its ``signature``."""
+        """Whether no kept document is as similar as the threshold; if so, remembers the ``signature``."""
         if any(own.jaccard(self._signatures[key]) >= self._threshold for key in self._index.query(own)):
             return False
         self._index.insert(self._kept, own)
@@ -55,7 +56,7 @@ class NearDuplicates:
 
 
 def digest(text: str) -> bytes:
-    """What exact duplicates have in common: the text, but for space around it."""
+    """The hash of a text without surrounding white space; equal for exact duplicates."""
     return xxhash.xxh3_128_digest(text.strip().encode())
 
 

@@ -1,4 +1,4 @@
-"""What can be said of a document by itself. Each filter gives the reason to drop it, or None."""
+"""Filters that judge a document by itself. Each returns the reason to drop it, or None."""
 
 import importlib
 import re
@@ -18,7 +18,7 @@ _PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 class Filter(Protocol):
-    """A stage that looks at one document at a time."""
+    """A stage that judges one document at a time."""
 
     @property
     def name(self) -> str:
@@ -33,10 +33,10 @@ class LengthAndCharacters:
     """Length in characters, and what they are.
 
     Args:
-        min_characters: least length.
-        max_characters: greatest; None has no end.
-        min_letters: least share of letters.
-        max_repetition: greatest share of lines that occurred before in the document.
+        min_characters: minimum length.
+        max_characters: maximum length; None: no limit.
+        min_letters: minimum share of letters.
+        max_repetition: maximum share of lines that repeat an earlier line of the document.
     """
 
     min_characters: int = 0
@@ -94,10 +94,10 @@ def _fasttext(path: str, label: str | None) -> Callable[[str], float]:
         fix = "needs the fasttext library: pip install 'megatron_qwen[quality]'."
         raise ConfigError(Problem("--quality", path, fix)) from None
     except ValueError as error:
-        raise ConfigError(Problem("--quality", path, f"is no fastText model ({error}).")) from None
+        raise ConfigError(Problem("--quality", path, f"is not a fastText model ({error}).")) from None
     known = [name.removeprefix("__label__") for name in model.get_labels()]
     if label not in known:
-        raise ConfigError(Problem("--quality-label", label, f"is no label of the model; it has {', '.join(known)}."))
+        raise ConfigError(Problem("--quality-label", label, f"is not a label of the model; it has {', '.join(known)}."))
 
     def score(text: str) -> float:
         # fastText reads one line.
@@ -138,7 +138,7 @@ class Contamination:
         tokens = self._tokenizer.encode_batch(list(tests))
         self._tests = [(text, ids) for text, ids in zip(tests, tokens, strict=True) if len(ids) >= self.least_tokens]
         if not self._tests:
-            fix = f"holds no sequence of {self.least_tokens} tokens or more."
+            fix = f"has no sequence of {self.least_tokens} tokens or more."
             raise DataError(Problem("--test-set", None, fix))
         self._lengths = np.asarray([len(ids) for _, ids in self._tests])
         postings: dict[int, list[tuple[int, int]]] = {}
@@ -157,7 +157,7 @@ class Contamination:
         return None
 
     def _match(self, ids: list[int]) -> str | None:
-        # A common subsequence has no more tokens than there are in common: few tests are left to compare in order.
+        # A common subsequence cannot be longer than the number of common tokens, so few tests need the slow comparison.
         common = np.zeros(len(self._tests), dtype=np.int64)
         for token, count in Counter(ids).items():
             if token in self._postings:

@@ -1,4 +1,4 @@
-"""Documents through the stages, in order; what is kept, and what was dropped by which."""
+"""Runs documents through the cleaning stages, in order, and reports what each stage dropped."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCha
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.text.blocks import ReadOptions, as_text
 from megatron_qwen.data.text.inputs import InputFile
-from megatron_qwen.data.text.records import Span, read_span
+from megatron_qwen.data.text.records import FileSpan, read_span
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import publish, temporary_name
@@ -28,15 +28,15 @@ _LEVEL = 3
 
 
 @dataclass(frozen=True)
-class Stages:
-    """Which stages there are; None leaves one out.
+class CleaningStages:
+    """The cleaning stages; None omits a stage.
 
     Args:
         characters: length and character filter.
         quality: model, label and least score of a classifier.
         tests: test sequences, tokenizer directory, and whether documents are compared whole.
         exact: whether exact duplicates are dropped.
-        near: similarity from which on near duplicates are dropped.
+        near: Jaccard similarity at which near duplicates are dropped.
     """
 
     characters: LengthAndCharacters | None = None
@@ -46,7 +46,7 @@ class Stages:
     near: float | None = None
 
     def filters(self) -> list[Filter]:
-        """The stages that look at one document at a time."""
+        """The stages that judge one document at a time."""
         found: list[Filter] = []
         if self.characters is not None:
             found.append(self.characters)
@@ -60,60 +60,60 @@ class Stages:
 
 
 @dataclass
-class Dropped:
-    """What a stage dropped: how many, and the first of them."""
+class DroppedDocuments:
+    """The documents that a stage dropped: their number, and the first few."""
 
     documents: int = 0
     samples: list[dict[str, str]] = field(default_factory=list)
 
 
 @dataclass
-class Report:
-    """What became of the documents: read = kept + empty + filtered + skipped + dropped by the stages."""
+class CleaningReport:
+    """Counts of documents: read = kept + empty + filtered + skipped + dropped by the stages."""
 
     read: int = 0
     kept: int = 0
     empty: int = 0
     filtered: int = 0
     skipped: int = 0
-    dropped: dict[str, Dropped] = field(default_factory=dict)
+    dropped: dict[str, DroppedDocuments] = field(default_factory=dict)
 
 
 def clean(
     files: Sequence[InputFile],
     output: Path,
-    stages: Stages,
+    stages: CleaningStages,
     *,
     options: ReadOptions,
     skip_bad: bool,
     workers: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
-) -> Report:
+) -> CleaningReport:
     """Writes what is kept as OUTPUT/clean_00000.jsonl.zst and so on, and OUTPUT/report.json.
 
     Args:
         files: the input.
-        output: a directory that is not there yet; it appears when everything is done.
-        stages: what is dropped. A near or exact duplicate of an earlier document is; the earlier one stays.
+        output: a directory that does not exist yet; it appears when everything is done.
+        stages: what to drop. Of duplicates the first document stays.
         options: how records are read.
         skip_bad: count bad records instead of stopping.
         workers: processes.
         on_progress: called with documents read and kept so far.
 
     Raises:
-        ConfigError: the output is there already, or a stage cannot be set up.
+        ConfigError: the output exists already, or a stage cannot be set up.
         DataError: a record is bad, a file is damaged, or nothing is left.
     """
     if output.exists():
         raise ConfigError(Problem("--output", output, "exists already; name another directory or remove it."))
-    filters = stages.filters()  # what is wrong with them is said before anything is read
+    filters = stages.filters()  # so that their errors are reported before anything is read
     names = [one.name for one in filters]
     exact, near = (
         ExactDuplicates() if stages.exact else None,
         None if stages.near is None else NearDuplicates(stages.near),
     )
     names += [one.name for one in (exact, near) if one is not None]
-    report = Report(dropped={name: Dropped() for name in names})
+    report = CleaningReport(dropped={name: DroppedDocuments() for name in names})
     partial = temporary_name(output)
     partial.mkdir(parents=True)
     try:
@@ -131,7 +131,7 @@ def clean(
                     _note(report.dropped[stage_and_why[0]], where, text, stage_and_why[1])
                 on_progress(report.read, report.kept)
         if not report.kept:
-            raise DataError(Problem(str(output), None, "nothing is left of the input; nothing was written."))
+            raise DataError(Problem(str(output), None, "no document is left after cleaning; nothing was written."))
         (partial / "report.json").write_text(json.dumps(asdict(report), indent=2, ensure_ascii=False) + "\n")
         publish(partial, output)
     finally:
@@ -139,7 +139,7 @@ def clean(
     return report
 
 
-def _note(dropped: Dropped, where: str, text: str, why: str) -> None:
+def _note(dropped: DroppedDocuments, where: str, text: str, why: str) -> None:
     dropped.documents += 1
     if len(dropped.samples) < _SAMPLES:
         dropped.samples.append({"file": where, "why": why, "text": text[:_SHOWN_CHARACTERS]})
@@ -149,14 +149,19 @@ Judged = tuple[str, str, tuple[str, str] | None, tuple[bytes, Any]]
 
 
 def _judged(
-    files: Sequence[InputFile], stages: Stages, options: ReadOptions, skip_bad: bool, workers: int, report: Report
+    files: Sequence[InputFile],
+    stages: CleaningStages,
+    options: ReadOptions,
+    skip_bad: bool,
+    workers: int,
+    report: CleaningReport,
 ) -> Iterator[Judged]:
     """Documents in order with what the filters say, and their keys for duplicates."""
     with garbage_left_to_the_parent(), ProcessPoolExecutor(workers, initializer=_begin, initargs=(stages,)) as pool:
         waiting: deque[tuple[str, list[str], Future[list[Any]]]] = deque()
         for where, texts in _blocks(files, options, skip_bad, report):
             waiting.append((where, texts, pool.submit(_judge, texts)))
-            if len(waiting) > 2 * workers:  # so much lies in memory
+            if len(waiting) > 2 * workers:  # bounds the documents in memory
                 yield from _answers(*waiting.popleft())
         while waiting:
             yield from _answers(*waiting.popleft())
@@ -168,10 +173,10 @@ def _answers(where: str, texts: list[str], future: "Future[list[Any]]") -> Itera
 
 
 def _blocks(
-    files: Sequence[InputFile], options: ReadOptions, skip_bad: bool, report: Report
+    files: Sequence[InputFile], options: ReadOptions, skip_bad: bool, report: CleaningReport
 ) -> Iterator[tuple[str, list[str]]]:
     for file in files:
-        for block in read_span(Span(file), options):
+        for block in read_span(FileSpan(file), options):
             if block.bad and not skip_bad:
                 raise DataError([bad.problem() for bad in block.bad[:10]])
             report.read += block.read
@@ -185,11 +190,11 @@ def _blocks(
 class _Process:
     """What a worker process has set up once."""
 
-    stages: Stages
+    stages: CleaningStages
     filters: list[Filter]
 
 
-def _begin(stages: Stages) -> None:
+def _begin(stages: CleaningStages) -> None:
     tokenizers_without_threads()
     _Process.stages, _Process.filters = stages, stages.filters()
 
@@ -208,7 +213,7 @@ def _judge(texts: list[str]) -> list[tuple[tuple[str, str] | None, tuple[bytes, 
 
 
 class _Writer:
-    """Compressed JSON lines, a new file after so much text."""
+    """Writes compressed JSON lines, a new file after every _FILE_CHARACTERS characters."""
 
     def __init__(self, directory: Path) -> None:
         self._directory, self._number, self._written = directory, 0, 0

@@ -1,1 +1,1 @@
-"""Batches of a rank, read ahead of the step that needs them."""
+"""Batches of a rank, prefetched before the step that needs them."""

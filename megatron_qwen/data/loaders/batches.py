@@ -1,4 +1,4 @@
-"""The micro-batches of one rank."""
+"""The micro-batches of one rank: which samples they hold, and how samples become tensors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from megatron_qwen.data.reading.samples import Sample, Source
+from megatron_qwen.data.reading.samples import Sample, SampleSource
 from megatron_qwen.distributed.sequence import slice_for_rank
 
 
 @dataclass(frozen=True)
-class Shard:
-    """Which part of a batch a rank takes.
+class BatchSlice:
+    """Which part of a global batch a rank reads.
 
     Args:
         dp_rank: data-parallel rank.
@@ -32,45 +32,48 @@ class Shard:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, every tensor [b, s / CP].
+    """A micro-batch of b samples of s tokens; every tensor is [b, s / CP].
 
-    Where samples hold independent sequences, the rows are laid end to end: every tensor is [1, b x s / CP], and
-    ``bounds`` says where sequences begin in the whole row, and its length at the end; ``lengths`` their lengths.
+    Packed (THD): where a sample may hold several independent sequences, the samples are concatenated into one row and
+    every tensor is [1, b * s / CP]. ``cu_seqlens`` [sequences + 1] holds the cumulative sequence lengths in the whole
+    row, before it is cut over context-parallel ranks: 0 first, b * s last. ``seq_lengths`` holds the lengths
+    themselves on the host, because reading them back from the device would wait for it.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     loss_mask: torch.Tensor
     position_ids: torch.Tensor
-    bounds: torch.Tensor | None = None
-    lengths: tuple[int, ...] = ()
+    cu_seqlens: torch.Tensor | None = None
+    seq_lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Batch":
-        """On another device."""
+        """The batch on another device."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """In page-locked memory, from which a copy to the device overlaps with what it computes."""
+        """The batch in page-locked memory, from which copies to the device overlap with its kernels."""
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        bounds = None if self.bounds is None else moved(self.bounds)
+        cu_seqlens = None if self.cu_seqlens is None else moved(self.cu_seqlens)
         return Batch(
             moved(self.tokens),
             moved(self.labels),
             moved(self.loss_mask),
             moved(self.position_ids),
-            bounds,
-            self.lengths,
+            cu_seqlens,
+            self.seq_lengths,
         )
 
 
 @dataclass(frozen=True)
-class Request:
+class BatchRequest:
     """The micro-batches of one rank in one global batch.
 
     The global batch is samples first_sample .. first_sample + global_batch_size - 1; micro-batch m of DP rank d
-    takes the ``m x DP + d``-th run of micro_batch_size samples, so the batch is the same set under any DP size.
+    takes the ``m x DP + d``-th group of micro_batch_size consecutive samples, so the batch is the same set under any
+    data-parallel size.
 
     Args:
         first_sample: number of the first sample.
@@ -82,49 +85,53 @@ class Request:
     global_batch_size: int
     micro_batch_size: int
 
-    def indices(self, shard: Shard) -> Iterator[range]:
-        """The samples of each micro-batch of a rank."""
-        stride = self.micro_batch_size * shard.dp_size
+    def indices(self, batch_slice: BatchSlice) -> Iterator[range]:
+        """Sample numbers of each micro-batch of a rank."""
+        stride = self.micro_batch_size * batch_slice.dp_size
         assert self.global_batch_size % stride == 0, "samples would be read twice"
         for begin in range(0, self.global_batch_size, stride):
-            start = self.first_sample + begin + shard.dp_rank * self.micro_batch_size
+            start = self.first_sample + begin + batch_slice.dp_rank * self.micro_batch_size
             yield range(start, start + self.micro_batch_size)
 
 
-def micro_batches(source: Source, shard: Shard, request: Request) -> Iterator[Batch]:
-    """The micro-batches of one global batch that belong to a rank, on the host."""
-    for indices in request.indices(shard):
-        yield collate([source[index] for index in indices], shard, separate=source.separates)
+def micro_batches(source: SampleSource, batch_slice: BatchSlice, request: BatchRequest) -> Iterator[Batch]:
+    """A rank's micro-batches of one global batch, on the host."""
+    for indices in request.indices(batch_slice):
+        yield collate([source[index] for index in indices], batch_slice, packed=source.is_packed)
 
 
-def collate(samples: Sequence[Sample], shard: Shard, *, separate: bool) -> Batch:
-    """Stacks samples and cuts the sequence for the context-parallel rank."""
+def collate(samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool) -> Batch:
+    """Builds a micro-batch: [b, s / CP] tensors, or [1, b * s / CP] and cu_seqlens if ``packed``.
+
+    The sequence is cut for the context-parallel rank in load-balanced order (``distributed/sequence.py``). Positions
+    are computed before the cut: each token has its position in its own sequence.
+    """
     size = len(samples[0].tokens)
     positions = [_positions(sample.starts, size) for sample in samples]
 
     def place(rows: Sequence[npt.NDArray[np.generic]]) -> torch.Tensor:
         whole = torch.from_numpy(np.stack(rows))
-        if separate:
+        if packed:
             whole = whole.view(1, -1)
-        return slice_for_rank(whole, rank=shard.cp_rank, size=shard.cp_size).contiguous()
+        return slice_for_rank(whole, rank=batch_slice.cp_rank, size=batch_slice.cp_size).contiguous()
 
-    bounds, lengths = None, ()
-    if separate:
+    cu_seqlens, seq_lengths = None, ()
+    if packed:
         starts = [sample.starts + index * size for index, sample in enumerate(samples)]
         ends = np.concatenate([*starts, [len(samples) * size]]).astype(np.int32)
-        bounds, lengths = torch.from_numpy(ends), tuple(np.diff(ends).tolist())
+        cu_seqlens, seq_lengths = torch.from_numpy(ends), tuple(np.diff(ends).tolist())
     return Batch(
         tokens=place([sample.tokens for sample in samples]),
         labels=place([sample.labels for sample in samples]),
         loss_mask=place([sample.loss_mask for sample in samples]),
         position_ids=place(positions),
-        bounds=bounds,
-        lengths=lengths,
+        cu_seqlens=cu_seqlens,
+        seq_lengths=seq_lengths,
     )
 
 
 def _positions(starts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """Position of each token in its own sequence."""
+    """[s] position of each token in its own sequence."""
     positions = np.arange(size, dtype=np.int64)
     if len(starts) == 1:
         return positions

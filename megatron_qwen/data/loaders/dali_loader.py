@@ -1,4 +1,4 @@
-"""Batches read ahead by NVIDIA DALI: the memory-map loader's samples, copied to the device by DALI."""
+"""Prefetches batches with NVIDIA DALI: the samples of the memory-map loader, copied to the device by DALI."""
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -6,38 +6,38 @@ from typing import Any
 
 import torch
 
-from megatron_qwen.data.loaders.batches import Batch, Request, Shard, micro_batches
+from megatron_qwen.data.loaders.batches import Batch, BatchRequest, BatchSlice, micro_batches
 from megatron_qwen.data.loaders.read_ahead import Upcoming
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.errors import ConfigError, Problem
 
 _FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class DaliLoader:
-    """A DALI pipeline that is fed micro-batches and gives them back on the device.
+    """A DALI pipeline that takes micro-batches on the host and returns them on the device.
 
-    The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with what the model computes.
+    The copy of a micro-batch to the GPU runs on DALI's own stream, so it overlaps with the model's kernels.
 
     Args:
-        shard: the rank's part of a batch.
-        ahead: steps that are read ahead.
+        batch_slice: the rank's part of a batch.
+        ahead: number of steps to prefetch.
 
     Raises:
         ConfigError: DALI is not installed.
     """
 
-    def __init__(self, shard: Shard, *, ahead: int) -> None:
-        self.shard, self.ahead = shard, ahead
-        self._pipeline = _build(shard.device)
+    def __init__(self, batch_slice: BatchSlice, *, ahead: int) -> None:
+        self.batch_slice, self.ahead = batch_slice, ahead
+        self._pipeline = _build(batch_slice.device)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self._reading: deque[tuple[int, Request, Future[list[Batch]]]] = deque()
-        self._fed: deque[list[Batch]] = deque()  # the first of what is being read is with DALI already
+        self._reading: deque[tuple[int, BatchRequest, Future[list[Batch]]]] = deque()
+        self._fed: deque[list[Batch]] = deque()  # the first steps of _reading that were handed to DALI
 
-    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+    def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
         """See ``Loader``."""
         while self._reading and self._reading[0][:2] != (id(source), request):
-            self._drop()  # the run has gone another way than foreseen
+            self._drop()  # prefetched for a step that does not come
         if not self._reading:
             self._read(source, request)
         if not self._fed:
@@ -57,12 +57,12 @@ class DaliLoader:
         """See ``Loader``."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _read(self, source: Source, request: Request) -> None:
-        future = self._thread.submit(lambda: list(micro_batches(source, self.shard, request)))
+    def _read(self, source: SampleSource, request: BatchRequest) -> None:
+        future = self._thread.submit(lambda: list(micro_batches(source, self.batch_slice, request)))
         self._reading.append((id(source), request, future))
 
     def _is_read(self) -> bool:
-        """Whether a step lies ready for DALI; one that could not be read says so when its turn comes."""
+        """Whether a step is ready for DALI. A step that could not be read raises its error when it is loaded."""
         if len(self._fed) == len(self._reading):
             return False
         future = self._reading[len(self._fed)][2]
@@ -85,11 +85,11 @@ class DaliLoader:
         future.cancel()
 
     def _take(self, read: Batch) -> Batch:
-        """The pipeline's next output; bounds, which the host needs too, go beside it."""
+        """The pipeline's next output; cu_seqlens bypass the pipeline because the host needs them too."""
         outputs = self._pipeline.outputs()
         tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
-        bounds = None if read.bounds is None else read.bounds.to(self.shard.device, non_blocking=True)
-        return Batch(**tensors, bounds=bounds, lengths=read.lengths)
+        cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(self.batch_slice.device, non_blocking=True)
+        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths)
 
 
 def _build(device: torch.device) -> Any:
@@ -100,7 +100,7 @@ def _build(device: torch.device) -> Any:
         fix = f"needs NVIDIA DALI ({error}): pip install 'megatron_qwen[dali]', or set data.loader=mmap."
         raise ConfigError(Problem("data.loader", "dali", fix)) from None
     gpu = device.type == "cuda"
-    # A deeper queue would run, at its first call, ahead of what it was fed.
+    # With a deeper queue the first call would run the pipeline before its inputs were fed.
     pipeline = Pipeline(
         batch_size=1, num_threads=1, device_id=device.index if gpu else None, exec_dynamic=True, prefetch_queue_depth=1
     )
@@ -113,5 +113,5 @@ def _build(device: torch.device) -> Any:
 
 
 def _tensor(output: Any) -> torch.Tensor:
-    """A copy: DALI uses its buffers again."""
+    """A copy of an output, because DALI reuses its buffers."""
     return torch.utils.dlpack.from_dlpack(output[0]).clone()

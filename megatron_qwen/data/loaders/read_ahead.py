@@ -1,48 +1,48 @@
-"""Reads batches ahead: while a step computes, the next one's samples are read."""
+"""Prefetches batches: while a step computes, the samples of the next ones are read."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from megatron_qwen.data.loaders.batches import Batch, Request, Shard, micro_batches
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.loaders.batches import Batch, BatchRequest, BatchSlice, micro_batches
+from megatron_qwen.data.reading.samples import SampleSource
 
-Upcoming = Callable[[], Iterator[tuple[Source, Request]]]
+Upcoming = Callable[[], Iterator[tuple[SampleSource, BatchRequest]]]
 
 
 class Loader(Protocol):
     """Gives a rank the micro-batches of a step."""
 
-    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
-        """The micro-batches of a step, on the rank's device; then begins to read those that follow.
+    def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
+        """The micro-batches of a step, on the rank's device; starts prefetching those of later steps.
 
         Raises:
-            DataError: what is read is damaged, in this step or in one that was read ahead for it.
+            DataError: the data of this step is damaged.
         """
 
     def close(self) -> None:
-        """Ends what reads ahead."""
+        """Stops prefetching."""
 
 
 class MemoryMapLoader:
-    """Reads from memory maps, in one thread that runs ahead.
+    """Reads from memory maps in one background thread.
 
     Args:
-        shard: the rank's part of a batch.
-        ahead: steps that are read ahead.
+        batch_slice: the rank's part of a batch.
+        ahead: number of steps to prefetch; 0 reads in the calling thread.
     """
 
-    def __init__(self, shard: Shard, *, ahead: int) -> None:
-        self.shard, self.ahead = shard, ahead
+    def __init__(self, batch_slice: BatchSlice, *, ahead: int) -> None:
+        self.batch_slice, self.ahead = batch_slice, ahead
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader") if ahead else None
-        self._ready: list[tuple[int, Request, Future[list[Batch]]]] = []
+        self._ready: list[tuple[int, BatchRequest, Future[list[Batch]]]] = []
 
-    def load(self, source: Source, request: Request, upcoming: Upcoming) -> list[Batch]:
+    def load(self, source: SampleSource, request: BatchRequest, upcoming: Upcoming) -> list[Batch]:
         """See ``Loader``."""
         if self._thread is None:
             return self._on_device(self._read(source, request))
         while self._ready and self._ready[0][:2] != (id(source), request):
-            self._ready.pop(0)[2].cancel()  # the run has gone another way than foreseen
+            self._ready.pop(0)[2].cancel()  # prefetched for a step that does not come
         if not self._ready:
             self._send(source, request)
         future = self._ready.pop(0)[2]
@@ -58,13 +58,13 @@ class MemoryMapLoader:
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _send(self, source: Source, request: Request) -> None:
+    def _send(self, source: SampleSource, request: BatchRequest) -> None:
         assert self._thread is not None
         self._ready.append((id(source), request, self._thread.submit(self._read, source, request)))
 
-    def _read(self, source: Source, request: Request) -> list[Batch]:
-        batches = list(micro_batches(source, self.shard, request))
-        return [batch.pinned() for batch in batches] if self.shard.device.type == "cuda" else batches
+    def _read(self, source: SampleSource, request: BatchRequest) -> list[Batch]:
+        batches = list(micro_batches(source, self.batch_slice, request))
+        return [batch.pinned() for batch in batches] if self.batch_slice.device.type == "cuda" else batches
 
     def _on_device(self, batches: Sequence[Batch]) -> list[Batch]:
-        return [batch.to(self.shard.device) for batch in batches]
+        return [batch.to(self.batch_slice.device) for batch in batches]

@@ -1,1 +1,1 @@
-"""The order in which training reads its sources: computed, never stored, and exact through every change."""
+"""The order in which training reads its sources: computed, not stored, and exact across changes of mix and length."""

@@ -1,8 +1,11 @@
-"""Which source the next sample comes from: every source has had its share at every moment, to less than one sample.
+"""Which source the next sample comes from: at any time every source has had its share, to within one sample.
 
-R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): among the sources that may be next
-without getting ahead of their share, the one that would fall behind it first. With k sources no count is ever off by
-more than 1 - 1 / (2k - 2).
+Random choice by weight would leave a rare source several samples off its share, and would need a generator state in the
+checkpoint. This is R. Tijdeman, "The chairman assignment problem", Discrete Mathematics 32 (1980): among the sources
+that would not exceed their share by the next sample, take the one that would fall short of it first. With k sources no
+count is ever off by more than 1 - 1 / (2k - 2). The counts are the whole state.
+
+Example with weights 0.5, 0.25, 0.25: after 4 samples the counts are 2, 1, 1, after 8 they are 4, 2, 2.
 """
 
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ class Apportionment:
 
     Args:
         weights: share of each source, in any unit, above zero.
-        counts: samples each has had already.
+        counts: samples that each source has given already.
     """
 
     def __init__(self, weights: Sequence[float], counts: Sequence[int] | None = None) -> None:

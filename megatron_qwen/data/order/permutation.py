@@ -1,8 +1,8 @@
-"""A permutation of 0 .. n-1 that is computed, not stored: position i is found in constant time and memory.
+"""A permutation of 0 .. n-1 that is computed, not stored: item i is found in constant time and memory.
 
 A balanced Feistel network over the smallest even number of bits that holds n, with cycle walking (Black and
 Rogaway 2002) back into the range. Four rounds of a 64-bit mixer make it a shuffle good enough for sample order, more
-of them where a half has few bits; it is no cipher.
+of them where a half has few bits; it is not a cipher.
 """
 
 _MASK = (1 << 64) - 1
@@ -21,7 +21,7 @@ class KeyedPermutation:
 
     Args:
         size: number of items, at least 1.
-        key: any integers; other keys give unrelated orders.
+        key: any integers; different keys give unrelated orders.
     """
 
     def __init__(self, size: int, *key: int) -> None:
@@ -44,7 +44,7 @@ class KeyedPermutation:
                 return index
 
     def index(self, item: int) -> int:
-        """The position at which an item stands."""
+        """The position of an item: the inverse of ``[]``."""
         assert 0 <= item < self.size
         while True:
             item = self._decrypt(item)

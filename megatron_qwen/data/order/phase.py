@@ -1,4 +1,4 @@
-"""A stretch of a run in which one mix of sources is read at one length: sample by sample, and from where to where."""
+"""A phase: the part of a run in which one mix of sources is read at one sequence length."""
 
 import threading
 from array import array
@@ -10,28 +10,27 @@ import numpy as np
 
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.apportion import Apportionment
-
-Run = tuple[int, int]
+from megatron_qwen.data.order.stream import TokenSpan
 
 
 @dataclass(frozen=True)
-class Order:
-    """What decides the order of a source's tokens: a stream of windows, or documents to pack."""
+class SourceOrder:
+    """What determines the order of a source's tokens: a stream of windows, or documents to pack. One is None."""
 
-    windows: stream.Shape | None
+    windows: stream.StreamLayout | None
     documents: packing.Documents | None
 
 
 @dataclass(frozen=True)
-class Position:
+class SourcePosition:
     """How far a source has been read.
 
     Args:
         seq_length: of its samples; None before the first.
         ordinal: how many times the length has changed.
         taken: samples of this length that were taken.
-        pieces: the stream they are windows of.
-        cursor: the pools they are rows of, of a source that is packed.
+        pieces: the stream that the windows are cut from.
+        cursor: position in the pools of a packed source.
     """
 
     seq_length: int | None = None
@@ -40,29 +39,29 @@ class Position:
     pieces: stream.Pieces = stream.WHOLE
     cursor: packing.Cursor = packing.BEGINNING
 
-    def cut(self, order: Order, seq_length: int) -> "Position":
-        """The same place, to be read on at a length."""
+    def cut(self, order: SourceOrder, seq_length: int) -> "SourcePosition":
+        """The same position, prepared for reading on with samples of another length."""
         if self.seq_length in (None, seq_length):
-            return Position(seq_length, self.ordinal, self.taken, self.pieces, self.cursor)
+            return SourcePosition(seq_length, self.ordinal, self.taken, self.pieces, self.cursor)
         assert self.seq_length is not None
         old = {"seq_length": self.seq_length, "ordinal": self.ordinal}
         pieces, cursor = self.pieces, self.cursor
         if order.windows is not None:
             pieces = stream.after(order.windows, pieces, **old, taken=self.taken)
         if order.documents is not None:
-            cursor = packing.Packed(order.documents, cursor, **old).after(self.taken)
-        return Position(seq_length, self.ordinal + 1, 0, pieces, cursor)
+            cursor = packing.PackedRows(order.documents, cursor, **old).after(self.taken)
+        return SourcePosition(seq_length, self.ordinal + 1, 0, pieces, cursor)
 
-    def on(self, samples: int) -> "Position":
-        """The place some samples further."""
-        return Position(self.seq_length, self.ordinal, self.taken + samples, self.pieces, self.cursor)
+    def on(self, samples: int) -> "SourcePosition":
+        """The position after some more samples."""
+        return SourcePosition(self.seq_length, self.ordinal, self.taken + samples, self.pieces, self.cursor)
 
-    def reader(self, order: Order) -> "stream.Windows | packing.Packed":
-        """Where the samples lie, by number from the last change of length on."""
+    def reader(self, order: SourceOrder) -> "stream.Windows | packing.PackedRows":
+        """Maps the number of a sample, counted from the last change of length, to spans of the source."""
         assert self.seq_length is not None
         cut = {"seq_length": self.seq_length, "ordinal": self.ordinal}
         if order.documents is not None:
-            return packing.Packed(order.documents, self.cursor, **cut)
+            return packing.PackedRows(order.documents, self.cursor, **cut)
         assert order.windows is not None
         return stream.Windows(order.windows, self.pieces, **cut)
 
@@ -77,7 +76,7 @@ class Position:
         }
 
     @classmethod
-    def restored(cls, saved: Mapping[str, Any]) -> "Position":
+    def restored(cls, saved: Mapping[str, Any]) -> "SourcePosition":
         """What ``as_dict`` wrote."""
         return cls(
             saved["seq_length"],
@@ -89,28 +88,28 @@ class Position:
 
 
 class Phase:
-    """Samples of one mix, numbered through the run.
+    """The samples of one phase, by their number in the run.
 
     Args:
         orders: of the sources.
         weights: share of each source.
         seq_length: tokens of a sample.
         first_sample: number of the phase's first sample in the run.
-        begins: where each source stands at that sample, cut for this length.
-        counts: samples that each source has given in this phase; the others are not asked for any more.
-        resumed: where each source stands then; a packed source is found from there.
+        begins: position of each source at that sample, for this length.
+        counts: after a resume, samples that each source has given in this phase; earlier ones cannot be read.
+        resumed: position of each source after those, so that a packed source need not pack from the beginning.
     """
 
     def __init__(
         self,
-        orders: Mapping[str, Order],
+        orders: Mapping[str, SourceOrder],
         weights: Mapping[str, float],
         *,
         seq_length: int,
         first_sample: int,
-        begins: Mapping[str, Position],
+        begins: Mapping[str, SourcePosition],
         counts: Mapping[str, int] | None = None,
-        resumed: Mapping[str, Position] | None = None,
+        resumed: Mapping[str, SourcePosition] | None = None,
     ) -> None:
         self.weights, self.seq_length, self.first_sample = dict(weights), seq_length, first_sample
         self.names = sorted(weights)
@@ -122,17 +121,17 @@ class Phase:
         self._known_from = self._next.given  # number in the phase of the first sample whose source is known
         self._counts_there = list(had)
         self._sources, self._indices = array("H"), array("q")
-        self._lock = threading.RLock()  # one thread reads ahead while another asks how far the run is
+        self._lock = threading.RLock()  # a loader thread reads while the main thread asks for the position
 
-    def __getitem__(self, sample: int) -> tuple[str, int, list[Run]]:
-        """The source of a sample, its number among that source's samples of this length, and its runs of tokens."""
+    def __getitem__(self, sample: int) -> tuple[str, int, list[TokenSpan]]:
+        """The source of a sample, its number among that source's samples of this length, and its spans of tokens."""
         chosen, index = self._assigned(sample - self.first_sample)
         name = self.names[chosen]
         number = self.begins[name].taken + index
         return name, number, self._readers[name][number]
 
     def counts(self, samples: int) -> dict[str, int]:
-        """Samples that each source has given once the phase has given ``samples``."""
+        """Number of samples of each source among the first ``samples`` of the phase."""
         with self._lock:
             if samples > self._known_from:
                 self._assigned(samples - 1)
@@ -140,18 +139,18 @@ class Phase:
             counts = np.bincount(since, minlength=len(self.names)) + self._counts_there
         return dict(zip(self.names, counts.tolist(), strict=True))
 
-    def positions(self, samples: int) -> dict[str, Position]:
-        """Where each source stands once the phase has given ``samples``."""
+    def positions(self, samples: int) -> dict[str, SourcePosition]:
+        """Position of each source after ``samples`` samples of the phase."""
         found = {}
         for name, count in self.counts(samples).items():
             position, reader = self.begins[name].on(count), self._readers[name]
-            if isinstance(reader, packing.Packed):
+            if isinstance(reader, packing.PackedRows):
                 position = replace(position, cursor=reader.advanced(position.taken))
             found[name] = position
         return found
 
     def forget(self, samples: int) -> None:
-        """Lets go of what is known of the phase's first samples: they are not asked for again."""
+        """Frees what is stored about the first ``samples`` samples of the phase; they cannot be read any more."""
         with self._lock:
             gone = samples - self._known_from
             if gone > 0:
@@ -160,7 +159,7 @@ class Phase:
                 self._known_from = samples
 
     def _assigned(self, number: int) -> tuple[int, int]:
-        assert number >= self._known_from, "a sample of the past, in a phase that was resumed after it"
+        assert number >= self._known_from, "a sample before the one that the phase was resumed at"
         with self._lock:
             while number - self._known_from >= len(self._sources):
                 chosen, index = self._next.next()

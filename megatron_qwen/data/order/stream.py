@@ -1,11 +1,23 @@
-"""A source as an endless stream of tokens, in which nothing comes twice before everything has come once.
+"""A source as an endless stream of tokens: every token is read once before any token is read twice.
 
-Every epoch the source's tokens are cut into blocks, and the blocks follow one another in a keyed order. Samples are
-windows over that stream; within a group of windows their order is keyed once more. Both are computed, so a sample is
-found in constant time and memory whatever the size of the source.
+In every epoch the source's tokens are cut into blocks, and a keyed permutation orders the blocks. Samples are windows
+over that stream, and a second keyed permutation orders the windows of a group. Permutations are computed, not stored,
+so a sample is found in constant time and memory whatever the size of the source.
 
-What is left of a stream when the length of the windows changes is a stream again: the windows of the group under way
-that were not taken, and then the rest. So a change loses nothing and repeats nothing.
+Example: a source of 110 tokens, blocks of 25, groups of 50, windows of 10 tokens (real sizes are below).
+
+1. Source to stream. 110 // 25 = 4 blocks: tokens 0-24, 25-49, 50-74, and 75-109 (the last one takes the remainder).
+   Say the permutation of epoch 0 is 2, 0, 3, 1. Then stream positions 0-24 are tokens 50-74, positions 25-49 are
+   tokens 0-24, 50-84 are tokens 75-109, and 85-109 are tokens 25-49. Epoch 1 begins at position 110 in another order.
+2. Stream to samples. A group of 50 tokens has 5 windows. Say the permutation of group 0 is 3, 0, 4, 1, 2. Then sample 0
+   is window 3: stream positions 30-39, which are tokens 5-14. Sample 5 is the first of group 1, positions 50-99.
+3. A change of the window length from 10 to 20 after 7 samples. Group 1 has given 2 of its 5 windows. The other 3
+   windows (30 tokens, in the order in which they would have been taken) become the first piece of a new stream
+   (``UntakenWindows``), followed by the old stream from position 100 on (``StreamRange``). Windows of 20 tokens are
+   then cut from the new stream, so the change neither repeats nor loses a token. A further change nests once more.
+
+Why not shuffle all windows of the source at once: after a change of length the untaken windows would be scattered over
+the whole source, and a longer window would find no contiguous room. A group bounds what a change can cut into pieces.
 """
 
 import zlib
@@ -15,21 +27,26 @@ from typing import Any
 
 from megatron_qwen.data.order.permutation import KeyedPermutation
 
-# Blocks are long beside the longest windows, so that few windows hold a seam, and many, so that a group of them is
-# drawn from everywhere. A group is what a shuffle mixes, and the most that a change of length can cut up.
+# A block is long compared with the longest window (131,072 tokens), so that few windows cross from one block into
+# another. There are at least 256 in a large source, so that the 64 blocks of a group come from all over it. A group is
+# what the second permutation mixes, and at most what a change of length cuts into pieces. Sizes in tokens.
 _LEAST_BLOCK, _MOST_BLOCK = 1 << 16, 1 << 20
 _BLOCKS_OF_SOURCE, _BLOCKS_OF_GROUP = 256, 64
 
 
+# Token positions a .. b - 1 of a source, as (a, b).
+TokenSpan = tuple[int, int]
+
+
 @dataclass(frozen=True)
-class Shape:
-    """Sizes that decide a source's order; a run keeps those it began with.
+class StreamLayout:
+    """Sizes that determine the order of a source. A run keeps the sizes it started with, in its ledger.
 
     Args:
         total: tokens of the source.
-        block: tokens of a block; the last of a source is longer, by less than that.
+        block: tokens of a block; the last block is longer, by fewer tokens than a block.
         group: tokens of a group.
-        key: seed and source.
+        key: seed of the run and CRC-32 of the source's name.
     """
 
     total: int
@@ -38,36 +55,36 @@ class Shape:
     key: tuple[int, int]
 
     @classmethod
-    def of(cls, total: int, *, seed: int, name: str) -> "Shape":
+    def of(cls, total: int, *, seed: int, name: str) -> "StreamLayout":
         """The sizes for a source of ``total`` tokens."""
         block = min(max(total // _BLOCKS_OF_SOURCE, _LEAST_BLOCK), _MOST_BLOCK)
         return cls(total, block, min(_BLOCKS_OF_GROUP * block, total), (seed, zlib.crc32(name.encode())))
 
     def windows(self, seq_length: int) -> int:
-        """Windows of a group."""
+        """Number of windows of a group."""
         return max(1, self.group // seq_length)
 
 
 @dataclass(frozen=True)
-class Range:
-    """Positions start .. stop - 1 of the endless stream; without an end where ``stop`` is None."""
+class StreamRange:
+    """Positions start .. stop - 1 of the endless stream of a source; ``stop`` None: without an end."""
 
     start: int
     stop: int | None = None
 
 
 @dataclass(frozen=True)
-class Untaken:
-    """Windows of a group that were not taken, one after the other in the order in which they were to be.
+class UntakenWindows:
+    """The windows of a group that were not taken, as a stream, in the order in which they would have been taken.
 
     Args:
         of: the stream that the group was cut from, exactly as long as the group.
         seq_length: tokens of a window.
         windows: windows of the group.
-        key: what the group's order was keyed with, beside the source.
-        taken: windows that were taken.
-        start: first token of the untaken ones that belongs to this piece.
-        stop: end of this piece.
+        key: the rest of the permutation's key, after that of the source: (ordinal, group).
+        taken: number of windows that were taken.
+        start: first token of this piece, counted over the untaken windows.
+        stop: end of this piece, counted in the same way.
     """
 
     of: tuple["Piece", ...]
@@ -79,37 +96,37 @@ class Untaken:
     stop: int
 
 
-Piece = Range | Untaken
+Piece = StreamRange | UntakenWindows
 Pieces = tuple[Piece, ...]
-WHOLE: Pieces = (Range(0),)
+WHOLE: Pieces = (StreamRange(0),)
 
 
-def segments(shape: Shape, pieces: Pieces, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Where positions start .. stop - 1 of a stream lie in the source.
+def segments(layout: StreamLayout, pieces: Pieces, start: int, stop: int) -> Iterator[TokenSpan]:
+    """Maps positions start .. stop - 1 of a stream to the source.
 
-    Returns:
-        Runs [a, b) of the source's own token positions; neighbours that touch are not joined.
+    Yields:
+        Spans [a, b) of token positions in the source, in stream order; adjacent spans are not joined.
     """
     for piece, first, last in _cut(pieces, start, stop):
         position, end = piece.start + first, piece.start + _known(last)
-        if isinstance(piece, Range):
-            yield from _in_source(shape, position, end)
+        if isinstance(piece, StreamRange):
+            yield from _in_source(layout, position, end)
             continue
-        order = KeyedPermutation(piece.windows, *shape.key, *piece.key)
+        order = KeyedPermutation(piece.windows, *layout.key, *piece.key)
         while position < end:
             window, offset = divmod(position, piece.seq_length)
             length = min(piece.seq_length - offset, end - position)
             begin = order[piece.taken + window] * piece.seq_length + offset
-            yield from segments(shape, piece.of, begin, begin + length)
+            yield from segments(layout, piece.of, begin, begin + length)
             position += length
 
 
 def part(pieces: Pieces, start: int, stop: int | None) -> Pieces:
     """Positions start .. stop - 1 of a stream, as a stream."""
     return tuple(
-        Range(piece.start + first, None if last is None else piece.start + last)
-        if isinstance(piece, Range)
-        else Untaken(
+        StreamRange(piece.start + first, None if last is None else piece.start + last)
+        if isinstance(piece, StreamRange)
+        else UntakenWindows(
             piece.of,
             piece.seq_length,
             piece.windows,
@@ -122,59 +139,60 @@ def part(pieces: Pieces, start: int, stop: int | None) -> Pieces:
     )
 
 
-def after(shape: Shape, pieces: Pieces, *, seq_length: int, ordinal: int, taken: int) -> Pieces:
-    """What is left of a stream once samples have been taken from it.
+def after(layout: StreamLayout, pieces: Pieces, *, seq_length: int, ordinal: int, taken: int) -> Pieces:
+    """The rest of a stream after some samples were taken from it, as a stream.
 
     Args:
-        shape: of the source.
+        layout: of the source.
         pieces: the stream.
         seq_length: tokens of a sample.
-        ordinal: how many times the stream had been cut anew.
+        ordinal: how many times the length had changed before.
         taken: samples taken.
     """
-    windows = shape.windows(seq_length)
+    windows = layout.windows(seq_length)
     group, within = divmod(taken, windows)
     size = windows * seq_length
     if within == 0:
         return part(pieces, group * size, None)
     own = part(pieces, group * size, (group + 1) * size)
     rest = (windows - within) * seq_length
-    left = Untaken(own, seq_length, windows, (ordinal, group), within, 0, rest)
+    # Nested: ``own`` may itself hold untaken windows of an earlier change.
+    left = UntakenWindows(own, seq_length, windows, (ordinal, group), within, 0, rest)
     return (left, *part(pieces, (group + 1) * size, None))
 
 
 class Windows:
-    """Samples of a stream: sample ``i`` is a pure function of seed, source, stream and ``i``.
+    """The samples of a stream. Sample ``i`` is a pure function of seed, source, stream, ordinal and ``i``.
 
     Args:
-        shape: of the source.
+        layout: of the source.
         pieces: the stream.
         seq_length: tokens of a sample.
-        ordinal: how many times the stream had been cut anew.
+        ordinal: how many times the length had changed; part of the key, so that the orders differ.
     """
 
-    def __init__(self, shape: Shape, pieces: Pieces, *, seq_length: int, ordinal: int) -> None:
-        self.shape, self.pieces, self.seq_length, self.ordinal = shape, pieces, seq_length, ordinal
-        self._windows = shape.windows(seq_length)
+    def __init__(self, layout: StreamLayout, pieces: Pieces, *, seq_length: int, ordinal: int) -> None:
+        self.layout, self.pieces, self.seq_length, self.ordinal = layout, pieces, seq_length, ordinal
+        self._windows = layout.windows(seq_length)
         self._order: tuple[int, KeyedPermutation] | None = None
 
-    def __getitem__(self, index: int) -> list[tuple[int, int]]:
-        """Where sample ``index`` lies in the source, as runs [a, b); runs that touch are one."""
+    def __getitem__(self, index: int) -> list[TokenSpan]:
+        """Spans [a, b) of the source that make up sample ``index``; adjacent spans are joined."""
         group, within = divmod(index, self._windows)
         if self._order is None or self._order[0] != group:
-            self._order = group, KeyedPermutation(self._windows, *self.shape.key, self.ordinal, group)
+            self._order = group, KeyedPermutation(self._windows, *self.layout.key, self.ordinal, group)
         start = (group * self._windows + self._order[1][within]) * self.seq_length
-        runs: list[tuple[int, int]] = []
-        for begin, end in segments(self.shape, self.pieces, start, start + self.seq_length):
-            if runs and runs[-1][1] == begin:
-                runs[-1] = (runs[-1][0], end)
+        spans: list[TokenSpan] = []
+        for begin, end in segments(self.layout, self.pieces, start, start + self.seq_length):
+            if spans and spans[-1][1] == begin:
+                spans[-1] = (spans[-1][0], end)
             else:
-                runs.append((begin, end))
-        return runs
+                spans.append((begin, end))
+        return spans
 
 
 def _cut(pieces: Pieces, start: int, stop: int | None) -> Iterator[tuple[Piece, int, int | None]]:
-    """The pieces that hold positions start .. stop - 1, each with the bounds inside it."""
+    """The pieces that hold positions start .. stop - 1, each with the first and last position relative to it."""
     base = 0
     for piece in pieces:
         size = _size(piece)
@@ -197,35 +215,40 @@ def _known(value: int | None) -> int:
     return value
 
 
-def _in_source(shape: Shape, start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Where positions of the endless stream lie in the source."""
-    blocks = max(1, shape.total // shape.block)
-    longer = shape.total - blocks * shape.block  # by so much is the last block longer
+def _in_source(layout: StreamLayout, start: int, stop: int) -> Iterator[TokenSpan]:
+    """Maps positions of the endless stream to spans of the source, block by block.
+
+    All blocks have ``block`` tokens except the last one of the source, which has ``longer`` tokens more. Where it is in
+    the epoch's order (``place``, by the inverse permutation) decides whether a position is before, in or after it; the
+    block is then one division away.
+    """
+    blocks = max(1, layout.total // layout.block)
+    longer = layout.total - blocks * layout.block  # tokens that the last block has more than the others
     position = start
     while position < stop:
-        epoch, inside = divmod(position, shape.total)
-        order = KeyedPermutation(blocks, *shape.key, -1, epoch)
-        place = order.index(blocks - 1)  # where the longer block stands
-        if inside < place * shape.block:
-            visit = inside // shape.block
-            first = visit * shape.block
-        elif inside < (place + 1) * shape.block + longer:
-            visit, first = place, place * shape.block
+        epoch, inside = divmod(position, layout.total)
+        order = KeyedPermutation(blocks, *layout.key, -1, epoch)
+        place = order.index(blocks - 1)  # position of the longer block in this epoch
+        if inside < place * layout.block:
+            visit = inside // layout.block
+            first = visit * layout.block
+        elif inside < (place + 1) * layout.block + longer:
+            visit, first = place, place * layout.block
         else:
-            visit = (inside - longer) // shape.block
-            first = visit * shape.block + longer
-        size = shape.block + (longer if visit == place else 0)
-        begin = order[visit] * shape.block + inside - first
+            visit = (inside - longer) // layout.block
+            first = visit * layout.block + longer
+        size = layout.block + (longer if visit == place else 0)
+        begin = order[visit] * layout.block + inside - first
         length = min(size - (inside - first), stop - position)
         yield begin, begin + length
         position += length
 
 
 def to_json(pieces: Pieces) -> list[dict[str, Any]]:
-    """A stream for a checkpoint's state."""
+    """A stream as JSON, for the ledger in a checkpoint."""
     return [
         {"start": piece.start, "stop": piece.stop}
-        if isinstance(piece, Range)
+        if isinstance(piece, StreamRange)
         else {
             "of": to_json(piece.of),
             "seq_length": piece.seq_length,
@@ -242,7 +265,7 @@ def to_json(pieces: Pieces) -> list[dict[str, Any]]:
 def from_json(saved: Sequence[dict[str, Any]]) -> Pieces:
     """The stream that ``to_json`` wrote."""
     return tuple(
-        Untaken(
+        UntakenWindows(
             from_json(item["of"]),
             item["seq_length"],
             item["windows"],
@@ -252,6 +275,6 @@ def from_json(saved: Sequence[dict[str, Any]]) -> Pieces:
             item["stop"],
         )
         if "of" in item
-        else Range(item["start"], item["stop"])
+        else StreamRange(item["start"], item["stop"])
         for item in saved
     )

@@ -1,4 +1,4 @@
-"""What a process must do before it forks workers."""
+"""Precautions before a process forks workers."""
 
 import contextlib
 import gc
@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def garbage_left_to_the_parent() -> Iterator[None]:
-    """Around the start of workers: they never collect what this process has dropped and not yet collected.
+    """Around a fork: the workers never collect garbage that this process has dropped but not yet collected.
 
-    A finalizer that joins threads (those of a DALI pipeline, for one) waits for ever in a forked process, which has
+    A finalizer that joins threads (those of a DALI pipeline, for one) waits forever in a forked process, which has
     none of its parent's threads. Objects frozen when a process is forked stay frozen in it.
     """
     gc.freeze()

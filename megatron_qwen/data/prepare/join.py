@@ -1,4 +1,4 @@
-"""Parts in order to a token file; the last thing that appears is its manifest."""
+"""Joins encoded parts, in order, into a token file. Its manifest is written last."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +10,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
-from megatron_qwen.data.prepare.plan import Plan, Shard
+from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
 from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
@@ -23,14 +23,14 @@ PART_ENDINGS = ("bin", "len", "bad", "mask", "json")
 
 
 class ShardWriter:
-    """Appends parts to a shard's temporary .bin as they become whole, so that little is left to do at the end.
+    """Appends parts to a shard's temporary .bin as soon as they are complete, so that little is left to do at the end.
 
     Args:
         plan: what is prepared.
         shard: the shard.
     """
 
-    def __init__(self, plan: Plan, shard: Shard) -> None:
+    def __init__(self, plan: PreparationPlan, shard: OutputShard) -> None:
         self.plan, self.shard = plan, shard
         self.parts: list[Part] = []
         masked = plan.options.prompt_field is not None
@@ -43,14 +43,14 @@ class ShardWriter:
         self._digests = {ending: xxhash.xxh3_128() for ending in self._endings}
 
     def append(self, part: Part, *, trusted: bool) -> None:
-        """Takes the next part.
+        """Appends the next part.
 
         Args:
-            part: what it is.
-            trusted: whether it was made just now; one that an earlier attempt left is compared with its hash.
+            part: its counts and hashes.
+            trusted: True for a part made by this process; a part of an earlier attempt is compared with its hash.
 
         Raises:
-            DataError: it has other bytes than when it was made.
+            DataError: the part does not match its hash.
         """
         for ending in self._endings:
             if ending not in self._files:
@@ -66,7 +66,7 @@ class ShardWriter:
             if ending == "bin" and not trusted and own.hexdigest() != part.bin_xxh3_128:
                 path = part_path(self.plan.work, part.key, "json")
                 path.unlink()
-                fix = "had other bytes than when it was made, and is gone; run the same command again."
+                fix = "did not match its checksum and was deleted; run the same command again to recreate it."
                 raise DataError(Problem(str(path.with_suffix(".bin")), None, fix))
         self.parts.append(part)
         self._unsynced += part.tokens
@@ -74,15 +74,15 @@ class ShardWriter:
             self._unsynced = 0
             for file in self._files.values():
                 file.flush()
-                # The disk writes while more is made, and has little left to do at the end.
+                # The disk writes while workers encode, so that the final sync is short.
                 self._syncs.append(self._syncer.submit(sync_stream, file))
 
     def commit(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype[Any]) -> Manifest:
-        """Writes index, set-aside records and manifest and gives all files their names."""
+        """Writes index, skipped records and manifest, and renames all files to their final names."""
         prefix = self.shard.prefix
         counts = {name: sum(getattr(part, name) for part in self.parts) for name in COUNTS}
         self._syncer.shutdown()
-        for sync in self._syncs:  # an error of the disk is told once
+        for sync in self._syncs:  # raises the first disk error
             sync.result()
         write_index(self._temporary("idx"), self._lengths, documents=counts["documents"], dtype=dtype)
         for file in self._files.values():
@@ -117,7 +117,7 @@ class ShardWriter:
         return manifest
 
     def discard(self) -> None:
-        """Closes what is open; parts stay for the next attempt."""
+        """Closes the open files; parts stay for the next attempt."""
         self._syncer.shutdown()
         for file in self._files.values():
             file.close()
@@ -132,8 +132,8 @@ class ShardWriter:
             yield np.fromfile(part_path(self.plan.work, part.key, "len"), dtype=np.int32)
 
 
-def set_manifest(plan: Plan, shards: Sequence[Manifest]) -> Manifest:
-    """The manifest of all shards together."""
+def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
+    """The manifest of the set of all shards."""
     first = shards[0]
     together = xxhash.xxh3_128("".join(shard.bin_xxh3_128 for shard in shards).encode())
     masks = [shard.mask_xxh3_128 for shard in shards if shard.mask_xxh3_128 is not None]
@@ -153,7 +153,7 @@ def set_manifest(plan: Plan, shards: Sequence[Manifest]) -> Manifest:
     )
 
 
-def _inputs(shard: Shard) -> list[dict[str, Any]]:
+def _inputs(shard: OutputShard) -> list[dict[str, Any]]:
     files = {span.file.path: span.file.size for unit in shard.units for span in unit.spans}
     return [{"path": str(path.absolute()), "size": size} for path, size in files.items()]
 

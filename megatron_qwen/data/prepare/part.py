@@ -1,4 +1,4 @@
-"""A unit encoded: its tokens, the lengths of its documents, and what was counted on the way."""
+"""Encodes a unit into a part: its tokens, the lengths of its documents, and counts."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.text.records import read_span
@@ -20,21 +20,22 @@ from megatron_qwen.errors import DataError
 from megatron_qwen.files import atomic_write_json, publish, temporary_name
 
 _FLUSH_TOKENS = 1 << 21
-# Of every unit so much text is encoded a second time by the tokenizer's own library, and compared.
+# This much text of every unit is encoded a second time with the tokenizer's own library and compared, because gigatoken
+# is another implementation: a difference would train the model on wrong ids without any error.
 _SAMPLE_CHARACTERS = 4096
 _REPORTED = 10
 
 
 @dataclass
 class Part:
-    """What a unit became.
+    """An encoded unit.
 
     Args:
         key: of the unit.
-        documents: and the other counts, as in the manifest.
-        bin_xxh3_128: of its tokens.
-        mask: whether any document had a prompt, so that there is a mask.
-        samples: some texts and their ids, for who compares them; not kept on disk.
+        documents: documents written; the other counts are those of the manifest.
+        bin_xxh3_128: hash of its tokens.
+        mask: whether the preparation writes a loss mask (documents with prompts).
+        samples: some texts and their ids, for comparison with the tokenizer; not stored on disk.
     """
 
     key: str
@@ -59,7 +60,7 @@ def part_path(work: Path, key: str, ending: str) -> Path:
 
 
 def read_part(work: Path, key: str) -> Part | None:
-    """A part that an earlier attempt finished; None where there is none."""
+    """A part that an earlier attempt finished; None if there is none."""
     try:
         content: dict[str, Any] = json.loads(part_path(work, key, "json").read_text())
         part = Part(**content)
@@ -71,17 +72,17 @@ def read_part(work: Path, key: str) -> Part | None:
     return part
 
 
-def encode_unit(unit: Unit, plan: Plan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
-    """Reads, encodes and writes a unit; nothing lies under the part's name before all of it is written.
+def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
+    """Reads, encodes and writes a unit; the part's files get their names when all of them are complete.
 
     Args:
-        unit: what is read.
-        plan: how.
+        unit: what to read.
+        plan: how to read it.
         encoder: text to ids.
         on_progress: called with bytes read from disk, text bytes, documents and tokens since the last call.
 
     Raises:
-        DataError: a record is bad and bad ones are not to be set aside, or a file is damaged.
+        DataError: a record is bad and ``plan.skip_bad`` is off, or a file is damaged.
     """
     with _PartWriter(plan.work, unit.key, encoder, masked=plan.options.prompt_field is not None) as out:
         read = [0]
@@ -126,7 +127,7 @@ class _PartWriter:
             path.unlink(missing_ok=True)
 
     def add(self, block: Block) -> None:
-        """Encodes and writes a block's documents and sets its bad records aside."""
+        """Encodes and writes the documents of a block, and its bad records to the file of skipped records."""
         part, lengths = self.part, []
         for text in _drained(block):
             lengths.append(self._document(text))
@@ -184,7 +185,7 @@ class _PartWriter:
         self._pieces, self._masks, self._held = [], [], 0
 
     def finish(self) -> Part:
-        """Gives the part its name."""
+        """Renames the files of the part to their final names, the JSON file last."""
         self._flush()
         self.part.bin_xxh3_128 = self._digest.hexdigest()
         for file in self._files.values():
@@ -197,7 +198,7 @@ class _PartWriter:
 
 
 def _drained(block: Block) -> Iterator[Document]:
-    """The documents of a block, each let go of before the next: one may be as large as a block is allowed to be."""
+    """The documents of a block, each freed before the next is taken: one may be hundreds of MiB."""
     block.texts.reverse()
     while block.texts:
         yield block.texts.pop()

@@ -1,4 +1,8 @@
-"""How input files are cut into units and units into shards: a function of the input alone, whoever does the work."""
+"""How input files are divided into units and units into shards.
+
+The division is a function of the input alone, not of the number of workers or tasks, so the output has the same bytes
+however many of them make it, and an interrupted job resumes with another number.
+"""
 
 import hashlib
 import json
@@ -8,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.data.text.blocks import ReadOptions
-from megatron_qwen.data.text.inputs import Form, InputFile, Packing
-from megatron_qwen.data.text.records import Span
+from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
+from megatron_qwen.data.text.records import FileSpan
 from megatron_qwen.data.tokenizers.tokenizer import fingerprint
 
 UNIT_BYTES = 16 << 20
@@ -18,19 +22,19 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Unit:
-    """Spans that one process encodes into one part.
+    """File spans that one process encodes into one part.
 
     Args:
-        key: hash of what decides its tokens: another attempt, or another plan, finds the part by it.
-        spans: what is read, in order.
+        key: hash of everything that determines its tokens; another attempt, or another plan, finds the part by it.
+        spans: what to read, in order.
     """
 
     key: str
-    spans: tuple[Span, ...]
+    spans: tuple[FileSpan, ...]
 
 
 @dataclass(frozen=True)
-class Shard:
+class OutputShard:
     """Units that become one token file.
 
     Args:
@@ -43,17 +47,17 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """All that decides the bytes of the output.
+class PreparationPlan:
+    """Everything that determines the bytes of the output.
 
     Args:
         prefix: of the output.
         tokenizer: its directory.
         files: the input, in order.
         options: how records are read.
-        skip_bad: whether bad records are set aside, or stop the work.
+        skip_bad: write bad records to a file of their own and continue, instead of stopping.
         shards: the output; a single one has the output's own prefix.
-        identity: what another attempt must have in common with this one.
+        identity: what determines the output, as JSON; attempts with the same identity can continue each other.
     """
 
     prefix: Path
@@ -61,7 +65,7 @@ class Plan:
     files: tuple[InputFile, ...]
     options: ReadOptions
     skip_bad: bool
-    shards: tuple[Shard, ...]
+    shards: tuple[OutputShard, ...]
     identity: dict[str, Any]
 
     @property
@@ -71,7 +75,7 @@ class Plan:
 
     @property
     def work(self) -> Path:
-        """Where parts lie until their shard is whole."""
+        """Directory of parts until their shard is complete."""
         return self.prefix.with_name(self.prefix.name + ".work")
 
 
@@ -84,17 +88,17 @@ def make_plan(
     skip_bad: bool = False,
     shard_bytes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
-) -> Plan:
-    """Cuts the input.
+) -> PreparationPlan:
+    """Divides the input into units and shards.
 
     Args:
         files: the input, in order.
         tokenizer: its directory.
         prefix: of the output.
         options: how records are read.
-        skip_bad: whether bad records are set aside.
-        shard_bytes: input of a shard, as it lies on disk; None makes one token file.
-        unit_bytes: input of a unit.
+        skip_bad: write bad records to a file of their own and continue.
+        shard_bytes: input bytes on disk per shard; None makes one token file.
+        unit_bytes: input bytes on disk per unit.
 
     Raises:
         DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
@@ -112,10 +116,10 @@ def make_plan(
         "on_error": "skip" if skip_bad else "stop",
         "shard_bytes": shard_bytes,
     }
-    return Plan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
+    return PreparationPlan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
 
 
-def _key(spans: tuple[Span, ...], deciding: dict[str, Any]) -> str:
+def _key(spans: tuple[FileSpan, ...], deciding: dict[str, Any]) -> str:
     read = [
         (str(span.file.path.absolute()), span.file.size, span.file.path.stat().st_mtime_ns, span.start, span.stop)
         for span in spans
@@ -123,9 +127,9 @@ def _key(spans: tuple[Span, ...], deciding: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([read, deciding], sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[Span, ...]]:
-    """Large files in several units, small ones together in one."""
-    gathered: list[Span] = []
+def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) -> Iterator[tuple[FileSpan, ...]]:
+    """Spans of each unit: a large file is divided into several units, small files share one."""
+    gathered: list[FileSpan] = []
     size = 0
     for file in files:
         spans = list(_spans(file, options, unit_bytes))
@@ -144,34 +148,34 @@ def _units(files: Sequence[InputFile], options: ReadOptions, unit_bytes: int) ->
         yield tuple(gathered)
 
 
-def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[Span]:
-    if file.form is Form.PARQUET:
+def _spans(file: InputFile, options: ReadOptions, unit_bytes: int) -> Iterator[FileSpan]:
+    if file.format is FileFormat.PARQUET:
         from megatron_qwen.data.text.parquet import row_groups
 
         first, size = 0, 0
         groups = row_groups(file, options)
-        on_disk = file.size / max(sum(groups), 1)  # a row group says how large it is unpacked
+        on_disk = file.size / max(sum(groups), 1)  # metadata gives the uncompressed size of a row group
         for index, group in enumerate(groups):
             if size and size + group > unit_bytes:
-                yield Span(file, first, index, round(size * on_disk))
+                yield FileSpan(file, first, index, round(size * on_disk))
                 first, size = index, 0
             size += group
-        yield Span(file, first, len(groups), round(size * on_disk))
-    elif file.form is Form.JSONL and file.packing is Packing.PLAIN:
+        yield FileSpan(file, first, len(groups), round(size * on_disk))
+    elif file.format is FileFormat.JSONL and file.compression is Compression.PLAIN:
         for start in range(0, file.size, unit_bytes):
             stop = min(start + unit_bytes, file.size)
-            yield Span(file, start, stop, stop - start)
+            yield FileSpan(file, start, stop, stop - start)
     else:
-        yield Span(file)
+        yield FileSpan(file)
 
 
-def _span_bytes(span: Span) -> int:
+def _span_bytes(span: FileSpan) -> int:
     return span.file.size if span.size is None else span.size
 
 
-def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[Shard, ...]:
+def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> tuple[OutputShard, ...]:
     if shard_bytes is None:
-        return (Shard(prefix, units),)
+        return (OutputShard(prefix, units),)
     groups: list[list[Unit]] = [[]]
     size = 0
     for unit in units:
@@ -183,5 +187,6 @@ def _shards(units: tuple[Unit, ...], prefix: Path, shard_bytes: int | None) -> t
         size += more
     width = max(5, len(str(len(groups) - 1)))
     return tuple(
-        Shard(prefix.with_name(f"{prefix.name}_{index:0{width}d}"), tuple(group)) for index, group in enumerate(groups)
+        OutputShard(prefix.with_name(f"{prefix.name}_{index:0{width}d}"), tuple(group))
+        for index, group in enumerate(groups)
     )

@@ -1,4 +1,4 @@
-"""Processes that encode units: forked once the encoder is loaded, so that they share its tables."""
+"""Worker processes that encode units. They are forked after the encoder is loaded, so they share its tables."""
 
 import multiprocessing
 import os
@@ -13,12 +13,12 @@ from typing import Any
 from megatron_qwen import process_settings
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.prepare.part import Part, encode_unit
-from megatron_qwen.data.prepare.plan import Plan, Unit
+from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import Problem, UserError
 
-# So many units lie ready for a process beside the one it works on.
+# Units queued for a worker in addition to the one it encodes, so that it never waits for the next.
 _AHEAD = 1
 _NICE_S = 5.0
 _TELL_S = 0.1
@@ -27,14 +27,14 @@ _KEPT_BLOCK_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
 
 
 class WorkerDied(UserError):
-    """A process ended without a word; what other units became is kept (exit 1)."""
+    """A worker process died; finished parts are kept (exit 1)."""
 
     kind = "a worker died"
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Work done since the last word of a process."""
+class EncodingProgress:
+    """Work done since the last report of a worker."""
 
     read: int
     text_bytes: int
@@ -50,16 +50,16 @@ class _Worker:
 
 
 class Workers:
-    """A pool of processes.
+    """A pool of worker processes.
 
     Args:
         count: how many.
-        plan: what is prepared.
+        plan: of the preparation.
         encoder: loaded already.
-        units: what there is to encode; the processes know them from the fork, and are sent numbers.
+        units: what to encode; workers have them from the fork and are sent indices only.
     """
 
-    def __init__(self, count: int, plan: Plan, encoder: Encoder, units: Sequence[Unit]) -> None:
+    def __init__(self, count: int, plan: PreparationPlan, encoder: Encoder, units: Sequence[Unit]) -> None:
         self._units = units
         context = multiprocessing.get_context("fork")
         self._workers: list[_Worker] = []
@@ -72,31 +72,31 @@ class Workers:
             theirs.close()
             self._workers.append(_Worker(process, ours, []))
 
-    def run(self) -> Iterator[Part | Progress]:
-        """Has the units encoded, at once; parts come as they are finished, in any order.
+    def run(self) -> Iterator[Part | EncodingProgress]:
+        """Starts encoding at once; yields progress, and parts as they are finished, in any order.
 
         Raises:
-            UserError: the first that a process met.
-            WorkerDied: a process was killed.
+            UserError: the first error of a worker.
+            WorkerDied: a worker was killed.
         """
         waiting = list(reversed(range(len(self._units))))
         for _ in range(1 + _AHEAD):
             for worker in self._workers:
                 self._give(worker, waiting)
-        return self._words(waiting)
+        return self._messages(waiting)
 
-    def _words(self, waiting: list[int]) -> Iterator[Part | Progress]:
+    def _messages(self, waiting: list[int]) -> Iterator[Part | EncodingProgress]:
         while any(worker.units for worker in self._workers):
             by_connection = {worker.connection: worker for worker in self._workers if worker.units}
             for ready in wait(list(by_connection)):
                 worker = by_connection[ready]  # type: ignore[index]
-                word = self._hear(worker)
-                if isinstance(word, BaseException):
-                    raise word
-                if isinstance(word, Part):
+                message = self._receive(worker)
+                if isinstance(message, BaseException):
+                    raise message
+                if isinstance(message, Part):
                     worker.units.pop(0)
                     self._give(worker, waiting)
-                yield word
+                yield message
 
     def close(self) -> None:
         """Ends all processes."""
@@ -112,31 +112,35 @@ class Workers:
             try:
                 worker.connection.send(worker.units[-1])
             except OSError:
-                self._mourn(worker)
+                self._raise_died(worker)
 
-    def _hear(self, worker: _Worker) -> Any:
+    def _receive(self, worker: _Worker) -> Any:
         try:
             return worker.connection.recv()
         except (EOFError, OSError):
-            return self._mourn(worker)
+            return self._raise_died(worker)
 
-    def _mourn(self, worker: _Worker) -> None:
+    def _raise_died(self, worker: _Worker) -> None:
         worker.process.join(_NICE_S)
         code = worker.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         span = self._units[worker.units[0]].spans[0]
-        fix = f"the process that encoded it {how}; the kernel kills what needs too much memory: try fewer --workers. "
-        raise WorkerDied(Problem(str(span.file.path), None, fix + "The same command goes on from here."))
+        fix = f"the process that encoded it {how}; if the machine ran out of memory, use fewer --workers. "
+        raise WorkerDied(Problem(str(span.file.path), None, fix + "Run the same command again to resume."))
 
 
 def _serve(
-    connection: Connection, foreign: Sequence[Connection], plan: Plan, encoder: Encoder, units: Sequence[Unit]
+    connection: Connection,
+    foreign: Sequence[Connection],
+    plan: PreparationPlan,
+    encoder: Encoder,
+    units: Sequence[Unit],
 ) -> None:
-    """Encodes the units that come until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
+    """A worker: encodes the units it is sent until the parent closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends the workers
     process_settings.keep_freed_memory(largest_block=_KEPT_BLOCK_BYTES, most_free=_KEPT_BYTES)
     tokenizers_without_threads()
-    for one in foreign:  # else the end of the parent would go unnoticed
+    for one in foreign:  # inherited ends would keep the pipe open after the parent's death
         one.close()
 
     held, told = [0, 0, 0, 0], time.monotonic()
@@ -150,7 +154,7 @@ def _serve(
 
     def flush() -> None:
         nonlocal told
-        connection.send(Progress(*held))
+        connection.send(EncodingProgress(*held))
         held[:], told = [0, 0, 0, 0], time.monotonic()
 
     try:

@@ -14,15 +14,15 @@ from megatron_qwen.data.reading.samples import Sample
 from megatron_qwen.errors import DataError, Problem
 
 SENTINELS = ("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>")
-# Where a document, or a part of one, begins and ends in a sample, and whether its end of document is there.
+# (begin, end, whole): a document, or a part of one, in a sample; whether it includes its end-of-document token.
 Piece = tuple[int, int, bool]
-# A shorter document stays as it is.
+# Documents with fewer tokens are left unchanged.
 _LEAST = 16
 
 
 @dataclass(frozen=True)
 class FillInTheMiddle:
-    """How documents are rearranged.
+    """Rearranges documents for fill-in-the-middle.
 
     Args:
         rate: share of the documents.
@@ -64,17 +64,17 @@ class FillInTheMiddle:
         ends = {end for _, end, whole in documents if whole}
         for begin, end, whole in documents:
             chosen, spm = random.random(2)
-            stop = end - 1 if whole else end  # an end of document stays the end
+            stop = end - 1 if whole else end  # the end-of-document token stays last
             if chosen >= self.rate or stop - begin < _LEAST:
                 continue
             content = tokens[begin:stop]
             low, high = sorted(random.integers(0, len(content) - len(SENTINELS) + 1, size=2).tolist())
             tokens[begin:stop] = self._arranged(content, low, high, spm < self.spm_rate)
             labels[begin : end - 1] = tokens[begin + 1 : end]
-            if begin in ends:  # else the text before it goes on elsewhere
+            if begin in ends:  # otherwise the text before it continues in another sample
                 labels[begin - 1] = tokens[begin]
             if not whole:
-                mask[end - 1] = 0.0  # the text does not go on where the middle ends
+                mask[end - 1] = 0.0  # the true next token follows the suffix, not the middle
         return replace(sample, tokens=tokens, labels=labels, loss_mask=mask)
 
     def _arranged(self, content: npt.NDArray[np.int64], low: int, high: int, spm: bool) -> npt.NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""Whether data, tokenizer and model belong together; asked before any rank starts."""
+"""Checks that data, tokenizer and model fit together, before any rank starts."""
 
 from megatron_qwen.config.checks import packed_sequence_problems
 from megatron_qwen.config.checks import problems as config_problems
@@ -9,7 +9,7 @@ from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.tokenizers.tokenizer import fingerprint, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
-# Of a file that another program made, so many tokens are searched for ids that the embedding does not have.
+# A file of another program has no manifest: this many tokens of it are searched for ids beyond the embedding.
 _LOOKED_AT = 1 << 24
 
 
@@ -33,7 +33,7 @@ def require_usable(config: RunConfig, *, world_size: int | None = None) -> Train
     if config.data.tokenizer is not None:
         size = load_tokenizer(config.data.tokenizer).vocab_size
         if size > config.model.vocab_size:
-            fix = f"the tokenizer {config.data.tokenizer} has {size} ids; raise it."
+            fix = f"is smaller than the {size} ids of the tokenizer {config.data.tokenizer}; raise it."
             problems.append(Problem("model.vocab_size", config.model.vocab_size, fix))
     if problems:
         raise DataError(problems)
@@ -41,7 +41,7 @@ def require_usable(config: RunConfig, *, world_size: int | None = None) -> Train
 
 
 def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
-    """Raises ConfigError with everything that is wrong with what holds in each stage.
+    """Raises ConfigError with every problem of the configuration in force in each data stage.
 
     Args:
         data: of the run.
@@ -50,9 +50,9 @@ def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
     found = []
     for stage in data.blend.stages:
         config = stage.configure(data.config)
-        # What is wrong with the run's own configuration is said elsewhere.
+        # Problems of the run's own configuration are reported elsewhere.
         wrong = config_problems(config, world_size=world_size) if config != data.config else []
-        if data.separates(stage) and not config.data.reset_attention_mask:
+        if data.is_packed(stage) and not config.data.reset_attention_mask:
             wrong += packed_sequence_problems(config, Problem("lengths" if stage.lengths else "packing", None, ""))
         found += [Problem(f"stage {stage.name}: {one.where}", one.value, one.fix) for one in wrong]
     if found:
@@ -65,15 +65,17 @@ def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:
     noted = read_manifest(source.tokens.prefix)
     problems = []
     if noted is not None and noted.vocab_size > size:
-        fix = f"{path} was made with {noted.vocab_size} ids; raise it."
+        fix = f"is smaller than the {noted.vocab_size} ids that {path} was prepared with; raise it."
         problems.append(Problem("model.vocab_size", size, fix))
     if noted is None:
         largest = int(source.tokens.tokens(0, min(_LOOKED_AT, source.tokens.num_tokens)).max())
         if largest >= size:
-            problems.append(Problem("model.vocab_size", size, f"{path} holds the id {largest}; raise it."))
+            problems.append(
+                Problem("model.vocab_size", size, f"is too small: {path} contains the id {largest}; raise it.")
+            )
     tokenizer = config.data.tokenizer
     if noted is not None and tokenizer is not None and noted.tokenizer_sha256 != fingerprint(tokenizer):
-        fix = f"is not the tokenizer {path} was made with; name that one or prepare the data again."
+        fix = f"is not the tokenizer that {path} was prepared with; use that one or prepare the data again."
         problems.append(Problem("data.tokenizer", tokenizer, fix))
     if source.spec.fim_rate and noted is None:
         fix = f"needs the ids of control tokens, and {path} has no manifest; set it to 0."

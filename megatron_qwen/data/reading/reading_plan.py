@@ -53,7 +53,7 @@ class StagePlan:
 
 
 def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
-    """The stages that the run's steps reach, in order, from where the data stands.
+    """The stages that the run's steps reach, in order, from the present position of the data.
 
     Args:
         data: of the run, at its beginning or where it has resumed.
@@ -62,11 +62,11 @@ def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
     left = data.config.training.train_iters - iteration
     read = dict.fromkeys(data.sources, 0.0)
     used: dict[str, int] = {}
-    for record in data.records(data.consumed):
-        used[record.stage] = used.get(record.stage, 0) + record.samples * record.seq_length
-        for name, count in record.counts.items():
+    for entry in data.ledger(data.consumed):
+        used[entry.stage] = used.get(entry.stage, 0) + entry.samples * entry.seq_length
+        for name, count in entry.counts.items():
             if name in read:
-                read[name] += count * record.seq_length / data.sources[name].stop
+                read[name] += count * entry.seq_length / data.sources[name].stop
     names = [stage.name for stage in data.blend.stages]
     first = names.index(data.at(data.consumed).stage.name) if iteration else 0
     found, consumed = [], data.consumed
@@ -111,24 +111,26 @@ def warnings(data: TrainingData, stages: list[StagePlan]) -> list[Problem]:
         source = data.sources[name]
         if epochs > source.spec.max_epochs:
             fix = (
-                f"would be read {epochs:.1f} times; its limit is {source.spec.max_epochs:g}. Beyond 4 epochs repeated "
-                "text is worth little (arXiv 2305.16264); add data, or lower its weight."
+                f"would be read {epochs:.1f} times; max_epochs is {source.spec.max_epochs:g}. Repeating data more than "
+                "4 times adds little (arXiv 2305.16264); add data, or lower its weight."
             )
             found.append(Problem(source.where, f"{source.stop:,} tokens", fix))
-    reached = {stage.name for stage in stages} | {record.stage for record in data.records(data.consumed)}
+    reached = {stage.name for stage in stages} | {entry.stage for entry in data.ledger(data.consumed)}
     for stage in data.blend.stages:
         if stage.name not in reached:
-            fix = f"is never reached: training.train_iters = {data.config.training.train_iters} ends before it."
+            fix = f"is never reached: the run ends before it (training.train_iters={data.config.training.train_iters})."
             found.append(Problem(f"stage {stage.name}", None, fix))
     final = data.blend.stages[-1]
     if stages and stages[-1].name == final.name and final.tokens is not None:
         earlier = sum(
-            record.samples * record.seq_length for record in data.records(data.consumed) if record.stage == final.name
+            entry.samples * entry.seq_length for entry in data.ledger(data.consumed) if entry.stage == final.name
         )
         over, under = stages[-1].tokens + earlier - final.tokens, final.tokens - stages[-1].tokens - earlier
         step = stages[-1].global_batch_size * stages[-1].seq_length
         if over >= step:
-            found.append(Problem(f"stage {final.name}", None, f"goes on {over:,} tokens beyond its {final.tokens:,}."))
+            found.append(
+                Problem(f"stage {final.name}", None, f"continues {over:,} tokens beyond its {final.tokens:,}.")
+            )
         elif under > 0:
             found.append(Problem(f"stage {final.name}", None, f"ends {under:,} tokens short of its {final.tokens:,}."))
     return found

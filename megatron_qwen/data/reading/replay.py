@@ -1,20 +1,21 @@
-"""The samples that a run has read, found again from its ledger alone."""
+"""Finds the samples that a run has read, from its ledger alone."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from megatron_qwen.config.blend import SourceSpec
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.order.phase import Phase, Position
+from megatron_qwen.data.order.phase import Phase, SourcePosition
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.sample_reader import SampleReader
-from megatron_qwen.data.reading.samples import Reading, Run, Sample
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import OpenSource, open_source
-from megatron_qwen.data.reading.training_data import Record, order_of, require_same
+from megatron_qwen.data.reading.training_data import LedgerEntry, order_of, require_same
 from megatron_qwen.errors import ConfigError, Problem
 
 
 class Replay:
-    """A run's samples, whatever its blend is by now.
+    """The samples that a run has read, independent of its present blend.
 
     Args:
         config: of the run; the share held out for validation is read.
@@ -23,21 +24,21 @@ class Replay:
 
     def __init__(self, config: RunConfig, ledger: Mapping[str, Any]) -> None:
         self.config, self.ledger = config, ledger
-        self.records = [Record(**record) for record in ledger["phases"]]
+        self.entries = [LedgerEntry(**entry) for entry in ledger["phases"]]
         self._sources: dict[str, OpenSource] = {}
         self._reader: tuple[int, SampleReader] | None = None
 
-    def __getitem__(self, sample: int) -> tuple[str, list[Run], Sample]:
-        """A sample by its number in the run: its source, the runs [a, b) of the source's tokens, and the sample.
+    def __getitem__(self, sample: int) -> tuple[str, list[TokenSpan], Sample]:
+        """A sample by its number in the run: its source, the spans [a, b) of the source's tokens, and the sample.
 
         Raises:
-            ConfigError: the ledger does not reach so far.
-            DataError: the source's files are gone, or hold other tokens than those that the run has read.
+            ConfigError: the ledger ends before this sample.
+            DataError: the source's files are missing, or contain other tokens than the run has read.
         """
-        for record in self.records:
-            if record.first_sample <= sample < record.first_sample + record.samples:
-                return self._reader_of(record).traced(sample)
-        raise ConfigError(Problem("sample", sample, "lies beyond the ledger of the newest checkpoint."))
+        for entry in self.entries:
+            if entry.first_sample <= sample < entry.first_sample + entry.samples:
+                return self._reader_of(entry).traced(sample)
+        raise ConfigError(Problem("sample", sample, "is beyond the ledger of the newest checkpoint."))
 
     def source(self, name: str) -> OpenSource:
         """A source as the run has read it."""
@@ -49,11 +50,11 @@ class Replay:
             self._sources[name] = source
         return self._sources[name]
 
-    def _reader_of(self, record: Record) -> SampleReader:
-        if self._reader is None or self._reader[0] != record.first_sample:
-            fim = record.reading["fim"]
+    def _reader_of(self, entry: LedgerEntry) -> SampleReader:
+        if self._reader is None or self._reader[0] != entry.first_sample:
+            fim = entry.reading["fim"]
             sources = {}
-            for name in record.weights:
+            for name in entry.weights:
                 opened = self.source(name)
                 rate, spm = fim.get(name, (0.0, 0.0))
                 spec = SourceSpec(path=opened.spec.path, packing=opened.spec.packing, fim_rate=rate, fim_spm_rate=spm)
@@ -62,15 +63,15 @@ class Replay:
             noted = self.ledger["sources"]
             phase = Phase(
                 {name: order_of(source, seed, noted[name]) for name, source in sources.items()},
-                record.weights,
-                seq_length=record.seq_length,
-                first_sample=record.first_sample,
-                begins={name: Position.restored(position) for name, position in record.begins.items()},
+                entry.weights,
+                seq_length=entry.seq_length,
+                first_sample=entry.first_sample,
+                begins={name: SourcePosition.restored(position) for name, position in entry.begins.items()},
             )
-            reading = Reading(record.reading["eod_mask_loss"], record.reading["reset_attention_mask"])
-            lengths = {int(length): share for length, share in record.reading["lengths"].items()}
+            reading = ReadingOptions(entry.reading["eod_mask_loss"], entry.reading["reset_attention_mask"])
+            lengths = {int(length): share for length, share in entry.reading["lengths"].items()}
             self._reader = (
-                record.first_sample,
+                entry.first_sample,
                 SampleReader(sources, phase, reading=reading, lengths=lengths, seed=seed),
             )
         return self._reader[1]

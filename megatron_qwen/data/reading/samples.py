@@ -1,4 +1,4 @@
-"""One training sequence out of the runs of tokens that make it up."""
+"""Builds one training sample from the spans of tokens that make it up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,10 +7,9 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
-
-Run = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,7 @@ class Sample:
         tokens: inputs, [s].
         labels: the tokens that follow, [s].
         loss_mask: weight of each label's loss, [s].
-        starts: where independent sequences begin inside it, the first at 0; they do not attend to one another.
+        starts: [n] positions at which independent sequences begin, the first is 0; they do not attend to one another.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -30,7 +29,7 @@ class Sample:
     starts: npt.NDArray[np.int64]
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Samples by number."""
 
     @property
@@ -38,21 +37,21 @@ class Source(Protocol):
         """Tokens of a sample."""
 
     @property
-    def separates(self) -> bool:
-        """Whether any sample may hold more than one independent sequence."""
+    def is_packed(self) -> bool:
+        """Whether a sample may hold several independent sequences, so that batches are packed (THD, cu_seqlens)."""
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``."""
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How samples are made of tokens.
+class ReadingOptions:
+    """How samples are built from tokens.
 
     Args:
         eod_mask_loss: no loss on the token that follows an end of document.
-        reset_attention_mask: documents do not attend to one another, and their positions begin anew.
-        vocab_size: ids that the model has; another one is an error.
+        reset_attention_mask: documents do not attend to one another, and their positions start at 0.
+        vocab_size: number of token ids of the model; an id outside is an error. None: not checked.
     """
 
     eod_mask_loss: bool
@@ -60,19 +59,19 @@ class Reading:
     vocab_size: int | None = None
 
 
-def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading) -> Sample:
+def window(tokens: TokenSet, spans: Sequence[TokenSpan], *, stop: int, reading: ReadingOptions) -> Sample:
     """A sample of consecutive tokens; a label is always the token that follows in the text.
 
     Args:
         tokens: the source.
-        runs: [a, b) of the source's positions, in order.
-        stop: end of the training part: what follows there is not for training, and carries no loss.
+        spans: [a, b) of the source's positions, in order.
+        stop: end of the training part. Tokens after it are held out, so the last label before it carries no loss.
         reading: how.
     """
     inputs, labels, masks = [], [], []
     starts: list[int] = [0]
     length = 0
-    for begin, end in runs:
+    for begin, end in spans:
         row = tokens.tokens(begin, min(end + 1, stop))
         mask = np.ones(end - begin, dtype=np.float32)
         if end == stop:
@@ -91,17 +90,17 @@ def window(tokens: TokenSet, runs: Sequence[Run], *, stop: int, reading: Reading
         masks.append(mask)
         length += end - begin
     sample = Sample(_joined(inputs), _joined(labels), _joined(masks), _starts(starts, length))
-    _require_known(tokens, runs, sample.tokens, reading)
-    _require_known(tokens, [(begin + 1, end + 1) for begin, end in runs], sample.labels, reading)
+    _require_known(tokens, spans, sample.tokens, reading)
+    _require_known(tokens, [(begin + 1, end + 1) for begin, end in spans], sample.labels, reading)
     return sample
 
 
-def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: Reading) -> Sample:
-    """A sample of whole documents, or of parts of long ones, each on its own; what is left over is padding.
+def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, reading: ReadingOptions) -> Sample:
+    """A sample of whole documents, or parts of long ones, as independent sequences; the rest is padding.
 
     Args:
         tokens: the source.
-        runs: documents and parts as [a, b) of the source's positions.
+        spans: documents and parts as [a, b) of the source's positions.
         seq_length: tokens of the sample.
         reading: how.
     """
@@ -109,7 +108,7 @@ def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: R
     labels = np.zeros(seq_length, dtype=np.int64)
     mask = np.zeros(seq_length, dtype=np.float32)
     starts, at = [], 0
-    for begin, end in runs:
+    for begin, end in spans:
         size = end - begin
         own = tokens.tokens(begin, min(end + 1, tokens.num_tokens))
         row[at : at + size] = own[:size]
@@ -117,7 +116,7 @@ def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: R
         mask[at : at + size] = 1.0
         if (carried := tokens.loss_mask(begin + 1, begin + len(own))) is not None:
             mask[at : at + len(own) - 1] *= carried
-        if len(tokens.document_ends(end - 1, end)):  # what follows is another document
+        if len(tokens.document_ends(end - 1, end)):  # the next token belongs to another document
             mask[at + size - 1] = 0.0
             labels[at + size - 1] = row[at + size - 1]
         starts.append(at)
@@ -125,12 +124,12 @@ def packed(tokens: TokenSet, runs: Sequence[Run], *, seq_length: int, reading: R
     if at < seq_length:
         row[at:] = labels[at:] = row[at - 1]
         starts.append(at)
-    _require_known(tokens, runs, row[:at], reading)
+    _require_known(tokens, spans, row[:at], reading)
     return Sample(row, labels, mask, _starts(starts, seq_length))
 
 
 def cut(sample: Sample, length: int) -> Sample:
-    """The sample as independent sequences of a length."""
+    """The sample, split into independent sequences of ``length`` tokens."""
     size = len(sample.tokens)
     starts = np.union1d(sample.starts, np.arange(0, size, length, dtype=np.int64))
     return Sample(sample.tokens, sample.labels, sample.loss_mask, starts)
@@ -145,15 +144,20 @@ def _starts(found: list[int], length: int) -> npt.NDArray[np.int64]:
     return starts[starts < length]
 
 
-def _require_known(tokens: TokenSet, runs: Sequence[Run], row: npt.NDArray[np.int64], reading: Reading) -> None:
-    """An id that the model does not have is found here, by file and document, and not in a kernel."""
+def _require_known(
+    tokens: TokenSet, spans: Sequence[TokenSpan], row: npt.NDArray[np.int64], reading: ReadingOptions
+) -> None:
+    """Raises DataError for an id outside of the vocabulary, with file and document.
+
+    In the embedding kernel the same error would be a device-side assertion without a place.
+    """
     size = reading.vocab_size
     if size is None or (row.max() < size and row.min() >= 0):
         return
     at = int(np.argmax((row >= size) | (row < 0)))
     token = int(row[at])
-    for begin, end in runs:
+    for begin, end in spans:
         if at < end - begin:
-            fix = f"is no id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare the data again."
+            fix = f"is not an id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare it again."
             raise DataError(Problem("token", token, fix))
         at -= end - begin

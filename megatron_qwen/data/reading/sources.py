@@ -11,8 +11,9 @@ from megatron_qwen.config.blend import SINGLE, Blend, SourceSpec
 from megatron_qwen.config.sections import DataConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.permutation import KeyedPermutation
+from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.fim import FillInTheMiddle, Piece
-from megatron_qwen.data.reading.samples import Reading, Run, Sample, packed, window
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample, packed, window
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
@@ -38,7 +39,7 @@ class OpenSource:
 
     @property
     def where(self) -> str:
-        """The field that names it."""
+        """The configuration field or blend entry that names it, for messages."""
         return "data.path" if self.name == SINGLE and self.spec == SourceSpec(path=self.spec.path) else self.spec.path
 
     @cached_property
@@ -55,7 +56,7 @@ class OpenSource:
         )
 
     def identity(self) -> dict[str, Any]:
-        """What must stay as it is while a run reads it, and where it lay."""
+        """What must not change while a run reads it, and its path."""
         return {
             "path": self.spec.path,
             "packing": self.spec.packing,
@@ -64,32 +65,32 @@ class OpenSource:
             "digest": self.tokens.digest,
         }
 
-    def shape(self, seed: int) -> stream.Shape:
+    def stream_layout(self, seed: int) -> stream.StreamLayout:
         """Sizes that decide its order."""
-        return stream.Shape.of(self.stop, seed=seed, name=self.name)
+        return stream.StreamLayout.of(self.stop, seed=seed, name=self.name)
 
     def packable(self, seed: int) -> packing.Documents:
         """Its documents, for packing."""
 
-        def bounds(first: int, stop: int) -> Any:
+        def starts(first: int, stop: int) -> Any:
             lengths = self.tokens.lengths(first, stop).astype(np.int64)
             return self.tokens.document_start(first) + np.concatenate(([0], np.cumsum(lengths)))
 
-        return packing.Documents.of(self.documents, bounds, seed=seed, name=self.name)
+        return packing.Documents.of(self.documents, starts, seed=seed, name=self.name)
 
-    def read(self, runs: list[Run], *, seq_length: int, reading: Reading, key: tuple[int, ...]) -> Sample:
-        """The sample that some runs of its tokens make up."""
+    def read(self, spans: list[TokenSpan], *, seq_length: int, reading: ReadingOptions, key: tuple[int, ...]) -> Sample:
+        """The sample that some spans of its tokens make up."""
         if self.spec.packing == "best_fit":
-            sample = packed(self.tokens, runs, seq_length=seq_length, reading=reading)
+            sample = packed(self.tokens, spans, seq_length=seq_length, reading=reading)
         else:
-            sample = window(self.tokens, runs, stop=self.stop, reading=reading)
-        return sample if self.fim is None else self.fim(sample, self._pieces(runs), key=key)
+            sample = window(self.tokens, spans, stop=self.stop, reading=reading)
+        return sample if self.fim is None else self.fim(sample, self._pieces(spans), key=key)
 
-    def _pieces(self, runs: list[Run]) -> list[Piece]:
-        """Documents and parts of documents in a sample made of some runs."""
+    def _pieces(self, spans: list[TokenSpan]) -> list[Piece]:
+        """Documents and parts of documents in a sample made of some spans."""
         pieces: list[Piece] = []
         at = 0
-        for begin, end in runs:
+        for begin, end in spans:
             start = at
             for last in (self.tokens.document_ends(begin, end) - begin + at).tolist():
                 pieces.append((start, last + 1, True))
@@ -114,9 +115,9 @@ class HeldOut:
     source: OpenSource
     seq_length: int
     seed: int
-    reading: Reading
+    reading: ReadingOptions
 
-    separates = False
+    is_packed = False
 
     @cached_property
     def windows(self) -> int:
@@ -172,32 +173,32 @@ def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     documents = tokens.num_documents - held_out
     stop = tokens.document_start(documents)
     if documents and not stop:
-        fix = f"is damaged: its first {documents} documents hold no token; prepare the data again."
+        fix = f"is damaged: its first {documents} documents are empty; prepare the data again."
         raise DataError(Problem(str(tokens.prefix), None, fix))
     if not documents:
-        fix = "holds nothing but what is held out for validation; set data.validation_fraction=0 or prepare more."
+        fix = "are all held out for validation; set data.validation_fraction=0 or prepare more documents."
         raise DataError(Problem(str(tokens.prefix), f"{tokens.num_documents} documents", fix))
     if spec.fim_rate and any(file.has_mask for file in tokens.files):
-        fix = "rearranges documents, and this source says token by token what carries loss; set it to 0."
+        fix = "cannot be combined with a source that has a loss mask (prompts without loss); set it to 0."
         raise DataError(Problem(f"sources.{name}.fim_rate", spec.fim_rate, fix))
     return OpenSource(name, spec, tokens, documents, stop)
 
 
 def require_room(source: OpenSource, seq_length: int, *, where: str = "data.seq_length") -> None:
-    """Raises DataError where a source's training part holds no sample of a length."""
+    """Raises DataError if the training part of a source has fewer tokens than one sample."""
     if source.stop > seq_length:
         return
     held_out = source.tokens.num_documents - source.documents
     why = (
         f" ({held_out} of its {source.tokens.num_documents} documents are held out for validation)" if held_out else ""
     )
-    fix = f"its {source.stop} training tokens{why} are fewer than {where} + 1 = {seq_length + 1}."
+    fix = f"has {source.stop} training tokens{why}; at least {where} + 1 = {seq_length + 1} are needed."
     more = " Set data.validation_fraction=0 or prepare more documents." if held_out else " Prepare more text."
     raise DataError(Problem(source.where, source.spec.path, fix + more))
 
 
 def held_out(
-    sources: Mapping[str, OpenSource], *, seq_length: int, seed: int, reading: Reading, fraction: float
+    sources: Mapping[str, OpenSource], *, seq_length: int, seed: int, reading: ReadingOptions, fraction: float
 ) -> dict[str, HeldOut]:
     """The held-out windows of the sources that have any.
 

@@ -1,8 +1,20 @@
-"""What a run trains on: stage after stage, sample by sample, with a ledger of what has been read.
+"""The training data of a run: data stages, samples by number, and the ledger of what has been read.
 
-Samples are numbered through the run. Which tokens sample ``i`` holds follows from the blend, the seed and the ledger,
-whatever the layout. The ledger is a list of phases; a new one begins with every stage and with every change of the mix
-or of the length, from where each source stands then. So a change repeats nothing and loses nothing.
+Samples are numbered over the whole run. Which tokens sample ``i`` holds is a function of blend, seed and ledger. It
+does not depend on the parallel layout, the batch size or the number of restarts.
+
+The ledger is a list of phases. A phase is a stretch with one mix of sources at one sequence length; it records how many
+samples it gave, how many of each source, and the position of every source at its beginning. A new phase starts with
+every data stage, and with every change of the mix or the length, at the positions where the last one ended. So a change
+neither repeats nor skips a token.
+
+Example, a checkpoint after 1,500 samples of which the first 1,000 had 4,096 tokens:
+
+    phase 0: stage "main", seq_length 4096, samples 0 - 999,     web 800, code 200
+    phase 1: stage "long", seq_length 32768, samples 1000 - 1499, web 250, code 250, begins where phase 0 ended
+    positions: of web and code after sample 1499
+
+A resume needs only the last phase and the positions. ``replay.py`` finds every earlier sample from the phases.
 """
 
 from collections.abc import Mapping
@@ -14,26 +26,26 @@ from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_sour
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import stream
 from megatron_qwen.data.order.apportion import Apportionment
-from megatron_qwen.data.order.phase import Order, Phase, Position
+from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
 from megatron_qwen.data.reading.sample_reader import SampleReader
-from megatron_qwen.data.reading.samples import Reading, Sample
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_sources, require_room
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 
 @dataclass
-class Record:
-    """A phase as the ledger keeps it.
+class LedgerEntry:
+    """A phase in the ledger.
 
     Args:
-        stage: its name.
+        stage: name of its data stage.
         seq_length: tokens of a sample.
         first_sample: number of its first sample in the run.
-        samples: how many it gave.
+        samples: how many samples it has given.
         weights: share of each source.
-        counts: samples that each source gave.
-        reading: what else decides the text of a sample: cuts, masks, fill-in-the-middle.
-        begins: where each source stood when it began.
+        counts: how many of them each source gave.
+        reading: what else determines a sample: lengths of packed sequences, masks, fill-in-the-middle.
+        begins: position of each source at its beginning.
     """
 
     stage: str
@@ -45,22 +57,22 @@ class Record:
     reading: dict[str, Any]
     begins: dict[str, dict[str, Any]]
 
-    def continues(self, other: "Record") -> bool:
-        """Whether ``other`` is the same phase, further on."""
+    def continues(self, other: "LedgerEntry") -> bool:
+        """Whether ``other`` is a later state of the same phase."""
         mine = (self.stage, self.seq_length, self.weights, self.reading)
         return mine == (other.stage, other.seq_length, other.weights, other.reading)
 
 
 class StageReader(SampleReader):
-    """The samples of a phase, with the configuration that holds for them.
+    """The samples of a phase, with the configuration in force.
 
     Args:
         data: the run's data.
         stage: as the blend describes it.
         phase: the order.
-        config: with what the stage changes.
-        ends: number of the first sample that is no longer of the stage; None where it does not end.
-        idle: where the sources stand that the phase does not read.
+        config: the run's configuration with the changes of the stage.
+        ends: number of the first sample after the stage; None if the stage lasts to the end of the run.
+        idle: positions of the sources that the phase does not read.
     """
 
     def __init__(
@@ -71,19 +83,19 @@ class StageReader(SampleReader):
         *,
         config: RunConfig,
         ends: int | None,
-        idle: Mapping[str, Position],
+        idle: Mapping[str, SourcePosition],
     ) -> None:
         super().__init__(data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed)
         self.data, self.stage, self.config, self.ends, self.idle = data, stage, config, ends, dict(idle)
 
-    def positions(self, consumed: int) -> dict[str, Position]:
-        """Where every source stands once the run has taken samples up to ``consumed``."""
+    def positions(self, consumed: int) -> dict[str, SourcePosition]:
+        """Position of every source after sample ``consumed - 1``."""
         return {**self.idle, **self.phase.positions(consumed - self.phase.first_sample)}
 
-    def record(self, consumed: int) -> Record:
-        """The phase, up to sample ``consumed``."""
+    def ledger_entry(self, consumed: int) -> LedgerEntry:
+        """The phase as a ledger entry, up to sample ``consumed - 1``."""
         phase, samples = self.phase, consumed - self.phase.first_sample
-        return Record(
+        return LedgerEntry(
             stage=self.stage.name,
             seq_length=phase.seq_length,
             first_sample=phase.first_sample,
@@ -110,34 +122,37 @@ class TrainingData:
         self.config, self.seed = config, config.training.seed
         self.blend = blend_of(config)
         self.sources = open_sources(self.blend, config.data)
-        self.reading = Reading(config.data.eod_mask_loss, config.data.reset_attention_mask, config.model.vocab_size)
+        self.reading = ReadingOptions(
+            config.data.eod_mask_loss, config.data.reset_attention_mask, config.model.vocab_size
+        )
         for stage in self.blend.stages:
             seq_length = stage.configure(config).data.seq_length
             for name in stage.weights:
                 if self.sources[name].spec.packing == "windows":
                     require_room(self.sources[name], seq_length)
         self._orders = {name: order_of(source, self.seed) for name, source in self.sources.items()}
-        self._known: dict[str, dict[str, Any]] = {}  # identities of the sources that the run has read
-        self._closed: list[Record] = []
-        self.consumed = 0  # where the run began, or resumed
-        # The phase under way, and those that a loader has looked ahead to.
+        self._known: dict[str, dict[str, Any]] = {}  # identities of the sources that closed phases have read
+        self._closed: list[LedgerEntry] = []
+        self.consumed = 0  # samples of earlier attempts
+        # The current phase, and later ones that the loader has read ahead into. A checkpoint may be written while it is
+        # ahead: the ledger must not contain what only the loader has read.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
 
     def resume(self, saved: Mapping[str, Any]) -> None:
-        """Takes the ledger of a checkpoint; where the blend has changed since, a new phase begins.
+        """Continues from the ledger of a checkpoint. If the blend has changed since, a new phase begins.
 
         Args:
-            saved: what ``state`` gave.
+            saved: the result of ``state``.
 
         Raises:
-            ConfigError: the blend misses the stage under way.
-            DataError: a source has other tokens than those that the run has read.
+            ConfigError: the blend lacks the current stage.
+            DataError: a source does not have the tokens that the run has read.
         """
-        self.consumed = sum(record["samples"] for record in saved["phases"])
+        self.consumed = sum(entry["samples"] for entry in saved["phases"])
         self._open = [self._restore(saved)]
 
     def at(self, consumed: int) -> StageReader:
-        """The reader of the step that begins with sample ``consumed``; goes on to the next stage where it is due."""
+        """The reader of the step that starts with sample ``consumed``; starts the next stage if it is due."""
         last = self._open[-1]
         names = [stage.name for stage in self.blend.stages]
         index = names.index(last.stage.name) + 1
@@ -146,44 +161,44 @@ class TrainingData:
         return next(reader for reader in reversed(self._open) if reader.phase.first_sample <= consumed)
 
     def latest(self, consumed: int) -> StageReader:
-        """The reader of the step that ended with sample ``consumed - 1``; before the first step, of the first."""
+        """The reader of the step that ended with sample ``consumed - 1``; before the first step, the first reader."""
         return self._begun(consumed)[-1]
 
-    def validation_of(self, stage: DataStage) -> "Validation":
-        """Held-out samples in the mix and at the length of a stage, as one sequence each.
+    def validation_of(self, stage: DataStage) -> "HeldOutSamples":
+        """Held-out samples in the mix and at the length of a stage, one sequence per sample.
 
         Raises:
             DataError: nothing is held out, or too little.
         """
         used = {name: self.sources[name] for name in stage.weights}
         seq_length = stage.configure(self.config).data.seq_length
-        reading = Reading(self.reading.eod_mask_loss, False, self.reading.vocab_size)
+        reading = ReadingOptions(self.reading.eod_mask_loss, False, self.reading.vocab_size)
         parts = held_out(
             used, seq_length=seq_length, seed=self.seed, reading=reading, fraction=self.config.data.validation_fraction
         )
-        return Validation(parts, stage.weights, seq_length)
+        return HeldOutSamples(parts, stage.weights, seq_length)
 
-    def validation(self, reader: StageReader) -> "Validation":
-        """Those of a reader's stage."""
+    def validation(self, reader: StageReader) -> "HeldOutSamples":
+        """Held-out samples of a reader's stage."""
         return self.validation_of(reader.stage)
 
-    def records(self, consumed: int) -> list[Record]:
-        """The ledger: every phase up to sample ``consumed``."""
+    def ledger(self, consumed: int) -> list[LedgerEntry]:
+        """The ledger up to sample ``consumed - 1``: one entry per phase."""
         begun = self._begun(consumed)
         ends = [reader.phase.first_sample for reader in begun[1:]] + [consumed]
-        return [*self._closed, *(reader.record(end) for reader, end in zip(begun, ends, strict=True))]
+        return [*self._closed, *(reader.ledger_entry(end) for reader, end in zip(begun, ends, strict=True))]
 
     def forget(self, consumed: int) -> None:
-        """Lets go of the order of samples before ``consumed``: they are not asked for again."""
+        """Frees the order of samples before ``consumed``, which are not read again; closes finished phases."""
         begun = self._begun(consumed)
-        self._closed = self.records(consumed)[:-1]
+        self._closed = self.ledger(consumed)[:-1]
         self._known |= {name: self._identity(name) for reader in begun[:-1] for name in reader.stage.weights}
         self._open = self._open[len(begun) - 1 :]
         phase = self._open[0].phase
         phase.forget(consumed - phase.first_sample)
 
     def state(self, consumed: int) -> dict[str, Any]:
-        """The ledger for a checkpoint's state."""
+        """The ledger, positions and identities of the sources, for state.json of a checkpoint."""
         begun = self._begun(consumed)
         identities = {name: self._identity(name) for reader in begun for name in reader.stage.weights}
         positions = begun[-1].positions(consumed)
@@ -191,23 +206,24 @@ class TrainingData:
             "seed": self.seed,
             "sources": {**self._known, **identities},
             "positions": {name: position.as_dict() for name, position in sorted(positions.items())},
-            "phases": [asdict(record) for record in self.records(consumed)],
+            "phases": [asdict(entry) for entry in self.ledger(consumed)],
         }
 
     def _begun(self, consumed: int) -> list[StageReader]:
         """The open phases that have given a sample, or the first."""
         return [reader for reader in self._open if reader.phase.first_sample < consumed] or self._open[:1]
 
-    def _begin(self, stage: DataStage, first_sample: int, positions: Mapping[str, Position]) -> StageReader:
+    def _begin(self, stage: DataStage, first_sample: int, positions: Mapping[str, SourcePosition]) -> StageReader:
         config = stage.configure(self.config)
         length = config.data.seq_length
         begins = {
-            name: positions.get(name, Position()).cut(self._orders[name], length) for name in sorted(stage.weights)
+            name: positions.get(name, SourcePosition()).cut(self._orders[name], length)
+            for name in sorted(stage.weights)
         }
         phase = Phase(self._orders, stage.weights, seq_length=length, first_sample=first_sample, begins=begins)
         return self._reader(stage, phase, positions)
 
-    def _reader(self, stage: DataStage, phase: Phase, positions: Mapping[str, Position]) -> StageReader:
+    def _reader(self, stage: DataStage, phase: Phase, positions: Mapping[str, SourcePosition]) -> StageReader:
         return StageReader(
             self,
             stage,
@@ -220,16 +236,16 @@ class TrainingData:
     def _ends(self, stage: DataStage, first_sample: int, seq_length: int) -> int | None:
         if stage.tokens is None:
             return None
-        used = sum(record.samples * record.seq_length for record in self._closed if record.stage == stage.name)
+        used = sum(entry.samples * entry.seq_length for entry in self._closed if entry.stage == stage.name)
         return first_sample + max(-(-(stage.tokens - used) // seq_length), 0)
 
-    def separates(self, stage: DataStage) -> bool:
-        """Whether a stage's samples may hold independent sequences."""
+    def is_packed(self, stage: DataStage) -> bool:
+        """Whether samples of a stage may hold several independent sequences (packed batches)."""
         packs = any(self.sources[name].spec.packing == "best_fit" for name in stage.weights)
         return bool(stage.lengths) or packs or self.reading.reset_attention_mask
 
     def reading_of(self, stage: DataStage) -> dict[str, Any]:
-        """What decides the text of a stage's samples beside their tokens, for the ledger."""
+        """What determines a stage's samples besides their tokens, for the ledger."""
         fim = {
             name: [self.blend.sources[name].fim_rate, self.blend.sources[name].fim_spm_rate]
             for name in sorted(stage.weights)
@@ -243,8 +259,8 @@ class TrainingData:
         }
 
     def _identity(self, name: str) -> dict[str, Any]:
-        shape = self._orders[name].windows
-        sizes = {} if shape is None else {"block": shape.block, "group": shape.group}
+        layout = self._orders[name].windows
+        sizes = {} if layout is None else {"block": layout.block, "group": layout.group}
         return {**self.sources[name].identity(), **sizes}
 
     def _restore(self, saved: Mapping[str, Any]) -> StageReader:
@@ -252,21 +268,21 @@ class TrainingData:
         self._known = dict(saved["sources"])
         for name in set(self._known) & set(self.sources):
             self._orders[name] = order_of(self.sources[name], self.seed, self._known[name])
-        *self._closed, last = [Record(**record) for record in saved["phases"]]
+        *self._closed, last = [LedgerEntry(**entry) for entry in saved["phases"]]
         stages = {stage.name: stage for stage in self.blend.stages}
         if last.stage not in stages:
-            fix = f"is the stage under way, and the blend has only {', '.join(stages)}; keep its name."
+            fix = f"is the current stage of the run, but the blend has only {', '.join(stages)}; keep its name."
             raise ConfigError(Problem("data.blend: stages", last.stage, fix))
         stage = stages[last.stage]
-        positions = {name: Position.restored(position) for name, position in saved["positions"].items()}
+        positions = {name: SourcePosition.restored(position) for name, position in saved["positions"].items()}
         consumed = last.first_sample + last.samples
         length = stage.configure(self.config).data.seq_length
-        fresh = Record(stage.name, length, consumed, 0, dict(stage.weights), {}, self.reading_of(stage), {})
+        fresh = LedgerEntry(stage.name, length, consumed, 0, dict(stage.weights), {}, self.reading_of(stage), {})
         if not last.continues(fresh):
             if last.samples:
                 self._closed.append(last)
             return self._begin(stage, consumed, positions)
-        begins = {name: Position.restored(position) for name, position in last.begins.items()}
+        begins = {name: SourcePosition.restored(position) for name, position in last.begins.items()}
         phase = Phase(
             self._orders,
             stage.weights,
@@ -279,7 +295,7 @@ class TrainingData:
         return self._reader(stage, phase, positions)
 
 
-class Validation:
+class HeldOutSamples:
     """Held-out samples of several sources, by weight.
 
     Args:
@@ -288,7 +304,7 @@ class Validation:
         seq_length: tokens of a sample.
     """
 
-    separates = False
+    is_packed = False
 
     def __init__(self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int) -> None:
         self.parts, self.seq_length = dict(parts), seq_length
@@ -310,7 +326,7 @@ class Validation:
 
 
 def blend_of(config: RunConfig) -> Blend:
-    """The blend that data.blend names, or that of the single source data.path.
+    """The blend in data.blend, or a blend of the single source data.path.
 
     Raises:
         ConfigError: the blend file is wrong.
@@ -323,26 +339,29 @@ def blend_of(config: RunConfig) -> Blend:
     return single_source(config.data.path)
 
 
-def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> Order:
-    """What decides a source's order; the sizes that a run began with (``noted``) stay, whatever is usual now."""
+def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> SourceOrder:
+    """The order of a source. Sizes in the ledger (``noted``) win: a later version may choose others for new runs."""
     if source.spec.packing == "best_fit":
-        return Order(None, source.packable(seed))
-    shape = source.shape(seed)
+        return SourceOrder(None, source.packable(seed))
+    layout = source.stream_layout(seed)
     if noted is not None:
-        shape = stream.Shape(shape.total, noted["block"], noted["group"], shape.key)
-    return Order(shape, None)
+        layout = stream.StreamLayout(layout.total, noted["block"], noted["group"], layout.key)
+    return SourceOrder(layout, None)
 
 
 def require_same(noted: Mapping[str, Mapping[str, Any]], sources: Mapping[str, OpenSource]) -> None:
-    """Raises DataError where a source is not what the run has read under its name."""
+    """Raises DataError if a source differs from what the run has read under its name.
+
+    A position in the ledger is a position in these exact tokens: in other files it would select other text.
+    """
     problems = []
     for name in sorted(set(noted) & set(sources)):
         before, now = noted[name], sources[name].identity()
         for key in ("packing", "tokens", "documents", "digest"):
             if before[key] != now[key] and None not in (before[key], now[key]):
                 fix = (
-                    f"the run has read it with {key} = {before[key]}: its place there means nothing here. Give what "
-                    "has changed a name of its own, or use the old files and settings."
+                    f"the run has read it with {key} = {before[key]}, so the position in it is not valid any more. "
+                    "Give the changed source another name, or use the old files and settings."
                 )
                 problems.append(Problem(f"source {name}: {key}", now[key], fix))
                 break

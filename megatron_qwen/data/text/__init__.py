@@ -1,1 +1,1 @@
-"""Documents out of files: what is read, how it is unpacked, what is wrong with it."""
+"""Reads documents from text, JSON lines and parquet files, plain or compressed."""

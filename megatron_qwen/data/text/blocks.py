@@ -1,6 +1,6 @@
-"""Records as documents: how they are taken, a block of them, and what is wrong with those that are none.
+"""Blocks of documents: how a record becomes a document, and what is wrong with one that does not.
 
-Every form of file is read into these blocks (``records.py`` and ``parquet.py``).
+Every file format is read into these blocks (``records.py`` and ``parquet.py``).
 """
 
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ class ReadOptions:
 
     Args:
         field: JSON field or parquet column of the text.
-        prompt_field: field of text that goes before it and carries no loss; None is none.
+        prompt_field: field of a prompt, which precedes the text and carries no loss; None: no prompts.
         where: conditions a record must meet.
-        separator: what divides a .txt file into documents; None takes it whole.
-        max_document_bytes: a longer document is a bad one.
+        separator: string that divides a .txt file into documents; None: the file is one document.
+        max_document_bytes: a longer document is a bad record.
     """
 
     field: str = "text"
@@ -32,7 +32,7 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that is no document: where, how it begins, what is wrong with it, and its first bytes."""
+    """A record that is not a document: its place, its beginning, what is wrong with it, and its first bytes."""
 
     where: str
     snippet: str | None
@@ -44,7 +44,7 @@ class BadRecord:
         return Problem(self.where, self.snippet, self.fix)
 
 
-# A text, a prompt and its text, or a text that is too long for one string.
+# A text, a pair of prompt and text, or a text that is too long for one string.
 Document = str | tuple[str, str] | LongText
 
 
@@ -60,11 +60,11 @@ class Block:
     """Some records of a span; read = documents + empty + filtered + bad.
 
     Args:
-        texts: documents, a prompt and its text as a pair.
+        texts: the documents.
         read: records.
         empty: records without text.
-        filtered: records that a condition leaves out.
-        bad: records that are no documents.
+        filtered: records that a condition excludes.
+        bad: records that are not documents.
         bytes: UTF-8 bytes of the records.
     """
 
@@ -77,7 +77,7 @@ class Block:
 
 
 def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:
-    """Puts a record's document into a block, or says what is wrong with it."""
+    """Adds a record's document to a block, or returns what is wrong with the record."""
     if type(text) is not str and not isinstance(text, LongText):
         return f"has no text in the field {options.field!r}; see --field."
     prompt = None

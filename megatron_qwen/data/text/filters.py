@@ -1,4 +1,4 @@
-"""Which records of a file are taken, by what stands beside their text: ``lang=en``, ``score>=0.5``."""
+"""Selects records by their other fields: ``lang=en``, ``score>=0.5``."""
 
 import operator
 import re
@@ -19,10 +19,10 @@ _ORDER: dict[str, Callable[[Any, Any], bool]] = {
 
 @dataclass(frozen=True)
 class Condition:
-    """A comparison of one field; a record without the field is not taken.
+    """A comparison of one field; a record without the field does not match.
 
     Args:
-        field: its name; dots go into objects.
+        field: its name; ``a.b`` is field b of the object a.
         sign: ``=``, ``!=``, ``>=``, ``<=``, ``>`` or ``<``.
         value: what it is compared with, as typed.
     """
@@ -62,17 +62,19 @@ def parse_conditions(texts: Sequence[str]) -> tuple[Condition, ...]:
     """Conditions as typed after ``--where``.
 
     Raises:
-        ConfigError: with every one that is no comparison.
+        ConfigError: with every text that is not a comparison.
     """
     problems, found = [], []
     for text in texts:
         match = _FORM.fullmatch(text)
         if match is None:
-            problems.append(Problem("--where", text, "is no comparison, such as lang=en or score>=0.5."))
+            problems.append(Problem("--where", text, "is not a comparison; write, for example, lang=en or score>=0.5."))
             continue
         condition = Condition(**match.groupdict())
         if condition.sign in _ORDER and _number(condition.value) is None:
-            problems.append(Problem("--where", text, f"{condition.value!r} is no number to compare with."))
+            problems.append(
+                Problem("--where", text, f"{condition.value!r} is not a number; <, <=, > and >= compare numbers.")
+            )
         found.append(condition)
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Which files are read: names, folders, patterns and lists of them, each of a known form."""
+"""Finds the input files: names, folders, patterns and lists of them, each of a known format."""
 
 import glob
 from collections import Counter
@@ -10,15 +10,15 @@ from pathlib import Path
 from megatron_qwen.errors import DataError, Problem
 
 
-class Form(StrEnum):
-    """How documents lie in a file."""
+class FileFormat(StrEnum):
+    """How documents are stored in a file; the value is the ending."""
 
     JSONL = ".jsonl"
     TXT = ".txt"
     PARQUET = ".parquet"
 
 
-class Packing(StrEnum):
+class Compression(StrEnum):
     """How a file is compressed; the value is the ending."""
 
     PLAIN = ""
@@ -31,34 +31,36 @@ class InputFile:
     """A file of documents.
 
     Args:
-        path: where it lies.
-        form: how documents lie in it.
-        packing: how it is compressed.
+        path: of the file.
+        format: how documents are stored in it.
+        compression: how it is compressed.
         size: bytes on disk.
     """
 
     path: Path
-    form: Form
-    packing: Packing
+    format: FileFormat
+    compression: Compression
     size: int
 
 
 def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
-    """The files that are meant, in the order in which they are read.
+    """The input files, in the order in which they are read.
 
     Args:
-        names: a file; a folder (every file of a known form below it, by name); a pattern with ``*``, ``?`` or ``[``
-            (``**`` goes into folders), sorted; or ``@list``, a file with one of these on every line.
+        names: a file; a folder (every file of a known format below it, sorted by name); a pattern with ``*``, ``?`` or
+            ``[`` (``**`` matches folders), sorted; or ``@list``, a file with one of these on every line.
 
     Raises:
-        DataError: with every name that is missing, empty, unreadable or of an unknown form.
+        DataError: with every name that is missing, empty, unreadable or of an unknown format.
     """
     found: list[InputFile] = []
     problems: list[Problem] = []
     for path in _expand(names, problems):
         kind = _kind(path)
         if kind is None:
-            fix = f"is none of {', '.join(Form)}, plain or with {' or '.join(filter(None, Packing))} after it."
+            fix = (
+                f"is none of {', '.join(FileFormat)}, plain or with {' or '.join(filter(None, Compression))} after it."
+            )
             problems.append(Problem(str(path), path.suffix, fix))
         elif (size := path.stat().st_size) == 0:
             problems.append(Problem(str(path), None, "is empty."))
@@ -66,7 +68,7 @@ def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
             found.append(InputFile(path, *kind, size))
     times = Counter(file.path for file in found)
     problems += [
-        Problem(str(path), None, "is named twice; its documents would be there twice.")
+        Problem(str(path), None, "is named twice, so its documents would be used twice; remove one of the two.")
         for path, count in times.items()
         if count > 1
     ]
@@ -75,13 +77,13 @@ def find_inputs(names: Sequence[str | Path]) -> list[InputFile]:
     return found
 
 
-def _kind(path: Path) -> tuple[Form, Packing] | None:
+def _kind(path: Path) -> tuple[FileFormat, Compression] | None:
     ending = path.suffix.lower()
-    packing = Packing(ending) if ending in (Packing.GZIP, Packing.ZSTD) else Packing.PLAIN
-    form = Path(path.stem).suffix.lower() if packing else ending
-    if form not in list(Form) or (form == Form.PARQUET and packing):
+    compression = Compression(ending) if ending in (Compression.GZIP, Compression.ZSTD) else Compression.PLAIN
+    form = Path(path.stem).suffix.lower() if compression else ending
+    if form not in list(FileFormat) or (form == FileFormat.PARQUET and compression):
         return None
-    return Form(form), packing
+    return FileFormat(form), compression
 
 
 def _expand(names: Sequence[str | Path], problems: list[Problem]) -> Iterator[Path]:
@@ -92,7 +94,7 @@ def _expand(names: Sequence[str | Path], problems: list[Problem]) -> Iterator[Pa
         elif path.is_dir():
             below = sorted(item for item in path.rglob("*") if item.is_file() and _kind(item) is not None)
             if not below:
-                problems.append(Problem(name, None, f"holds no file of the forms {', '.join(Form)}."))
+                problems.append(Problem(name, None, f"contains no file of the formats {', '.join(FileFormat)}."))
             yield from below
         elif path.is_file():
             yield path
@@ -117,7 +119,7 @@ def _listed(path: Path, problems: list[Problem]) -> Iterator[Path]:
         problems.append(Problem(f"@{path}", None, f"the list cannot be read ({error.strerror})."))
         return
     except UnicodeDecodeError:
-        problems.append(Problem(f"@{path}", None, "the list is no text."))
+        problems.append(Problem(f"@{path}", None, "the list is not UTF-8 text."))
         return
     names = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     nested = [name for name in names if name.startswith("@")]

@@ -8,7 +8,8 @@ import orjson
 # A line or a text file above this size is not turned into one string.
 LONG_BYTES = 16 << 20
 _PART_BYTES = 1 << 20
-# Between a line end and a letter a text can be cut without another token coming of it (see ``encoder.py``).
+# Qwen2's pre-tokenizer always splits between a line end and a letter, so cutting a text there does not change its
+# tokens (``encoder.py``).
 _CUT = re.compile(rb"\n(?=[A-Za-z])")
 _ESCAPED_CUT = re.compile(rb"\\n(?=[A-Za-z])")
 _BACKSLASH = ord("\\")
@@ -16,7 +17,7 @@ _STANDS_FOR = "\0long string "
 
 
 class LongText:
-    """The UTF-8 bytes of a text, plain or as they stand in JSON.
+    """The UTF-8 bytes of a text, plain or escaped as in JSON.
 
     Args:
         raw: the bytes.
@@ -30,7 +31,7 @@ class LongText:
         """The text in parts that can be encoded one by one.
 
         Raises:
-            ValueError: it is not UTF-8, or no JSON.
+            ValueError: it is not UTF-8, or not JSON.
         """
         start = 0
         while start < len(self.raw):
@@ -40,16 +41,16 @@ class LongText:
             start = end
 
     def text(self) -> str:
-        """The whole, for what cannot do with parts."""
+        """The whole text, for a caller that cannot use parts."""
         return "".join(self.parts())
 
     def check(self) -> None:
-        """Raises ValueError where ``parts`` would."""
+        """Raises ValueError if ``parts`` would."""
         for _ in self.parts():
             pass
 
     def _cut(self, start: int) -> int:
-        """The first place to cut at or after a part's length; the end where there is none."""
+        """The first place to cut after _PART_BYTES; the end of the text if there is none."""
         pattern = _ESCAPED_CUT if self.escaped else _CUT
         position = start + _PART_BYTES
         while position < len(self.raw) and (found := pattern.search(self.raw, position)) is not None:
@@ -60,13 +61,13 @@ class LongText:
 
 
 def take_apart(line: bytearray) -> tuple[bytes, dict[str, LongText]]:
-    """A long JSON line with its long strings taken out.
+    """Splits a long JSON line into a short line and its long strings.
 
     Args:
         line: one record.
 
     Returns:
-        The line in which a short string stands for each long one, and the long ones by it.
+        The line with each long string replaced by a short name, and the long strings by name.
     """
     view, kept = memoryview(line), bytearray()
     found: dict[str, LongText] = {}
@@ -85,7 +86,7 @@ def take_apart(line: bytearray) -> tuple[bytes, dict[str, LongText]]:
 
 
 def _string_end(line: bytearray, begin: int) -> int:
-    """Where the string ends that begins at a quote; -1 where it does not."""
+    """Index of the quote that ends the string beginning at ``begin``; -1 if there is none."""
     end = line.find(b'"', begin + 1)
     while end >= 0 and line[end - 1] == _BACKSLASH and _backslashes_before(line, end) % 2:
         end = line.find(b'"', end + 1)

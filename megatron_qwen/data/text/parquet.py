@@ -14,10 +14,10 @@ _ROWS = 256
 
 
 def row_groups(file: InputFile, options: ReadOptions) -> list[int]:
-    """Bytes of each row group, after a look whether the columns that are needed are there.
+    """Uncompressed bytes of each row group; checks that the needed columns exist.
 
     Raises:
-        DataError: the file is no parquet file, or lacks a column.
+        DataError: the file is not a parquet file, or lacks a column.
     """
     with _opened(file) as source:
         names = set(source.schema_arrow.names)
@@ -50,7 +50,7 @@ def parquet_blocks(
                     yield _block(batch.to_pylist(), f"{file.path}#", row, options)
                     row += batch.num_rows
             except (pyarrow.ArrowException, OSError) as error:
-                fix = f"is damaged in row group {group} ({str(error)[:100]}); fetch it again."
+                fix = f"is damaged in row group {group} ({str(error)[:100]}); download it again."
                 raise DataError(Problem(str(file.path), None, fix)) from None
             on_read(int(share))
 
@@ -59,7 +59,7 @@ def _opened(file: InputFile) -> Any:
     try:
         return pyarrow.parquet.ParquetFile(file.path)
     except (pyarrow.ArrowException, OSError) as error:
-        fix = f"is no parquet file, or breaks off ({str(error)[:100]})."
+        fix = f"is not a parquet file, or is truncated ({str(error)[:100]})."
         raise DataError(Problem(str(file.path), None, fix)) from None
 
 
@@ -84,7 +84,7 @@ def _block(rows: list[dict[str, Any]], where: str, first: int, options: ReadOpti
         if isinstance(text, str):
             block.bytes += len(text)
             if len(text) > options.max_document_bytes:
-                fix = f"is longer than {options.max_document_bytes >> 20} MiB; cut it, or raise --max-document-mib."
+                fix = f"is longer than {options.max_document_bytes >> 20} MiB; split it, or raise --max-document-mib."
                 block.bad.append(BadRecord(f"{where}{first + index}", None, fix))
                 continue
         if (fix_text := take(block, row, text, options)) is not None:

@@ -1,4 +1,4 @@
-"""Documents out of files, a block at a time, with every record accounted for."""
+"""Reads documents from files, a block at a time; every record is counted."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +9,7 @@ import orjson
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take
 from megatron_qwen.data.text.filters import lookup
-from megatron_qwen.data.text.inputs import Form, InputFile, Packing
+from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
@@ -21,14 +21,14 @@ _KEPT_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
-class Span:
+class FileSpan:
     """A part of a file that can be read on its own.
 
     Args:
         file: the file.
-        start: first byte of a plain .jsonl, first row group of a .parquet; lines that begin from here on.
+        start: first byte of a plain .jsonl, or first row group of a .parquet. A line belongs to the span it begins in.
         stop: end of the range; None is the end of the file.
-        size: bytes of the range on disk, about; None is all of the file.
+        size: approximate bytes of the range on disk; None is the size of the file.
     """
 
     file: InputFile
@@ -37,21 +37,21 @@ class Span:
     size: int | None = None
 
 
-def read_span(span: Span, options: ReadOptions, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
+def read_span(span: FileSpan, options: ReadOptions, on_read: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
     """The documents of a span in the order of the file.
 
     Args:
-        span: what is read.
-        options: how.
+        span: what to read.
+        options: how documents are taken from records.
         on_read: called with bytes read from disk, for progress.
 
     Raises:
         DataError: the file cannot be read, or is damaged as a whole.
     """
     try:
-        if span.file.form is Form.TXT:
+        if span.file.format is FileFormat.TXT:
             yield from _whole_text(span.file, options, on_read)
-        elif span.file.form is Form.PARQUET:
+        elif span.file.format is FileFormat.PARQUET:
             from megatron_qwen.data.text.parquet import parquet_blocks
 
             yield from parquet_blocks(span.file, span.start, span.stop, options, on_read)
@@ -68,7 +68,7 @@ def documents(files: Sequence[InputFile], options: ReadOptions) -> Iterator[str]
         DataError: a record is bad, or a file is damaged.
     """
     for file in files:
-        for block in read_span(Span(file), options):
+        for block in read_span(FileSpan(file), options):
             if block.bad:
                 raise DataError([bad.problem() for bad in block.bad[:10]])
             yield from map(as_text, block.texts)
@@ -107,7 +107,7 @@ def _long_text(content: bytearray, file: InputFile) -> Block:
     return Block(texts=[text], read=1, bytes=len(content))
 
 
-def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
+def _json_blocks(span: FileSpan, options: ReadOptions, on_read: Callable[[int], None]) -> Iterator[Block]:
     number = _LineNumbers(span)
     for lines in _lines(span, options, on_read):
         passed = len(lines)
@@ -118,9 +118,9 @@ def _json_blocks(span: Span, options: ReadOptions, on_read: Callable[[int], None
 
 
 class _LineNumbers:
-    """Turns lines of a range into line numbers of the file; what lies before is counted only when asked for."""
+    """Line numbers in the file for lines of a span. Lines before the span are counted only when a message needs one."""
 
-    def __init__(self, span: Span) -> None:
+    def __init__(self, span: FileSpan) -> None:
         self.span, self.passed = span, 0
         self._before: int | None = None if span.start else 0
 
@@ -134,15 +134,15 @@ class _LineNumbers:
                     left -= len(piece)
             with self.span.file.path.open("rb") as file:
                 file.seek(self.span.start - 1)
-                self._before += file.read(1) != b"\n"  # the line under way at the start is another range's
+                self._before += file.read(1) != b"\n"  # a line that crosses the start belongs to the span before
         return f"{self.span.file.path}:{self._before + self.passed + index + 1}"
 
 
 def _lines(
-    span: Span, options: ReadOptions, on_read: Callable[[int], None]
+    span: FileSpan, options: ReadOptions, on_read: Callable[[int], None]
 ) -> Iterator[list[bytes | bytearray | None]]:
-    """Whole lines, some at a time; None stands for one that is too long."""
-    pieces = unpacked(span.file, on_read) if span.file.packing is not Packing.PLAIN else _range(span, on_read)
+    """Complete lines, some at a time; None in place of a line that is too long."""
+    pieces = unpacked(span.file, on_read) if span.file.compression is not Compression.PLAIN else _range(span, on_read)
     held = bytearray()
     too_long, first = False, span.start == 0
     for piece in pieces:
@@ -177,8 +177,8 @@ def _lines(
         yield lines
 
 
-def _range(span: Span, on_read: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of the lines that begin in a range of a plain file."""
+def _range(span: FileSpan, on_read: Callable[[int], None]) -> Iterator[bytes]:
+    """The bytes of the lines that begin in a span of a plain file."""
     stop = span.file.size if span.stop is None else span.stop
     with span.file.path.open("rb") as file:
         left = stop - span.start
@@ -194,7 +194,7 @@ def _range(span: Span, on_read: Callable[[int], None]) -> Iterator[bytes]:
             left -= len(last)
             on_read(len(last))
             yield last
-        while last and not last.endswith(b"\n"):  # the last line goes on past the range
+        while last and not last.endswith(b"\n"):  # the last line continues after the span
             last = file.readline(_BLOCK_BYTES)
             if last:
                 yield last
@@ -243,7 +243,7 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
 
 
 def _take_long(block: Block, line: bytearray, options: ReadOptions, where: str) -> None:
-    """Takes the document of a long line without turning the whole of it into one string."""
+    """Takes the document of a long line without converting the whole line into one string."""
     block.read += 1
     short, long_strings = take_apart(line)
     try:
@@ -253,7 +253,7 @@ def _take_long(block: Block, line: bytearray, options: ReadOptions, where: str) 
         if isinstance(text, LongText):
             text.check()
     except ValueError:
-        block.bad.append(BadRecord(where, _snippet(line), "is no JSON, or not UTF-8 text.", _raw(line)))
+        block.bad.append(BadRecord(where, _snippet(line), "is not JSON, or not UTF-8 text.", _raw(line)))
         return
     if (fix := take(block, record, text, options)) is not None:
         block.bad.append(BadRecord(where, _snippet(line), fix, _raw(line)))
@@ -273,15 +273,15 @@ def _why_no_json(line: bytes | bytearray) -> str:
     except UnicodeDecodeError as error:
         return f"is not UTF-8 text (byte {error.start} of the line); convert the file."
     if b"\0" in line:
-        return "holds a NUL byte; the file is damaged, or no text."
+        return "contains a NUL byte: the file is damaged, or not text."
     try:
         json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f"is no JSON ({str(error)[:100]})."
+        return f"is not JSON ({str(error)[:100]})."
     if b"\\u" in line:
-        return "holds half a surrogate pair, which is no character; mend or drop the line."
-    return "holds a number that JSON does not have (NaN or Infinity); mend or drop the line."
+        return "contains half a surrogate pair, which is not a character; fix or remove the line."
+    return "contains NaN or Infinity, which JSON does not allow; fix or remove the line."
 
 
 def _too_long(options: ReadOptions) -> str:
-    return f"is longer than {options.max_document_bytes >> 20} MiB; cut it, or raise --max-document-mib."
+    return f"is longer than {options.max_document_bytes >> 20} MiB; split it, or raise --max-document-mib."

@@ -1,4 +1,4 @@
-"""The bytes of a file, whatever it is compressed with; a file that breaks off is an error, never a shorter one."""
+"""Decompresses files. A truncated file is an error, never silently a shorter one."""
 
 import zlib
 from collections.abc import Callable, Iterator
@@ -6,11 +6,11 @@ from typing import Any
 
 import zstandard
 
-from megatron_qwen.data.text.inputs import InputFile, Packing
+from megatron_qwen.data.text.inputs import Compression, InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _PLAIN_BYTES = 1 << 22
-# Little goes in at once, so that little comes out: a block of zeros grows ten-thousandfold.
+# Small, because the output of one call is unbounded: a block of zeros expands ten-thousandfold.
 _PACKED_BYTES = 1 << 13
 
 
@@ -18,18 +18,18 @@ def unpacked(file: InputFile, on_read: Callable[[int], None]) -> Iterator[bytes]
     """The content of a file, piece by piece.
 
     Args:
-        file: what is read.
+        file: what to read.
         on_read: called with the number of bytes just read from disk.
 
     Raises:
-        DataError: the file is damaged, or breaks off.
+        DataError: the file is damaged or truncated.
     """
-    if file.packing is Packing.PLAIN:
+    if file.compression is Compression.PLAIN:
         with file.path.open("rb") as stream:
             while piece := stream.read(_PLAIN_BYTES):
                 on_read(len(piece))
                 yield piece
-    elif file.packing is Packing.GZIP:
+    elif file.compression is Compression.GZIP:
         yield from _members(file, on_read, lambda: zlib.decompressobj(wbits=31), zlib.error)
     else:
         decompressor = zstandard.ZstdDecompressor()
@@ -39,7 +39,7 @@ def unpacked(file: InputFile, on_read: Callable[[int], None]) -> Iterator[bytes]
 def _members(
     file: InputFile, on_read: Callable[[int], None], begin: Callable[[], Any], damage: type[Exception]
 ) -> Iterator[bytes]:
-    """Members (frames) one after the other; each must have ended when the file does."""
+    """Decompresses gzip members or zstd frames one after the other; the last must end with the file."""
     read, member = 0, begin()
     fresh = False
     with file.path.open("rb") as stream:
@@ -55,8 +55,8 @@ def _members(
                     if content:
                         yield content
             except damage as error:
-                fix = f"is damaged near byte {read} ({error}); fetch it again."
+                fix = f"is damaged near byte {read} ({error}); download it again."
                 raise DataError(Problem(str(file.path), None, fix)) from None
     if not fresh:
-        fix = f"breaks off after {read} bytes: what it compresses does not end; fetch it again."
+        fix = f"is truncated after {read} bytes, in the middle of its compressed data; download it again."
         raise DataError(Problem(str(file.path), None, fix))

@@ -1,1 +1,1 @@
-"""Token files (.bin, .idx and a manifest): written, read, joined, verified; on a disk or in an object store."""
+"""Token files (.bin, .idx and a manifest), on disk or in an object store: read, write, merge, verify."""

@@ -1,4 +1,4 @@
-"""PREFIX.json beside a token file: what is in it, out of which text it was made, and its checksums."""
+"""PREFIX.json next to a token file: its content, the text it was made from, and its checksums."""
 
 import json
 from dataclasses import asdict, dataclass, field, fields
@@ -15,9 +15,9 @@ _COPY_BYTES = 1 << 24
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What is known of a token file, or of a set of them (shards).
+    """The manifest of a token file, or of a set of token files (shards).
 
-    Every record read is a document, or is counted by why it is none:
+    Every record is counted once:
     read = documents + empty + filtered + skipped.
 
     Args:
@@ -25,21 +25,21 @@ class Manifest:
         tokens: tokens written, end-of-document tokens included.
         read: records read.
         empty: records without text.
-        filtered: records that a condition (``--where``) left out.
-        skipped: bad records (``--on-error skip``); they lie in PREFIX.skipped.jsonl.
+        filtered: records that a condition (``--where``) excluded.
+        skipped: bad records (``--on-error skip``); they are in PREFIX.skipped.jsonl.
         text_bytes: UTF-8 bytes of the records.
-        vocab_size: one more than the largest id the tokenizer has.
+        vocab_size: one more than the largest id of the tokenizer.
         end_of_text: id after every document.
         control_tokens: ids by name.
         tokenizer_sha256: of the tokenizer's file.
-        encoder: what made the ids.
+        encoder: library that made the ids.
         bin_xxh3_128: of the .bin; of a set, over those of its shards.
         idx_xxh3_128: of the .idx; None for a set.
-        mask_xxh3_128: of the .mask (a byte a token: whether it carries loss); None where there is none.
-        shards: names of a set's token files, without ending, beside the manifest.
+        mask_xxh3_128: of the .mask (one byte per token: whether it carries loss); None without a mask.
+        shards: names of a set's token files, without ending, in the directory of the manifest.
         options: how records were read.
         inputs: path and size of every input file.
-        made_by: hash of all that decides the output; the same command finds its own work by it.
+        made_by: hash of everything that determines the output, by which the same command recognises its own output.
     """
 
     documents: int
@@ -64,18 +64,18 @@ class Manifest:
 
 
 def with_ending(prefix: str | Path, ending: str) -> Path:
-    """PREFIX and an ending; a dot in the name of the prefix stays."""
+    """PREFIX plus an ending; unlike ``Path.with_suffix`` it keeps a dot in the name."""
     prefix = Path(prefix)
     return prefix.with_name(prefix.name + ending)
 
 
 def manifest_path(prefix: str | Path) -> Path:
-    """Where the manifest of a token file lies."""
+    """Path of the manifest of a token file."""
     return with_ending(prefix, ".json")
 
 
 def read_manifest(prefix: str | Path) -> Manifest | None:
-    """What is known of a token file; None for one that another program made.
+    """The manifest of a token file; None if there is none, as for a file that another program made.
 
     Raises:
         DataError: it is damaged.
@@ -99,7 +99,7 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:
-    """Writes it beside its token file, whole or not at all."""
+    """Writes the manifest next to its token file, atomically."""
     atomic_write_json(manifest_path(prefix), asdict(manifest), durable=True)
 
 

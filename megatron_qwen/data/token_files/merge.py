@@ -1,4 +1,4 @@
-"""Several token files as one: linked as the shards of a set, or written one after the other."""
+"""Merges token files: linked as the shards of a set, or concatenated into one file."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -22,22 +22,22 @@ _COUNTS = ("documents", "tokens", "read", "empty", "filtered", "skipped", "text_
 
 
 def merge(prefixes: Sequence[Path], output: Path, *, single: bool) -> Manifest:
-    """Joins token files or sets.
+    """Merges token files or sets.
 
     Args:
-        prefixes: what is joined, in order.
+        prefixes: what to merge, in order.
         output: prefix of the result.
-        single: write one .bin and .idx; else the files become shards of a set, by hard links, and no token is copied
-            (only where a file lies on another file system).
+        single: write one .bin and .idx. Otherwise the files become shards of a set by hard links, without copying
+            tokens (except from another file system).
 
     Raises:
-        DataError: they do not belong together, or one cannot be read.
-        ConfigError: something lies there already.
+        DataError: they were made with different tokenizers, or one cannot be read.
+        ConfigError: an output file exists already.
     """
     members = [member for prefix in prefixes for member in _members(prefix)]
     files = [TokenFile(member) for member, _ in members]
     noted = [manifest for _, manifest in members]
-    _require_alike(files, noted)
+    _require_compatible(files, noted)
     names = [output] if single else [with_ending(output, f"_{index:05d}") for index in range(len(files))]
     paths = [with_ending(name, ending) for name in {output, *names} for ending in _ENDINGS]
     if there := sorted(path for path in paths if path.exists()):
@@ -72,21 +72,21 @@ def _link_all(
 def _members(prefix: Path) -> list[tuple[Path, Manifest]]:
     noted = read_manifest(prefix)
     if noted is None:
-        fix = "has no manifest: what it was made with is not known. Prepare it with `mq data prepare`."
+        fix = "has no manifest, so its tokenizer is not known. Prepare it with `mq data prepare`."
         raise DataError(Problem(str(prefix), None, fix))
     if not noted.shards:
         return [(prefix, noted)]
     return [item for name in noted.shards for item in _members(prefix.with_name(name))]
 
 
-def _require_alike(files: Sequence[TokenFile], noted: Sequence[Manifest]) -> None:
+def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -> None:
     problems = []
     for file, manifest in zip(files[1:], noted[1:], strict=True):
         if manifest.tokenizer_sha256 != noted[0].tokenizer_sha256:
-            fix = f"was made with another tokenizer than {files[0].prefix}; their ids mean different things."
+            fix = f"was made with another tokenizer than {files[0].prefix}; their ids have different meanings."
             problems.append(Problem(str(file.prefix), None, fix))
         elif file.dtype != files[0].dtype:
-            fix = f"has tokens of another width than {files[0].prefix}."
+            fix = f"has another token width than {files[0].prefix} ({files[0].dtype}); prepare it again."
             problems.append(Problem(str(file.prefix), file.dtype, fix))
     if problems:
         raise DataError(problems)
@@ -106,7 +106,7 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
 
 
 def _write_single(files: Sequence[TokenFile], output: Path, together: Manifest) -> Manifest:
-    # Names that a merge after a kill takes again: what is left may be terabytes.
+    # Fixed names, so that a merge after a kill overwrites what the killed one left, which may be terabytes.
     temporary = {ending: with_ending(output, f"{ending}.merging") for ending in (".bin", ".idx", ".mask")}
     masked = any(file.has_mask for file in files)
     try:
@@ -136,7 +136,7 @@ def _concatenate(paths: Sequence[Path], target: Path) -> str:
 
 
 def _write_mask(files: Sequence[TokenFile], target: Path) -> str:
-    """The masks one after the other; a file without one carries loss everywhere."""
+    """Concatenates the masks; in a file without a mask every token carries loss."""
     with target.open("wb") as out:
         for file in files:
             for start in range(0, file.num_tokens, _COPY_BYTES):

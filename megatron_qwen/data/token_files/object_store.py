@@ -1,7 +1,8 @@
-"""Token files in an object store: the index is fetched once, tokens are read by range, through multi-storage-client.
+"""Token files in an object store: the index is downloaded once, tokens are read by byte ranges (multi-storage-client).
 
 A URL is ``s3://bucket/prefix``, ``gs://...`` or ``msc://profile/prefix``; the library's own configuration
-(MSC_CONFIG) says how a store is reached. Indices and manifests lie in MQ_DATA_CACHE, or in ~/.cache/megatron_qwen.
+(MSC_CONFIG) defines how to reach a store. Indices and manifests are cached in MQ_DATA_CACHE, by default
+~/.cache/megatron_qwen/data.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ CACHE_VARIABLE = "MQ_DATA_CACHE"
 
 
 def is_url(path: str | Path) -> bool:
-    """Whether a prefix lies in an object store."""
+    """Whether a prefix is in an object store."""
     return "://" in str(path)
 
 
@@ -54,13 +55,13 @@ class StoredArray:
             fix = f"cannot be read at byte {start * width} ({_said(error)})."
             raise DataError(Problem(self.url, None, fix)) from None
         if len(data) != wanted:
-            fix = f"gave {len(data)} of {wanted} bytes from byte {start * width} on: it is shorter than its index says."
+            fix = f"gave {len(data)} of {wanted} bytes at byte {start * width}: it is shorter than its index says."
             raise DataError(Problem(self.url, None, fix))
         return np.frombuffer(data, dtype=self.dtype)
 
 
-def fetch_beside(prefix: str, endings: tuple[str, ...]) -> Path:
-    """Brings small files of a prefix to this machine, unless they lie there already.
+def fetch_small_files(prefix: str, endings: tuple[str, ...]) -> Path:
+    """Downloads small files of a prefix, unless they are in the cache already.
 
     Args:
         prefix: URL without ending.
@@ -97,7 +98,7 @@ def _resolve(url: str) -> tuple[Any, str]:
     try:
         client, path = multistorageclient.resolve_storage_client(url)
     except Exception as error:
-        fix = f"is not reached ({_said(error)}); MSC_CONFIG names the file that describes the store."
+        fix = f"cannot be reached ({_said(error)}); MSC_CONFIG must name a file that defines the store."
         raise DataError(Problem(url, None, fix)) from None
     return client, path
 

@@ -1,11 +1,11 @@
-"""What the tokens alone say."""
+"""Statistics of token files: document lengths and unigram entropy."""
 
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.token_files.token_set import TokenSet
 
 _DOCUMENTS = 1 << 20
@@ -13,7 +13,7 @@ _LONGEST = 10
 
 
 @dataclass(frozen=True)
-class Lengths:
+class LengthStatistics:
     """How long documents are.
 
     Args:
@@ -31,8 +31,8 @@ class Lengths:
     longest: list[tuple[int, int]]
 
 
-def lengths(source: TokenSet) -> Lengths:
-    """Reads the whole index, some at a time."""
+def lengths(source: TokenSet) -> LengthStatistics:
+    """Statistics of the document lengths; reads the whole index, in pieces."""
     edges = np.concatenate(([0], 2 ** np.arange(32, dtype=np.int64)))
     documents = np.zeros(len(edges) - 1, dtype=np.int64)
     tokens = np.zeros_like(documents)
@@ -46,13 +46,13 @@ def lengths(source: TokenSet) -> Lengths:
         longest = sorted([*longest, *((int(some[at]), first + int(at)) for at in most)], reverse=True)[:_LONGEST]
     middle = int(np.searchsorted(np.cumsum(documents), source.num_documents / 2))
     last = int(np.flatnonzero(documents)[-1]) + 1
-    return Lengths(edges[: last + 1], documents[:last], tokens[:last], int(edges[middle]), longest)
+    return LengthStatistics(edges[: last + 1], documents[:last], tokens[:last], int(edges[middle]), longest)
 
 
-def unigram_entropy(source: Source, samples: int) -> float:
-    """Entropy in nats of the labels of the first samples, each token taken by itself.
+def unigram_entropy(source: SampleSource, samples: int) -> float:
+    """Unigram entropy, in nats per token, of the labels of the first samples.
 
-    A model that knows only how often each token occurs has this loss on them.
+    It is the loss of a model that knows only how often each token occurs: a trained model must be below it.
 
     Args:
         source: the samples.

@@ -27,17 +27,17 @@ class TokenFile:
 
     Args:
         prefix: path without the .bin / .idx ending.
-        url: where the .bin and the .mask lie instead, in an object store, without ending.
+        url: of the .bin and the .mask in an object store, without ending; None: they are next to the .idx.
 
     Raises:
-        DataError: a file is missing, is no token file, or is shorter than its index says.
+        DataError: a file is missing, is not a token file, or is shorter than its index says.
     """
 
     def __init__(self, prefix: str | Path, *, url: str | None = None) -> None:
         self.prefix = Path(prefix)
         self.url = url
         if not self.prefix.name:
-            raise DataError(Problem("token file", prefix, "is no prefix of a .bin / .idx pair."))
+            raise DataError(Problem("token file", prefix, "is not the prefix of a .bin / .idx pair."))
         idx, bin_ = (with_ending(self.prefix, ending) for ending in (".idx", ".bin"))
         for path in (idx, bin_) if url is None else (idx,):
             if not path.is_file():
@@ -51,9 +51,7 @@ class TokenFile:
         self._offsets: npt.NDArray[np.int64] = index[body : body + 8 * self.num_documents].view(np.int64)
         width, last, length = self.dtype.itemsize, int(self._offsets[-1]), int(self._lengths[-1])
         if last < 0 or last % width or length < 0:
-            raise DataError(
-                Problem(str(idx), None, "is damaged: its last document has no place; prepare the data again.")
-            )
+            raise DataError(Problem(str(idx), None, "is damaged: its last entry is not valid; prepare the data again."))
         self.num_tokens = last // width + length
         if self.num_tokens == 0:
             raise DataError(Problem(str(idx), None, "holds no tokens; prepare it from text that is not empty."))
@@ -65,7 +63,7 @@ class TokenFile:
             self._mask = self._open(".mask", np.dtype(np.uint8), self.num_tokens)
 
     def _open(self, ending: str, dtype: np.dtype[Any], count: int) -> Any:
-        """So many numbers of a file, here or in a store; sliced, either reads what is asked for."""
+        """``count`` numbers of a file, as a memory map or in an object store; a slice reads only what it needs."""
         needed = count * dtype.itemsize
         if self.url is not None:
             stored = StoredArray(self.url + ending, dtype)
@@ -74,11 +72,11 @@ class TokenFile:
             path = with_ending(self.prefix, ending)
             where, size = str(path), path.stat().st_size
         if size < needed:
-            raise DataError(Problem(where, None, f"is cut off: {size} bytes, the index names {needed}."))
+            raise DataError(Problem(where, None, f"is cut off: it has {size} bytes, the index requires {needed}."))
         return stored if self.url is not None else np.memmap(path, dtype=dtype, mode="r", shape=(count,))
 
     def index_damage(self) -> str | None:
-        """What is wrong with the index as a whole; reads all of it, some at a time."""
+        """The first inconsistency of the index, else None; reads all of it, in pieces."""
         end = 0
         for first in range(0, self.num_documents, _DOCUMENTS):
             lengths = self._lengths[first : first + _DOCUMENTS].astype(np.int64)
@@ -122,7 +120,7 @@ class TokenFile:
         return self.tokens(self.document_start(index), self.document_start(index + 1))
 
     def document_ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions in [start, stop) at which a document's last token lies."""
+        """Positions in [start, stop) of the last tokens of documents."""
         width = self.dtype.itemsize
         # bisect reads a few entries; numpy's search would copy the whole unaligned map.
         first = bisect.bisect_left(self._offsets, (start + 1) * width)
@@ -140,7 +138,7 @@ class TokenFile:
 
 
 class TokenFileWriter:
-    """Writes a token file; nothing appears under its name until ``close`` has written all of it.
+    """Writes a token file; the files get their names in ``close``, when they are complete.
 
     Args:
         prefix: path without the .bin / .idx ending.
@@ -169,7 +167,7 @@ class TokenFileWriter:
         self._lengths.append(len(array))
 
     def close(self) -> None:
-        """Writes the index and gives both files their names."""
+        """Writes the index and renames both files to their final names."""
         sync_stream(self._bin)
         self._bin.close()
         lengths = np.asarray(self._lengths, dtype=np.int32)

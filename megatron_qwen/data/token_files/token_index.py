@@ -1,6 +1,6 @@
-"""The .idx of a token file: its header, and how it is written without holding it in memory.
+"""The .idx of a token file: reads its header, and writes it without holding it in memory.
 
-Megatron-LM's form (megatron/core/datasets/indexed_dataset.py, version 1): a header, then per document its length
+Megatron-LM's format (megatron/core/datasets/indexed_dataset.py, version 1): a header, then per document its length
 (int32), its byte offset in the .bin (int64), and document boundaries (int64), one more than documents.
 """
 
@@ -32,7 +32,7 @@ def read_header(path: Path) -> tuple[int, int, int]:
     """Code of the dtype, number of documents (Megatron: sequences), number of entries in the list of boundaries.
 
     Raises:
-        DataError: the file is no index of a version that is read, or is shorter than its header says.
+        DataError: the file is not an index of a supported version, or is shorter than its header says.
     """
     with path.open("rb") as file:
         head = file.read(HEADER.size)
@@ -42,11 +42,13 @@ def read_header(path: Path) -> tuple[int, int, int]:
     _, version, code, count, boundaries = HEADER.unpack(head)
     if version != 1 or code not in DTYPES:
         raise DataError(
-            Problem(str(path), None, f"has version {version} and dtype code {code}; only version 1 is read.")
+            Problem(
+                str(path), None, f"has version {version} and dtype code {code}, which is not supported (version 1 is)."
+            )
         )
     expected = HEADER.size + count * 12 + boundaries * 8
     if size < expected:
-        raise DataError(Problem(str(path), None, f"is cut off: {size} bytes, needs {expected}."))
+        raise DataError(Problem(str(path), None, f"is cut off: it has {size} bytes, its header requires {expected}."))
     if count == 0:
         raise DataError(Problem(str(path), None, "holds no tokens; prepare it from text that is not empty."))
     return code, count, boundaries
@@ -57,7 +59,7 @@ def write_index(path: Path, lengths: Lengths, *, documents: int, dtype: np.dtype
 
     Args:
         path: where it goes.
-        lengths: begins anew, on every call, to give the lengths of all documents in order, some at a time.
+        lengths: returns an iterator over the lengths of all documents, in arrays; it is called twice.
         documents: how many there are.
         dtype: of the tokens.
     """

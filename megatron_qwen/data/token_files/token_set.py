@@ -1,4 +1,4 @@
-"""One stream of tokens over the shards of a set: what a source of training data is made of."""
+"""One stream of tokens over the shards of a set; the tokens of a source of training data."""
 
 import bisect
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.data.token_files.manifest import Manifest, read_manifest, with_ending
-from megatron_qwen.data.token_files.object_store import fetch_beside, is_url
+from megatron_qwen.data.token_files.object_store import fetch_small_files, is_url
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.errors import DataError, Problem
 
@@ -18,7 +18,7 @@ class TokenSet:
     """Token files one after the other, as one stream of tokens and documents.
 
     Args:
-        prefix: of a token file, or of a set made of shards; a URL lies in an object store.
+        prefix: of a token file or of a set of shards; a path, or the URL of an object store.
 
     Raises:
         DataError: a file is missing, damaged or cut off; all such files are named.
@@ -26,7 +26,7 @@ class TokenSet:
 
     def __init__(self, prefix: str | Path) -> None:
         url = str(prefix) if is_url(prefix) else None
-        self.prefix = Path(prefix) if url is None else fetch_beside(url, (".json", ".idx"))
+        self.prefix = Path(prefix) if url is None else fetch_small_files(url, (".json", ".idx"))
         self.manifest: Manifest | None = None
         members: list[tuple[Path, str | None]] = [(self.prefix, url)]
         if self.prefix.name and not with_ending(self.prefix, ".idx").is_file():
@@ -41,7 +41,7 @@ class TokenSet:
         if url is None:
             return self.prefix.with_name(name), None
         own = f"{url.rsplit('/', 1)[0]}/{name}"
-        return fetch_beside(own, (".json", ".idx")), own
+        return fetch_small_files(own, (".json", ".idx")), own
 
     @property
     def num_tokens(self) -> int:
@@ -92,7 +92,7 @@ class TokenSet:
         return self.document_starts[index] + self.files[index].document_at(position - self.token_starts[index])
 
     def document_ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Positions in [start, stop) at which a document's last token lies."""
+        """Positions in [start, stop) of the last tokens of documents."""
         first = bisect.bisect_right(self.token_starts, start) - 1
         found = []
         for index, end in self._pieces(first, stop):
@@ -110,7 +110,7 @@ class TokenSet:
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
     def place(self, position: int) -> str:
-        """A token's file, document and position there, for a message."""
+        """File, document and position of a token, for a message."""
         index = bisect.bisect_right(self.token_starts, position) - 1
         own = position - self.token_starts[index]
         file = self.files[index]
@@ -118,12 +118,12 @@ class TokenSet:
 
     @cached_property
     def digest(self) -> str | None:
-        """Hash of all tokens as the manifest notes it; None where there is no manifest."""
+        """Hash of all tokens, from the manifest; None without a manifest."""
         noted = self.manifest or read_manifest(self.prefix)
         return None if noted is None else noted.bin_xxh3_128
 
     def _pieces(self, first: int, stop: int) -> list[tuple[int, int]]:
-        """Files from ``first`` on that reach into the stream up to ``stop``, with the end inside each."""
+        """Indices of files from ``first`` on that begin before ``stop``, each with the end position in that file."""
         found = []
         index = first
         while index < len(self.files) and self.token_starts[index] < stop:

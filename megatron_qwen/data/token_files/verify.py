@@ -13,7 +13,7 @@ _TOKENS = 1 << 22
 
 
 def verify(prefix: Path, on_file: Callable[[Path], None] = lambda _: None) -> Manifest:
-    """Reads a token file, or all of a set, and compares with the manifest.
+    """Reads a token file, or all files of a set, and compares them with the manifest.
 
     Args:
         prefix: of the file or the set.
@@ -23,11 +23,11 @@ def verify(prefix: Path, on_file: Callable[[Path], None] = lambda _: None) -> Ma
         The manifest.
 
     Raises:
-        DataError: a byte, a count, a token or the index is not as it was written; every file is named.
+        DataError: a hash, a count, a token or the index is wrong; every such file is named.
     """
     noted = read_manifest(prefix)
     if noted is None:
-        fix = "is missing: there is nothing to compare the tokens with."
+        fix = "is missing, so there is nothing to verify the tokens against."
         raise DataError(Problem(str(manifest_path(prefix)), None, fix))
     problems: list[Problem] = []
     members = [prefix.with_name(name) for name in noted.shards] or [prefix]
@@ -61,24 +61,24 @@ def _member_problems(prefix: Path, noted: Manifest, file: TokenFile) -> Iterator
     if damage := file.index_damage():
         yield Problem(f"{prefix}.idx", None, f"is damaged: {damage}.")
     elif noted.idx_xxh3_128 not in (None, file_digest(with_ending(prefix, ".idx"))):
-        yield Problem(f"{prefix}.idx", None, "has other bytes than when it was written: damaged.")
+        yield Problem(f"{prefix}.idx", None, "does not match its checksum in the manifest: damaged.")
     if file_digest(with_ending(prefix, ".bin")) != noted.bin_xxh3_128:
-        yield Problem(f"{prefix}.bin", None, "has other bytes than when it was written: damaged.")
+        yield Problem(f"{prefix}.bin", None, "does not match its checksum in the manifest: damaged.")
     if (where := foreign_token(file, noted.vocab_size)) is not None:
         yield where
     mask = with_ending(prefix, ".mask")
     if noted.mask_xxh3_128 is not None and (not mask.is_file() or file_digest(mask) != noted.mask_xxh3_128):
-        yield Problem(str(mask), None, "is missing, or has other bytes than when it was written.")
+        yield Problem(str(mask), None, "is missing, or does not match its checksum in the manifest.")
 
 
 def foreign_token(file: TokenFile, vocab_size: int) -> Problem | None:
-    """The first token whose id the vocabulary does not have."""
+    """A problem that names the first token whose id is outside of the vocabulary; None if there is none."""
     for start in range(0, file.num_tokens, _TOKENS):
         tokens = file.tokens(start, min(start + _TOKENS, file.num_tokens))
         wrong = (tokens < 0) | (tokens >= vocab_size)
         if wrong.any():
             position = start + int(np.argmax(wrong))
             document = file.document_at(position)
-            fix = f"is no id of the vocabulary of {vocab_size}; document {document}, token {position}."
+            fix = f"is not an id of the vocabulary of {vocab_size} (document {document}, token {position})."
             return Problem(f"{file.prefix}.bin", int(tokens[position - start]), fix)
     return None

@@ -1,1 +1,1 @@
-"""Tokenizer directories: loaded, trained, and encoding text at speed."""
+"""Tokenizer directories: loading, training, and fast encoding."""

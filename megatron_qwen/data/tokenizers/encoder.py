@@ -1,4 +1,4 @@
-"""Text to ids at speed: gigatoken where it is proven to give the tokenizer's own ids, else the tokenizer itself."""
+"""Fast encoding of text to ids: gigatoken if it gives the tokenizer's own ids, else the tokenizer itself."""
 
 import re
 import unicodedata
@@ -15,8 +15,9 @@ from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.tokenizers.making import QWEN2_SPLIT
 from megatron_qwen.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
 
-# Texts on which tokenizers differ if they differ: control tokens, digits, spaces, line ends, composed and decomposed
-# letters, scripts without spaces, emoji with joiners, replacement and control characters, contractions.
+# Texts that reveal differences between two implementations of a tokenizer: control tokens, digits, spaces, line ends,
+# composed and decomposed letters, scripts without spaces, emoji with joiners, replacement and control characters,
+# contractions.
 PROBES = (
     "def f(x, *, y: int = 10_000) -> str:\n    return f'{x!r:>12}'  # it's\n\n\n",
     "for (int i = 0; i < n; ++i) {\r\n\ta[i] += b[i] ** 2;\r\n}\r\n",
@@ -38,9 +39,10 @@ PROBES = (
 # A longer document is encoded in parts, cut where Qwen2's pre-tokenizer always cuts: between a line end and a letter.
 _PART_CHARACTERS = 1 << 20
 _CUT = re.compile(r"\n(?=[A-Za-z])")
-# tokenizers and gigatoken know Unicode's normal form C of different years: they differ on text that is not in it, and
-# on the scripts that compose since Unicode 16, which Python's own tables may lack (here by the first bytes of their
-# UTF-8: U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F). Such text the tokenizer's own library encodes.
+# tokenizers and gigatoken implement Unicode's normal form C (NFC) with tables of different Unicode versions. They
+# differ on text that is not in NFC, and on the scripts with compositions since Unicode 16, which Python's own tables
+# may lack (given here by the first bytes of their UTF-8: U+11380 to U+113FF, U+16100 to U+1613F, U+16D40 to U+16D7F).
+# The tokenizer's own library encodes such text.
 _RECENT = (b"\xf0\x91\x8e", b"\xf0\x91\x8f", b"\xf0\x96\x84", b"\xf0\x96\xb5")
 
 
@@ -48,7 +50,7 @@ class Encoder(Protocol):
     """Text to ids.
 
     Args:
-        name: what a person is told is used.
+        name: for messages and the manifest.
         vocab_size: one more than the largest id.
         end_of_text: id that ends a document.
     """
@@ -64,12 +66,12 @@ class Encoder(Protocol):
         """The ids of a text that is too long for one string."""
 
 
-class Plain:
-    """The tokenizer's own library, a text at a time.
+class TokenizerEncoder:
+    """Encodes with the tokenizer's own library, one text at a time.
 
     Args:
-        tokenizer: whose ids are the right ones.
-        why: why nothing faster is used.
+        tokenizer: the reference.
+        why: why gigatoken is not used.
     """
 
     def __init__(self, tokenizer: Tokenizer, why: str) -> None:
@@ -81,18 +83,18 @@ class Plain:
         yield np.asarray(self.tokenizer.encode_batch([text])[0], dtype=np.int32)
 
     def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
-        """The ids of a long text; whole, because where this tokenizer may be cut is not known."""
+        """The ids of a long text, encoded whole: where it may be cut for this tokenizer is not known."""
         yield from self.encode(text.text())
 
 
-class Gigatoken:
-    """gigatoken, on the thread that calls.
+class GigatokenEncoder:
+    """Encodes with gigatoken, on the calling thread.
 
     Args:
         directory: tokenizer directory.
 
     Raises:
-        ValueError: gigatoken does not know this kind of tokenizer.
+        ValueError: gigatoken does not support this kind of tokenizer.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -119,7 +121,7 @@ class Gigatoken:
         self.vocab_size = int(self._library.vocab_size)
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
-        """The ids of a text; a long one in parts, which bounds the memory."""
+        """The ids of a text. A long text is encoded in parts, which bounds the memory."""
         start = 0
         while (
             self._cuts
@@ -131,7 +133,7 @@ class Gigatoken:
         yield self._part(text[start:] if start else text)
 
     def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
-        """The ids of a long text, part by part where this tokenizer may be cut."""
+        """The ids of a long text, part by part if it may be cut for this tokenizer."""
         if not self._cuts:
             yield from self.encode(text.text())
             return
@@ -143,7 +145,7 @@ class Gigatoken:
             return self._ids(text)
         if not self._cuts:
             return self._by_tokenizer(text)
-        # Only the lines at fault take the long way.
+        # Only the lines that are not in NFC take the slow path.
         found: list[npt.NDArray[Any]] = []
         held = ""
         for line in _lines(text):
@@ -159,7 +161,7 @@ class Gigatoken:
         return ids
 
     def _unusual(self, line: str) -> npt.NDArray[Any]:
-        """A line that is in no normal form, or in a recent one."""
+        """The ids of a line that is not in NFC, or uses scripts of recent Unicode versions."""
         if not any(name in line for name in self._control):
             normal = self._normal.normalize_str(line)
             if _in_one_normal_form(normal):
@@ -173,7 +175,7 @@ class Gigatoken:
 
 
 def _lines(text: str) -> Iterator[str]:
-    """The text cut wherever it may be."""
+    """The text, cut at every place where that does not change its tokens."""
     start = 0
     for cut in _CUT.finditer(text):
         yield text[start : cut.end()]
@@ -182,7 +184,7 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _in_one_normal_form(text: str) -> bool:
-    """Whether a text is in normal form C whatever the year of the tables."""
+    """Whether a text is in normal form C by the tables of every Unicode version."""
     if text.isascii():
         return True
     raw = text.encode()
@@ -190,16 +192,16 @@ def _in_one_normal_form(text: str) -> bool:
 
 
 def open_encoder(directory: Path) -> Encoder:
-    """gigatoken if it takes this tokenizer, else the tokenizer's own library; not proven yet."""
+    """gigatoken if it supports this tokenizer, else the tokenizer's own library. Not compared yet."""
     try:
-        return Gigatoken(directory)
-    except Exception as error:  # whatever it stumbles over, the tokenizer's own library is there
+        return GigatokenEncoder(directory)
+    except Exception as error:  # any failure: the tokenizer's own library always works
         why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        return Plain(load_tokenizer(directory), f"slower; gigatoken does not take it: {why}")
+        return TokenizerEncoder(load_tokenizer(directory), f"slower; gigatoken does not support it: {why}")
 
 
 def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
-    """The first of some texts for which an encoder gives other ids than the tokenizer; None where all are equal."""
+    """The first text for which an encoder gives other ids than the tokenizer; None if all are equal."""
     if (encoder.vocab_size, encoder.end_of_text) != (tokenizer.vocab_size, tokenizer.end_of_text):
         return f"the vocabulary: {encoder.vocab_size} ids for {tokenizer.vocab_size}"
     for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):

@@ -1,4 +1,4 @@
-"""Makes tokenizers: trained on text, or from a rank file of tiktoken."""
+"""Creates tokenizers: trained on text, or converted from a tiktoken rank file."""
 
 import base64
 import json
@@ -54,14 +54,14 @@ def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None
 
 
 def import_tiktoken(ranks: Path, directory: Path) -> None:
-    """Turns a rank file of tiktoken, such as Qwen's own, into a Hugging Face tokenizer with Qwen2.5's control tokens.
+    """Converts a tiktoken rank file, such as Qwen's own, into a Hugging Face tokenizer with Qwen2.5's control tokens.
 
     Args:
-        ranks: lines of a token in base64 and its rank, from 0 without gaps.
+        ranks: each line has a token in base64 and its rank; ranks count from 0 without gaps.
         directory: where tokenizer.json, vocab.json, merges.txt and tokenizer_config.json go.
 
     Raises:
-        DataError: the file is no rank file.
+        DataError: the file is not a rank file.
     """
     from gigatoken import Tokenizer as Gigatoken
     from tokenizers import AddedToken, models
@@ -70,7 +70,7 @@ def import_tiktoken(ranks: Path, directory: Path) -> None:
     try:
         merges = Gigatoken.from_tiktoken(ranks, "qwen2").merges
     except Exception as error:
-        raise DataError(Problem(str(ranks), None, f"is no rank file of a byte-level BPE ({error}).")) from None
+        raise DataError(Problem(str(ranks), None, f"is not a rank file of a byte-level BPE ({error}).")) from None
     letters = _byte_letters()
 
     def written(token: bytes) -> str:
@@ -116,17 +116,19 @@ def _read_ranks(path: Path) -> list[bytes]:
                     continue
                 tokens.append(base64.b64decode(token, validate=True))
                 if not rank.isdigit() or int(rank) != len(tokens) - 1:
-                    fix = f"is no token and rank {len(tokens) - 1}; ranks go up from 0 without gaps."
+                    fix = f"does not have rank {len(tokens) - 1}; ranks must count from 0 without gaps."
                     raise DataError(Problem(f"{path}:{number}", line[:60].decode(errors="replace").strip(), fix))
     except ValueError as error:
         if isinstance(error, DataError):
             raise
-        fix = "is no token in base64 and its rank; this is no rank file of tiktoken."
+        fix = "is not a token in base64 and its rank; this is not a tiktoken rank file."
         raise DataError(Problem(f"{path}:{len(tokens) + 1}", None, fix)) from None
     except OSError as error:
         raise DataError(Problem(str(path), None, f"cannot be read ({error.strerror}).")) from None
     if missing := {bytes([byte]) for byte in range(256)}.difference(tokens):
-        raise DataError(Problem(str(path), None, f"lacks {len(missing)} of the 256 bytes; it is not byte-level."))
+        raise DataError(
+            Problem(str(path), None, f"lacks {len(missing)} of the 256 single bytes, so it is not byte-level.")
+        )
     return tokens
 
 
@@ -195,7 +197,7 @@ def _not_empty(texts: Iterable[str]) -> Iterator[str]:
         empty = empty and not text.strip()
         yield text
     if empty:
-        raise DataError(Problem("text", None, "there is no text to train a tokenizer on."))
+        raise DataError(Problem("text", None, "the input has no text to train a tokenizer on."))
 
 
 def _write_config(directory: Path, tokenizer_class: str, **more: Any) -> None:

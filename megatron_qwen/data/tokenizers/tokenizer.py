@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",  # which tokens end a text belongs with the tokens
+    "generation_config.json",  # it names the tokens that end a text
 )
 
 
@@ -39,7 +39,7 @@ class Tokenizer(Protocol):
 
     @property
     def control_tokens(self) -> dict[str, int]:
-        """Ids of the tokens that are no text, by name."""
+        """Ids of the control tokens, by name."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of texts, without any added token."""
@@ -57,12 +57,14 @@ class BpeTokenizer:
         try:
             self._library = Library.from_file(str(path))
         except Exception as error:
-            raise DataError(Problem(str(path), None, f"is no tokenizer ({error}).")) from None
+            raise DataError(Problem(str(path), None, f"is not a tokenizer ({error}).")) from None
         size = int(self._library.get_vocab_size(with_added_tokens=True))
         dense = self._library.id_to_token(size - 1) is not None and self._library.id_to_token(size) is None
         end: int | None = self._library.token_to_id(END_OF_TEXT)
         if end is None:
-            raise DataError(Problem(str(path), None, f"has no {END_OF_TEXT} token to end documents with."))
+            raise DataError(
+                Problem(str(path), None, f"has no {END_OF_TEXT} token, which marks the end of a document; add it.")
+            )
         self.vocab_size = size if dense else max(self._library.get_vocab(with_added_tokens=True).values()) + 1
         self.end_of_text = end
         added = self._library.get_added_tokens_decoder()
@@ -87,7 +89,7 @@ class SentencePieceTokenizer:
         try:
             self._library = SentencePieceProcessor(model_file=str(path))
         except Exception as error:
-            raise DataError(Problem(str(path), None, f"is no SentencePiece model ({error}).")) from None
+            raise DataError(Problem(str(path), None, f"is not a SentencePiece model ({error}).")) from None
         self.vocab_size = int(self._library.vocab_size())
         self.end_of_text = int(self._library.eos_id())
         self.control_tokens = {END_OF_TEXT: self.end_of_text}
@@ -107,7 +109,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """The tokenizer in a directory.
 
     Raises:
-        DataError: there is none, or it cannot be used.
+        DataError: there is none, or it cannot be loaded.
     """
     path = _deciding_file(Path(directory))
     return BpeTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
@@ -122,27 +124,29 @@ def _deciding_file(directory: Path) -> Path:
 
 
 def tokenizers_without_threads() -> None:
-    """For a forked process: the threads that its parent may have started are not there, and it would wait for them."""
+    """For a forked process: it lacks the threads that its parent may have started, and would wait for them forever."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def fingerprint(directory: str | Path) -> str:
-    """SHA-256 of the file that decides the ids."""
+    """SHA-256 of the file that determines the ids."""
     return hashlib.sha256(_deciding_file(Path(directory)).read_bytes()).hexdigest()
 
 
 def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
     """(eos, bos) for config.json.
 
-    A generation_config.json that came with the tokenizer decides; else documents end with the end-of-text token, and
-    the family begins one with the same.
+    Taken from generation_config.json if the tokenizer came with one. Otherwise both are the end-of-text token, as in
+    the base models of the family.
     """
     try:
         noted = json.loads((directory / "generation_config.json").read_text())
     except FileNotFoundError:
         noted = {}
     except (OSError, ValueError):
-        raise DataError(Problem(str(directory / "generation_config.json"), None, "is no JSON; mend it.")) from None
+        raise DataError(
+            Problem(str(directory / "generation_config.json"), None, "is not valid JSON; fix it.")
+        ) from None
     if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id")):
         end = load_tokenizer(directory).end_of_text
         return end, end

@@ -1,6 +1,6 @@
 """What a callback may hook into, and what it may use of the trainer.
 
-The trainer imports this file, so what callbacks know of the trainer stands here: nothing imports in a circle.
+The trainer imports this file, so the interface of the trainer is defined here: that avoids a circular import.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, Protocol
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.step_record import StepRecord
 
-# What the performance card tells apart of the time in callbacks.
+# The kinds of callback time that the performance card reports separately.
 TimedAs = Literal["save", "validation"]
 
 
@@ -22,29 +22,29 @@ class TrainerInterface(Protocol):
 
     @property
     def callback_seconds(self) -> Mapping[TimedAs, float]:
-        """Seconds in callbacks after the steps so far."""
+        """Seconds spent in callbacks so far, by kind."""
 
     def stop(self, exit_code: int) -> None:
         """Ends the loop after this step; the process will exit with this code."""
 
 
 class Callback:
-    """A feature of the loop; every rank calls every hook, in the order the callbacks are listed."""
+    """A feature of the training loop. Every rank calls every hook, in the order of the list in ``build.py``."""
 
-    # As what its time counts; None where it is not told apart.
+    # The kind of time it counts as; None if it is not reported separately.
     timed_as: ClassVar[TimedAs | None] = None
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """Once, after a checkpoint was loaded."""
+        """Called once, after the checkpoint was loaded."""
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
-        """After every step; may add to ``record.extra`` and may call ``trainer.stop``."""
+        """Called after every step; may add to ``record.extra`` and may call ``trainer.stop``."""
 
     def after_training(self, trainer: TrainerInterface) -> None:
-        """Once, after the last step, also when the run was asked to stop."""
+        """Called once after the last step, also if the run was asked to stop."""
 
     def on_numerics_error(self) -> None:
-        """On all ranks together, when the run ends because its numbers are not finite."""
+        """Called on all ranks together when the run ends with a NumericsError."""
 
     def close(self) -> None:
-        """Always, also after an error; must not use collectives."""
+        """Called always, also after an error. Other ranks may be gone: it must not use collectives."""

@@ -1,4 +1,4 @@
-"""Makes the callbacks of a run and puts them in order."""
+"""Builds the callbacks of a run, in the order in which they act."""
 
 import torch.distributed as dist
 
@@ -12,11 +12,11 @@ from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.garbage import GarbageCollection
+from megatron_qwen.training.callbacks.heartbeat import HeartbeatCallback
 from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.performance import Performance
 from megatron_qwen.training.callbacks.profiler import Profiler
-from megatron_qwen.training.callbacks.signs_of_life import SignsOfLife
 from megatron_qwen.training.callbacks.stopping import Stopping
 from megatron_qwen.training.callbacks.validation import Validation
 from megatron_qwen.training.components import TrainingComponents
@@ -46,9 +46,9 @@ def build_callbacks(
     """
     config = components.config
     callbacks: list[Callback] = []
-    # First: an attempt that another one has followed must not write the metrics of this step either.
+    # First: an attempt that a newer one has superseded must not write the metrics of this step either.
     if heartbeat is not None:
-        callbacks.append(SignsOfLife(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
+        callbacks.append(HeartbeatCallback(heartbeat, is_current=lambda: directory.newest_attempt() == attempt))
     if interval := config.performance.garbage_collection_interval:
         callbacks.append(GarbageCollection(interval))
     # These two add to the record what Metrics writes.
@@ -58,14 +58,14 @@ def build_callbacks(
         callbacks.append(Validation())
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
-    # After Metrics, so that the step that ends the run is on record; before Checkpointing, so that it is not saved.
+    # After Metrics, so that the step that ends the run is recorded. Before Checkpointing, so that it is not saved.
     callbacks.append(NumericsGuard())
     if config.metrics.profile_start is not None:
         callbacks.append(Profiler(directory.profile))
     callbacks.append(_checkpointing(components, directory, attempt=attempt, resumed_at=resumed_at))
     # After Checkpointing: a signal that comes while the step saves is noticed in the same step.
     callbacks.append(Stopping(signals))
-    # Last: its figures then hold what the others took of the same step.
+    # Last: its figures include the time of all other callbacks in the same step.
     callbacks.append(Performance(directory.performance, attempt=attempt, started=started, resumed_at=resumed_at))
     return callbacks
 

@@ -30,7 +30,7 @@ class Checkpointing(Callback):
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Saves if it is time, and commits a background save that has finished.
 
-        A step whose numbers were not finite is not saved; the next that computes is.
+        A skipped step is not saved; the next one that updates the weights is.
         """
         settings = trainer.components.config.checkpoint
         self._due |= settings.save_interval > 0 and record.iteration % settings.save_interval == 0
@@ -48,11 +48,11 @@ class Checkpointing(Callback):
         self.writer.finish(wait=True)
 
     def on_numerics_error(self) -> None:
-        """Commits a save that is still being written: it holds the last good state."""
+        """Commits a save that is still being written: it is the last good state."""
         self.writer.finish(wait=True)
 
     def save(self, components: TrainingComponents, *, background: bool) -> None:
-        """Saves the present state; with ``background``, a later ``finish`` of the writer commits it."""
+        """Saves the current state. With ``background``, a later ``finish`` of the writer commits it."""
         iteration = components.progress.iteration
 
         def write_small_files(directory: Path) -> None:
@@ -75,6 +75,6 @@ class Checkpointing(Callback):
 
 
 def _as_of_now(components: TrainingComponents) -> RunConfig:
-    """The configuration with the RoPE base that the weights have been trained with last: an export goes by it."""
+    """The configuration with the RoPE base of the last step, which a data stage may have changed: exports read it."""
     reader = components.data.latest(components.progress.consumed_samples)
     return components.asked.with_section("model", rotary_base=reader.config.model.rotary_base)

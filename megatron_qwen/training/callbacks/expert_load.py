@@ -1,4 +1,4 @@
-"""Load-balancing loss and the busiest expert's share, for a mixture of experts."""
+"""Load-balancing loss and the busiest expert's share, for a mixture-of-experts (MoE) model."""
 
 from typing import Any
 
@@ -18,18 +18,19 @@ _TRACKED = {
 
 
 class ExpertLoad(Callback):
-    """Counts where the routers send tokens.
+    """Counts how many tokens the routers send to each expert.
 
-    ``load_balancing_loss`` is the core's auxiliary loss, mean over layers and micro-batches, before its coefficient:
-    1 is perfect balance, the number of experts the worst. ``busiest_expert_share`` is the largest share of a layer's
-    token slots that one expert took; 1 / experts is perfect balance.
+    ``load_balancing_loss`` is megatron-core's auxiliary loss, averaged over layers and micro-batches, without its
+    coefficient: 1 is perfect balance, the number of experts is the worst value.
+    ``busiest_expert_share`` is the largest share of a layer's token slots that one expert took; 1 / experts is
+    perfect balance.
     """
 
     def __init__(self) -> None:
         self._counts: dict[int, torch.Tensor] = {}
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """Hooks every router of this rank; what the core has counted before does not belong to this run."""
+        """Hooks every router of this rank, and clears megatron-core's global tracker of earlier counts."""
         get_moe_metrics_tracker().clear()
         for chunk in trainer.components.model.modules:
             for module in chunk.modules():
@@ -48,7 +49,7 @@ class ExpertLoad(Callback):
         model = trainer.components.config.model
         assert model.num_moe_experts is not None
         counts = torch.zeros(
-            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.components.shard.device
+            model.num_layers, model.num_moe_experts, dtype=torch.float64, device=trainer.components.batch_slice.device
         )
         for layer, chosen in self._counts.items():
             counts[layer] += chosen
@@ -59,12 +60,12 @@ class ExpertLoad(Callback):
         record.extra["load_balancing_loss"] = self._balancing_loss(trainer, record)
 
     def _balancing_loss(self, trainer: TrainerInterface, record: StepRecord) -> float | None:
-        model, shard = trainer.components.config.model, trainer.components.shard
+        model, batch_slice = trainer.components.config.model, trainer.components.batch_slice
         if not model.moe_aux_loss_coeff or model.moe_router_load_balancing_type == "none":
             return None
         name = _TRACKED[model.moe_router_load_balancing_type]
         micro_batches = record.global_batch_size // (
-            trainer.components.config.training.micro_batch_size * shard.dp_size
+            trainer.components.config.training.micro_batch_size * batch_slice.dp_size
         )
         totals: dict[str, torch.Tensor] = {}
         get_moe_metrics_tracker().report(

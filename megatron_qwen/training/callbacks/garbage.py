@@ -1,4 +1,4 @@
-"""Python's garbage collections at the same step on all ranks."""
+"""Runs Python's garbage collection at the same step on all ranks."""
 
 import gc
 
@@ -7,7 +7,8 @@ from megatron_qwen.training.step_record import StepRecord
 
 
 class GarbageCollection(Callback):
-    """Collects every ``interval`` steps and never in between: a rank that stops for its own garbage stops all.
+    """Collects every ``interval`` steps and never in between: all ranks wait in the next collective for one that
+    collects.
 
     Args:
         interval: steps between collections, above 0.
@@ -17,7 +18,7 @@ class GarbageCollection(Callback):
         self.interval = interval
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """What was built lives as long as the run: it is not looked at again."""
+        """Freezes what was built: it lives as long as the run, so collections need not traverse it."""
         gc.collect()
         gc.freeze()
         gc.disable()
@@ -28,6 +29,6 @@ class GarbageCollection(Callback):
             gc.collect()
 
     def close(self) -> None:
-        """Leaves it to Python again."""
+        """Re-enables automatic collection."""
         gc.enable()
         gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Stops a run whose numbers do not come back."""
+"""Stops a run whose loss or gradient norm stays non-finite."""
 
 from megatron_qwen.errors import NumericsError, Problem
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
@@ -6,10 +6,10 @@ from megatron_qwen.training.step_record import StepRecord
 
 
 class NumericsGuard(Callback):
-    """Raises after too many steps in a row without a finite loss and gradient; no checkpoint is written then."""
+    """Raises NumericsError after too many skipped steps in a row; no checkpoint is written then."""
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
-        """Counts are in the progress; this compares them with the limit."""
+        """Compares the count in the progress with resilience.max_consecutive_skips."""
         limit = trainer.components.config.resilience.max_consecutive_skips
         skips = trainer.components.progress.consecutive_skips
         if skips >= limit:
@@ -18,6 +18,6 @@ class NumericsGuard(Callback):
                     f"iteration {record.iteration}",
                     f"loss {record.result.loss}, gradient norm {record.result.grad_norm}",
                     f"{skips} steps in a row were not finite (resilience.max_consecutive_skips). The last good "
-                    "checkpoint is kept; lower optim.learning_rate or look at the data before going on.",
+                    "checkpoint is kept; lower optim.learning_rate or check the data before you resume.",
                 )
             )

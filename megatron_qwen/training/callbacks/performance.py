@@ -31,7 +31,7 @@ class Performance(Callback):
         path: the file.
         attempt: number of this attempt.
         started: when the process began, seconds since 1970.
-        resumed_at: iteration that training goes on from.
+        resumed_at: iteration that training resumes from.
     """
 
     def __init__(self, path: Path, *, attempt: int, started: float, resumed_at: int) -> None:
@@ -50,7 +50,7 @@ class Performance(Callback):
         self._held = [{} for _ in range(dist.get_world_size())]
         dist.all_gather_object(self._held, held_bytes(trainer.components))
         self._begun = time.time()
-        self._write()  # an attempt that is killed soon has been there
+        self._write()  # so that an attempt that is killed early is in the card
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Adds the step."""
@@ -81,7 +81,7 @@ class Performance(Callback):
         try:
             write_card(self.path, self._facts(self._trainer), [*self._earlier, self._time(self._trainer)])
         except OSError as error:  # a full disk must not end the run, nor hide why it ends
-            log.warning("%s could not be written: %s", self.path, error)
+            log.warning("the performance card %s could not be written: %s", self.path, error)
 
     def _time(self, trainer: TrainerInterface) -> AttemptTime:
         spent = trainer.callback_seconds
@@ -99,7 +99,7 @@ class Performance(Callback):
         )
 
     def _facts(self, trainer: TrainerInterface) -> dict[str, Any]:
-        """What was reached in this attempt."""
+        """What this attempt measured."""
         config, name = trainer.components.config, device.device_name()
         kind = known(name)
         peak = kind.peak_tflops if kind is not None and config.precision.dtype == "bf16" else None
@@ -132,7 +132,7 @@ class Performance(Callback):
         }
 
     def _memory(self) -> dict[str, Any]:
-        """Of the rank that holds most: what it holds all the time by part, and its peak with the rest.
+        """Memory in GiB of the rank with the highest peak: persistent tensors by kind, the peak, and the rest of it.
 
         On a CPU the peak is the process's resident set, with the libraries it has loaded.
         """

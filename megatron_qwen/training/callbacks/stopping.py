@@ -26,11 +26,15 @@ class Stopping(Callback):
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Stops the trainer with exit code 75, or 130 after Ctrl-C; the checkpoint callback then saves."""
-        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.components.shard.device)
+        flag = torch.tensor([int(self.signals.received or 0)], device=trainer.components.batch_slice.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         number = int(flag)
         if not number:
             return
         if dist.get_rank() == 0:
-            log.info("%s: saving after iteration %d and leaving", signal.Signals(number).name, record.iteration)
+            log.info(
+                "received %s: saving a checkpoint after iteration %d, then exiting",
+                signal.Signals(number).name,
+                record.iteration,
+            )
         trainer.stop(EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_REQUEUE)

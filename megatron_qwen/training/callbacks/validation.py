@@ -1,9 +1,8 @@
 """Validation loss at intervals, on the same held-out samples every time."""
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.data.loaders.batches import Request, micro_batches
-from megatron_qwen.data.reading.training_data import StageReader
-from megatron_qwen.data.reading.training_data import Validation as ValidationSamples
+from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
+from megatron_qwen.data.reading.training_data import HeldOutSamples, StageReader
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.step import run_batch
 from megatron_qwen.training.step_record import StepRecord
@@ -15,10 +14,10 @@ class Validation(Callback):
     timed_as = "validation"
 
     def __init__(self) -> None:
-        self._samples: tuple[StageReader, ValidationSamples] | None = None
+        self._samples: tuple[StageReader, HeldOutSamples] | None = None
 
     def before_training(self, trainer: TrainerInterface) -> None:
-        """Finds out before the first step whether there is enough held out."""
+        """Opens the held-out samples, so that too few of them are reported before the first step."""
         self._of(trainer)
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
@@ -39,9 +38,10 @@ class Validation(Callback):
         with components.model.whole_parameters():
             for index in range(training.eval_iters):
                 size = training.global_batch_size
-                request = Request(index * size, size, training.micro_batch_size)
+                request = BatchRequest(index * size, size, training.micro_batch_size)
                 batches = [
-                    batch.to(components.shard.device) for batch in micro_batches(samples, components.shard, request)
+                    batch.to(components.batch_slice.device)
+                    for batch in micro_batches(samples, components.batch_slice, request)
                 ]
                 loss, tokens = run_batch(
                     config, components.model, components.groups, components.forward_step, batches, forward_only=True
@@ -50,8 +50,8 @@ class Validation(Callback):
         components.model.train(True)
         return total / max(weight, 1.0)
 
-    def _of(self, trainer: TrainerInterface) -> tuple[ValidationSamples, RunConfig]:
-        """The held-out samples of the stage that the last step was of, and what holds in it."""
+    def _of(self, trainer: TrainerInterface) -> tuple[HeldOutSamples, RunConfig]:
+        """The held-out samples of the data stage of the last step, and the configuration in force there."""
         reader = trainer.components.data.latest(trainer.components.progress.consumed_samples)
         if self._samples is None or self._samples[0] is not reader:
             self._samples = reader, trainer.components.data.validation(reader)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_qwen.config.sections import DataConfig
-from megatron_qwen.data.loaders.batches import Request, Shard
+from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice
 from megatron_qwen.data.loaders.dali_loader import DaliLoader
 from megatron_qwen.data.loaders.read_ahead import MemoryMapLoader
 from megatron_qwen.errors import DataError
@@ -39,7 +39,7 @@ def hashes(loader, data, steps: int, micro: int = 2) -> list[str]:
     found = []
 
     def request(number: int) -> tuple:
-        return data.at(4 * number), Request(4 * number, 4, micro)
+        return data.at(4 * number), BatchRequest(4 * number, 4, micro)
 
     for step in range(steps):
         batches = loader.load(*request(step), lambda step=step: (request(later) for later in range(step + 1, steps)))
@@ -47,7 +47,7 @@ def hashes(loader, data, steps: int, micro: int = 2) -> list[str]:
             digest = hashlib.sha256()
             for field in FIELDS:
                 tensor = getattr(batch, field)
-                digest.update(f"{field} {tensor.dtype} {tuple(tensor.shape)} {batch.lengths}".encode())
+                digest.update(f"{field} {tensor.dtype} {tuple(tensor.shape)} {batch.seq_lengths}".encode())
                 digest.update(tensor.numpy().tobytes())
             found.append(digest.hexdigest())
         data.forget(4 * step + 4)
@@ -57,26 +57,26 @@ def hashes(loader, data, steps: int, micro: int = 2) -> list[str]:
 
 @pytest.mark.parametrize("ahead", [0, 1, 3])
 def test_identical_over_a_thousand_batches(ahead, folder):
-    shard = Shard(1, 2, 0, 1, CPU)
-    plain = hashes(MemoryMapLoader(shard, ahead=0), open_run(folder, stages(folder)), 1000)
+    batch_slice = BatchSlice(1, 2, 0, 1, CPU)
+    plain = hashes(MemoryMapLoader(batch_slice, ahead=0), open_run(folder, stages(folder)), 1000)
     assert len(plain) == 1000
     assert len(set(plain)) > 500
-    assert hashes(MemoryMapLoader(shard, ahead=ahead), open_run(folder, stages(folder)), 1000) == plain
-    assert hashes(DaliLoader(shard, ahead=ahead), open_run(folder, stages(folder)), 1000) == plain
+    assert hashes(MemoryMapLoader(batch_slice, ahead=ahead), open_run(folder, stages(folder)), 1000) == plain
+    assert hashes(DaliLoader(batch_slice, ahead=ahead), open_run(folder, stages(folder)), 1000) == plain
 
 
 @pytest.mark.parametrize("make", [MemoryMapLoader, DaliLoader])
 def test_a_step_that_was_not_foreseen(make, folder):
     """A run that goes another way gets what it asks for."""
-    shard = Shard(0, 1, 0, 1, CPU)
-    data, loader = open_run(folder, stages(folder)), make(shard, ahead=2)
+    batch_slice = BatchSlice(0, 1, 0, 1, CPU)
+    data, loader = open_run(folder, stages(folder)), make(batch_slice, ahead=2)
     reader = data.at(0)
 
     def upcoming():
-        return iter([(reader, Request(4, 4, 4)), (reader, Request(8, 4, 4))])
+        return iter([(reader, BatchRequest(4, 4, 4)), (reader, BatchRequest(8, 4, 4))])
 
-    loader.load(reader, Request(0, 4, 4), upcoming)
-    (batch,) = loader.load(reader, Request(100, 4, 4), lambda: iter(()))
+    loader.load(reader, BatchRequest(0, 4, 4), upcoming)
+    (batch,) = loader.load(reader, BatchRequest(100, 4, 4), lambda: iter(()))
     expected = open_run(folder, stages(folder)).at(0)
     assert [row.tolist() for row in batch.tokens] == [expected[number].tokens.tolist() for number in range(100, 104)]
     loader.close()
@@ -91,13 +91,15 @@ def test_a_bad_token_read_ahead_is_named_at_its_own_step(make, folder, tmp_path)
     reader = type(data.at(0))(data, data.at(0).stage, data.at(0).phase, config=data.config, ends=None, idle={})
     good = next(n for n in range(50) if max(reader.sources["a"].tokens.num_tokens, 1) and _max(data, n) < 3000)
     bad = next(n for n in range(50) if _max(data, n) >= 3000)
-    loader = make(Shard(0, 1, 0, 1, CPU), ahead=1)
+    loader = make(BatchSlice(0, 1, 0, 1, CPU), ahead=1)
 
     def two_steps() -> None:
-        loader.load(reader, Request(good, 1, 1), lambda: iter([(reader, Request(bad, 1, 1))]))
-        loader.load(reader, Request(bad, 1, 1), lambda: iter(()))
+        loader.load(reader, BatchRequest(good, 1, 1), lambda: iter([(reader, BatchRequest(bad, 1, 1))]))
+        loader.load(reader, BatchRequest(bad, 1, 1), lambda: iter(()))
 
-    with pytest.raises(DataError, match=r"is no id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"):
+    with pytest.raises(
+        DataError, match=r"is not an id of the model's vocabulary of 3000 \(.*\.bin, document \d+, token"
+    ):
         two_steps()
     loader.close()
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qwen.data.order.packing import BEGINNING, Documents, Packed, best_fit, from_json, to_json
+from megatron_qwen.data.order.packing import BEGINNING, Documents, PackedRows, best_fit, from_json, to_json
 
 
 def documents(lengths: list[int]) -> Documents:
@@ -34,7 +34,7 @@ def test_best_fit_is_tight_on_lengths_as_they_are():
 def test_documents_stay_whole_and_come_once_an_epoch():
     lengths = np.random.default_rng(1).integers(1, 90, 3_000).tolist()
     source = documents(lengths)
-    rows = Packed(source, BEGINNING, seq_length=100, ordinal=0)
+    rows = PackedRows(source, BEGINNING, seq_length=100, ordinal=0)
     ends = np.cumsum(lengths).tolist()
     starts = [0, *ends[:-1]]
     seen: Counter = Counter()
@@ -50,15 +50,15 @@ def test_documents_stay_whole_and_come_once_an_epoch():
 
 
 def test_a_long_document_is_cut_into_rows():
-    rows = Packed(documents([250]), BEGINNING, seq_length=100, ordinal=0)
+    rows = PackedRows(documents([250]), BEGINNING, seq_length=100, ordinal=0)
     runs = sorted(run for index in range(3) for run in rows[index])
     assert runs == [(0, 100), (100, 200), (200, 250)]
 
 
 def test_a_row_is_a_pure_function_of_its_number():
     lengths = np.random.default_rng(1).integers(1, 90, 40_000).tolist()
-    forward = Packed(documents(lengths), BEGINNING, seq_length=100, ordinal=0)
-    ahead = Packed(documents(lengths), BEGINNING, seq_length=100, ordinal=0)
+    forward = PackedRows(documents(lengths), BEGINNING, seq_length=100, ordinal=0)
+    ahead = PackedRows(documents(lengths), BEGINNING, seq_length=100, ordinal=0)
     wanted = [0, 9_000, 12_345, 5]
     there = [ahead[index] for index in wanted]
     assert [forward[index] for index in sorted(wanted)] == [there[wanted.index(index)] for index in sorted(wanted)]
@@ -73,12 +73,12 @@ def test_changes_of_length_lose_and_repeat_nothing(lengths, changes):
     source, cursor = documents(lengths), BEGINNING
     seen: Counter = Counter()
     for ordinal, (seq_length, rows) in enumerate(changes):
-        packed = Packed(source, cursor, seq_length=seq_length, ordinal=ordinal)
+        packed = PackedRows(source, cursor, seq_length=seq_length, ordinal=ordinal)
         for index in range(rows):
             for begin, end in packed[index]:
                 seen.update(range(begin, end))
         cursor = from_json(to_json(packed.after(rows)))
-    last = Packed(source, cursor, seq_length=7, ordinal=99)
+    last = PackedRows(source, cursor, seq_length=7, ordinal=99)
     for pool in range(len(cursor.left)):
         for row in last._rows(pool):
             for begin, end in row:
@@ -92,21 +92,21 @@ def test_changes_of_length_lose_and_repeat_nothing(lengths, changes):
 def test_a_row_is_found_from_an_advanced_cursor(lengths, steps):
     """As a run finds it that resumes: the same rows, and the same again after a change of length."""
     source = documents(lengths)
-    first = Packed(source, BEGINNING, seq_length=64, ordinal=0)
-    start = Packed(source, from_json(to_json(first.after(7))), seq_length=32, ordinal=1)
+    first = PackedRows(source, BEGINNING, seq_length=64, ordinal=0)
+    start = PackedRows(source, from_json(to_json(first.after(7))), seq_length=32, ordinal=1)
     taken, other = 0, start
     for step in steps:
         assert [other[index] for index in range(taken, taken + step)] == [
             start[index] for index in range(taken, taken + step)
         ]
         taken += step
-        other = Packed(source, from_json(to_json(other.advanced(taken))), seq_length=32, ordinal=1)
+        other = PackedRows(source, from_json(to_json(other.advanced(taken))), seq_length=32, ordinal=1)
     assert other.after(taken) == start.after(taken)
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000, 20_000])
 def test_pools_of_an_epoch_hold_every_document_once(count):
     source = documents([1] * count)
-    rows = Packed(source, BEGINNING, seq_length=1, ordinal=0)
+    rows = PackedRows(source, BEGINNING, seq_length=1, ordinal=0)
     assert sorted(rows[index][0][0] for index in range(count)) == list(range(count))
     assert sorted(rows[count + index][0][0] for index in range(count)) == list(range(count))

@@ -7,7 +7,7 @@ from multiprocessing.util import register_after_fork
 
 import pytest
 
-from megatron_qwen.data.clean.job import Stages, clean
+from megatron_qwen.data.clean.job import CleaningStages, clean
 from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import find_inputs
 from tests.data.prepare.test_prepare import TEXTS, make, write_jsonl
@@ -48,5 +48,7 @@ def test_preparation(collecting_forks, tokenizer, tmp_path):
 
 def test_cleaning(collecting_forks, tmp_path):
     inputs = find_inputs([write_jsonl(tmp_path / "texts.jsonl", TEXTS)])
-    report = clean(inputs, tmp_path / "out", Stages(exact=True), options=ReadOptions(), skip_bad=False, workers=2)
+    report = clean(
+        inputs, tmp_path / "out", CleaningStages(exact=True), options=ReadOptions(), skip_bad=False, workers=2
+    )
     assert report.read == len(TEXTS)

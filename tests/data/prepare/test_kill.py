@@ -151,7 +151,7 @@ def test_two_at_once(large_corpus, tokenizer, tmp_path):
     second = run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus)
     assert first.wait(timeout=120) == 0
     assert second.returncode == 2
-    assert "another process is at work on this" in second.stderr
+    assert "another process is preparing this output" in second.stderr
 
 
 def test_a_changed_input_takes_what_still_fits(large_corpus, tokenizer, tmp_path):

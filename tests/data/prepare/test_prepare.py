@@ -12,7 +12,7 @@ import pytest
 import zstandard
 
 from launch.demo import standard_library
-from megatron_qwen.data.prepare.job import Task, prepare
+from megatron_qwen.data.prepare.job import ShardTask, prepare
 from megatron_qwen.data.prepare.plan import make_plan
 from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.inputs import find_inputs
@@ -34,7 +34,7 @@ def write_jsonl(path: Path, texts: list[str]) -> Path:
 def make(tokenizer: Path, prefix: Path, *names: Any, unit_bytes: int = 20_000, workers: int = 2, **more: Any) -> Any:
     """Prepares in this process, in small units."""
     options = ReadOptions(**{key: more.pop(key) for key in list(more) if key in ReadOptions.__dataclass_fields__})
-    task = more.pop("task", Task())
+    task = more.pop("task", ShardTask())
     plan = make_plan(
         find_inputs(names), tokenizer=tokenizer, prefix=prefix, options=options, unit_bytes=unit_bytes, **more
     )
@@ -110,15 +110,15 @@ def test_shards_by_several_tasks(tokenizer, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     whole = make(tokenizer, tmp_path / "whole", source)
     cut = {"shard_bytes": 60_000}
-    assert make(tokenizer, tmp_path / "out", source, task=Task(1, 2), **cut) is None
-    noted = make(tokenizer, tmp_path / "out", source, task=Task(0, 2), **cut)
+    assert make(tokenizer, tmp_path / "out", source, task=ShardTask(1, 2), **cut) is None
+    noted = make(tokenizer, tmp_path / "out", source, task=ShardTask(0, 2), **cut)
     assert len(noted.shards) > 2
     assert noted.tokens == whole.tokens
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS
     run("tools.data", "verify", tmp_path / "out", check=True)
     assert not (tmp_path / "out.work").exists()
     # The same command finds its work done.
-    assert make(tokenizer, tmp_path / "out", source, task=Task(0, 2), **cut) == noted
+    assert make(tokenizer, tmp_path / "out", source, task=ShardTask(0, 2), **cut) == noted
 
 
 def test_every_record_is_accounted_for(tokenizer, tmp_path):
@@ -252,7 +252,7 @@ def test_a_bad_record_in_the_last_shard_keeps_the_others(tokenizer, tmp_path):
     ]
     done = run("tools.data", *arguments, source)
     assert done.returncode == 3
-    assert "what was made is kept" in done.stderr
+    assert "finished parts are kept" in done.stderr
     made = len(list(tmp_path.glob("out_*.json")))
     assert made > 0
     again = run("tools.data", *arguments, "--on-error", "skip", "--json", source)
@@ -268,10 +268,10 @@ def test_a_slow_encoder_stays_chosen(tokenizer, tmp_path, monkeypatch):
     """After a mismatch another attempt does not begin anew once more."""
     monkeypatch.setattr(encoders, "Gigatoken", Lying)
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
-    assert make(tokenizer, tmp_path / "out", source, task=Task(0, 2), shard_bytes=60_000) is None
+    assert make(tokenizer, tmp_path / "out", source, task=ShardTask(0, 2), shard_bytes=60_000) is None
     first = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out_*.bin")}
     assert first
-    assert make(tokenizer, tmp_path / "out", source, task=Task(0, 2), shard_bytes=60_000) is None
+    assert make(tokenizer, tmp_path / "out", source, task=ShardTask(0, 2), shard_bytes=60_000) is None
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out_*.bin")} == first
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from megatron_qwen.data.reading.fim import FillInTheMiddle
-from megatron_qwen.data.reading.samples import Reading, window
+from megatron_qwen.data.reading.samples import ReadingOptions, window
 from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError
@@ -26,7 +26,7 @@ def source(tmp_path_factory) -> TokenSet:
 
 
 def sample_of(source: TokenSet, runs):
-    return window(source, runs, stop=source.num_tokens, reading=Reading(False, False))
+    return window(source, runs, stop=source.num_tokens, reading=ReadingOptions(False, False))
 
 
 def pieces_of(sample) -> list[tuple[int, int, bool]]:

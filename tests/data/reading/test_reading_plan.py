@@ -34,7 +34,7 @@ def test_what_is_planned_is_what_is_read(config):
     data = TrainingData(config)
     stages = plan(data)
     consumed = take(data, 20)
-    records = data.records(consumed)
+    records = data.ledger(consumed)
     assert [(stage.name, stage.samples, stage.tokens) for stage in stages] == [
         (record.stage, record.samples, record.samples * record.seq_length) for record in records
     ]
@@ -59,7 +59,7 @@ def test_from_where_a_run_is(config, taken):
 def test_warnings(config):
     data = TrainingData(config)
     texts = [str(problem) for problem in warnings(data, plan(data))]
-    assert any("goes on" in text and "beyond its 2,000" in text for text in texts)
+    assert any("continues" in text and "beyond its 2,000" in text for text in texts)
     short = TrainingData(config.with_section("training", train_iters=4))
     assert any("stage two: is never reached" in str(problem) for problem in warnings(short, plan(short)))
     long = TrainingData(config.with_section("training", train_iters=90))

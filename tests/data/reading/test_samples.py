@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
-from megatron_qwen.data.reading.samples import Reading, cut, packed, window
+from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_batches
+from megatron_qwen.data.reading.samples import ReadingOptions, cut, packed, window
 from megatron_qwen.data.reading.sources import HeldOut, open_source
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files.statistics import unigram_entropy
@@ -22,7 +22,7 @@ from tests.conftest import environment
 from tests.data.blends import open_run
 from tools.benchmarks.sparse_tokens import write_sparse
 
-PLAIN = Reading(eod_mask_loss=False, reset_attention_mask=False)
+PLAIN = ReadingOptions(eod_mask_loss=False, reset_attention_mask=False)
 
 
 def open_single(tokens: Path, *, seed: int = 5, seq_length: int = 64, fraction: float = 0.1) -> TrainingData:
@@ -58,9 +58,9 @@ def test_labels_are_the_tokens_that_follow_in_the_text(four_documents):
 
 
 def test_masks_and_sequences_at_the_ends_of_documents(four_documents):
-    masked = window(four_documents, [(2, 10)], stop=16, reading=Reading(True, False))
+    masked = window(four_documents, [(2, 10)], stop=16, reading=ReadingOptions(True, False))
     assert masked.loss_mask.tolist() == [0.0 if token == 0 else 1.0 for token in masked.tokens]
-    apart = window(four_documents, [(2, 10), (12, 14)], stop=16, reading=Reading(False, True))
+    apart = window(four_documents, [(2, 10), (12, 14)], stop=16, reading=ReadingOptions(False, True))
     assert apart.starts.tolist() == [0, 2, 6, 8]
 
 
@@ -76,14 +76,16 @@ def test_packed_documents(four_documents):
 
 
 def test_a_sample_cut_into_shorter_sequences(four_documents):
-    sample = cut(window(four_documents, [(0, 12)], stop=16, reading=Reading(False, True)), 6)
+    sample = cut(window(four_documents, [(0, 12)], stop=16, reading=ReadingOptions(False, True)), 6)
     assert sample.starts.tolist() == [0, 4, 6, 8]
 
 
 def test_an_id_the_model_does_not_have_is_named_by_file_and_document(four_documents):
-    reading = Reading(False, False, vocab_size=42)
+    reading = ReadingOptions(False, False, vocab_size=42)
     window(four_documents, [(0, 12)], stop=16, reading=reading)
-    with pytest.raises(DataError, match=r"token = 42: is no id of the model's vocabulary of 42 \(.*/a.bin, document 3"):
+    with pytest.raises(
+        DataError, match=r"token = 42: is not an id of the model's vocabulary of 42 \(.*/a.bin, document 3"
+    ):
         window(four_documents, [(0, 4), (12, 16)], stop=16, reading=reading)
 
 
@@ -108,8 +110,8 @@ def test_split_by_document(tokens):
 def test_a_global_batch_is_the_same_set_under_any_layout(dp, micro, tokens):
     reader, rows = open_single(tokens).at(0), []
     for rank in range(dp):
-        shard = Shard(rank, dp, 0, 1, torch.device("cpu"))
-        batches = list(micro_batches(reader, shard, Request(40, 8, micro)))
+        batch_slice = BatchSlice(rank, dp, 0, 1, torch.device("cpu"))
+        batches = list(micro_batches(reader, batch_slice, BatchRequest(40, 8, micro)))
         assert len(batches) == 8 // (dp * micro)
         rows += [row.numpy().tobytes() for batch in batches for row in batch.tokens]
     assert sorted(rows) == sorted(reader[index].tokens.tobytes() for index in range(40, 48))
@@ -119,13 +121,13 @@ def test_independent_sequences_are_laid_end_to_end(tokens, tmp_path):
     blend = {"sources": {"a": {"path": str(tokens)}}, "stages": [{"name": "s", "weights": {"a": 1}}]}
     data = open_run(tmp_path, blend, seq_length=2048, reset_attention_mask=True, micro_batch_size=2)
     reader = data.at(0)
-    (batch,) = micro_batches(reader, Shard(0, 1, 0, 1, torch.device("cpu")), Request(0, 2, 2))
+    (batch,) = micro_batches(reader, BatchSlice(0, 1, 0, 1, torch.device("cpu")), BatchRequest(0, 2, 2))
     assert batch.tokens.shape == (1, 4096)
-    assert sum(batch.lengths) == 4096
-    assert batch.bounds.tolist() == np.cumsum([0, *batch.lengths]).tolist()
-    assert 2048 in batch.bounds
-    assert len(batch.lengths) > 2
-    starts = batch.bounds[:-1].tolist()
+    assert sum(batch.seq_lengths) == 4096
+    assert batch.cu_seqlens.tolist() == np.cumsum([0, *batch.seq_lengths]).tolist()
+    assert 2048 in batch.cu_seqlens
+    assert len(batch.seq_lengths) > 2
+    starts = batch.cu_seqlens[:-1].tolist()
     assert all(batch.position_ids[0, start] == 0 for start in starts)
     assert (batch.position_ids[0].diff() == 1).sum() == 4096 - len(starts)
     assert batch.tokens[0, :2048].tolist() == reader[0].tokens.tolist()

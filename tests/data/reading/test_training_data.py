@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_qwen.data.loaders.batches import Request, Shard, micro_batches
+from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_batches
 from megatron_qwen.data.order import stream
-from megatron_qwen.data.order.phase import Position
+from megatron_qwen.data.order.phase import SourcePosition
 from megatron_qwen.data.reading.replay import Replay
 from megatron_qwen.data.reading.training_data import TrainingData, order_of
 from megatron_qwen.errors import ConfigError, DataError
@@ -82,7 +82,7 @@ class Model:
             order = order_of(self.data.sources[name], self.data.seed) if name in self.data.sources else None
             if order is None:
                 continue
-            position = Position.restored(noted)
+            position = SourcePosition.restored(noted)
             pieces = position.cut(order, position.seq_length + 1).pieces
             left = sum(piece.stop - piece.start for piece in pieces[:-1])
             total, read = TOTALS[name], sum(self.seen[name].values())
@@ -104,8 +104,8 @@ class Model:
         ranks, batch = self.settings["ranks"], self.settings["batch"]
         seen = []
         for rank in range(ranks):
-            shard = Shard(rank, ranks, 0, 1, torch.device("cpu"))
-            for micro in micro_batches(reader, shard, Request(self.consumed, batch, 1)):
+            batch_slice = BatchSlice(rank, ranks, 0, 1, torch.device("cpu"))
+            for micro in micro_batches(reader, batch_slice, BatchRequest(self.consumed, batch, 1)):
                 seen.append(tuple(micro.tokens.flatten().tolist()))
         # Which source a sample is of the tokens do not say; the phase does, and the tokens must be those it names.
         expected = []
@@ -164,7 +164,7 @@ def test_stages_follow_one_another(folder):
         stages.append((reader.stage.name, reader.seq_length, len(reader[consumed].tokens)))
         consumed += 6
     assert stages == [("short", 16, 16)] * 4 + [("long", 50, 50)] * 4  # the step that passes 20 samples is still short
-    records = data.records(consumed)
+    records = data.ledger(consumed)
     assert [(record.stage, record.first_sample, record.samples) for record in records] == [
         ("short", 0, 24),
         ("long", 24, 24),
@@ -192,7 +192,7 @@ def test_a_replay_finds_what_a_step_saw(folder):
         data.forget(consumed)
     replay = Replay(data.config, json.loads(json.dumps(data.state(48))))
     assert [replay[number][2].tokens.tolist() for number in range(48)] == saw
-    with pytest.raises(ConfigError, match="lies beyond the ledger"):
+    with pytest.raises(ConfigError, match="is beyond the ledger"):
         replay[48]
 
 
@@ -226,7 +226,7 @@ def test_a_source_that_holds_other_tokens_is_refused(folder, tmp_path):
 def test_the_stage_under_way_must_stay(folder):
     data = open_run(folder, blend(folder, {"name": "s", "weights": {"a": 1}}))
     other = open_run(folder, blend(folder, {"name": "t", "weights": {"a": 1}}))
-    with pytest.raises(ConfigError, match="is the stage under way, and the blend has only t"):
+    with pytest.raises(ConfigError, match="is the current stage of the run, but the blend has only t"):
         other.resume(data.state(8))
 
 
@@ -250,7 +250,7 @@ def test_a_config_file_that_was_not_changed_goes_on_in_the_same_phase(folder):
     again.resume(json.loads(json.dumps(data.state(12))))
     reader = again.at(12)
     assert [reader[number].tokens.tolist() for number in range(12, 30)] == order[12:]
-    assert len(again.records(30)) == 1
+    assert len(again.ledger(30)) == 1
 
 
 def test_a_packed_source_goes_on_where_it_was(folder):

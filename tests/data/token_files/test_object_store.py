@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwen.data.prepare.job import Task
+from megatron_qwen.data.prepare.job import ShardTask
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files import object_store
 from megatron_qwen.data.token_files.token_set import TokenSet
@@ -23,7 +23,7 @@ def bucket(tokenizer, tmp_path_factory):
     source = write_jsonl(root / "a.jsonl", TEXTS)
     (root / "bucket").mkdir()
     make(tokenizer, root / "bucket" / "one", source)
-    make(tokenizer, root / "bucket" / "set", source, task=Task(), shard_bytes=60_000)
+    make(tokenizer, root / "bucket" / "set", source, task=ShardTask(), shard_bytes=60_000)
     (root / "p.jsonl").write_text(json.dumps({"prompt": "ask ", "text": "answer " * 50}) + "\n")
     make(tokenizer, root / "bucket" / "masked", root / "p.jsonl", prompt_field="prompt")
     return root / "bucket"
@@ -85,8 +85,8 @@ def test_a_run_trains_from_a_store(tokenizer, tmp_path):
     ("url", "named"),
     [
         ("msc://data/nothing", "no such token file"),
-        ("msc://elsewhere/one", "is not reached"),
-        ("ftp://host/one", "is not reached"),
+        ("msc://elsewhere/one", "cannot be reached"),
+        ("ftp://host/one", "cannot be reached"),
     ],
 )
 def test_what_is_not_there(url, named):

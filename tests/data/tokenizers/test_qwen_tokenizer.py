@@ -12,7 +12,7 @@ from transformers import Qwen2Tokenizer
 
 from launch.demo import standard_library
 from megatron_qwen.data.tokenizers import encoder as encoders
-from megatron_qwen.data.tokenizers.encoder import PROBES, Gigatoken, difference, open_encoder
+from megatron_qwen.data.tokenizers.encoder import PROBES, GigatokenEncoder, difference, open_encoder
 from megatron_qwen.data.tokenizers.making import QWEN2_5_CONTROL_TOKENS
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from tests.conftest import run
@@ -82,7 +82,7 @@ def test_gigatoken_gives_equal_ids_for_any_text(qwen, text):
 def test_a_long_document_in_parts(qwen, monkeypatch):
     """Cut between a line end and a letter, the ids are those of the whole."""
     text = "".join(document["text"] for document in standard_library(300_000)) + "\n\n  \r\nnaïve\n你好\nmore"
-    encoder = Gigatoken(qwen)
+    encoder = GigatokenEncoder(qwen)
     whole = [int(number) for piece in encoder.encode(text) for number in piece]
     monkeypatch.setattr(encoders, "_PART_CHARACTERS", 50)
     pieces = list(encoder.encode(text))

@@ -1,4 +1,4 @@
-"""Tells the watchdog outside the ranks that the run moves, and notices that another attempt has taken it over."""
+"""Writes the heartbeat that the watchdog outside the ranks reads, and ends an attempt that a newer one has replaced."""
 
 from collections.abc import Callable
 
@@ -8,14 +8,14 @@ from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.step_record import StepRecord
 
 
-class Superseded(UserError):
-    """Another attempt at the run has begun; what this one would write would be wrong (exit 1)."""
+class AttemptSuperseded(UserError):
+    """A newer attempt at the run has started, so this one must not write to the run any more (exit 1)."""
 
     kind = "superseded"
 
 
-class SignsOfLife(Callback):
-    """Beats after every step, on rank 0.
+class HeartbeatCallback(Callback):
+    """Writes a heartbeat after every step, on rank 0.
 
     Args:
         heartbeat: the file.
@@ -26,15 +26,16 @@ class SignsOfLife(Callback):
         self.heartbeat, self.is_current = heartbeat, is_current
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
-        """Beats; ends an attempt that outlived its job.
+        """Writes the heartbeat and checks that this attempt is still the newest.
 
         Raises:
-            Superseded: another attempt has begun. First among the callbacks, so that no metrics are written either.
+            AttemptSuperseded: a newer attempt has started. This callback runs first, so the superseded attempt writes
+                no metrics either.
         """
         if self.heartbeat.beat("training", record.iteration) and not self.is_current():
-            fix = "has been followed by another on other nodes, which owns the run now."
-            raise Superseded(Problem("attempt", self.heartbeat.attempt, fix))
+            fix = "was superseded: a newer attempt owns the run now. This one stops without writing anything."
+            raise AttemptSuperseded(Problem("attempt", self.heartbeat.attempt, fix))
 
     def after_training(self, trainer: TrainerInterface) -> None:
-        """What is left is the last save."""
+        """Reports the phase "finishing": only the last save remains."""
         self.heartbeat.beat("finishing", trainer.components.progress.iteration)
