@@ -12,7 +12,7 @@ from megatron_qwen.checkpoint.paths import RUN_YAML
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.config.source import resolve
-from megatron_qwen.data.reading.samples import Source
+from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.token_files.statistics import unigram_entropy
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.models.backend import choose
@@ -63,7 +63,7 @@ def checkpoint_logits(model: Model, tokens: torch.Tensor, *, vocab_size: int) ->
 
 
 @torch.no_grad()
-def compare(config: RunConfig, model: Model, hf_dir: Path, source: Source, *, samples: int) -> Agreement:
+def compare(config: RunConfig, model: Model, hf_dir: Path, source: SampleSource, *, samples: int) -> Agreement:
     """Runs both models on the first samples of a source."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -30,16 +30,17 @@ def apply() -> None:
 
 
 def _with_one_device(plain: Any) -> Any:
+    backend: Any = ProcessGroupGloo
     devices: list[Any] = []
 
     def create(group: Any, backend_options: object) -> Any:
         if group.enable_reconfigure:
             return plain(group, backend_options)
         if not devices:
-            devices.append(ProcessGroupGloo.create_default_device())
-        options = ProcessGroupGloo._Options()
+            devices.append(backend.create_default_device())
+        options = backend._Options()
         options._devices, options._threads, options._timeout = devices, _THREADS, group.timeout
         options.global_ranks_in_group, options.group_name = group.global_ranks_in_group, group.group_id
-        return ProcessGroupGloo(group.store, group.group_rank, group.group_size, options)
+        return backend(group.store, group.group_rank, group.group_size, options)
 
     return create
