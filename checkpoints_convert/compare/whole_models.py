@@ -26,7 +26,7 @@ class Agreement:
 
     Args:
         max_abs_logit_difference: over all logits.
-        top1_agreement: share of positions whose likeliest token is the same.
+        top1_agreement: share of positions whose argmax token is the same.
         checkpoint_loss: mean cross-entropy of the checkpoint's model, nats per token.
         hf_loss: of the exported one.
         unigram_entropy: of the same labels.

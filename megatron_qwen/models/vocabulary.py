@@ -1,4 +1,4 @@
-"""Vocabulary padding: embedding rows must divide by the tensor parallel size."""
+"""Vocabulary padding: embedding rows must be divisible by the tensor parallel size."""
 
 
 def padded_vocab_size(vocab_size: int, tensor_model_parallel_size: int) -> int:
