@@ -135,7 +135,7 @@ METADATA: dict[str, tuple[Callable[[Any], Any], str]] = {
     "tensor gone": (lambda metadata: metadata.state_dict_metadata.pop(FC2), "not in the checkpoint"),
     "tensor more": (
         lambda metadata: metadata.state_dict_metadata.update(more=metadata.state_dict_metadata[FC2]),
-        "not in a model",
+        "are not part of the configured model",
     ),
     "slice gone": (lambda metadata: metadata.state_dict_metadata[FC2].chunks.pop(), "incomplete"),
     "slice stored nowhere": (
