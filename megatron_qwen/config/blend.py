@@ -232,9 +232,10 @@ def _check_stages(reader: YamlReader, content: Mapping[str, Any], stages: Sequen
             reader.wrong(f"{where}.tokens", None, "must be given in every stage but the last.")
         if stage.lengths and body.get("seq_length") is None:
             reader.wrong(f"{where}.lengths", None, "needs the stage's seq_length.")
-        for length in stage.lengths if stage.seq_length is not None else ():
-            if length >= 1 and stage.seq_length % length:
-                reader.wrong(f"{where}.lengths", length, f"must divide the stage's seq_length, {stage.seq_length}.")
+        longest = stage.seq_length
+        for length in stage.lengths:
+            if longest is not None and length >= 1 and longest % length:
+                reader.wrong(f"{where}.lengths", length, f"must divide the stage's seq_length, {longest}.")
 
 
 def _check_mix(

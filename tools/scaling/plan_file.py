@@ -142,7 +142,7 @@ def _require_right(path: Path, content: dict[str, Any]) -> None:
 def _check_references(reader: YamlReader, plan: _Plan) -> None:
     models = {(one.name, one.sequences) for one in plan.models}
     stems = {stem.name for stem in plan.stems}
-    names = Counter(one.name for one in (*plan.stems, *plan.cells))
+    names = Counter([*(stem.name for stem in plan.stems), *(cell.name for cell in plan.cells)])
     for name in sorted(name for name, count in names.items() if count > 1):
         reader.wrong("name", name, "is the name of several runs.")
     for number, cell in enumerate(plan.cells):
