@@ -9,7 +9,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +105,7 @@ def _keep_mode(temporary: Path, path: Path) -> None:
 
 def temporary_name(path: Path) -> Path:
     """A name in the directory of ``path`` that no other writer has: ``.NAME.1f0c93ab.tmp``."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
 def is_temporary(path: Path) -> bool:

@@ -13,7 +13,7 @@ import yaml
 from megatron_qwen.errors import ConfigError, Problem
 
 _SCALARS = {
-    "null": (r"~|null|Null|NULL|", "~nN\0"),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),  # "" is PyYAML's sign of nothing after a colon
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9]+", "-+0123456789"),
     "float": (

@@ -8,12 +8,10 @@ import types
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache, partial
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_qwen.config.fields import LISTED_FIELDS, Bounds, Form, type_name
 from megatron_qwen.errors import ConfigError, Problem, did_you_mean
-
-T = TypeVar("T")
 
 
 class YamlReader:
@@ -38,7 +36,7 @@ class YamlReader:
         if self.problems:
             raise ConfigError(self.problems)
 
-    def read(self, kind: type[T], content: object, field: str = "") -> T | None:
+    def read[T](self, kind: type[T], content: object, field: str = "") -> T | None:
         """A dataclass from its mapping.
 
         Args:
