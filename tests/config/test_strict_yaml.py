@@ -20,7 +20,7 @@ def test_words_of_a_command_line():
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("a: 1\na: 2\n", "f.yaml:1: is not valid YAML (the key 'a' is given twice)."), ("- a\n", "must hold a mapping")],
+    [("a: 1\na: 2\n", "f.yaml:1: is not valid YAML (duplicate key 'a')."), ("- a\n", "must contain a YAML mapping")],
 )
 def test_what_is_refused(text, said, tmp_path):
     (tmp_path / "f.yaml").write_text(text)
