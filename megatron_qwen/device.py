@@ -2,6 +2,7 @@
 
 import os
 import resource
+from pathlib import Path
 
 import torch
 
@@ -74,6 +75,11 @@ def peak_memory_bytes() -> int:
     """Peak memory of this rank in bytes: of the allocator on a GPU, resident set on a CPU."""
     if has_cuda():
         return int(torch.cuda.max_memory_allocated())
+    # Linux keeps ru_maxrss across exec: getrusage would report the peak of the process that started this rank.
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.is_file() else ():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024  # the file says kB and means KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -137,3 +137,34 @@ def test_what_is_not_on_the_device_takes_no_memory_there():
     (beside,) = memory_per_stage(fp8, world_size=1)
     (alone,) = memory_per_stage(fp8.with_section("performance", fp8_param_gather=True), world_size=1)
     assert alone.weights == whole.weights < beside.weights
+
+
+# tiny_dense with a vocabulary padded from 320 to 384 rows (multiples of 128), under TP 2 to 512 (of 256). A layer has
+# attention 2 x 64 x 64 + 2 x 64 x 32, its bias 128, SwiGLU 3 x 64 x 128, and norms 128; the last norm has 64.
+MATRICES, BIAS, NORMS = 12_288 + 24_576, 128, 128
+LAYER = MATRICES + BIAS + NORMS
+BY_HAND = {
+    "one rank": ("tiny_dense", [], 1, [2 * 384 * 64 + 4 * LAYER + 64]),
+    "TP2": ("tiny_dense", TP2, 2, [2 * 256 * 64 + 4 * ((MATRICES + BIAS) // 2 + NORMS) + 64]),
+    "PP2": ("tiny_dense", PP2, 2, [384 * 64 + 2 * LAYER, 384 * 64 + 2 * LAYER + 64]),
+    # Attention as above, a router of 4 x 64, four experts of 3 x 64 x 64, a shared one of 3 x 64 x 128, its gate 64.
+    "MoE": ("tiny_moe", [], 1, [2 * 384 * 64 + 4 * (12_288 + BIAS + NORMS + 256 + 4 * 12_288 + 24_576 + 64) + 64]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@pytest.mark.parametrize(("dtype", "weight", "state"), [("fp32", 4, 8), ("bf16", 2, 12)])
+def test_bytes_of_a_tiny_rank_by_hand(name, dtype, weight, state):
+    """fp32 weights are their own main weights, so the optimizer has two moments; in bf16 it has main weights as well.
+
+    Gradients are in fp32 either way.
+    """
+    recipe, words, ranks, scalars = BY_HAND[name]
+    config = resolve(recipe, [*words, f"precision.dtype={dtype}"], RECIPES)
+    stages = memory_per_stage(config, world_size=ranks, backend="torch", gpu=False)
+    assert [stage.parameters for stage in stages] == scalars
+    assert [stage.weights for stage in stages] == [weight * count for count in scalars]
+    assert [stage.gradients for stage in stages] == [4 * count for count in scalars]
+    assert [stage.optimizer for stage in stages] == [state * count for count in scalars]
+    for stage in stages:
+        assert stage.state_gib == pytest.approx((weight + 4 + state) * stage.parameters / 1024**3)

@@ -1,6 +1,5 @@
 """A step whose numbers are not finite is left out by all ranks together."""
 
-import hashlib
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
 from tests.distributed.layouts import PP2, SP, TP2
+from tests.training.ranks import digest
 
 
 def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[str, Any]:
@@ -40,19 +40,6 @@ def poisoned_step(config: RunConfig, rank_to_poison: int, value: float) -> dict[
         "untouched": before == after,
         "moves on": digest(components) != after,
     }
-
-
-def digest(components: Any) -> str:
-    """SHA-256 of every weight and moment this rank holds."""
-    total = hashlib.sha256()
-    for module in components.model.modules:
-        for parameter in module.parameters():
-            total.update(parameter.detach().numpy().tobytes())
-    for part in components.optimizer.chained_optimizers:
-        for state in part.optimizer.state.values():
-            for key in ("exp_avg", "exp_avg_sq"):
-                total.update(state[key].numpy().tobytes())
-    return total.hexdigest()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

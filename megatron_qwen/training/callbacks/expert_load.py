@@ -21,7 +21,7 @@ class ExpertLoad(Callback):
     """Counts how many tokens the routers send to each expert.
 
     ``load_balancing_loss`` is megatron-core's auxiliary loss, averaged over layers and micro-batches, without its
-    coefficient: 1 is perfect balance, the number of experts is the worst value.
+    coefficient: 1 is perfect balance; the worst value is experts / top-k, when all tokens go to the same experts.
     ``busiest_expert_share`` is the largest share of a layer's token slots that one expert took; 1 / experts is
     perfect balance.
     """
@@ -64,9 +64,8 @@ class ExpertLoad(Callback):
         if not model.moe_aux_loss_coeff or model.moe_router_load_balancing_type == "none":
             return None
         name = _TRACKED[model.moe_router_load_balancing_type]
-        micro_batches = record.global_batch_size // (
-            trainer.components.config.training.micro_batch_size * batch_slice.dp_size
-        )
+        # A data stage may set its own micro_batch_size, so the step's configuration counts, not the run's.
+        micro_batches = record.global_batch_size // (record.config.training.micro_batch_size * batch_slice.dp_size)
         totals: dict[str, torch.Tensor] = {}
         get_moe_metrics_tracker().report(
             1.0 / micro_batches,

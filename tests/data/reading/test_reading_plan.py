@@ -64,3 +64,17 @@ def test_warnings(config):
     assert any("stage two: is never reached" in str(problem) for problem in warnings(short, plan(short)))
     long = TrainingData(config.with_section("training", train_iters=90))
     assert any("would be read" in str(problem) for problem in warnings(long, plan(long)))
+
+
+def test_tokens_and_epochs_by_hand(tmp_path):
+    """20 steps of 4 samples of 16 tokens are 1,280: a quarter of 1,000 tokens is 0.32, three of 3,000 are 0.32 too."""
+    for name, total in (("a", 1000), ("b", 3000)):
+        write_source(tmp_path / name, total)
+    blend = {
+        "sources": {"a": {"path": "a"}, "b": {"path": "b"}},
+        "stages": [{"name": "one", "weights": {"a": 0.25, "b": 0.75}}],
+    }
+    (stage,) = plan(TrainingData(run_config(tmp_path, blend, global_batch_size=4, train_iters=20)))
+    assert (stage.steps, stage.samples, stage.tokens, stage.global_batch_size) == (20, 80, 1280, 4)
+    assert {share.name: share.tokens for share in stage.sources} == {"a": 320, "b": 960}
+    assert {share.name: share.epochs for share in stage.sources} == pytest.approx({"a": 0.32, "b": 0.32})
