@@ -36,7 +36,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["optim.lr_decay_style=cosin"], 1, ["'cosin'", "cosine, wsd, linear, constant"]),
     (DENSE, ["precision.dtype=fp16"], 1, ["precision.dtype", "'fp16'", "bf16, fp32"]),
     (DENSE, ["precision.fp8=delayed"], 1, ["precision.fp8 = delayed", "precision.dtype=bf16"]),
-    (DENSE, ["precision.fp8=tensorwise", "precision.backend=torch"], 1, ["needs Transformer Engine on a GPU"]),
+    (DENSE, ["precision.fp8=tensorwise", "precision.backend=torch"], 1, ["requires Transformer Engine on a GPU"]),
     (DENSE, ["precision.emulate_fp8=true"], 1, ["precision.emulate_fp8", "tensorwise or blockwise"]),
     (
         DENSE,
@@ -106,7 +106,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["data.path="], 1, ["data.path = ''"]),
     (DENSE, ["=5"], 1, ["=5", "section.field=value"]),
     (DENSE, ["justaword"], 1, ["justaword", "section.field=value"]),
-    (MOE, ["parallel.tensor_model_parallel_size=2"], 2, ["parallel.sequence_parallel", "mixture of experts"]),
+    (MOE, ["parallel.tensor_model_parallel_size=2"], 2, ["parallel.sequence_parallel", "mixture-of-experts"]),
     (
         MOE,
         ["parallel.expert_model_parallel_size=3"],
@@ -119,7 +119,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
         MOE,
         ["model.moe_shared_expert_intermediate_size=null"],
         1,
-        ["model.moe_shared_expert_gate", "needs a shared expert"],
+        ["model.moe_shared_expert_gate", "requires a shared expert"],
     ),
 ]
 
@@ -156,7 +156,7 @@ def test_all_problems_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("recipe: tiny_dense\nmodel:\n  num_layers: 2\n  num_layers: 4\n", ["run.yaml:3", "twice"]),
+        ("recipe: tiny_dense\nmodel:\n  num_layers: 2\n  num_layers: 4\n", ["run.yaml:3", "duplicate key 'num_layers'"]),
         ("recipe: tiny_dense\nmodel: [1\n", ["run.yaml", "not valid YAML"]),
         ("- a\n- b\n", ["run.yaml", "must contain a YAML mapping"]),
         ("recipe: tiny_dense\nmodels:\n  num_layers: 2\n", ["models", "Did you mean model?"]),
@@ -263,7 +263,7 @@ def test_run_directory_of_another_configuration(finished_run, tokens, tokenizer,
     changed = ["model.num_layers=2", "optim.learning_rate=5e-4", f"data.tokenizer={tokenizer}"]
     done = train_tiny(tokens, *changed, run_dir=tmp_path / "run")
     assert done.returncode == 2
-    for text in ("2 problems", "model.num_layers = 2", "says 4", "optim.learning_rate = 0.0005", "use a new --run-dir"):
+    for text in ("2 problems", "model.num_layers = 2", "differs from 4", "optim.learning_rate = 0.0005", "use a new --run-dir"):
         assert text in done.stderr, done.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
