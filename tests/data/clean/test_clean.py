@@ -209,4 +209,4 @@ def test_a_test_set_needs_a_tokenizer(tmp_path):
     source = write(tmp_path / "a.jsonl", TEXTS[:3])
     done = run("tools.data", "clean", "--output", tmp_path / "out", "--test-set", source, "--", source)
     assert done.returncode == 2
-    assert "needs --tokenizer" in done.stderr
+    assert "requires --tokenizer" in done.stderr
