@@ -66,7 +66,7 @@ def test_the_same_exception_twice(runs):
     assert first.error == second.error
     assert first.iteration == second.iteration == 24
     assert "rank 1 on n2: ValueError: the data of step 25 is odd" in first.detail
-    assert "the same error at the same iteration twice" in text
+    assert "the same error occurred twice at the same iteration" in text
     assert "iter_0000020" in text
 
 
