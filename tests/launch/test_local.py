@@ -57,7 +57,7 @@ def test_submit_status_logs(tokens, tokenizer, tmp_path):
     assert "step 12/12" in shown
     assert "attempt 1 on this machine" in launch("logs", run_dir, "--controller").stdout
     again = launch("submit", *words, *where)
-    assert "is done already" in again.stdout
+    assert "is already done" in again.stdout
     other = launch("submit", *words, "optim.learning_rate=0.5", *where, check=False)
     assert other.returncode == 2
     assert "optim.learning_rate = 0.5" in other.stderr
