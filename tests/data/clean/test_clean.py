@@ -192,7 +192,7 @@ def test_quality_by_a_fasttext_model(tmp_path):
     [
         (["--near", "2"], 2, "--near = 2.0: must be from 0 to 1"),
         (["--quality", "nowhere:f"], 2, "is neither a fastText model nor module:function"),
-        (["--min-chars", "99999999"], 3, "nothing is left"),
+        (["--min-chars", "99999999"], 3, "no document is left"),
         (["--workers", "0"], 2, "--workers"),
     ],
 )

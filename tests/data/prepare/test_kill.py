@@ -86,15 +86,17 @@ def test_between_two_states_of_its_files(large_corpus, tokenizer, whole, tmp_pat
 
 def test_at_random_moments(large_corpus, tokenizer, whole, tmp_path):
     dice, interrupted = random.Random(20), 0
-    for moment in range(MOMENTS):
+    for moment in range(6 * MOMENTS):  # some end before they are killed, as the machine is faster than before
         prefix = tmp_path / f"out{moment}" / "whole"
         process = start(tokenizer, prefix, large_corpus)
-        time.sleep(whole.seconds * dice.uniform(0.25, 0.98))
+        time.sleep(whole.seconds * dice.uniform(0.2, 0.9))
         os.killpg(process.pid, signal.SIGKILL)  # the parent and its processes, as when a node goes
         interrupted += process.wait() == -signal.SIGKILL
         resume(tokenizer, prefix, large_corpus, whole)
         shutil.rmtree(prefix.parent)
-    assert interrupted >= MOMENTS // 2
+        if interrupted == MOMENTS:
+            break
+    assert interrupted == MOMENTS
 
 
 def test_only_the_parent_is_killed(large_corpus, tokenizer, tmp_path):

@@ -95,7 +95,7 @@ def test_a_long_document_in_parts(qwen, monkeypatch):
     [
         (b"not base64!! 0\n", ":1"),
         (b"IQ== 0\nIg== 2\n", ":2"),
-        (b"IQ== 0\n", "lacks 255 of the 256 bytes"),
+        (b"IQ== 0\n", "lacks 255 of the 256 single bytes"),
         (b"", "lacks 256"),
     ],
 )
