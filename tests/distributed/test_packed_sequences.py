@@ -117,5 +117,5 @@ def test_not_separating_is_another_loss(pool, short_documents, one_rank):
 
 def test_context_parallelism_takes_one_sample_at_a_time(short_documents):
     config = config_of("tiny_dense", short_documents).with_section("training", micro_batch_size=2)
-    with pytest.raises(ConfigError, match="packed sequences require training.micro_batch_size=1"):
+    with pytest.raises(ConfigError, match=r"packed sequences require training\.micro_batch_size=1"):
         require_legal(jobs.with_layout(config, {"context_parallel_size": 2}))

@@ -33,7 +33,7 @@ def test_independent_sequences_of_a_stage_under_context_parallelism(change, toke
     source = {"packing": change["packing"]} if "packing" in change else {}
     path = write(tmp_path, tokens, stage | ({"lengths": change["lengths"]} if "lengths" in change else {}), **source)
     config = resolve("tiny_dense", [f"data.blend={path}", "parallel.context_parallel_size=2"], RECIPES)
-    with pytest.raises(ConfigError, match="packed sequences require training.micro_batch_size=1"):
+    with pytest.raises(ConfigError, match=r"packed sequences require training\.micro_batch_size=1"):
         require_usable(config, world_size=2)
 
 

@@ -156,7 +156,7 @@ def test_all_problems_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("recipe: tiny_dense\nmodel:\n  num_layers: 2\n  num_layers: 4\n", ["run.yaml:3", "duplicate key 'num_layers'"]),
+        ("recipe: tiny_dense\nmodel:\n  num_layers: 2\n  num_layers: 4\n", ["run.yaml:3", "duplicate key"]),
         ("recipe: tiny_dense\nmodel: [1\n", ["run.yaml", "not valid YAML"]),
         ("- a\n- b\n", ["run.yaml", "must contain a YAML mapping"]),
         ("recipe: tiny_dense\nmodels:\n  num_layers: 2\n", ["models", "Did you mean model?"]),
@@ -263,7 +263,8 @@ def test_run_directory_of_another_configuration(finished_run, tokens, tokenizer,
     changed = ["model.num_layers=2", "optim.learning_rate=5e-4", f"data.tokenizer={tokenizer}"]
     done = train_tiny(tokens, *changed, run_dir=tmp_path / "run")
     assert done.returncode == 2
-    for text in ("2 problems", "model.num_layers = 2", "differs from 4", "optim.learning_rate = 0.0005", "use a new --run-dir"):
+    named = ("model.num_layers = 2", "differs from 4", "optim.learning_rate = 0.0005")
+    for text in ("2 problems", *named, "use a new --run-dir"):
         assert text in done.stderr, done.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
