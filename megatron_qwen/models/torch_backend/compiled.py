@@ -33,7 +33,7 @@ def compiler_failure() -> str | None:
 
 
 class Kernels:
-    """The compiled formulas of a run, made as they are asked for; the run is handed formulas no more once one fails."""
+    """The compiled formulas of a run, each made when it is first asked for; none once the compiler has failed."""
 
     def __init__(self) -> None:
         self._work = True
@@ -59,7 +59,8 @@ class Kernels:
                 return compiled(*_without_autograd(args))
             except TorchDynamoException as error:  # of the compiler: nothing has been computed yet
                 self._work = False
-                log.warning("this rank goes on without kernels, and rounds otherwise: %s", _first_line(error))
+                failed = "torch.compile failed; this rank continues with uncompiled operations, which round differently"
+                log.warning("%s: %s", failed, _first_line(error))
                 return formula(*args)
 
         return call

@@ -1,4 +1,4 @@
-"""The three products of an FP8 layer are near the exact ones, and no scale may be wrong."""
+"""The three GEMMs of an FP8 layer are near the exact ones, and no scale may be wrong."""
 
 from dataclasses import replace
 from typing import Any
@@ -39,7 +39,7 @@ def errors(recipe: str, wrong: str | None) -> dict[str, float]:
     exact = torch.autograd.grad(exact_output, (x, weight), gradient)
     fp8_linear._both_ways, fp8_linear._weight = both, weight_of
     try:
-        output = fp8_linear._Product.apply(x, weight, recipe, dist.group.WORLD)
+        output = fp8_linear._Fp8Gemm.apply(x, weight, recipe, dist.group.WORLD)
         found = torch.autograd.grad(output, (x, weight), gradient)
     finally:
         fp8_linear._both_ways, fp8_linear._weight = plain_both, plain_weight

@@ -174,7 +174,7 @@ def test_options_that_cannot_be(words, code, text, tmp_path):
     [
         ("params,tokens,loss\n1e200,1e200,3\n", "at most"),
         ("params,tokens,loss\n1_0,1e9,3\n", "is not a number"),
-        ("params,params,tokens,loss\n1e8,1e9,1e9,3\n", "twice"),
+        ("params,params,tokens,loss\n1e8,1e9,1e9,3\n", "name of two columns"),
         ("params,tokens,loss,total_params\n1e9,1e9,3,1e8\n", "is less than params"),
         ("params,tokens,loss\n1e8,1e9," + "3" * 200_000 + "\n", "CSV"),
         ("params,tokens,loss,status\n1e8,1e9,,diverged\n", "nothing to fit"),
