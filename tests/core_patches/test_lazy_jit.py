@@ -12,7 +12,7 @@ START = """
 import sys
 from megatron_qwen.core_patches.install import prepare_process
 prepare_process()
-import megatron_qwen.training.run
+import megatron_qwen.training.attempt
 import torch
 from megatron.core.optimizer import Adam
 weight = torch.nn.Parameter(torch.ones(3))

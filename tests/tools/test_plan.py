@@ -95,7 +95,7 @@ def test_calibration(tmp_path):
         (["qwen2_5_7b", "--gpus", "8", "--gpu", "tpu"], 2, "use one of"),
         (["qwen2_5_7b", "--gpus", "8", "--gpu", "a100", "--precision", "fp8"], 2, "set precision.fp8=null"),
         (["qwen2_5_72b", "--gpus", "4", "--gpu", "h100"], 2, "the smallest needs"),
-        (["qwen2_5_7b", "--gpus", "1000"], 2, "the simplest, one device, says"),
+        (["qwen2_5_7b", "--gpus", "1000"], 2, "the simplest one, one device, says"),
         (["tiny_dense", "--gpus", "4"], 2, "set precision.dtype=bf16"),
         (["qwen2_5_7b", "--gpus", "8", "data.blend=blend.yaml"], 2, "plan each"),
         (["qwen2_5_7b", "--gpus", "8", "--imbalance", "-1"], 2, "at least 1"),
