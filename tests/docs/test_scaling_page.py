@@ -60,7 +60,7 @@ def test_the_study_says_what_the_page_says_it_does(tmp_path):
     found = json.loads((tmp_path / "cells.fit.json").read_text())
     error = found["headline"]["leave_largest_out_error"]
     assert error < 0.03
-    (said,) = re.findall(r"within ([0-9.]+) % of its loss", TEXT)
+    (said,) = re.findall(r"the four smaller ones within ([0-9.]+) %", TEXT)
     assert float(said) == pytest.approx(100 * error, abs=0.006)
     assert f"{error:.2%}" in (STUDY / "report.html").read_text()
     assert found["counts"] == {"done": 60, "diverged": 0, "failed": 0, "unfinished": 0}
