@@ -3,7 +3,8 @@
 Replaces: ``TopKRouter._apply_expert_bias`` of ``megatron.core.transformer.moe.router``, by one that looks at
     ``enable_expert_bias`` first. The function looks at it too, and then does nothing.
 Needed: with megatron-core 0.19.2, where the function is compiled (NVIDIA/Megatron-LM pull request 1919): every rank of
-    a mixture-of-experts run imports and runs the compiler for nothing at its first step. FIGURES
+    a mixture-of-experts run imports and runs the compiler for nothing at its first step, which took 2.2 to 2.3 CPU
+    seconds.
 When: after megatron.core is imported, on every process.
 Can go: when the router looks at ``enable_expert_bias`` before the call.
 """
