@@ -21,7 +21,7 @@ def test_everything_wrong_with_one(tmp_path):
         read_array(path)
     assert [str(problem).removeprefix(f"{path}: ") for problem in caught.value.problems] == [
         "recipes: no such field. Did you mean recipe?",
-        "recipe: must be given.",
+        "recipe: is required.",
         "overrides = 'data.path=tokens': must be list of section.field=value.",
         "runs.a[0] = 5: must be section.field=value.",
     ]
