@@ -16,9 +16,9 @@ PROGRAMS = [
     "launch.command",
     "launch.demo",
     "launch.doctor", "launch.sweep", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data",
-    "tools.generate", "tools.report", "tools.bench", "tools.check", "checkpoints_convert.convert",
+    "tools.generate", "tools.report", "tools.bench", "tools.check", "tools.docs", "checkpoints_convert.convert",
 ]  # fmt: skip
-HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib"}
+HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib", "mkdocs"}
 
 
 def imported(*arguments: str) -> set[str]:
