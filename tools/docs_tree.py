@@ -1,4 +1,4 @@
-"""The pages of ``mq docs``: README.md, docs/*.md, and every file of the checkout that a page links to."""
+"""The pages of ``mq docs``: the documents of the checkout, and every file of it that one of them links to."""
 
 import re
 import shutil
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 _LINK = re.compile(r"\]\(([^()\s#]+)(#[^()\s]*)?\)")
+_DOCUMENTS = ("*.md", "docs/*.md", "slurm/*.md", "docs/site/*.js")
 # Source files are shown as pages, because a browser would download most of them. Other files are copied.
 _LANGUAGES = {".json": "json", ".py": "python", ".sbatch": "bash", ".sh": "bash", ".yaml": "yaml"}
 
@@ -21,7 +22,7 @@ def write_tree(root: Path, target: Path) -> None:
         target: an empty directory.
     """
     root = root.resolve()
-    waiting = [root / "README.md", *sorted((root / "docs").glob("*.md")), *sorted((root / "docs" / "site").glob("*.js"))]
+    waiting = [path for pattern in _DOCUMENTS for path in root.glob(pattern)]
     written: set[Path] = set()
     while waiting:
         source = waiting.pop()

@@ -12,6 +12,7 @@ _PROGRAMS = dict(re.findall(r"^([a-z]+) +((?:launch|tools|checkpoints_convert)\S
 # Asks the test for a program, waits for it and ends as it ends. Bash, because it starts in a few milliseconds.
 _MQ = """#!/bin/bash
 here=$(dirname "$0")
+exec 3>&1 4>&2 # 1 is another file while the words are written
 mkfifo "$here/$$.code"
 printf '%s\\0' "$@" >"$here/$$.words"
 echo $$ >"$here/requests"
@@ -33,23 +34,24 @@ class PageShell:
         (own / "mq").write_text(_MQ)
         (own / "mq").chmod(0o755)
         os.mkfifo(own / "requests")
-        # Open for both, so that it does not end with the first request.
-        self._requests = (own / "requests").open("r+")
+        # Open for writing as well, so that it does not end with the first request.
+        self._requests = os.fdopen(os.open(own / "requests", os.O_RDWR))
         threading.Thread(target=self._serve, daemon=True).start()
 
-    def run(self, block: str, *, timeout_s: float = 120) -> str:
-        """What a block prints; a command that fails is a failure, as is a block that does not end."""
+    def run(self, block: str, *, timeout_s: float = 300) -> str:
+        """What a block prints, errors included; fails where a command of it fails or the time is over."""
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", block],
             cwd=self._place,
             env={**environment(), "PATH": f"{self._own}:{os.environ['PATH']}"},
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
             text=True,
             timeout=timeout_s,
             check=False,
         )
-        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == 0, f"{block}\n{done.stdout}"
         return done.stdout
 
     def _serve(self) -> None:
@@ -62,7 +64,7 @@ class PageShell:
         try:
             program, *words = (self._own / f"{asking}.words").read_text().split("\0")[:-1]
             process = Path("/proc", asking)
-            with (process / "fd" / "1").open("ab") as output, (process / "fd" / "2").open("ab") as errors:
+            with (process / "fd" / "3").open("ab") as output, (process / "fd" / "4").open("ab") as errors:
                 done = subprocess.run(
                     command(_PROGRAMS[program], *words),
                     cwd=(process / "cwd").readlink(),

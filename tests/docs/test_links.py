@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from tests.test_house_rules import TEXTS
 from tests.conftest import ROOT
+from tests.test_house_rules import TEXTS
 
 DOCUMENTS = [path for path in TEXTS if path.suffix == ".md"]
 

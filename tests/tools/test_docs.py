@@ -9,7 +9,7 @@ from tests.conftest import ROOT, run
 from tools.docs import build_site
 
 NAV = "nav:\n  - Home: README.md\n  - Page: docs/page.md\n"
-README = "# Home\n\n[a page](docs/page.md#there) and [its code](tools/code.py#L3)\n"
+README = "# Home\n\n[a page](docs/page.md#there) and [its code](tools/code.py)\n"
 
 
 @pytest.fixture
@@ -49,27 +49,33 @@ def test_a_source_file_is_a_page(checkout, tmp_path):
     ids=["page", "anchor", "directory", "outside", "not in the navigation", "only in the navigation"],
 )
 def test_what_leads_nowhere_is_named(name, text, said, checkout, tmp_path):
-    site = tmp_path / "site"
     (tmp_path / "outside.md").write_text("# Not of the checkout\n")
-    build_site(site, root=checkout)
-    before = (site / "index.html").read_text()
     if text is None:
-        (checkout / name).unlink()
         (checkout / "README.md").write_text("# Home\n")
+        (checkout / name).unlink()
     else:
         (checkout / name).write_text(text)
     with pytest.raises(UserError) as refused:
-        build_site(site, root=checkout)
+        build_site(tmp_path / "site", root=checkout)
     assert refused.value.exit_code == 1
     for word in said:
         assert word in refused.value.render()
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_site_stays_until_the_next_is_complete(checkout, tmp_path):
+    site = tmp_path / "site"
+    build_site(site, root=checkout)
+    before = (site / "index.html").read_text()
+    (checkout / "README.md").write_text("# Changed\n\n[a page](docs/none.md)\n")
+    with pytest.raises(UserError):
+        build_site(site, root=checkout)
     assert (site / "index.html").read_text() == before
-    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     (checkout / "README.md").write_text("# Changed\n\n[a page](docs/page.md)\n")
-    (checkout / "docs/page.md").write_text("# Page\n")
-    (checkout / "docs/new.md").unlink(missing_ok=True)
     build_site(site, root=checkout)
     assert "Changed" in (site / "index.html").read_text()
+    assert not (site / "tools").exists(), "nothing of the earlier site is left"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkout", "site"]
 
 
 def test_what_is_no_site_is_left_alone(checkout, tmp_path):
