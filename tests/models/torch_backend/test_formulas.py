@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from megatron_qwen.models.loss import _block_loss, _Target
+from megatron_qwen.objectives.cross_entropy import _block_loss, _Target
 from megatron_qwen.models.torch_backend import compiled, formulas
 from megatron_qwen.models.torch_backend.compiled import Kernels
 from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
