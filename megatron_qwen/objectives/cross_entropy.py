@@ -71,9 +71,7 @@ def weighted_cross_entropy(
     return loss
 
 
-def log_probs(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, layout: LogitLayout
-) -> torch.Tensor:
+def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, layout: LogitLayout) -> torch.Tensor:
     """Log-probability of each row's target in fp32, [n]; arguments as in ``weighted_cross_entropy``."""
     found: torch.Tensor = _LogProbs.apply(hidden, weight, targets, layout)
     return found

@@ -148,10 +148,7 @@ def run_batch(
 
 
 def _means(
-    reports: list[dict[str, torch.Tensor]],
-    metrics: Sequence[str],
-    groups: ProcessGroupCollection,
-    device: torch.device,
+    reports: list[dict[str, torch.Tensor]], metrics: Sequence[str], groups: ProcessGroupCollection, device: torch.device
 ) -> BatchResult:
     """Means of loss and metrics over the global batch.
 
