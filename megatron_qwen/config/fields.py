@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_qwen.errors import Problem
@@ -97,7 +98,8 @@ class FieldInfo:
         return f"{self.section}.{self.name}"
 
 
-def field_infos(section: str, cls: type) -> dict[str, FieldInfo]:
+@cache  # the checks ask for every layout that `mq plan` looks at, and types are strings until they are evaluated
+def field_infos(section: str, cls: type) -> Mapping[str, FieldInfo]:
     """The fields of one section class by name."""
     hints = get_type_hints(cls)
 

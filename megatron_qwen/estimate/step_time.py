@@ -141,14 +141,15 @@ def _stage(config: RunConfig, device: Hardware, index: int, layers: int, assume:
     parallel, precision = config.parallel, config.precision
     last = index == parallel.pipeline_model_parallel_size - 1
     layer = layer_time(config, device, assume, fp8=precision.fp8 is not None)
-    in_bf16 = layer_time(config, device, assume, fp8=False)
     outer = 0  # layers that FP8 leaves in bf16
     if precision.fp8 is not None and precision.fp8 != "delayed" and precision.first_last_layers_bf16:
         outer = (precision.num_layers_at_start_in_bf16 if index == 0 else 0) + (
             precision.num_layers_at_end_in_bf16 if last else 0
         )
     outer = min(outer, layers)
-    whole = layer.times(layers - outer) + in_bf16.times(outer) + _pipeline_sends(config, device)
+    whole = layer.times(layers - outer) + _pipeline_sends(config, device)
+    if outer:
+        whole += layer_time(config, device, assume, fp8=False).times(outer)
     return whole + _loss(config, device, assume) if last else whole
 
 

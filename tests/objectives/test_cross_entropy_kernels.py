@@ -54,7 +54,9 @@ def rank(number, ranks, store):
 
 
 if __name__ == "__main__":
-    mp.spawn(rank, args=(int(sys.argv[1]), sys.argv[2]), nprocs=int(sys.argv[1]))
+    ranks = int(sys.argv[1])
+    # Forked: a rank has imported torch and Triton already.
+    mp.start_processes(rank, args=(ranks, sys.argv[2]), nprocs=ranks, start_method="fork")
 """
 
 

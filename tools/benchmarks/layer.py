@@ -6,7 +6,7 @@ from tools.benchmarks.layer_workers import BATCH, SEQUENCE
 from tools.benchmarks.rows import BenchmarkRow
 from tools.benchmarks.turns import Worker, comparison, in_turns
 
-_CALLS = 8
+_CALLS, _CALLS_OF_A_TRIAL = 8, 1
 _PEERS = {"dense": "transformers Qwen2DecoderLayer", "moe": "transformers Qwen3MoeDecoderLayer, 4 of 16 experts"}
 
 
@@ -14,8 +14,9 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     """Both sides in turn, dense and sparse, fp32 and bf16.
 
     Args:
-        rounds: turns of each side that count.
+        rounds: turns of each side that count; one is a trial, and its turn is a single pass.
     """
+    calls = _CALLS if rounds > 1 else _CALLS_OF_A_TRIAL
     threads = len(os.sched_getaffinity(0))
     rows = []
     for kind, peer in _PEERS.items():
@@ -24,14 +25,14 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
                 Worker("tools.benchmarks.layer_workers", [side, kind, dtype, str(threads)], threads=threads)
                 for side in ("ours", "transformers")
             ]
-            seconds = in_turns(sides[0], sides[1], rounds=rounds, calls=_CALLS)
+            seconds = in_turns(sides[0], sides[1], rounds=rounds, calls=calls)
             row = comparison(
                 f"layer {kind} {dtype}",
                 seconds,
-                tokens=_CALLS * BATCH * SEQUENCE,
+                tokens=calls * BATCH * SEQUENCE,
                 peer=peer + (", bf16 autocast" if dtype == "bf16" else ""),
                 required=1.0,
-                conditions=f"{threads} threads, {rounds} rounds of {_CALLS} passes",
+                conditions=f"{threads} threads, {rounds} rounds of {calls} passes",
             )
             rows.append(row)
     return rows

@@ -69,7 +69,7 @@ def in_turns(ours: Worker, theirs: Worker, *, rounds: int, calls: int) -> tuple[
     sides = (ours, theirs)
     seconds: tuple[list[float], list[float]] = ([], [])
     for side in sides:
-        side.run(max(2, calls // 2))
+        side.run(max(min(2, calls), calls // 2))
     for number in range(rounds):
         for index in (0, 1) if number % 2 == 0 else (1, 0):
             seconds[index].append(sides[index].run(calls))

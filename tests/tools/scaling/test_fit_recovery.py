@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
+from tests.tiers import count
 from tests.tools.scaling.studies import LOSS_LAWS, SETTING_LAWS, Study
 from tools.scaling.fit import Settings, fit
 
-SEEDS = 50
+# Of each law; the share of intervals that cover the truth is known the better, the more there are.
+SEEDS = count(quick=12, thorough=50)
 
 
 def truth(loss):
