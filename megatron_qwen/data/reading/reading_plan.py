@@ -92,7 +92,7 @@ def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
                 steps,
                 samples,
                 config.data.seq_length,
-                config.model.rotary_base,
+                config.rope.base,
                 batch,
                 tokens,
                 tuple(shares),
