@@ -21,11 +21,7 @@ LARGE_BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_i
 
 
 def _model(**shape: object) -> ModelConfig:
-    base: dict[str, object] = {
-        "kv_channels": 128,
-        "vocab_size": 152064,
-        "max_position_embeddings": 131072,
-    }
+    base: dict[str, object] = {"kv_channels": 128, "vocab_size": 152064, "max_position_embeddings": 131072}
     return ModelConfig(**{**base, **shape})  # type: ignore[arg-type]
 
 
@@ -78,7 +74,9 @@ def qwen2_5_7b() -> RunConfig:
     """Qwen2.5-7B: two GPUs a replica; 4 KV heads bound TP."""
     model = _model(num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, ffn_hidden_size=18944)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    return RunConfig(recipe="qwen2_5_7b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_7b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_14b() -> RunConfig:
@@ -92,7 +90,9 @@ def qwen2_5_14b() -> RunConfig:
         layernorm_epsilon=1e-5,
     )
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
-    return RunConfig(recipe="qwen2_5_14b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_14b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_32b() -> RunConfig:
@@ -111,7 +111,9 @@ def qwen2_5_32b() -> RunConfig:
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=4,
     )
-    return RunConfig(recipe="qwen2_5_32b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_32b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_72b() -> RunConfig:
@@ -130,4 +132,6 @@ def qwen2_5_72b() -> RunConfig:
         pipeline_model_parallel_size=4,
         virtual_pipeline_model_parallel_size=5,
     )
-    return RunConfig(recipe="qwen2_5_72b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_72b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH
+    )

@@ -47,7 +47,9 @@ def test_both_places_with_one_value():
     assert resolve("demo", ["model.rotary_base=1e6", "rope.base=1000000"], RECIPES).rope.base == 1e6
 
 
-@pytest.mark.parametrize("words", [["model.rotary_base=1e5", "rope.base=1e6"], ["rope.base=1e6", "model.rotary_base=1e5"]])
+@pytest.mark.parametrize(
+    "words", [["model.rotary_base=1e5", "rope.base=1e6"], ["rope.base=1e6", "model.rotary_base=1e5"]]
+)
 def test_both_places_with_different_values(words, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("recipe: demo\nmodel: {rotary_base: 1e5}\nrope: {base: 1e6}\n")
@@ -59,7 +61,9 @@ def test_both_places_with_different_values(words, tmp_path):
         assert str(problem).startswith(said)
 
 
-@pytest.mark.parametrize("word", ["model.rotary_bas=1e6", "model.rotarybase=1e6", "rotary_base=1e6", "rope.rotary_base=1"])
+@pytest.mark.parametrize(
+    "word", ["model.rotary_bas=1e6", "model.rotarybase=1e6", "rotary_base=1e6", "rope.rotary_base=1"]
+)
 def test_misspelt(word):
     with pytest.raises(ConfigError, match=r"Did you mean rope\.base\?") as caught:
         resolve("demo", [word], RECIPES)

@@ -64,9 +64,7 @@ def test_overrides_of_the_plan_make_the_models(tmp_path):
 
 def test_the_rope_base_of_a_study_is_that_of_its_cells(tmp_path):
     """Also where the study names the field's earlier place; its plan says what the study says."""
-    now, before = (
-        make_plan(study(tmp_path, overrides=[f"{name}=5e5"])) for name in ("rope.base", "model.rotary_base")
-    )
+    now, before = (make_plan(study(tmp_path, overrides=[f"{name}=5e5"])) for name in ("rope.base", "model.rotary_base"))
     assert {cell.config().rope.base for cell in now.cells} == {5e5}
     assert [cell.config() for cell in now.cells] == [cell.config() for cell in before.cells]
     ours, theirs = document(now), document(before)
