@@ -18,7 +18,7 @@ from megatron_qwen.estimate.memory import parameters_per_rank
 # gradients for the norm and for clipping.
 _OPTIMIZER_BYTES = 40.0
 # Bytes per logit in the loss: bf16, four passes (written by the GEMM, read by the softmax, then read and overwritten by
-# the gradient); and per element of the output matrix for its fp32 gradient (models/loss.py).
+# the gradient); and per element of the output matrix for its fp32 gradient (objectives/cross_entropy.py).
 _LOGIT_BYTES, _OUTPUT_GRADIENT_BYTES = 8.0, 20.0
 # Fraction of a micro-batch's time behind which data-parallel communication can hide: half of it for the gradient
 # reduce-scatter, half for the parameter all-gather. Chosen, not measured.
