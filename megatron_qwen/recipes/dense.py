@@ -10,8 +10,9 @@ belongs to its last stage.
 """
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
+from megatron_qwen.config.sections import ModelConfig, OptimConfig, ParallelConfig, RopeConfig, TrainingConfig
 
+ROPE = RopeConfig(base=10_000.0)
 SMALL_OPTIM = OptimConfig(learning_rate=4e-4, min_learning_rate=4e-5, lr_warmup_iters=2000)
 MIDDLE_OPTIM = OptimConfig(learning_rate=3e-4, min_learning_rate=3e-5, lr_warmup_iters=2000)
 LARGE_OPTIM = OptimConfig(learning_rate=1.5e-4, min_learning_rate=1.5e-5, lr_warmup_iters=2000)
@@ -20,12 +21,7 @@ LARGE_BATCH = TrainingConfig(train_iters=100_000, global_batch_size=1024, eval_i
 
 
 def _model(**shape: object) -> ModelConfig:
-    base: dict[str, object] = {
-        "kv_channels": 128,
-        "vocab_size": 152064,
-        "max_position_embeddings": 131072,
-        "rotary_base": 10_000.0,
-    }
+    base: dict[str, object] = {"kv_channels": 128, "vocab_size": 152064, "max_position_embeddings": 131072}
     return ModelConfig(**{**base, **shape})  # type: ignore[arg-type]
 
 
@@ -42,7 +38,7 @@ def qwen2_5_0_5b() -> RunConfig:
         max_position_embeddings=32768,
         share_embeddings_and_output_weights=True,
     )
-    return RunConfig(recipe="qwen2_5_0_5b", model=model, optim=SMALL_OPTIM, training=SMALL_BATCH)
+    return RunConfig(recipe="qwen2_5_0_5b", model=model, rope=ROPE, optim=SMALL_OPTIM, training=SMALL_BATCH)
 
 
 def qwen2_5_1_5b() -> RunConfig:
@@ -56,7 +52,7 @@ def qwen2_5_1_5b() -> RunConfig:
         vocab_size=151936,
         share_embeddings_and_output_weights=True,
     )
-    return RunConfig(recipe="qwen2_5_1_5b", model=model, optim=SMALL_OPTIM, training=SMALL_BATCH)
+    return RunConfig(recipe="qwen2_5_1_5b", model=model, rope=ROPE, optim=SMALL_OPTIM, training=SMALL_BATCH)
 
 
 def qwen2_5_3b() -> RunConfig:
@@ -71,14 +67,16 @@ def qwen2_5_3b() -> RunConfig:
         max_position_embeddings=32768,
         share_embeddings_and_output_weights=True,
     )
-    return RunConfig(recipe="qwen2_5_3b", model=model, optim=SMALL_OPTIM, training=SMALL_BATCH)
+    return RunConfig(recipe="qwen2_5_3b", model=model, rope=ROPE, optim=SMALL_OPTIM, training=SMALL_BATCH)
 
 
 def qwen2_5_7b() -> RunConfig:
     """Qwen2.5-7B: two GPUs a replica; 4 KV heads bound TP."""
     model = _model(num_layers=28, hidden_size=3584, num_attention_heads=28, num_query_groups=4, ffn_hidden_size=18944)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
-    return RunConfig(recipe="qwen2_5_7b", model=model, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_7b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_14b() -> RunConfig:
@@ -92,7 +90,9 @@ def qwen2_5_14b() -> RunConfig:
         layernorm_epsilon=1e-5,
     )
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
-    return RunConfig(recipe="qwen2_5_14b", model=model, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_14b", model=model, rope=ROPE, parallel=parallel, optim=MIDDLE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_32b() -> RunConfig:
@@ -111,7 +111,9 @@ def qwen2_5_32b() -> RunConfig:
         pipeline_model_parallel_size=2,
         virtual_pipeline_model_parallel_size=4,
     )
-    return RunConfig(recipe="qwen2_5_32b", model=model, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_32b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH
+    )
 
 
 def qwen2_5_72b() -> RunConfig:
@@ -130,4 +132,6 @@ def qwen2_5_72b() -> RunConfig:
         pipeline_model_parallel_size=4,
         virtual_pipeline_model_parallel_size=5,
     )
-    return RunConfig(recipe="qwen2_5_72b", model=model, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH)
+    return RunConfig(
+        recipe="qwen2_5_72b", model=model, rope=ROPE, parallel=parallel, optim=LARGE_OPTIM, training=LARGE_BATCH
+    )

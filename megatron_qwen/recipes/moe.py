@@ -13,7 +13,7 @@ dense one, 34.8B active of 140.5B for a 72.7B dense one. They are not the releas
 """
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import ModelConfig, OptimConfig, ParallelConfig, TrainingConfig
+from megatron_qwen.config.sections import ModelConfig, OptimConfig, ParallelConfig, RopeConfig, TrainingConfig
 
 SMALL_OPTIM = OptimConfig(learning_rate=4.2e-4, min_learning_rate=4.2e-5, lr_warmup_iters=2000)
 LARGE_OPTIM = OptimConfig(learning_rate=2.4e-4, min_learning_rate=2.4e-5, lr_warmup_iters=2000)
@@ -82,7 +82,6 @@ def qwen2_5_turbo_standin() -> RunConfig:
         kv_channels=128,
         vocab_size=152064,
         max_position_embeddings=262144,
-        rotary_base=10_000_000.0,
         num_moe_experts=64,
         moe_router_topk=8,
         moe_ffn_hidden_size=1408,
@@ -90,7 +89,14 @@ def qwen2_5_turbo_standin() -> RunConfig:
         moe_shared_expert_gate=True,
     )
     parallel = ParallelConfig(expert_model_parallel_size=8, pipeline_model_parallel_size=2)
-    return RunConfig(recipe="qwen2_5_turbo_standin", model=model, parallel=parallel, optim=LARGE_OPTIM, training=BATCH)
+    return RunConfig(
+        recipe="qwen2_5_turbo_standin",
+        model=model,
+        rope=RopeConfig(base=10_000_000.0),
+        parallel=parallel,
+        optim=LARGE_OPTIM,
+        training=BATCH,
+    )
 
 
 def qwen2_5_plus_standin() -> RunConfig:

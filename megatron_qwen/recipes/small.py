@@ -13,6 +13,7 @@ from megatron_qwen.config.sections import (
     ParallelConfig,
     PerformanceConfig,
     PrecisionConfig,
+    RopeConfig,
     TrainingConfig,
 )
 
@@ -107,12 +108,12 @@ def demo() -> RunConfig:
         ffn_hidden_size=512,
         vocab_size=2048,
         max_position_embeddings=1024,
-        rotary_base=10_000.0,
         share_embeddings_and_output_weights=True,
     )
     return RunConfig(
         recipe="demo",
         model=model,
+        rope=RopeConfig(base=10_000.0),
         precision=_FP32,
         parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         data=DataConfig(seq_length=256, validation_fraction=0.02),

@@ -80,7 +80,7 @@ class Trainer:
         """Takes one step and updates the progress; does not call the callbacks."""
         components, config, progress = self.components, self.components.config, self.components.progress
         reader = components.data.at(progress.consumed_samples)
-        components.model.set_rotary_base(reader.config.model.rotary_base)
+        components.model.set_rotary_base(reader.config.rope.base)
         batch = global_batch_size(progress.consumed_samples, reader.config.training)
         rate = learning_rate(
             progress.schedule_iteration + 1, optim=config.optim, train_iters=config.training.train_iters

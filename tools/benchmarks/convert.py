@@ -197,7 +197,7 @@ def _config(model: ModelConfig) -> dict[str, object]:
         "hidden_act": "silu",
         "max_position_embeddings": model.max_position_embeddings,
         "rms_norm_eps": model.layernorm_epsilon,
-        "rope_theta": model.rotary_base,
+        "rope_theta": RECIPES[_RECIPE]().rope.base,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
