@@ -16,7 +16,7 @@ from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
 
-_COLLECTION_INTERVAL = 100
+_COLLECTION_INTERVAL = 100  # steps; chosen by hand
 # FLOPs per CPU thread from which torch.compile pays off, about twenty minutes of work: kernels took up to 17 s to
 # compile and saved 1 to 3 % of a step in bf16, more in fp32.
 _COMPILE_FROM_FLOP = 1e14
