@@ -6,9 +6,9 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import GemmRate, Hardware
 
-# Passes of the memory-bound operations of a layer, forward + backward: one is a read or a write of every element in bf16.
-# Over [tokens, hidden]: two norms, 2 x (2 + 3); two residual additions, 2 x (3 + 3); RoPE of the queries, 2 + 2. That is
-# 26. 29 was set by hand; what the other three stand for is not recorded.
+# Passes of the memory-bound operations of a layer, forward + backward: one is a read or a write of every element in
+# bf16. Over [tokens, hidden]: two norms, 2 x (2 + 3); two residual additions, 2 x (3 + 3); RoPE of the queries, 2 + 2.
+# That is 26. 29 was set by hand; what the other three stand for is not recorded.
 _HIDDEN_PASSES = 29.0
 # Over [tokens, ffn], SwiGLU: reads gate and up and writes the product (3); reads both and a gradient, writes two (5).
 _FFN_PASSES = 8.0
