@@ -1,7 +1,7 @@
 """``mq bench predictions``: predicted tokens/s against published and measured ones.
 
-One calibration serves all that others have published, and one all that was measured here: what a step reaches of the
-ceilings is a property of the software.
+One calibration serves all that others have published, and one all that was measured here: the achieved fraction of peak
+is a property of the software.
 """
 
 from collections.abc import Sequence
