@@ -313,7 +313,7 @@ def _collections(config: RunConfig, machine: Machine, world_size: int) -> _Value
         return 0, "a single rank delays no other with its garbage collection"
     return (
         _COLLECTION_INTERVAL,
-        "collections at the same step on all ranks: otherwise all ranks wait for each one's collection",
+        "all ranks collect at the same step, so none waits for another",
     )
 
 

@@ -108,7 +108,7 @@ def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
 
 
 def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> GemmRate:
-    """Rate, exposed fraction of memory accesses and launch time, none below zero, by least squares of relative errors."""
+    """Rate, exposed fraction of memory accesses and launch time, all >= 0, by least squares of relative errors."""
     from scipy.optimize import nnls
 
     matrix, ones = [], []
