@@ -66,8 +66,8 @@ def loss_and_gradient(
     return log_sum - target
 
 
-@triton.jit def _statistics(logits, column, largest, sums, target, stride, valid, BLOCK: tl.constexpr):  # type:
-ignore[no-untyped-def]
+@triton.jit
+def _statistics(logits, column, largest, sums, target, stride, valid, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Largest logit of a row, sum of exp(logit - largest), and the target's logit (0 where it is in another shard)."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
@@ -85,8 +85,8 @@ ignore[no-untyped-def]
     tl.store(target + row, tl.load(line + own, mask=own >= 0, other=0.0).to(tl.float32))
 
 
-@triton.jit def _gradient(logits, column, weights, log_sum, stride, columns, valid, BLOCK: tl.constexpr):  # type:
-ignore[no-untyped-def]
+@triton.jit
+def _gradient(logits, column, weights, log_sum, stride, columns, valid, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """weight x (softmax - one-hot) in place of each logit, softmax = exp(logit - log-sum-exp); 0 in the padding."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
