@@ -45,7 +45,7 @@ class Timed:
 def run(*, rounds: int) -> list[BenchmarkRow]:
     """Rows for both directions, each against cp in the same round, and for the memory of each.
 
-    The directories lie in the temporary folder (TMPDIR) and are removed; where the disk has no room for the whole
+    The directories are in the temporary folder (TMPDIR) and are removed. Where the disk has no room for the whole
     model, it has fewer layers.
 
     Args:

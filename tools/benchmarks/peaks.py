@@ -61,7 +61,7 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
     """
     kind = known(device.device_name())
     if hardware is not None and device.has_cuda() and kind is None:
-        fix = "is no kind whose links are known; write the file by hand, docs/performance.md says how."
+        fix = "has links of unknown speed; write the file by hand, as docs/performance.md describes."
         raise ConfigError(Problem("--hardware", device.device_name(), fix))
     rows = list(_rows(rounds))
     if hardware is not None:
@@ -72,8 +72,8 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
 def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
     """The rows as the peak rates of a device.
 
-    Links of a single GPU cannot be measured: those of its kind's data sheet stand in, as does its host's speed. Two
-    ranks on a CPU measure theirs.
+    Links of a single GPU cannot be measured: their rates and the host's speed are those of its kind in
+    estimate/hardware.py. On a CPU two ranks measure them.
     """
     gpu = device.has_cuda()
     speeds = {row.benchmark: row.ours for row in rows}
