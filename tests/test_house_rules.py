@@ -69,9 +69,8 @@ def test_a_source_file(path):
     assert "sys.path" not in text
     for node in ast.walk(tree):
         assert not isinstance(node, ast.Global), f"line {node.lineno}: a global that changes"
-        if isinstance(node, ast.FunctionDef):
-            if not node.name.startswith("_") and not inside_function(tree, node):
-                assert ast.get_docstring(node), f"{node.name} has no docstring"
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not inside_function(tree, node):
+            assert ast.get_docstring(node), f"{node.name} has no docstring"
     for name in imports(path):
         if "parallel_state" in name:
             assert path.name == "groups.py", "only groups.py reads megatron's global groups"

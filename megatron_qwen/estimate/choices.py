@@ -311,10 +311,7 @@ def _optimizer_offload(config: RunConfig, machine: Machine, world_size: int) -> 
 def _collections(config: RunConfig, machine: Machine, world_size: int) -> _ValueAndReason:
     if world_size == 1:
         return 0, "a single rank delays no other with its garbage collection"
-    return (
-        _COLLECTION_INTERVAL,
-        "all ranks collect at the same step, so none waits for another",
-    )
+    return (_COLLECTION_INTERVAL, "all ranks collect at the same step, so none waits for another")
 
 
 # Field -> (value that turns it off, rule). The order matters: a rule sees what earlier rules chose.
