@@ -10,6 +10,7 @@ from megatron_qwen.config.sections import (
     DataConfig,
     MetricsConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     PerformanceConfig,
@@ -25,6 +26,7 @@ SECTION_TYPES: dict[str, type] = {
     "data": DataConfig,
     "optim": OptimConfig,
     "training": TrainingConfig,
+    "objective": ObjectiveConfig,
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
     "resilience": ResilienceConfig,
@@ -45,6 +47,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

@@ -257,6 +257,13 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model is trained for."""
+
+    kind: Literal["pretrain"] = setting("pretrain", doc="pretrain: cross-entropy of the next token.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When checkpoints are written, which are kept, and how they are loaded."""
 

@@ -20,9 +20,9 @@ _OPTIMIZER_BYTES = 40.0
 # Bytes per logit in the loss: bf16, four passes (written by the GEMM, read by the softmax, then read and overwritten by
 # the gradient). The GEMMs of the backward pass read it again; that is in their rate.
 _LOGIT_BYTES = 8.0
-# Bytes per element of the output matrix for its gradient (models/loss.py). One chunk: scaled in bf16 (4) and added to
-# the fp32 main gradient (10). n chunks: 28 + 10 n, as an fp32 sum is zeroed, added to, scaled and rounded. 20 is in
-# between, set by hand: 2.5 ms of the 349 ms that the 7B takes for 4096 tokens on an H200.
+# Bytes per element of the output matrix for its gradient (objectives/cross_entropy.py). One chunk: scaled in bf16 (4)
+# and added to the fp32 main gradient (10). n chunks: 28 + 10 n, as an fp32 sum is zeroed, added to, scaled and rounded.
+# 20 is in between, set by hand: 2.5 ms of the 349 ms that the 7B takes for 4096 tokens on an H200.
 _OUTPUT_GRADIENT_BYTES = 20.0
 # Fraction of a micro-batch's time behind which data-parallel communication can hide: half of it for the gradient
 # reduce-scatter, half for the parameter all-gather. Chosen, not measured.

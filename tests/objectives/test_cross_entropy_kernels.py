@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from megatron_qwen.models.loss_kernels import loss_and_gradient
+from megatron_qwen.objectives.cross_entropy_kernels import loss_and_gradient
 
 ROWS, VOCABULARY, PADDED = 7, 19_000, 19_200
 

@@ -1,7 +1,6 @@
 """On a GPU: the kernels of the loss give torch's cross-entropy and its gradient."""
 
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +23,9 @@ def alone() -> Iterator[object]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [64, 1000])
 @pytest.mark.parametrize(("vocabulary", "padded"), [(151_936, 151_936), (30_000, 30_080)])
-def test_equals_plain_cross_entropy(dtype, chunk, vocabulary, padded, alone):
-    from megatron_qwen.models.loss import output_loss
+@pytest.mark.parametrize("by_log_probs", [False, True])
+def test_equals_plain_cross_entropy(by_log_probs, dtype, chunk, vocabulary, padded, alone):
+    from megatron_qwen.objectives.output_head import OutputHead
 
     torch.manual_seed(0)
     hidden = torch.randn(200, 1, 128, device="cuda", dtype=dtype)
@@ -38,16 +38,8 @@ def test_equals_plain_cross_entropy(dtype, chunk, vocabulary, padded, alone):
     expected.backward()
     hidden.requires_grad_()
     weight.requires_grad_()
-    loss = output_loss(
-        hidden,
-        weight,
-        labels,
-        mask,
-        groups=SimpleNamespace(tp=alone),
-        sequence_parallel=False,
-        vocab_size=vocabulary,
-        chunk_tokens=chunk,
-    )
+    head = OutputHead(weight, alone, sequence_parallel=False, vocab_size=vocabulary, chunk_tokens=chunk)
+    loss = -(head.log_probs(hidden, labels) * mask).sum() if by_log_probs else head.cross_entropy(hidden, labels, mask)
     loss.backward()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     assert float(loss) == pytest.approx(float(expected), rel=tolerance / 10)
