@@ -1,4 +1,4 @@
-"""Fields of samples and batches that only some objectives need: advantages, rewards, log-probabilities of another model.
+"""Fields of samples and batches that only some objectives need: advantages, rewards, another model's log-probabilities.
 
 A sample source declares the fields that its samples have, an objective those that it needs, and a run is refused where
 the source lacks one. In between, batches carry them without knowing what they mean.
