@@ -75,15 +75,15 @@ class CheckpointSource:
 
     @property
     def run_dir(self) -> Path | None:
-        """The run directory it lies in, if it lies in one."""
+        """The run directory of this checkpoint; None outside a run directory."""
         candidate = self.path.absolute().parent.parent
         return candidate if self.path.absolute().parent.name == "checkpoints" and candidate.is_dir() else None
 
     def digest(self) -> str:
-        """What tells this checkpoint from another without reading the weights."""
+        """A hash that differs between checkpoints, without reading the weights."""
         if self.entries is not None:
             return manifest.hash_file(self.path / MANIFEST).xxh3_128
-        # Nothing else tells whether the shards are those of before.
+        # Without a manifest, only sizes and times of the shards show that they have changed.
         found = xxhash.xxh3_128()
         for name in manifest.files_in(self.path):
             status = (self.path / name).stat()
@@ -92,7 +92,7 @@ class CheckpointSource:
         return found.hexdigest()
 
     def unread_parts(self) -> list[tuple[str, int, int, str]]:
-        """What the manifest notes and no weight lies in: (file, first byte, bytes, hash)."""
+        """Parts of the manifest that hold no weight: (file, first byte, bytes, hash)."""
         touched = {(chunk.file, chunk.start) for chunk in self.weights.chunks()}
         return [
             (name, start, length, digest)

@@ -19,6 +19,8 @@ from megatron_qwen.hf.config import architecture_from_hf
 from megatron_qwen.hf.mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Bound on what is parsed at once, so that a crafted file cannot fill the memory: the index of 18,867 tensors (a
+# Qwen3-30B) takes less than 2 MB.
 _LARGEST_JSON = 64 << 20
 _SHOWN = 10
 # More than these are not looked for one by one.

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 NOTE = "conversion.json"
 _CHECKPOINTS = "checkpoints"
 _COMMON = "common_state/shard_0_1"
-_SEQ_LENGTH = 4096
+_SEQ_LENGTH = 4096  # for a run that starts from this checkpoint; that of Qwen2.5's first stage of pretraining
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import EXIT_FAILURE, UserError
 
 _GIB = 2**30
-_SHARED_MEMORY_GIB = 8
+_SHARED_MEMORY_GIB = 8  # Docker gives 64 MiB unless it is told otherwise; chosen by hand
 State = Literal["ok", "lacks", "note"]
 
 

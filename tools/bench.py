@@ -22,7 +22,7 @@ _NAMES = {
     "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and against megatron-core's GPTDataset",
     "loader": "tokens read and collated on one core against 20 million a second",
     "gpu_step": "steps of Qwen2.5 shapes on one GPU against its peak, FP8 against bf16, te against torch",
-    "ceilings": "GEMMs, attention and copies of this machine against its data sheet",
+    "peaks": "peak rates of GEMMs, attention and copies on this machine against its data sheet",
     "predictions": "predicted tokens/s against published and measured ones, within a ratio of 0.85",
     "sweep_fit": "the fit of 10,000 cells with 1,000 bootstrap resamples against 60 s",
     "sweep_report": "opening the page of a study of 1,000 cells against 2 s, and its size against 5 MB",
@@ -44,14 +44,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, default=4, help="training steps per round of train_step (%(default)s)")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--output", type=Path, help="also write the rows to this file, as JSON")
-    parser.add_argument("--hardware", type=Path, help="ceilings: also write them as a file that mq plan --gpu takes")
+    parser.add_argument("--hardware", type=Path, help="peaks: also write them as a file that mq plan --gpu takes")
     options = parser.parse_args(arguments)
-    if options.hardware is not None and options.name != "ceilings":
-        raise ConfigError("--hardware requires the benchmark ceilings.")
+    if options.hardware is not None and options.name != "peaks":
+        raise ConfigError("--hardware requires the benchmark peaks.")
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
     module = importlib.import_module(f"tools.benchmarks.{options.name}")
-    more = {"train_step": {"steps": options.steps}, "ceilings": {"hardware": options.hardware}}
+    more = {"train_step": {"steps": options.steps}, "peaks": {"hardware": options.hardware}}
     rows = module.run(rounds=options.rounds, **more.get(options.name, {}))
     text = json.dumps([asdict(row) for row in rows], indent=2)
     print(text if options.json else "\n".join(map(str, rows)))

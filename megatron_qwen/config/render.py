@@ -35,12 +35,12 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from the dataclasses in `megatron_qwen/config/sections.py`; a test keeps it so "
-        "(`./mq config reference > docs/configuration.md`).",
+        "Generated from the dataclasses in `megatron_qwen/config/sections.py`; a test keeps it so:",
+        "`./mq config reference > docs/configuration.md`.",
         "",
-        "A run is a recipe (`mq recipes`) or a `run.yaml`, followed by overrides `section.field=value` "
-        "(or `--section.field value`). A `run.yaml` holds the sections below and may name a `recipe` to start from. "
-        "Unknown fields and wrong values are reported all at once, with exit code 2.",
+        "A run is a recipe (`mq recipes`) or a `run.yaml`, followed by overrides `section.field=value` or",
+        "`--section.field value`. A `run.yaml` holds the sections below and may name a `recipe` to start from. Unknown",
+        "fields and wrong values are reported all at once, with exit code 2.",
         "",
         "Earlier names are still read: " + ", ".join(f"`{old}` is `{new}`" for old, new in MOVED.items()) + ".",
     ]

@@ -1,8 +1,8 @@
-"""The cross-entropy of a block of logits on a GPU: two Triton kernels, and the gradient over the logits themselves.
+"""Cross-entropy of a chunk of logits on a GPU: two Triton kernels; the gradient overwrites the logits.
 
-Plain torch needs some ten passes over the logits in fp32; here the first kernel reads them once in their own format
-(the online softmax of Milakov and Gimelshein, arXiv 1805.02867) and the second reads them once more and writes the
-gradient in their place.
+Plain torch needs some ten passes over the logits in fp32. Here the first kernel reads them once in their own dtype (the
+online softmax of Milakov and Gimelshein, arXiv 1805.02867), and the second reads them again and writes the gradient in
+their place.
 """
 
 from typing import Any
@@ -12,9 +12,11 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 
-# Triton reads annotations of a kernel's arguments: they may be its own only.
+# Triton interprets the annotations of a kernel's arguments, and accepts only its own.
 # ruff: noqa: ANN001, ANN202
 
+# A program processes a row in blocks: 8192 logits over 16 warps of 32 threads are 16 logits per thread, which fit its
+# registers in fp32. Chosen by hand; other sizes were not measured.
 _BLOCK = 8192
 _WARPS = 16
 
@@ -29,19 +31,19 @@ def loss_and_gradient(
     group: dist.ProcessGroup,
     with_gradient: bool,
 ) -> torch.Tensor:
-    """Cross-entropy of every row; the logits become weights x (softmax - one-hot) where a gradient is wanted.
+    """Cross-entropy of every row. With a gradient, the logits are overwritten by weights x (softmax - one-hot).
 
     Args:
         logits: this rank's columns, [n, v / TP], contiguous; overwritten.
-        index: column of the row's target among this rank's, [n]; anything legal where it is another rank's.
-        mine: whether the target is among this rank's columns, [n].
+        index: column of the row's target in this rank's vocabulary shard, [n]; any valid column where it is in another.
+        mine: whether the target is in this rank's shard, [n].
         weights: of each row's loss, fp32, [n].
-        valid: columns that are no padding.
-        group: ranks that share the vocabulary.
+        valid: columns of this shard without padding.
+        group: tensor-parallel ranks, which share the vocabulary.
         with_gradient: whether to write the gradient.
 
     Returns:
-        Loss of each row in fp32, [n], not weighted.
+        Loss of each row in nats, fp32, [n], without its weight.
     """
     rows, columns = logits.shape
     largest = torch.empty(rows, dtype=torch.float32, device=logits.device)
@@ -66,7 +68,7 @@ def loss_and_gradient(
 
 @triton.jit
 def _statistics(logits, column, largest, sums, target, stride, valid, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Largest logit of a row, sum of exp(logit - largest), and the target's logit (0 where it is elsewhere)."""
+    """Largest logit of a row, sum of exp(logit - largest), and the target's logit (0 where it is in another shard)."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     high = float("-inf")
@@ -85,7 +87,7 @@ def _statistics(logits, column, largest, sums, target, stride, valid, BLOCK: tl.
 
 @triton.jit
 def _gradient(logits, column, weights, log_sum, stride, columns, valid, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """weight x (exp(logit - log of the sum) - one-hot) in place of each logit; 0 in the padding."""
+    """weight x (softmax - one-hot) in place of each logit, softmax = exp(logit - log-sum-exp); 0 in the padding."""
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
     own = tl.load(column + row)

@@ -25,7 +25,7 @@ def _model(**shape: object) -> ModelConfig:
 
 
 def qwen3_0_6b() -> RunConfig:
-    """Qwen3-0.6B: one GPU a replica."""
+    """Qwen3-0.6B: one GPU per model replica."""
     model = _model(
         num_layers=28,
         hidden_size=1024,
@@ -40,7 +40,7 @@ def qwen3_0_6b() -> RunConfig:
 
 
 def qwen3_1_7b() -> RunConfig:
-    """Qwen3-1.7B: one GPU a replica."""
+    """Qwen3-1.7B: one GPU per model replica."""
     model = _model(
         num_layers=28,
         hidden_size=2048,
@@ -55,7 +55,7 @@ def qwen3_1_7b() -> RunConfig:
 
 
 def qwen3_4b() -> RunConfig:
-    """Qwen3-4B: two GPUs a replica."""
+    """Qwen3-4B: two GPUs per model replica."""
     model = _model(
         num_layers=36,
         hidden_size=2560,
@@ -76,7 +76,7 @@ def qwen3_4b() -> RunConfig:
 
 
 def qwen3_8b() -> RunConfig:
-    """Qwen3-8B: two GPUs a replica."""
+    """Qwen3-8B: two GPUs per model replica."""
     model = _model(num_layers=36, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=12288)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     return RunConfig(
@@ -90,7 +90,7 @@ def qwen3_8b() -> RunConfig:
 
 
 def qwen3_14b() -> RunConfig:
-    """Qwen3-14B: four GPUs a replica."""
+    """Qwen3-14B: four GPUs per model replica."""
     model = _model(num_layers=40, hidden_size=5120, num_attention_heads=40, num_query_groups=8, ffn_hidden_size=17408)
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
     return RunConfig(
@@ -104,7 +104,7 @@ def qwen3_14b() -> RunConfig:
 
 
 def qwen3_32b() -> RunConfig:
-    """Qwen3-32B: two nodes of eight a replica, TP in the node."""
+    """Qwen3-32B: 16 GPUs per model replica; TP within a node."""
     model = _model(num_layers=64, hidden_size=5120, num_attention_heads=64, num_query_groups=8, ffn_hidden_size=25600)
     parallel = ParallelConfig(
         tensor_model_parallel_size=8,

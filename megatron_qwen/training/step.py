@@ -97,8 +97,8 @@ def train_step(
                     parameters,
                     config.optim.clip_grad,
                     grad_norm,
-                    # The precision-aware optimizer has its gradients in param.decoupled_grad: their dtype differs
-                    # from the parameter's, which torch forbids in param.grad.
+                    # Where this is true, megatron-core put the gradients into param.decoupled_grad: their dtype is not
+                    # the parameter's, and torch refuses them in param.grad while param.grad_dtype has its default.
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
     optimizer.step_with_ready_grads()

@@ -60,7 +60,7 @@ def arguments(config: RunConfig, **changes: Any) -> argparse.Namespace:
 
 
 def save_as_megatron_lm(config: RunConfig, out: Path, metadata: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Saves the initial model with the core's function and nothing of ours."""
+    """Saves the initial model with megatron-core's function and nothing of ours."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async

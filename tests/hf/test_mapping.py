@@ -54,7 +54,7 @@ def test_split_and_join_are_inverse(recipe):
 
 
 def test_query_heads_lie_beside_their_key_and_value():
-    """The core's order by the plain definition: group by group, its query heads, then key, then value."""
+    """megatron-core's order by its definition: group by group, its query heads, then key, then value."""
     model = RECIPES["tiny_dense"]().model
     mapping = next(mapping for mapping in tensor_mappings(model) if mapping.core.endswith("linear_qkv.bias"))
     d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups

@@ -30,9 +30,9 @@ def test_collectives():
     assert all(0 < row["ratio"] < 5 for row in found)
 
 
-def test_ceilings_are_a_hardware_file(tmp_path):
+def test_peaks_are_a_hardware_file(tmp_path):
     """What was measured here plans a run here."""
-    found = rows("ceilings", "--hardware", tmp_path / "here.yaml")
+    found = rows("peaks", "--hardware", tmp_path / "here.yaml")
     content = yaml.safe_load((tmp_path / "here.yaml").read_text())
     copy = next(row for row in found if row["benchmark"].startswith("copy"))
     assert content["memory_gb_s"] == pytest.approx(copy["ours"])

@@ -8,7 +8,7 @@ from tools.benchmarks.rows import BenchmarkRow, against_peer
 from tools.benchmarks.train_step import toy_tokens
 
 _RANKS = 4
-_SLOWEST = 1.1
+_SLOWEST = 1.1  # times a step without a save, for steps during a background save; chosen by hand
 
 
 def run(*, rounds: int) -> list[BenchmarkRow]:

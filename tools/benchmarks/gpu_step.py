@@ -17,7 +17,7 @@ from tools.benchmarks.rows import BenchmarkRow, against_limit
 # The best published on one GPU of this kind is 57.8 % (KempnerForge, Llama-3 8B, 1 x H200, batch 4, full recompute).
 LEAST_MFU, LEAST_FP8_GAIN, LARGEST_LOSS_GAP = 0.60, 1.3, 1e-3
 # Moments in bf16 and main weights as remainders: 7.6e9 parameters with 12 bytes each of them leave no room else.
-_LEAN = (
+_PRECISION_AWARE = (
     "precision.use_precision_aware_optimizer=true",
     "precision.exp_avg_dtype=bf16",
     "precision.exp_avg_sq_dtype=bf16",
@@ -41,7 +41,7 @@ def case_of(recipe: str, *, data: Path, backend: str = "te", fp8: str | None = N
         *_BATCHES[recipe],
         steps=steps,
         data=str(data),
-        overrides=_LEAN if recipe == _LARGEST else (),
+        overrides=_PRECISION_AWARE if recipe == _LARGEST else (),
     )
 
 

@@ -1,7 +1,7 @@
 """``mq bench predictions``: predicted tokens/s against published and measured ones.
 
-One calibration serves all that others have published, and one all that was measured here: what a step reaches of the
-ceilings is a property of the software.
+One calibration serves all that others have published, and one all that was measured here: the achieved fraction of peak
+is a property of the software.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from megatron_qwen.estimate.step_time import step_time
 from tools.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
 from tools.benchmarks.rows import BenchmarkRow
 
-WITHIN = 0.15
+WITHIN = 0.15  # required of every prediction; chosen by hand. docs/performance.md has the ratios
 
 
 def predicted(step: PublishedStep, achieved: float = 1.0) -> float:

@@ -115,7 +115,7 @@ def published_steps() -> Iterator[PublishedStep]:
     layout |= {"tensor_model_parallel_size": 8, "context_parallel_size": 2, "virtual_pipeline_model_parallel_size": 8}
     largest = _run(LLAMA3_405B, seq=8192, micro=1, batch=1536, fp8="tensorwise", **layout)
     yield PublishedStep("Llama-3.1 405B, TP8 PP8x8 CP2, fp8", largest, "h100", 1024, 328, overlapped, ARCHIVE)
-    # It recomputes every second product; the nearest that the estimate knows is the feed-forward.
+    # It recomputes every second GEMM; the nearest that the estimate knows is the feed-forward.
     capped = Assumptions(power=500 / 700)
     for fp8, speed in ((None, 6667.0), ("tensorwise", 8532.0)):
         sharded = _run(LLAMA3_8B, seq=8192, micro=1, batch=8, fp8=fp8, recompute="selective")

@@ -11,7 +11,7 @@ from tools.benchmarks.train_step_workers import BATCH, SEQUENCE, bench_config
 from tools.benchmarks.turns import Worker, comparison, in_turns
 
 _WORKERS = "tools.benchmarks.train_step_workers"
-_REQUIRED = 1.25
+_REQUIRED = 1.25  # times the peer, chosen by hand; benchmarks/results has 1.27 in fp32 and 1.40 in bf16
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""``mq bench ceilings``: the peak rates of GEMMs, attention and memory on this machine, against its data sheet."""
+"""``mq bench peaks``: the peak rates of GEMMs, attention and memory on this machine, against its data sheet."""
 
 import datetime
 import statistics
@@ -19,7 +19,7 @@ from tools.benchmarks.collectives import speeds_of_links
 from tools.benchmarks.rows import BenchmarkRow
 
 # [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.
-_GPU_PRODUCTS = {
+_GPU_GEMMS = {
     "8192 cube": (8192, 8192, 8192),
     "7B qkv": (4096, 3584, 4608),
     "7B proj": (4096, 3584, 3584),
@@ -35,7 +35,7 @@ _GPU_PRODUCTS = {
     "expert of 57B fc1": (4096, 3584, 5120),
     "expert of 30B fc1": (1024, 2048, 1536),
 }
-_CPU_PRODUCTS = {
+_CPU_GEMMS = {
     "1024 cube": (1024, 1024, 1024),
     "demo fc1": (2048, 192, 1024),
     "demo fc2": (2048, 512, 192),
@@ -61,7 +61,7 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
     """
     kind = known(device.device_name())
     if hardware is not None and device.has_cuda() and kind is None:
-        fix = "is no kind whose links are known; write the file by hand, docs/performance.md says how."
+        fix = "has links of unknown speed; write the file by hand, as docs/performance.md describes."
         raise ConfigError(Problem("--hardware", device.device_name(), fix))
     rows = list(_rows(rounds))
     if hardware is not None:
@@ -70,15 +70,15 @@ def run(*, rounds: int, hardware: Path | None = None) -> list[BenchmarkRow]:
 
 
 def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
-    """The rows as the ceilings of a device.
+    """The rows as the peak rates of a device.
 
-    Links of a single GPU cannot be measured: those of its kind's data sheet stand in, as does its host's speed. Two
-    ranks on a CPU measure theirs.
+    Links of a single GPU cannot be measured: their rates and the host's speed are those of its kind in
+    estimate/hardware.py. On a CPU two ranks measure them.
     """
     gpu = device.has_cuda()
     speeds = {row.benchmark: row.ours for row in rows}
     memory_gb_s = speeds[_COPY]
-    products = _GPU_PRODUCTS if gpu else _CPU_PRODUCTS
+    gemms = _GPU_GEMMS if gpu else _CPU_GEMMS
     kind = known(device.device_name())
     directions = [
         statistics.median(speeds[f"attention {way}, {name}"] for name in (_ATTENTION if gpu else _CPU_ATTENTION))
@@ -86,14 +86,14 @@ def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
     ]
     link = speeds_of_links(rounds)["send and receive"]["64 MiB"] if kind is None else 0.0
     rest = "the peak is what was reached" if kind is None else "links and host from the data sheet of its kind"
-    bf16 = _fit({products[name]: speeds[f"bf16 product, {name}"] for name in products}, memory_gb_s, 2.0)
+    bf16 = _fit({gemms[name]: speeds[f"bf16 GEMM, {name}"] for name in gemms}, memory_gb_s, 2.0)
     fp8 = None
     if gpu:
-        fp8 = _fit({products[name]: speeds[f"fp8 product, {name}"] for name in products}, memory_gb_s, 1.0)
+        fp8 = _fit({gemms[name]: speeds[f"fp8 GEMM, {name}"] for name in gemms}, memory_gb_s, 1.0)
     return Hardware(
         name=kind.name if kind is not None else "cpu",
         memory_gib=device.total_memory_gib() or psutil.virtual_memory().total / 2**30,
-        peak_tflops=kind.peak_tflops if kind is not None else max(speeds[f"bf16 product, {name}"] for name in products),
+        peak_tflops=kind.peak_tflops if kind is not None else max(speeds[f"bf16 GEMM, {name}"] for name in gemms),
         bf16=bf16,
         fp8=fp8,
         attention_tflops=(directions[0], directions[1]),
@@ -103,12 +103,12 @@ def _hardware(rows: Sequence[BenchmarkRow], rounds: int) -> Hardware:
         devices_per_node=kind.devices_per_node if kind is not None else 1,
         host_us_per_layer=kind.host_us_per_layer if kind is not None else 0.0,
         host_us_per_expert=kind.host_us_per_expert if kind is not None else 0.0,
-        source=f"mq bench ceilings on {device.device_name()}, {datetime.date.today().isoformat()}; {rest}",
+        source=f"mq bench peaks on {device.device_name()}, {datetime.date.today().isoformat()}; {rest}",
     )
 
 
 def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_bytes: float) -> GemmRate:
-    """Rate, share of memory traffic and launch that explain the times, none below zero, by relative least squares."""
+    """Rate, exposed fraction of memory accesses and launch time, all >= 0, by least squares of relative errors."""
     from scipy.optimize import nnls
 
     matrix, ones = [], []
@@ -125,16 +125,16 @@ def _fit(tflops: dict[tuple[int, int, int], float], memory_gb_s: float, element_
 def _rows(rounds: int) -> Iterator[BenchmarkRow]:
     place, gpu = device.current(), device.has_cuda()
     peak = peak_tflops(device.device_name(), "bf16")
-    for name, (tokens, inner, outer) in (_GPU_PRODUCTS if gpu else _CPU_PRODUCTS).items():
+    for name, (tokens, inner, outer) in (_GPU_GEMMS if gpu else _CPU_GEMMS).items():
         flops = 2.0 * tokens * inner * outer
         x = torch.randn(tokens, inner, device=place, dtype=torch.bfloat16)
         w = torch.randn(outer, inner, device=place, dtype=torch.bfloat16)
-        yield _row(f"bf16 product, {name}", flops, _times(partial(F.linear, x, w), rounds), peak)
+        yield _row(f"bf16 GEMM, {name}", flops, _times(partial(F.linear, x, w), rounds), peak)
         if gpu:
-            yield _row(f"fp8 product, {name}", flops, _times(_fp8_product(x, w), rounds), 2 * peak if peak else None)
+            yield _row(f"fp8 GEMM, {name}", flops, _times(_fp8_gemm(x, w), rounds), 2 * peak if peak else None)
     if not gpu:
         x = torch.randn(1024, 1024)
-        yield _row("fp32 product, 1024 cube", 2.0 * 1024**3, _times(lambda: x @ x, rounds), None)
+        yield _row("fp32 GEMM, 1024 cube", 2.0 * 1024**3, _times(lambda: x @ x, rounds), None)
     for name, shape in (_ATTENTION if gpu else _CPU_ATTENTION).items():
         yield from _attention(name, shape, rounds, peak)
     source = torch.empty(_COPY_BYTES[gpu], dtype=torch.uint8, device=place).random_()
@@ -143,7 +143,7 @@ def _rows(rounds: int) -> Iterator[BenchmarkRow]:
     yield _row(_COPY, 2.0 * source.numel() * 1e3, seconds, None, unit="GB/s")
 
 
-def _fp8_product(x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:
+def _fp8_gemm(x: torch.Tensor, w: torch.Tensor) -> Callable[[], torch.Tensor]:
     one = torch.ones((), device=x.device)
     x8, w8 = x.to(torch.float8_e4m3fn), w.to(torch.float8_e4m3fn)
     return lambda: torch._scaled_mm(x8, w8.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
