@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_convert import work
 from checkpoints_convert.conversion import Converted, predict
+from checkpoints_convert.encoding import Cast
 from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import identity_digest, sha256
@@ -96,7 +97,7 @@ def output_tensor(item: CoreTensor, dtype: torch.dtype, spans: Sequence[RowSpan]
     shape = (1,) * len(item.leading) + item.mapping.core_shape
     around = _envelope(dtype, shape)
     name = "/".join([item.mapping.core, *map(str, item.leading)])
-    return OutputTensor(name, shape, dtype, tuple(spans), around.before, around.after)
+    return OutputTensor(name, shape, dtype, tuple(spans), Cast(dtype), before=around.before, after=around.after)
 
 
 def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
@@ -104,7 +105,7 @@ def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
     groups = pack(outputs, [output.size for output in outputs], limit=limit)
     buffer = io.BytesIO()
     torch.save([{}], buffer)
-    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
+    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), Cast(torch.uint8), before=buffer.getvalue()))
     folder = iteration_dir(Path(_CHECKPOINTS), 0)
     return [OutputFile(str(folder / f"__{number}_0.distcp"), b"", tuple(group)) for number, group in enumerate(groups)]
 

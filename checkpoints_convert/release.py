@@ -9,12 +9,13 @@ from typing import Any
 
 import xxhash
 
+from checkpoints_convert.safetensors_format import DTYPE_NAMES
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.provenance import code_version
 
 MANIFEST = "manifest.json"
 _BUFFER = 1 << 22
-_FORMATS = {name: name for name in ("bfloat16", "float16", "float32")}
+_FORMATS = {name: name for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
