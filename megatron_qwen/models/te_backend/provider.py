@@ -87,9 +87,13 @@ def fp8_gemms(
     with torch.no_grad():
         layer.weight.copy_(weight)
     x = x.detach().requires_grad_()
-    with te.fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()):
+    recipe = Float8CurrentScaling()
+    # Releases before 2.9 have the old name alone, and later ones may drop it (TransformerEngine PR 2256).
+    in_fp8 = te.autocast(recipe=recipe) if hasattr(te, "autocast") else te.fp8_autocast(True, fp8_recipe=recipe)
+    with in_fp8:
         y = layer(x)
     y.backward(gradient)
+    assert x.grad is not None
     return y.detach(), x.grad, layer.weight.grad
 
 
