@@ -7,7 +7,6 @@ architectures); pytorch issue 190385 (2.15 drops CUDA 12.6).
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from launch.nvidia_driver import shown
 from megatron_qwen.errors import UserError
@@ -29,7 +28,7 @@ class CudaBuild:
         torch: pin that replaces the one of constraints.txt; None keeps that.
         index: where pip finds this torch besides PyPI; None for PyPI alone.
         dali: requirement of DALI.
-        nvcc: requirements of a compiler on PyPI; empty where PyPI has none for this CUDA.
+        headers: requirement of the CUDA headers that torch's own requirements leave out (crt/host_config.h).
     """
 
     cuda: int
@@ -39,7 +38,7 @@ class CudaBuild:
     torch: str | None = None
     index: str | None = None
     dali: str
-    nvcc: tuple[str, ...] = ()
+    headers: str
 
     @property
     def pins(self) -> str:
@@ -56,8 +55,8 @@ BUILDS = (
         oldest_driver=580,
         oldest_gpu=(7, 5),
         dali="nvidia-dali-cuda130>=2.4",
-        # torch requires cuda-toolkit in its own version, which fixes the version of the compiler.
-        nvcc=("cuda-toolkit[nvcc,crt,nvvm]",),
+        # torch requires cuda-toolkit in its own version, which fixes that of the headers.
+        headers="cuda-toolkit[crt]",
     ),
     CudaBuild(
         cuda=12,
@@ -67,21 +66,9 @@ BUILDS = (
         torch="torch==2.14.0+cu126",
         index="https://download.pytorch.org/whl/cu126",
         dali="nvidia-dali-cuda120>=2.4",
+        headers="nvidia-cuda-nvcc-cu12==12.6.*",
     ),
 )
-
-
-@dataclass(frozen=True)
-class Compiler:
-    """A CUDA compiler of this machine.
-
-    Args:
-        home: of its toolkit (CUDA_HOME).
-        cuda: its version, such as (13, 0).
-    """
-
-    home: str
-    cuda: tuple[int, int]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +90,9 @@ class Step:
     lacking: str | None = None
 
 
-# Requirements of its source distribution, which pip does not install without build isolation.
-_BUILT_WITH = ("setuptools", "wheel", "packaging", "pybind11", "ninja")
+# Requirements of its source distribution, which pip does not install without build isolation. The extension is C++
+# alone since 2.x: no nvcc.
+_BUILT_WITH = ("setuptools", "wheel", "packaging", "ninja", "nvidia-cudnn-frontend>=1.29")
 # What ``mq setup --gpu`` leaves out on purpose: name, and why.
 LEFT_OUT = (
     (
@@ -151,44 +139,24 @@ def _dotted(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
 
 
-def steps(build: CudaBuild, *, site: Path, compiler: Compiler | None, has_cxx: bool) -> Iterator[Step]:
+def steps(build: CudaBuild, *, has_cxx: bool) -> Iterator[Step]:
     """What pip installs after the environment of constraints.txt, in order.
 
     Args:
         build: what ``choose`` found.
-        site: site-packages of the environment.
-        compiler: the machine's nvcc; None where there is none.
-        has_cxx: whether there is a C++ compiler.
+        has_cxx: whether the machine has a C++ compiler.
     """
     yield Step(what="queries of GPUs", pip=("nvidia-ml-py>=13",))
     yield Step(what=f"DALI for CUDA {build.cuda}", pip=(build.dali,))
     core = f"transformer-engine[core_cu{build.cuda}]=={TRANSFORMER_ENGINE}"
     yield Step(what=f"Transformer Engine {TRANSFORMER_ENGINE}", pip=(core,))
-    if compiler is not None and compiler.cuda[0] == build.cuda:
-        home, lacking = compiler.home, None
-    else:
-        home, lacking = str(site / "nvidia" / f"cu{build.cuda}"), _compiler_lacking(build, compiler)
-    if not has_cxx:
-        lacking = f"it is compiled, and there is no C++ compiler: install g++ (apt-get install g++). {CONTAINER}."
-    if lacking is None and (compiler is None or home != compiler.home):
-        yield Step(what=f"nvcc of CUDA {build.cuda}", pip=build.nvcc)
-    if lacking is None:
-        yield Step(what="what the extension is built with", pip=_BUILT_WITH)
+    yield Step(what="what the extension is built with", pip=(*_BUILT_WITH, build.headers))
+    lacking = f"it is compiled, and there is no C++ compiler: install g++ (apt-get install g++). {CONTAINER}."
     yield Step(
         what="Transformer Engine's extension for torch",
         pip=("--no-build-isolation", f"transformer-engine-torch=={TRANSFORMER_ENGINE}"),
-        environment={"NVTE_FRAMEWORK": "pytorch", "CUDA_HOME": home},
+        # The headers of the packages that torch itself is linked with, not those of a toolkit on the machine.
+        environment={"NVTE_FRAMEWORK": "pytorch", "NVTE_BUILD_USE_NVIDIA_WHEELS": "1"},
         builds=True,
-        lacking=lacking,
-    )
-
-
-def _compiler_lacking(build: CudaBuild, compiler: Compiler | None) -> str | None:
-    """Why no nvcc can be had without an administrator; None where PyPI has it."""
-    if build.nvcc:
-        return None
-    found = "there is none" if compiler is None else f"{compiler.home} has {_dotted(compiler.cuda)}"
-    return (
-        f"it is compiled by nvcc of CUDA {build.cuda}, and {found}: install that CUDA toolkit and set CUDA_HOME to it. "
-        f"{CONTAINER}."
+        lacking=None if has_cxx else lacking,
     )

@@ -110,8 +110,9 @@ def _install(step: Step, places: Places) -> bool:
         places.built_for.unlink(missing_ok=True)
         names = [word.split("==")[0] for word in step.pip if not word.startswith("-")]
         _pip("uninstall", ["-y", *names], step, places, os.environ)
-    # pip's cache does not know for which torch a wheel was compiled.
-    environment = {**os.environ, **step.environment, **_build_paths(step, places)}
+    # ninja is in the environment; pip's cache does not know for which torch a wheel was compiled.
+    path = os.pathsep.join([str(places.venv / "bin"), os.environ.get("PATH", os.defpath)])
+    environment = {**os.environ, **step.environment, "PATH": path}
     if not _pip("install", ["--no-cache-dir", *command], step, places, environment):
         return False
     atomic_write(places.built_for, torch)
@@ -128,23 +129,3 @@ def _pip(verb: str, arguments: Sequence[str], step: Step, places: Places, enviro
         said = places.log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:]
         print("\n".join([*said, f"FAILED: {step.what}; the log is {places.log}"]), flush=True)
     return code == 0
-
-
-def _build_paths(step: Step, places: Places) -> Mapping[str, str]:
-    """Where the compilers find the headers and libraries of NVIDIA's packages in the environment.
-
-    Those packages have libcudart.so.13 without the name that a linker looks for, so a directory of links adds it.
-    """
-    headers = sorted(str(path) for path in places.site.glob("nvidia/*/include"))
-    links = places.venv / "cuda-links"
-    links.mkdir(exist_ok=True)
-    for library in Path(step.environment["CUDA_HOME"]).glob("lib*/lib*.so.*"):
-        link = links / (library.name.split(".so.")[0] + ".so")
-        link.unlink(missing_ok=True)
-        link.symlink_to(library)
-    path = os.pathsep.join([str(places.venv / "bin"), os.environ.get("PATH", os.defpath)])
-    return {
-        "CPATH": os.pathsep.join([*headers, *filter(None, [os.environ.get("CPATH")])]),
-        "LIBRARY_PATH": os.pathsep.join([str(links), *filter(None, [os.environ.get("LIBRARY_PATH")])]),
-        "PATH": path,  # ninja is there
-    }

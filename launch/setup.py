@@ -6,15 +6,13 @@
 import json
 import os
 import platform
-import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from launch.fp8_proof import prove
-from launch.gpu_packages import BUILDS, LEFT_OUT, Compiler, CudaBuild, Step, choose, steps
+from launch.gpu_packages import BUILDS, LEFT_OUT, CudaBuild, Step, choose, steps
 from launch.installation import Places, carry_out
 from launch.nvidia_driver import Driver, find, parse_version
 from megatron_qwen.cli import Parser, run_program
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
     places = Places(_ROOT, Path(os.environ.get("MQ_VENV") or _ROOT / ".venv"))
     driver = _driver(options.driver) if options.gpu else None
     build = choose(driver.version, _capabilities(driver)) if driver else None
-    planned = _planned(build, places) if build else []
+    planned = list(steps(build, has_cxx=_has_cxx())) if build else []
     if options.json:
         print(json.dumps(_as_json(places, driver, build, planned), indent=2))
     else:
@@ -90,29 +88,8 @@ def _capabilities(driver: Driver) -> list[tuple[int, int]]:
     return [gpu.capability for gpu in driver.gpus if gpu.capability is not None]
 
 
-def _planned(build: CudaBuild, places: Places) -> list[Step]:
-    has_cxx = any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++"))
-    return list(steps(build, site=places.site, compiler=_compiler(), has_cxx=has_cxx))
-
-
-def _compiler() -> Compiler | None:
-    """The CUDA compiler that CUDA_HOME names, or that is on PATH, or in the usual place."""
-    named, on_path = os.environ.get("CUDA_HOME"), shutil.which("nvcc")
-    for nvcc in (Path(named) / "bin" / "nvcc" if named else None, on_path, "/usr/local/cuda/bin/nvcc"):
-        if nvcc is None or not Path(nvcc).is_file():
-            continue
-        done = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False)
-        version = re.search(r"release (\d+)\.(\d+)", done.stdout)
-        if version is None:
-            continue
-        # What is on PATH may be a script or a link: the compiler itself knows its toolkit.
-        probe = subprocess.run(
-            [str(nvcc), "-dryrun", "-x", "cu", "-c", "/dev/null"], capture_output=True, text=True, check=False
-        )
-        top = re.search(r"^#\$ TOP=(.*)$", probe.stderr, flags=re.MULTILINE)
-        home = Path(top[1]) if top else Path(nvcc).resolve().parent.parent
-        return Compiler(str(home.resolve()), (int(version[1]), int(version[2])))
-    return None
+def _has_cxx() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX") or "c++", "g++"))
 
 
 def _as_text(places: Places, driver: Driver | None, build: CudaBuild | None, planned: Sequence[Step]) -> list[str]:

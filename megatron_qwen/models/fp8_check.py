@@ -117,7 +117,10 @@ def result() -> Iterator[tuple[str, str]]:
     if found:
         yield "state", "wrong"
         yield "found", f"{how} on {device.device_name()}: {'; '.join(found)}"
-        yield "fix", "report it with the versions of driver, torch and Transformer Engine; train with precision.fp8=null."
+        yield (
+            "fix",
+            "report it with the versions of driver, torch and Transformer Engine; train with precision.fp8=null.",
+        )
         return
     yield "state", "ok"
     yield "found", f"{how} on {device.device_name()}, CUDA {cuda}: {100 * used:.0f} % of the allowed rounding error"

@@ -1,15 +1,13 @@
 """From a driver to CUDA to packages."""
 
 import tomllib
-from pathlib import Path
 
 import pytest
 
-from launch.gpu_packages import BUILDS, Compiler, choose, steps
+from launch.gpu_packages import BUILDS, choose, steps
 from megatron_qwen.errors import UserError
 from tests.conftest import ROOT
 
-SITE = Path("/env/lib/python3.12/site-packages")
 CUDA_13, CUDA_12 = BUILDS
 HOPPER, BLACKWELL, AMPERE, VOLTA = (9, 0), (10, 0), (8, 0), (7, 0)
 
@@ -47,50 +45,36 @@ def test_what_no_build_runs_is_refused(driver, capabilities, words):
     assert error.value.exit_code == 1
 
 
-def planned(build, **machine):
-    return {step.what: step for step in steps(build, site=SITE, **machine)}
-
-
 EXTENSION = "Transformer Engine's extension for torch"
 
 
-def test_a_bare_machine_with_cuda_13_gets_its_compiler_from_pypi():
-    plan = planned(CUDA_13, compiler=None, has_cxx=True)
-    assert plan["nvcc of CUDA 13"].pip == ("cuda-toolkit[nvcc,crt,nvvm]",)
-    assert list(plan).index("nvcc of CUDA 13") < list(plan).index(EXTENSION)
-    assert plan[EXTENSION].environment["CUDA_HOME"] == str(SITE / "nvidia" / "cu13")
-    assert plan["DALI for CUDA 13"].pip == ("nvidia-dali-cuda130>=2.4",)
-    assert any("core_cu13" in word for step in plan.values() for word in step.pip)
-    assert not any(step.lacking for step in plan.values())
+def planned(build, *, has_cxx=True):
+    return {step.what: step for step in steps(build, has_cxx=has_cxx)}
 
 
 @pytest.mark.parametrize("build", BUILDS)
-def test_a_toolkit_of_the_right_version_is_used(build):
-    plan = planned(build, compiler=Compiler("/usr/local/cuda", (build.cuda, 0)), has_cxx=True)
-    assert plan[EXTENSION].environment["CUDA_HOME"] == "/usr/local/cuda"
-    assert not any(name.startswith("nvcc") for name in plan)
+def test_every_package_is_of_the_same_cuda(build):
+    plan = planned(build)
+    assert plan[f"DALI for CUDA {build.cuda}"].pip == (f"nvidia-dali-cuda{build.cuda}0>=2.4",)
+    assert plan["Transformer Engine 2.20.2"].pip == (f"transformer-engine[core_cu{build.cuda}]==2.20.2",)
+    assert build.headers in plan["what the extension is built with"].pip
     assert not any(step.lacking for step in plan.values())
 
 
-def test_a_toolkit_of_another_version_is_not_used():
-    plan = planned(CUDA_13, compiler=Compiler("/usr/local/cuda", (12, 6)), has_cxx=True)
-    assert plan[EXTENSION].environment["CUDA_HOME"] == str(SITE / "nvidia" / "cu13")
+def test_only_the_extension_is_compiled_and_last_with_the_headers_of_torchs_packages():
+    *others, last = steps(CUDA_13, has_cxx=True)
+    assert last.what == EXTENSION
+    assert "--no-build-isolation" in last.pip
+    assert last.environment["NVTE_BUILD_USE_NVIDIA_WHEELS"] == "1"
+    assert [step.builds for step in (*others, last)] == [False] * len(others) + [True]
 
 
-@pytest.mark.parametrize(
-    ("compiler", "has_cxx", "word"),
-    [
-        (None, True, "and there is none"),
-        (Compiler("/opt/cuda", (13, 0)), True, "/opt/cuda has 13.0"),
-        (Compiler("/opt/cuda", (12, 6)), False, "install g++"),
-    ],
-)
-def test_what_cannot_be_built_is_said_and_the_rest_is_installed(compiler, has_cxx, word):
-    plan = planned(CUDA_12, compiler=compiler, has_cxx=has_cxx)
-    assert word in plan[EXTENSION].lacking
-    assert "slurm/container/README.md" in plan[EXTENSION].lacking
+@pytest.mark.parametrize("build", BUILDS)
+def test_what_cannot_be_built_is_said_and_the_rest_is_installed(build):
+    plan = planned(build, has_cxx=False)
     assert [name for name, step in plan.items() if step.lacking] == [EXTENSION]
-    assert plan["DALI for CUDA 12"].pip == ("nvidia-dali-cuda120>=2.4",)
+    for word in ("no C++ compiler", "apt-get install g++", "slurm/container/README.md"):
+        assert word in plan[EXTENSION].lacking
 
 
 def test_pins_change_torch_alone_and_only_for_an_older_driver():
@@ -103,4 +87,4 @@ def test_the_plan_is_within_the_extras_of_the_project():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert CUDA_13.dali in extras["dali"]
     assert "nvidia-ml-py>=13" in extras["gpu"]
-    assert planned(CUDA_13, compiler=None, has_cxx=True)["queries of GPUs"].pip == ("nvidia-ml-py>=13",)
+    assert planned(CUDA_13)["queries of GPUs"].pip == ("nvidia-ml-py>=13",)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.gpu_packages import BUILDS, Step, steps
+from launch.gpu_packages import BUILDS, steps
 from launch.installation import Places, carry_out
 from tests.conftest import ROOT
 
@@ -26,7 +26,11 @@ def mq(tmp_path):
         if nvidia_smi is not None:
             (programs / "nvidia-smi").write_text(f"#!/bin/sh\n{nvidia_smi}\n")
             (programs / "nvidia-smi").chmod(0o755)
-        own = {"PATH": f"{programs}:{os.environ['PATH']}", "MQ_VENV": str(tmp_path / "env"), "MQ_PYTHON": sys.executable}
+        own = {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "MQ_VENV": str(tmp_path / "env"),
+            "MQ_PYTHON": sys.executable,
+        }
         kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CUDA_HOME")}
         command = [str(ROOT / "mq"), "setup", *arguments]
         return subprocess.run(command, capture_output=True, text=True, env={**kept, **own}, cwd="/", timeout=60)
@@ -43,7 +47,7 @@ def test_a_plan_for_a_new_driver(mq, tmp_path):
         "CUDA 13: the newest that this driver and these GPUs run",
     ]
     assert f"environment: {tmp_path / 'env'}, Python 3.1" in lines[2]
-    assert "torch==" not in done.stdout, "the torch of constraints.txt fits"
+    assert "  torch==" not in done.stdout, "the torch of constraints.txt fits"
     assert "nvidia-dali-cuda130" in done.stdout
     assert "PyPI is another project" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["bin"], "a dry run changes nothing"
@@ -119,18 +123,15 @@ case "$*" in *no-build-isolation*) env >{log}.environment ;; esac
 
 @pytest.fixture
 def places(tmp_path, monkeypatch) -> Places:
-    """A checkout whose `mq setup` makes an environment with a stand-in for Python, torch and NVIDIA's packages."""
+    """A checkout whose `mq setup` makes an environment with a stand-in for Python, and with torch."""
     monkeypatch.setenv("FAILS", "nothing fails")
     places = Places(tmp_path / "checkout", tmp_path / "env")
     places.root.mkdir()
-    site = places.site
     lines = [
         "#!/bin/sh",
         f'[ "$*" = setup ] && [ "$MQ_VENV" = {places.venv} ] || exit 2',
         '[ "$FAILS" != setup ] || exit 1',
-        f"mkdir -p {places.venv}/bin {site}/torch-2.15.0.dist-info {site}/nvidia/cu13/lib {site}/nvidia/cu13/include",
-        f"mkdir -p {site}/nvidia/cudnn/include",
-        f"touch {site}/nvidia/cu13/lib/libcudart.so.13",
+        f"mkdir -p {places.venv}/bin {places.site}/torch-2.15.0.dist-info",
         f"cp {tmp_path}/python {places.venv}/bin/python",
     ]
     (tmp_path / "python").write_text(PIP.format(log=tmp_path / "calls"))
@@ -146,22 +147,18 @@ def calls(tmp_path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
-def plan(places: Places) -> list[Step]:
-    return list(steps(CUDA_13, site=places.site, compiler=None, has_cxx=True))
+PLAN = list(steps(CUDA_13, has_cxx=True))
 
 
 def test_everything_is_installed_in_order_with_the_pins(places, tmp_path):
-    assert carry_out(CUDA_13, plan(places), places) == []
+    assert carry_out(CUDA_13, PLAN, places) == []
     pip = [line for line in calls(tmp_path) if "pip install" in line]
-    assert len(pip) == len(plan(places))
+    assert len(pip) == len(PLAN)
     assert all(line.endswith(f"-c {places.venv}/constraints.txt") for line in pip)
     assert "transformer-engine-torch" in pip[-1]
     assert "--no-cache-dir" in pip[-1]
     seen = dict(line.split("=", 1) for line in (tmp_path / "calls.environment").read_text().splitlines() if "=" in line)
-    assert seen["CUDA_HOME"] == str(places.site / "nvidia/cu13")
-    assert seen["CPATH"].split(":")[:2] == [str(places.site / f"nvidia/{name}/include") for name in ("cu13", "cudnn")]
-    library = Path(seen["LIBRARY_PATH"].split(":")[0]) / "libcudart.so"
-    assert library.resolve() == places.site / "nvidia/cu13/lib/libcudart.so.13"
+    assert seen["NVTE_BUILD_USE_NVIDIA_WHEELS"] == "1"
     assert seen["PATH"].startswith(f"{places.venv}/bin:")
     assert not places.pins.exists()
 
@@ -170,19 +167,19 @@ def test_the_extension_is_compiled_again_for_another_torch_only(places, tmp_path
     def removals() -> int:
         return sum("pip uninstall" in line and "transformer-engine-torch" in line for line in calls(tmp_path))
 
-    assert carry_out(CUDA_13, plan(places), places) == []
+    assert carry_out(CUDA_13, PLAN, places) == []
     assert removals() == 1
-    assert carry_out(CUDA_13, plan(places), places) == []
+    assert carry_out(CUDA_13, PLAN, places) == []
     assert removals() == 1
     (places.site / "torch-2.15.0.dist-info").rename(places.site / "torch-2.16.0.dist-info")
     (places.root / "mq").write_text((places.root / "mq").read_text().replace("torch-2.15.0", "torch-2.16.0"))
-    assert carry_out(CUDA_13, plan(places), places) == []
+    assert carry_out(CUDA_13, PLAN, places) == []
     assert removals() == 2
 
 
 def test_a_step_that_fails_is_named_and_the_others_go_on(places, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FAILS", "nvidia-dali")
-    assert carry_out(CUDA_13, plan(places), places) == ["DALI for CUDA 13"]
+    assert carry_out(CUDA_13, PLAN, places) == ["DALI for CUDA 13"]
     printed = capsys.readouterr().out
     assert "ERROR: no such package" in printed
     assert f"FAILED: DALI for CUDA 13; the log is {places.log}" in printed
@@ -190,9 +187,9 @@ def test_a_step_that_fails_is_named_and_the_others_go_on(places, tmp_path, monke
 
 
 def test_what_the_machine_lacks_is_a_failure(places, tmp_path, capsys):
-    planned = list(steps(CUDA_12, site=places.site, compiler=None, has_cxx=True))
+    planned = list(steps(CUDA_12, has_cxx=False))
     assert carry_out(CUDA_12, planned, places) == ["Transformer Engine's extension for torch"]
-    assert "CANNOT: Transformer Engine's extension for torch: it is compiled by nvcc" in capsys.readouterr().out
+    assert "CANNOT: Transformer Engine's extension for torch: it is compiled, and there is" in capsys.readouterr().out
     assert not any("transformer-engine-torch" in line for line in calls(tmp_path))
 
 

@@ -36,10 +36,12 @@ def test_emulated_fp8_passes_within_half_of_what_is_allowed():
     assert 0.3 < used < 0.6
 
 
-@pytest.mark.parametrize("factor", [2.0, 0.5, 1.1, 0.9, -1.0])
-def test_a_wrong_scale_is_found(factor):
+@pytest.mark.parametrize(("factor", "outputs"), [(2.0, 2), (0.5, 2), (-1.0, 2), (1.1, 1), (0.9, 1)])
+def test_a_wrong_scale_of_the_weight_is_found(factor, outputs):
+    """In the output; in the input gradient, whose bound is that of E5M2, where it is far off; there is no third."""
     _, found = problems(emulated(lambda scaled: replace(scaled, inverse=scaled.inverse * factor)), CPU)
-    assert len(found) == 2, "output and input gradient: the weight gradient has no weight in it"
+    assert len(found) == outputs
+    assert found[0].startswith("output")
     assert all("a scale is wrong" in problem for problem in found)
 
 
@@ -52,10 +54,7 @@ def test_a_cast_without_scales_is_found():
 
 
 def test_a_product_that_is_not_in_fp8_is_found():
-    def half(x, weight, gradient):
-        return x @ weight.t(), gradient @ weight, gradient.t() @ x
-
-    _, found = problems(half, CPU)
+    _, found = problems(in_bf16, CPU)
     assert len(found) == 3
     assert all("not computed in FP8" in problem for problem in found)
 
@@ -97,7 +96,7 @@ def test_torchs_own_fp8_gemm_passes():
     assert used < 0.6
 
 
-def test_without_a_gpu_the_program_says_what_torch_sees(own_interpreters):
+def test_without_a_gpu_the_program_says_what_torch_sees():
     done = run("megatron_qwen.models.fp8_check", check=True)
     result = json.loads(done.stdout)
     assert result["state"] == "wrong"
@@ -113,7 +112,13 @@ def test_a_gpu_without_fp8_is_not_tried(capability, monkeypatch):
     assert "needs an Ada" in result["found"]
 
 
-@pytest.mark.parametrize(("gemms", "state"), [(emulated(), "ok"), (lambda x, w, g: (x @ w.t(), g @ w, g.t() @ x), "wrong")])
+def in_bf16(x, weight, gradient):
+    """No FP8 at all."""
+    x, weight, gradient = x.float(), weight.float(), gradient.float()  # bf16 GEMMs are slow on some CPUs
+    return (x @ weight.t()).bfloat16(), (gradient @ weight).bfloat16(), (gradient.t() @ x).bfloat16()
+
+
+@pytest.mark.parametrize(("gemms", "state"), [(emulated(), "ok"), (in_bf16, "wrong")])
 def test_the_result_of_a_gpu(gemms, state, monkeypatch):
     monkeypatch.setattr(fp8_check.device, "has_cuda", lambda: True)
     monkeypatch.setattr(fp8_check.device, "compute_capability", lambda: (9, 0))
