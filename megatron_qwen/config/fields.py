@@ -141,7 +141,8 @@ def _mapping_name(key: Any, value: Any) -> str:
 
 def bound_problems(section: str, values: object) -> Iterator[Problem]:
     """A problem for every number of a section outside its declared bounds."""
-    for info in field_infos(section, type(values)).values():
+    cls: Any = type(values)
+    for info in field_infos(section, cls).values():
         value = getattr(values, info.name)
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, int | float) and not isinstance(number, bool)
