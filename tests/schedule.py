@@ -32,7 +32,7 @@ _LONG = (
     "tests/checkpoints_convert",
     "tests/launch",
     "tests/docs",
-    "tests/tools/test_benchmarks.py",
+    "tests/tools/dev/test_benchmarks.py",
     "tests/tools/test_plan.py",
     "tests/tools/scaling/test_fit_recovery.py",
     "tests/objectives/test_cross_entropy_kernels.py",

@@ -11,7 +11,7 @@ import pytest
 
 from launch.demo import standard_library
 from tests.conftest import ROOT
-from tools.benchmarks.qwen_vocabulary import fetch_ranks
+from tools.dev.benchmarks.qwen_vocabulary import fetch_ranks
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
 COMMANDS = [

@@ -15,8 +15,8 @@ from megatron_qwen import device
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.hardware import GemmRate, Hardware, known, peak_tflops
 from megatron_qwen.estimate.hardware_file import write_hardware
-from tools.benchmarks.collectives import speeds_of_links
-from tools.benchmarks.rows import BenchmarkRow
+from tools.dev.benchmarks.collectives import speeds_of_links
+from tools.dev.benchmarks.rows import BenchmarkRow
 
 # [tokens, in, out] of Qwen2.5's layers at 4,096 tokens, and the cube that others quote.
 _GPU_GEMMS = {

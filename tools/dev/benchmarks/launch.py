@@ -10,9 +10,9 @@ from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory, RunState
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
-_MQ = Path(__file__).resolve().parent.parent.parent / "mq"
+_MQ = Path(__file__).resolve().parents[3] / "mq"
 _RUNS, _STEPS = 500, 400
 _DRY_RUN_LIMIT_S, _STATUS_LIMIT_S = 1.5, 2.0
 _STATES = (RunState.DONE, RunState.RUNNING, RunState.STOPPED, RunState.REQUEUED)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tools.benchmarks.browser import DRAWN, running
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.browser import DRAWN, running
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation

@@ -3,9 +3,9 @@
 import statistics
 import tempfile
 
-from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import BenchmarkRow, against_peer
-from tools.benchmarks.train_step import toy_tokens
+from tools.dev.benchmarks.ranks import measure
+from tools.dev.benchmarks.rows import BenchmarkRow, against_peer
+from tools.dev.benchmarks.train_step import toy_tokens
 
 _RANKS = 4
 _SLOWEST = 1.1  # times a step without a save, for steps during a background save; chosen by hand
@@ -21,7 +21,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
         rounds: blocks of steps of either kind.
     """
     with toy_tokens() as data, tempfile.TemporaryDirectory() as folder:
-        found = measure("tools.benchmarks.checkpoint_worker", [str(data), folder, str(rounds)], ranks=_RANKS)
+        found = measure("tools.dev.benchmarks.checkpoint_worker", [str(data), folder, str(rounds)], ranks=_RANKS)
     conditions = f"{_RANKS} ranks, 8,192 tokens a step, {rounds} rounds, {found['bytes'] / 2**20:.0f} MiB"
     normal, saving = statistics.median(found["normal"]), statistics.median(found["saving"])
     each = [plain / busy for plain, busy in zip(found["normal"], found["saving"], strict=True)]

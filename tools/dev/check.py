@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
 
-_ROOT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

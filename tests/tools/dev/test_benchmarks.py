@@ -9,7 +9,7 @@ from tests.conftest import run
 
 
 def rows(name: str, *arguments: object) -> list[dict]:
-    done = run("tools.bench", name, "--rounds", 1, "--json", *arguments, timeout_s=500)
+    done = run("tools.dev.bench", name, "--rounds", 1, "--json", *arguments, timeout_s=500)
     assert done.returncode in (0, 1), done.stderr  # 1: a ratio was missed, which a busy machine may
     return json.loads(done.stdout)
 
@@ -40,5 +40,5 @@ def test_peaks_are_a_hardware_file(tmp_path):
     words = ["demo", "--gpus", 1, "--gpu", tmp_path / "here.yaml", "precision.dtype=bf16", "--json"]
     plan = json.loads(run("tools.plan", *words, check=True).stdout)
     assert plan["layouts"][0]["tokens_per_second_per_device"] > 0
-    refused = run("tools.bench", "startup", "--hardware", tmp_path / "no.yaml")
+    refused = run("tools.dev.bench", "startup", "--hardware", tmp_path / "no.yaml")
     assert refused.returncode == 2

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_qwen.core_patches.install import prepare_process
 from megatron_qwen.files import sync
-from tools.benchmarks.train_step_workers import bench_config
+from tools.dev.benchmarks.train_step_workers import bench_config
 
 _STEPS = 4
 

@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
 

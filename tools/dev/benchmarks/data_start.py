@@ -9,9 +9,9 @@ from pathlib import Path
 
 import yaml
 
-from tools.benchmarks.rows import BenchmarkRow, against_limit
-from tools.benchmarks.sample_order import private_mib
-from tools.benchmarks.sparse_tokens import write_sparse
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.sample_order import private_mib
+from tools.dev.benchmarks.sparse_tokens import write_sparse
 
 _SOURCES, _DOCUMENTS, _LENGTH = 2000, 500, 10**6
 _MOST_S, _MOST_MIB = 2.0, 200.0
@@ -57,7 +57,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
 
 
 def _answer(*arguments: object) -> list[float]:
-    command = [sys.executable, "-P", "-m", "tools.benchmarks.data_start", *map(str, arguments)]
+    command = [sys.executable, "-P", "-m", "tools.dev.benchmarks.data_start", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return [float(word) for word in done.stdout.split()[-2:]]
 

@@ -12,7 +12,7 @@ from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_b
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.rows import BenchmarkRow
+from tools.dev.benchmarks.rows import BenchmarkRow
 
 _LEAST = 20e6
 _DOCUMENTS, _LENGTH, _BATCH, _STEPS = 4_000, 25_000, 8, 150

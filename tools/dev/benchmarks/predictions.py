@@ -11,8 +11,8 @@ from functools import partial
 from megatron_qwen.estimate.calibration import fit_achieved
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.step_time import step_time
-from tools.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
-from tools.benchmarks.rows import BenchmarkRow
+from tools.dev.benchmarks.published_steps import PublishedStep, measured_steps, published_steps
+from tools.dev.benchmarks.rows import BenchmarkRow
 
 WITHIN = 0.15  # required of every prediction; chosen by hand. docs/performance.md has the ratios
 

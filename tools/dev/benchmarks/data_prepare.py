@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 
-from tools.benchmarks.qwen_vocabulary import qwen_tokenizer
-from tools.benchmarks.real_text import write_corpus
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.qwen_vocabulary import qwen_tokenizer
+from tools.dev.benchmarks.real_text import write_corpus
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
-_MQ = Path(__file__).resolve().parent.parent.parent / "mq"
+_MQ = Path(__file__).resolve().parents[3] / "mq"
 _MEGABYTES, _LARGE_BYTES, _DOCUMENT_BYTES = 600, 2 * 10**9, 300 * 10**6
 _TIMES_STOCK, _SHARE_OF_RAW, _MOST_GIB = 20.0, 0.7, 1.5
 _RAW = """
@@ -80,7 +80,7 @@ def _stock(corpus: Path, tokenizer: Path, prefix: Path) -> float:
     command = [
         sys.executable,
         "-m",
-        "tools.benchmarks.stock_prepare",
+        "tools.dev.benchmarks.stock_prepare",
         *map(str, (corpus, tokenizer / "tokenizer.json", prefix)),
     ]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}

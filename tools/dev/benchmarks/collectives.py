@@ -4,8 +4,8 @@ import statistics
 from collections.abc import Iterator
 
 from megatron_qwen import device
-from tools.benchmarks.ranks import measure
-from tools.benchmarks.rows import BenchmarkRow, against_peer
+from tools.dev.benchmarks.ranks import measure
+from tools.dev.benchmarks.rows import BenchmarkRow, against_peer
 
 _CPU_RANKS = 2
 
@@ -29,7 +29,7 @@ def speeds_of_links(rounds: int) -> dict[str, dict[str, float]]:
 
 def _measured(rounds: int) -> dict[str, dict[str, list[float]]]:
     found: dict[str, dict[str, list[float]]] = measure(
-        "tools.benchmarks.collectives_worker", [str(rounds)], ranks=device.count() or _CPU_RANKS
+        "tools.dev.benchmarks.collectives_worker", [str(rounds)], ranks=device.count() or _CPU_RANKS
     )
     return found
 

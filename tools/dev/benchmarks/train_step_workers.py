@@ -10,7 +10,7 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, OptimConfig, PrecisionConfig, TrainingConfig
 from megatron_qwen.core_patches.install import prepare_process
-from tools.benchmarks.turns import serve
+from tools.dev.benchmarks.turns import serve
 
 BATCH, SEQUENCE = 4, 512
 LEARNING_RATE = 3e-4

@@ -5,9 +5,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import BenchmarkRow, against_limit
-from tools.benchmarks.train_step import toy_tokens
-from tools.benchmarks.train_step_workers import bench_config
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.train_step import toy_tokens
+from tools.dev.benchmarks.train_step_workers import bench_config
 
 _LIMIT = 0.01
 _CALLS = 2000

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from megatron_qwen import device
-from tools.benchmarks.rows import BenchmarkRow, against_peer
+from tools.dev.benchmarks.rows import BenchmarkRow, against_peer
 
 
 class Worker:

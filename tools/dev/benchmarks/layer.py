@@ -2,9 +2,9 @@
 
 import os
 
-from tools.benchmarks.layer_workers import BATCH, SEQUENCE
-from tools.benchmarks.rows import BenchmarkRow
-from tools.benchmarks.turns import Worker, comparison, in_turns
+from tools.dev.benchmarks.layer_workers import BATCH, SEQUENCE
+from tools.dev.benchmarks.rows import BenchmarkRow
+from tools.dev.benchmarks.turns import Worker, comparison, in_turns
 
 _CALLS, _CALLS_OF_A_TRIAL = 8, 1
 _PEERS = {"dense": "transformers Qwen2DecoderLayer", "moe": "transformers Qwen3MoeDecoderLayer, 4 of 16 experts"}
@@ -22,7 +22,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     for kind, peer in _PEERS.items():
         for dtype in ("fp32", "bf16"):
             sides = [
-                Worker("tools.benchmarks.layer_workers", [side, kind, dtype, str(threads)], threads=threads)
+                Worker("tools.dev.benchmarks.layer_workers", [side, kind, dtype, str(threads)], threads=threads)
                 for side in ("ours", "transformers")
             ]
             seconds = in_turns(sides[0], sides[1], rounds=rounds, calls=calls)

@@ -7,8 +7,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import BenchmarkRow, against_limit
-from tools.benchmarks.sparse_tokens import write_sparse
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.sparse_tokens import write_sparse
 
 _LIMIT_MS, _LIMIT_MIB = 10.0, 16.0
 
@@ -19,7 +19,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     with tempfile.TemporaryDirectory() as directory:
         prefix = write_sparse(Path(directory) / "tokens", documents=1000, length=10**9)
         for _ in range(rounds):
-            command = [sys.executable, "-P", "-m", "tools.benchmarks.sample_order", str(prefix)]
+            command = [sys.executable, "-P", "-m", "tools.dev.benchmarks.sample_order", str(prefix)]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
             milliseconds.append(float(printed[0]))
             mebibytes.append(max(float(printed[1]), 1 / 1024))

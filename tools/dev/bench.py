@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError("--hardware requires the benchmark peaks.")
     if options.rounds < 1 or options.steps < 1:
         raise ConfigError("--rounds and --steps must be at least 1.")
-    module = importlib.import_module(f"tools.benchmarks.{options.name}")
+    module = importlib.import_module(f"tools.dev.benchmarks.{options.name}")
     more = {"train_step": {"steps": options.steps}, "peaks": {"hardware": options.hardware}}
     rows = module.run(rounds=options.rounds, **more.get(options.name, {}))
     text = json.dumps([asdict(row) for row in rows], indent=2)

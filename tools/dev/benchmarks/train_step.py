@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.benchmarks.rows import BenchmarkRow
-from tools.benchmarks.train_step_workers import BATCH, SEQUENCE, bench_config
-from tools.benchmarks.turns import Worker, comparison, in_turns
+from tools.dev.benchmarks.rows import BenchmarkRow
+from tools.dev.benchmarks.train_step_workers import BATCH, SEQUENCE, bench_config
+from tools.dev.benchmarks.turns import Worker, comparison, in_turns
 
-_WORKERS = "tools.benchmarks.train_step_workers"
+_WORKERS = "tools.dev.benchmarks.train_step_workers"
 _REQUIRED = 1.25  # times the peer, chosen by hand; benchmarks/results has 1.27 in fp32 and 1.40 in bf16
 
 

@@ -7,7 +7,7 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, PrecisionConfig, TrainingConfig
 from megatron_qwen.core_patches.install import prepare_process
-from tools.benchmarks.turns import serve
+from tools.dev.benchmarks.turns import serve
 
 BATCH, SEQUENCE = 2, 512
 HIDDEN, HEADS, GROUPS, WIDTH = 512, 8, 2, 1408

@@ -16,9 +16,9 @@ from pathlib import Path
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import UserError
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
-_ROOT = Path(__file__).resolve().parent.parent.parent
+_ROOT = Path(__file__).resolve().parents[3]
 _RECIPE = "qwen2_5_7b"
 _COPIES = 3.3  # source, result and a copy at a time, and some room
 _SHARD_BYTES = 4_000_000_000

@@ -4,9 +4,9 @@ import subprocess
 import time
 from pathlib import Path
 
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
-_MQ = Path(__file__).resolve().parent.parent.parent / "mq"
+_MQ = Path(__file__).resolve().parents[3] / "mq"
 _LIMIT_S = 0.5
 _COMMANDS = (
     ("--help",),

@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from megatron_qwen.errors import ConfigError, Problem
-from tools.benchmarks.gpu_step_worker import Case, Measured
-from tools.benchmarks.real_text import write_corpus
-from tools.benchmarks.rows import BenchmarkRow, against_limit
+from tools.dev.benchmarks.gpu_step_worker import Case, Measured
+from tools.dev.benchmarks.real_text import write_corpus
+from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
 # The best published on one GPU of this kind is 57.8 % (KempnerForge, Llama-3 8B, 1 x H200, batch 4, full recompute).
 LEAST_MFU, LEAST_FP8_GAIN, LARGEST_LOSS_GAP = 0.60, 1.3, 1e-3
@@ -51,7 +51,7 @@ def run_case(case: Case) -> Measured:
     Raises:
         ConfigError: the process failed; with the end of what it said.
     """
-    command = [sys.executable, "-P", "-m", "tools.benchmarks.gpu_step_worker", json.dumps(asdict(case))]
+    command = [sys.executable, "-P", "-m", "tools.dev.benchmarks.gpu_step_worker", json.dumps(asdict(case))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise ConfigError(Problem(case.recipe, case.backend, f"failed: {done.stderr[-3000:]}"))
