@@ -75,6 +75,6 @@ def way_out(said: str) -> str:
         return f"torch's CUDA is newer than the driver: {_AGAIN}."
     if "cudnn" in text:
         return "another cuDNN is found before torch's: docs/performance.md, 'A GPU node without a network'."
-    if "no module named" in text:
+    if "no module named" in text or "meta package" in text:  # Transformer Engine's word for a missing core
         return f"the environment is incomplete: {_AGAIN}."
     return f"{_AGAIN}; otherwise report this message."

@@ -148,8 +148,9 @@ def steps(build: CudaBuild, *, has_cxx: bool) -> Iterator[Step]:
     """
     yield Step(what="queries of GPUs", pip=("nvidia-ml-py>=13",))
     yield Step(what=f"DALI for CUDA {build.cuda}", pip=(build.dali,))
-    core = f"transformer-engine[core_cu{build.cuda}]=={TRANSFORMER_ENGINE}"
-    yield Step(what=f"Transformer Engine {TRANSFORMER_ENGINE}", pip=(core,))
+    # By its own name: pip 23, which Python 3.12 brings, does not find the core as an extra (core_cu13 is core-cu13).
+    core = f"transformer-engine-cu{build.cuda}=={TRANSFORMER_ENGINE}"
+    yield Step(what=f"Transformer Engine {TRANSFORMER_ENGINE}", pip=(f"transformer-engine=={TRANSFORMER_ENGINE}", core))
     yield Step(what="what the extension is built with", pip=(*_BUILT_WITH, build.headers))
     lacking = f"it is compiled, and there is no C++ compiler: install g++ (apt-get install g++). {CONTAINER}."
     yield Step(

@@ -54,6 +54,7 @@ def test_no_result(script, tmp_path):
         ("CUDA error: CUDA driver version is insufficient for CUDA runtime version", "newer than the driver"),
         ("OSError: libcudnn_graph.so.9: cannot open shared object file", "cuDNN"),
         ("ModuleNotFoundError: No module named 'einops'", "incomplete"),
+        ("RuntimeError: Found empty `transformer-engine` meta package installed.", "incomplete"),
         ("something new", "report this message"),
     ],
 )

@@ -56,7 +56,7 @@ def test_a_plan_for_a_new_driver(mq, tmp_path):
 def test_a_plan_for_an_older_driver(mq):
     done = mq("--gpu", "--dry-run", nvidia_smi=f"echo '{H100.format(driver='535.216.03')}'")
     assert done.returncode == 0, done.stderr
-    for word in ("CUDA 12", "  torch==2.14.0+cu126", "nvidia-dali-cuda120", "core_cu12"):
+    for word in ("CUDA 12", "  torch==2.14.0+cu126", "nvidia-dali-cuda120", "transformer-engine-cu12=="):
         assert word in done.stdout
 
 
