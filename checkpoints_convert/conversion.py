@@ -13,7 +13,9 @@ from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ConversionPrediction, free_bytes, peak_resident_bytes, trial_write_rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
+# Blocks of memory per worker. A worker uses a few: read, converted, written. The rest is what the allocator keeps of
+# freed ones: an upper bound found by trial, which tests/checkpoints_convert/test_bounds.py compares with real
+# processes. An encoding that needs more rows at once stays below it: the allocator returns large blocks.
 _BLOCKS_IN_FLIGHT = 26
 # What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
 _MOVED_PER_SECOND = 0.6e9
@@ -59,9 +61,10 @@ def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers:
     """What is needed, from what is known before the first byte."""
     left = task.left_to_write(files)
     rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
+    largest = max(output.unit_bytes for file in files for output in file.tensors)
     seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
     return ConversionPrediction(
-        peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * LARGEST_BLOCK,
+        peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * max(LARGEST_BLOCK, largest),
         disk_bytes=left,
         free_bytes=free_bytes(out.absolute().parent),
         seconds=max(seconds, left / rate) if rate else seconds,

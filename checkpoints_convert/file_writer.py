@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Protocol, TextIO
 import torch
 import xxhash
 
-from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, cast
+from checkpoints_convert.output import OutputFile, OutputTensor
 from checkpoints_convert.progress import ByteProgress
 from megatron_qwen.files import sync_stream
 
@@ -62,21 +62,26 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Block:
-    """Rows of one row span, written at once."""
+class _Noted:
+    """What the journal says of a tensor: its blocks in the file, the bytes of their values, the hash up to there."""
 
-    span: RowSpan
-    start: int
-    stop: int
+    blocks: int
+    value_bytes: int
+    whole: str
 
 
 @dataclass
 class _Unfinished:
-    """A tensor that is partly written: its hashes so far, and the number of its blocks in the file."""
+    """A tensor that is partly written: its hashes so far, its blocks in the file and the bytes of their values."""
 
     values: Any = field(default_factory=xxhash.xxh3_128)
     whole: Any = field(default_factory=xxhash.xxh3_128)
     blocks: int = 0
+    value_bytes: int = 0
+
+    def noted(self) -> _Noted:
+        """What the journal is to say of it."""
+        return _Noted(self.blocks, self.value_bytes, self.whole.hexdigest())
 
 
 def block_bytes(files: Sequence[OutputFile]) -> int:
@@ -131,10 +136,10 @@ class FileWriter:
             with self._journal.open("w") as journal:
                 # The journal is rewritten for what is kept: an old line about bytes that were just truncated must not
                 # survive.
-                for number, whole in enumerate(complete):
-                    _note(journal, number, len(self._blocks(self._file.tensors[number])), whole)
+                for number, kept in enumerate(complete):
+                    _note(journal, number, kept)
                 if begun.blocks:
-                    _note(journal, len(complete), begun.blocks, begun.whole.hexdigest())
+                    _note(journal, len(complete), begun.noted())
                 for number in range(len(complete), len(self._file.tensors)):
                     self._write_tensor(number, stream, journal, begun)
                     begun = _Unfinished()
@@ -153,31 +158,33 @@ class FileWriter:
 
         if not begun.blocks:
             put(output.before)
-        blocks = self._blocks(output)
-        for block in blocks[begun.blocks :]:
+        blocks = output.blocks(self._block)
+        for start, stop in blocks[begun.blocks :]:
             self._check()
-            rows = cast(block.span.read(block.start, block.stop), output)
-            data = memoryview(rows.contiguous().view(-1).view(torch.uint8).numpy())
+            data = memoryview(output.values(start, stop).contiguous().view(-1).view(torch.uint8).numpy())
             begun.values.update(data)
             put(data)
             begun.blocks += 1
+            begun.value_bytes += len(data)
             # The last block is recorded below, after the bytes of the file format that follow the values.
             if begun.blocks < len(blocks):
-                _note(journal, number, begun.blocks, begun.whole.hexdigest())
+                _note(journal, number, begun.noted())
             self._progress.add(len(data))
+        # The header has the size already: an encoding that makes other bytes than it announced is a defect.
+        assert begun.value_bytes == output.value_bytes, f"{output.name}: {begun.value_bytes} of {output.value_bytes}"
         put(output.after)
         self._finish(output, begun)
-        _note(journal, number, len(blocks), begun.whole.hexdigest())
+        _note(journal, number, begun.noted())
 
     def _finish(self, output: OutputTensor, begun: _Unfinished) -> None:
         self._done.tensors[output.name] = begun.values.hexdigest()
         self._done.parts.append((output.size, begun.whole.hexdigest()))
 
-    def _keep(self, stream: BinaryIO, noted: dict[int, tuple[int, str]]) -> tuple[list[str], _Unfinished]:
+    def _keep(self, stream: BinaryIO, noted: dict[int, _Noted]) -> tuple[list[_Noted], _Unfinished]:
         """Reads the file back; leaves the stream after the last block that matches the journal.
 
         Returns:
-            The hash of every complete tensor, and the state of the one that is begun.
+            What the journal says of every complete tensor, and the state of the one that is begun.
         """
         header = self._file.header
         if not noted or stream.read(len(header)) != header:
@@ -186,34 +193,33 @@ class FileWriter:
         self._digest.update(header)
         if header:
             self._done.parts.append((len(header), xxhash.xxh3_128_hexdigest(header)))
-        complete: list[str] = []
+        complete: list[_Noted] = []
         for number, output in enumerate(self._file.tensors):
             begin, digest = stream.tell(), self._digest.copy()
-            blocks = self._blocks(output)
-            begun = self._begun_of(output, stream, noted.get(number), len(blocks))
+            blocks = len(output.blocks(self._block))
+            begun = self._begun_of(output, stream, noted.get(number), blocks)
             if begun is None:
                 # The bytes of this tensor do not match: go back to its start, also in the hash of the file.
                 stream.seek(begin)
                 self._digest = digest
                 break
-            kept = self._bytes(output, begun.blocks)
-            self._done.kept_bytes += kept
-            self._progress.add(kept)
-            if begun.blocks < len(blocks):
+            self._done.kept_bytes += begun.value_bytes
+            self._progress.add(begun.value_bytes)
+            if begun.blocks < blocks:
                 return complete, begun
             self._finish(output, begun)
-            complete.append(begun.whole.hexdigest())
+            complete.append(begun.noted())
         return complete, _Unfinished()
 
     def _begun_of(
-        self, output: OutputTensor, stream: BinaryIO, noted: tuple[int, str] | None, blocks: int
+        self, output: OutputTensor, stream: BinaryIO, noted: _Noted | None, blocks: int
     ) -> _Unfinished | None:
         """The state of a tensor after its recorded blocks, or None if the file does not have them."""
-        if noted is None or noted[0] > blocks or (noted[0] == 0 and blocks):
+        if noted is None or noted.blocks > blocks or (noted.blocks == 0 and blocks):
             return None
-        begun = _Unfinished(blocks=noted[0])
-        lengths = [(len(output.before), False), (self._bytes(output, noted[0]), True)]
-        if noted[0] == blocks:
+        begun = _Unfinished(blocks=noted.blocks, value_bytes=noted.value_bytes)
+        lengths = [(len(output.before), False), (noted.value_bytes, True)]
+        if noted.blocks == blocks:
             lengths.append((len(output.after), False))
         for length, is_values in lengths:
             while length:
@@ -226,38 +232,27 @@ class FileWriter:
                 if is_values:
                     begun.values.update(data)
                 length -= len(data)
-        return begun if begun.whole.hexdigest() == noted[1] else None
-
-    def _blocks(self, output: OutputTensor) -> list[_Block]:
-        blocks = []
-        for span in output.spans:
-            rows = max(1, self._block // max(1, output.row_bytes, span.row_bytes))
-            blocks += [_Block(span, start, min(span.rows, start + rows)) for start in range(0, span.rows, rows)]
-        return blocks
-
-    def _bytes(self, output: OutputTensor, blocks: int) -> int:
-        """Bytes of the values in the first blocks of a tensor."""
-        return sum(block.stop - block.start for block in self._blocks(output)[:blocks]) * output.row_bytes
+        return begun if begun.noted() == noted else None
 
     def _check(self) -> None:
         if self._stop.is_set():
             raise Stopped
 
 
-def _note(journal: TextIO, number: int, blocks: int, whole: str) -> None:
-    line = f"{number} {blocks} {whole}"
+def _note(journal: TextIO, number: int, noted: _Noted) -> None:
+    line = f"{number} {noted.blocks} {noted.value_bytes} {noted.whole}"
     journal.write(f"{line} {xxhash.xxh3_64_hexdigest(line.encode())}\n")
     journal.flush()
 
 
-def _read_journal(path: Path) -> dict[int, tuple[int, str]]:
-    """By tensor, the recorded blocks and the hash up to there; a truncated line fails its checksum and is ignored."""
-    noted: dict[int, tuple[int, str]] = {}
+def _read_journal(path: Path) -> dict[int, _Noted]:
+    """By tensor, what is recorded last; a truncated line fails its checksum and is ignored."""
+    noted: dict[int, _Noted] = {}
     for line in _lines(path):
         text, _, check = line.rpartition(" ")
         words = text.split(" ")
-        if len(words) == 3 and check == xxhash.xxh3_64_hexdigest(text.encode()):
-            noted[int(words[0])] = int(words[1]), words[2]
+        if len(words) == 4 and check == xxhash.xxh3_64_hexdigest(text.encode()):
+            noted[int(words[0])] = _Noted(int(words[1]), int(words[2]), words[3])
     return noted
 
 

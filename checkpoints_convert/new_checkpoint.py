@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from checkpoints_convert import work
 from checkpoints_convert.conversion import Converted, predict
+from checkpoints_convert.encoding import Cast
 from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import identity_digest, sha256
@@ -36,7 +37,7 @@ from megatron_qwen.checkpoint.manifest import FileEntry
 from megatron_qwen.checkpoint.paths import LATEST, RUN_YAML, STATE, TOKENIZER, iteration_dir
 from megatron_qwen.checkpoint.torch_file import Envelope, envelope
 from megatron_qwen.config.render import to_yaml
-from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.run import Architecture, RunConfig
 from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 NOTE = "conversion.json"
 _CHECKPOINTS = "checkpoints"
 _COMMON = "common_state/shard_0_1"
-_SEQ_LENGTH = 4096
+_SEQ_LENGTH = 4096  # for a run that starts from this checkpoint; that of Qwen2.5's first stage of pretraining
 
 
 @dataclass(frozen=True)
@@ -71,15 +72,16 @@ class NewCheckpoint:
     identity: dict[str, Any]
 
 
-def new_run(model: ModelConfig, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
+def new_run(architecture: Architecture, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
     """The configuration to continue training from the checkpoint."""
     return RunConfig(
         recipe="custom",
-        model=model,
+        model=architecture.model,
+        rope=architecture.rope,
         precision=PrecisionConfig(dtype="fp32" if dtype == torch.float32 else "bf16"),
         data=DataConfig(
             tokenizer=str(out.absolute() / TOKENIZER) if tokenizer else None,
-            seq_length=min(_SEQ_LENGTH, model.max_position_embeddings),
+            seq_length=min(_SEQ_LENGTH, architecture.model.max_position_embeddings),
         ),
         checkpoint=CheckpointConfig(load=str(out.absolute())),
     )
@@ -95,7 +97,7 @@ def output_tensor(item: CoreTensor, dtype: torch.dtype, spans: Sequence[RowSpan]
     shape = (1,) * len(item.leading) + item.mapping.core_shape
     around = _envelope(dtype, shape)
     name = "/".join([item.mapping.core, *map(str, item.leading)])
-    return OutputTensor(name, shape, dtype, tuple(spans), around.before, around.after)
+    return OutputTensor(name, shape, dtype, tuple(spans), Cast(dtype), before=around.before, after=around.after)
 
 
 def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
@@ -103,7 +105,7 @@ def shards(outputs: Sequence[OutputTensor], *, limit: int) -> list[OutputFile]:
     groups = pack(outputs, [output.size for output in outputs], limit=limit)
     buffer = io.BytesIO()
     torch.save([{}], buffer)
-    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), before=buffer.getvalue()))
+    groups[-1].append(OutputTensor(_COMMON, (0,), torch.uint8, (), Cast(torch.uint8), before=buffer.getvalue()))
     folder = iteration_dir(Path(_CHECKPOINTS), 0)
     return [OutputFile(str(folder / f"__{number}_0.distcp"), b"", tuple(group)) for number, group in enumerate(groups)]
 

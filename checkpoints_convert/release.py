@@ -9,12 +9,13 @@ from typing import Any
 
 import xxhash
 
+from checkpoints_convert.safetensors_format import DTYPE_NAMES
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.provenance import code_version
 
 MANIFEST = "manifest.json"
 _BUFFER = 1 << 22
-_FORMATS = {name: name for name in ("bfloat16", "float16", "float32")}
+_FORMATS = {name: name for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class NotedTensor:
         dtype: torch's name of its format.
         shape: its shape.
         xxh3_128: of its values.
-        file: the file it lies in.
+        file: the file that holds it.
     """
 
     dtype: str

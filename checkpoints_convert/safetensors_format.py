@@ -25,13 +25,17 @@ _NAMES = {
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+# torch's names of the formats, without "torch.".
+DTYPE_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in _NAMES)
 # The library puts wider formats first, and among those of one width the later in this list.
-_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+_ORDER = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
 
 @dataclass(frozen=True)

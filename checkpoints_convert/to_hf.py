@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,15 @@ from typing import Any
 import torch
 import xxhash
 
-from checkpoints_convert import safetensors_format, work
+from checkpoints_convert import work
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import DTYPES, Converted, predict
+from checkpoints_convert.encoding import Cast, Encoding
 from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
-from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, pack
+from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, encoded_tensors, pack, safetensors_file
 from checkpoints_convert.progress import ByteProgress
 from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
 from checkpoints_convert.source_check import check_unread
@@ -114,23 +115,39 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
     return Converted(out, total, kept, progress.seconds, False, prediction)
 
 
-def plan_files(source: CheckpointSource, options: ExportOptions) -> list[OutputFile]:
-    """The safetensors files: which tensors go where, and where their rows come from."""
+def plan_files(
+    source: CheckpointSource, options: ExportOptions, *, encoding: Callable[[HfTensor], Encoding] | None = None
+) -> list[OutputFile]:
+    """The safetensors files: which tensors go where, and which rows they are made of.
+
+    Args:
+        source: the checkpoint.
+        options: how to export.
+        encoding: how each tensor is written; None casts all to the format of the options.
+    """
     weights = ExportedWeights(source.weights)
 
-    def dtype(item: HfTensor) -> torch.dtype:
-        return DTYPES[options.dtype] if options.dtype else source.weights.dtype(item.mapping.core)
+    def cast(item: HfTensor) -> Cast:
+        return Cast(DTYPES[options.dtype] if options.dtype else source.weights.dtype(item.mapping.core))
 
     items = hf_tensors(source.config.model)
+    outputs = {
+        item.name: encoded_tensors(
+            item.name, item.shape, [_piece(weights, item, *span) for span in item.rows], (encoding or cast)(item)
+        )
+        for item in items
+    }
+
+    def file(name: str, group: Sequence[HfTensor]) -> OutputFile:
+        return safetensors_file(name, [output for item in group for output in outputs[item.name]])
+
     if options.max_shard_bytes is None and (before := _files_before(source, items)):
-        return [_file(name, group, weights, dtype) for name, group in before.items()]
-    sizes = [torch.Size(item.shape).numel() * dtype(item).itemsize for item in items]
+        return [file(name, group) for name, group in before.items()]
+    sizes = [sum(output.value_bytes for output in outputs[item.name]) for item in items]
     groups = pack(items, sizes, limit=options.max_shard_bytes or SHARD_BYTES)
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-    return [
-        _file(name, group, weights, dtype) for name, group in zip(names if count > 1 else [SINGLE], groups, strict=True)
-    ]
+    return [file(name, group) for name, group in zip(names if count > 1 else [SINGLE], groups, strict=True)]
 
 
 def _files_before(source: CheckpointSource, items: Sequence[HfTensor]) -> dict[str, list[HfTensor]] | None:
@@ -153,16 +170,6 @@ def _converted_from(source: CheckpointSource) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def _file(name: str, items: Sequence[HfTensor], weights: ExportedWeights, dtype: Any) -> OutputFile:
-    ordered = safetensors_format.in_file_order(items, key=lambda item: (dtype(item), item.name))
-    outputs = tuple(
-        OutputTensor(item.name, item.shape, dtype(item), tuple(_piece(weights, item, *span) for span in item.rows))
-        for item in ordered
-    )
-    header = safetensors_format.header([(output.name, output.dtype, output.shape) for output in outputs])
-    return OutputFile(name, header, outputs)
-
-
 def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> RowSpan:
     return RowSpan(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
 
@@ -179,7 +186,7 @@ def _configs(
     elif not options.local_paths and (told := local_path_in(source.tokenizer)):
         fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
         log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
-    config = hf_config(source.config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
+    config = hf_config(source.config.architecture, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
     texts = {CONFIG: _dump(config)}
     if source.tokenizer is None or not (source.tokenizer / "generation_config.json").is_file():
         texts["generation_config.json"] = _dump({"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})

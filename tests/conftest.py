@@ -20,7 +20,7 @@ from megatron_qwen.rundir import RunDirectory
 from tests.distributed import jobs
 from tests.processes.client import ForkServer
 from tests.rank_pool import RankPool
-from tools.benchmarks import browser
+from tools.dev.benchmarks import browser
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
