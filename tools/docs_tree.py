@@ -5,8 +5,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-_LINK = re.compile(r"\]\(([^()\s#]+)(#[^()\s]*)?\)")
-_DOCUMENTS = ("*.md", "docs/*.md", "slurm/*.md", "docs/site/*.js")
+# [text](target#anchor) and, at the beginning of a line, [name]: target
+_LINK = re.compile(r"(?P<before>\]\(|^\[[^\]]+\]: +)(?P<target>[^()\s#]+)")
+_DOCUMENTS = ("*.md", "docs/*.md", "slurm/**/*.md", "docs/site/*.js")
 # Source files are shown as pages, because a browser would download most of them. Other files are copied.
 _LANGUAGES = {".json": "json", ".py": "python", ".sbatch": "bash", ".sh": "bash", ".yaml": "yaml"}
 
@@ -48,6 +49,8 @@ def _page(path: Path, root: Path) -> tuple[str, list[Path]]:
 
     def changed(link: str) -> str:
         file = (path.parent / link).resolve()
+        if (file / "README.md").is_file():  # of a directory a git host shows that
+            link, file = f"{link}/README.md", file / "README.md"
         if not file.is_file() or not file.is_relative_to(root):
             return link
         linked.append(file)
@@ -61,7 +64,7 @@ def _with_links(text: str, change: Callable[[str], str]) -> str:
     for line in text.splitlines(keepends=True):
         if line.lstrip().startswith("```"):
             code = not code
-        lines.append(line if code else _LINK.sub(lambda found: f"]({change(found[1])}{found[2] or ''})", line))
+        lines.append(line if code else _LINK.sub(lambda found: found["before"] + change(found["target"]), line))
     return "".join(lines)
 
 

@@ -22,7 +22,10 @@ def test_anchors():
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links(path):
-    for link, anchor in re.findall(r"\]\(([^()\s#]*)#?([^()\s]*)\)", path.read_text()):
+    text = path.read_text()
+    links = re.findall(r"\]\(([^()\s#]*)#?([^()\s]*)\)", text)
+    links += re.findall(r"^\[[^\]]+\]: +([^\s#]+)#?(\S*)$", text, flags=re.MULTILINE)
+    for link, anchor in links:
         if "://" not in link:
             there = path.parent / link if link else path
             assert there.exists(), link

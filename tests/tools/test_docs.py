@@ -9,19 +9,20 @@ from tests.conftest import ROOT, run
 from tools.docs import build_site
 
 NAV = "nav:\n  - Home: README.md\n  - Page: docs/page.md\n"
-README = "# Home\n\n[a page](docs/page.md#there) and [its code](tools/code.py)\n"
+README = "# Home\n\n[a page](docs/page.md#there), [its code](tools/code.py), [picture][p]\n\n[p]: docs/images/a.png\n"
 
 
 @pytest.fixture
 def checkout(tmp_path):
     root = tmp_path / "checkout"
-    for name in ("docs/site", "tools"):
+    for name in ("docs/site", "docs/images", "tools"):
         (root / name).mkdir(parents=True)
     settings = (ROOT / "docs/site/mkdocs.yml").read_text()
     (root / "docs/site/mkdocs.yml").write_text(re.sub(r"^nav:\n.*?\n\n", f"{NAV}\n", settings, flags=re.M | re.S))
     (root / "docs/site/iframe-worker.js").write_text("")
     (root / "README.md").write_text(README)
     (root / "docs/page.md").write_text("# Page\n\n## There\n\n```\n[no link](nowhere.md)\n```\n")
+    (root / "docs/images/a.png").write_bytes(b"png")
     (root / "tools/code.py").write_text('print("~~~~", __file__)\n')
     return root
 
@@ -33,7 +34,17 @@ def test_a_source_file_is_a_page(checkout, tmp_path):
     page = (site / "tools/code.py.html").read_text()
     assert "~~~~" in page
     assert "[no link](nowhere.md)" in (site / "docs/page.html").read_text()
+    assert (site / "docs/images/a.png").read_bytes() == b"png"
     assert not (site / "docs/site/mkdocs.yml").exists()
+
+
+def test_a_link_to_a_directory_leads_to_its_readme(checkout, tmp_path):
+    (checkout / "tools/README.md").write_text("# Tools\n")
+    (checkout / "docs/page.md").write_text("# Page\n\n## There\n\n[tools](../tools)\n")
+    settings = checkout / "docs/site/mkdocs.yml"
+    settings.write_text(settings.read_text().replace(NAV, f"{NAV}  - Tools: tools/README.md\n"))
+    build_site(tmp_path / "site", root=checkout)
+    assert 'href="../tools/index.html"' in (tmp_path / "site/docs/page.html").read_text()
 
 
 @pytest.mark.parametrize(
