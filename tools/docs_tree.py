@@ -7,7 +7,7 @@ from pathlib import Path
 
 # [text](target#anchor) and, at the beginning of a line, [name]: target
 _LINK = re.compile(r"(?P<before>\]\(|^\[[^\]]+\]: +)(?P<target>[^()\s#]+)")
-_DOCUMENTS = ("*.md", "docs/*.md", "slurm/**/*.md", "docs/site/*.js")
+_DOCUMENTS = ("*.md", "docs/*.md", "slurm/**/*.md", "docs/site/*.css", "docs/site/*.js")
 # Source files are shown as pages, because a browser would download most of them. Other files are copied.
 _LANGUAGES = {".json": "json", ".py": "python", ".sbatch": "bash", ".sh": "bash", ".yaml": "yaml"}
 

@@ -19,7 +19,8 @@ def checkout(tmp_path):
         (root / name).mkdir(parents=True)
     settings = (ROOT / "docs/site/mkdocs.yml").read_text()
     (root / "docs/site/mkdocs.yml").write_text(re.sub(r"^nav:\n.*?\n\n", f"{NAV}\n", settings, flags=re.M | re.S))
-    (root / "docs/site/iframe-worker.js").write_text("")
+    for name in ("iframe-worker.js", "site.css"):
+        (root / "docs/site" / name).write_text("")
     (root / "README.md").write_text(README)
     (root / "docs/page.md").write_text("# Page\n\n## There\n\n```\n[no link](nowhere.md)\n```\n")
     (root / "docs/images/a.png").write_bytes(b"png")
