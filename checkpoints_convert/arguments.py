@@ -50,7 +50,7 @@ def _to_hf_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         examples=[
             "mq convert to-hf runs/first out/first-hf --license apache-2.0",
             "mq convert to-hf runs/first out/first-hf --iteration 500 --dtype bf16",
-            "mq convert to-hf megatron/iter_0005000 out/7b --config qwen2_5_7b model.rotary_base=1e6 --tokenizer tok",
+            "mq convert to-hf megatron/iter_0005000 out/7b --config qwen2_5_7b rope.base=1e6 --tokenizer tok",
         ],
     )
     parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")

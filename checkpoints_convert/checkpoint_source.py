@@ -15,7 +15,6 @@ from megatron_qwen.checkpoint.paths import MANIFEST, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError, ConfigError, ConversionError, DataError, Problem
 from megatron_qwen.recipes.registry import RECIPES
@@ -27,7 +26,6 @@ _ARGUMENTS = {
     "num_attention_heads": "num_attention_heads",
     "kv_channels": "head_dim",
     "norm_epsilon": "layernorm_epsilon",
-    "rotary_base": "rotary_base",
     "add_qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",
     "num_experts": "num_moe_experts",
@@ -77,15 +75,15 @@ class CheckpointSource:
 
     @property
     def run_dir(self) -> Path | None:
-        """The run directory it lies in, if it lies in one."""
+        """The run directory of this checkpoint; None outside a run directory."""
         candidate = self.path.absolute().parent.parent
         return candidate if self.path.absolute().parent.name == "checkpoints" and candidate.is_dir() else None
 
     def digest(self) -> str:
-        """What tells this checkpoint from another without reading the weights."""
+        """A hash that differs between checkpoints, without reading the weights."""
         if self.entries is not None:
             return manifest.hash_file(self.path / MANIFEST).xxh3_128
-        # Nothing else tells whether the shards are those of before.
+        # Without a manifest, only sizes and times of the shards show that they have changed.
         found = xxhash.xxh3_128()
         for name in manifest.files_in(self.path):
             status = (self.path / name).stat()
@@ -94,7 +92,7 @@ class CheckpointSource:
         return found.hexdigest()
 
     def unread_parts(self) -> list[tuple[str, int, int, str]]:
-        """What the manifest notes and no weight lies in: (file, first byte, bytes, hash)."""
+        """Parts of the manifest that hold no weight: (file, first byte, bytes, hash)."""
         touched = {(chunk.file, chunk.start) for chunk in self.weights.chunks()}
         return [
             (name, start, length, digest)
@@ -157,7 +155,7 @@ def open_checkpoint(
     assert config is not None
     resolved = resolve(config, overrides, RECIPES)
     common = {} if entries is not None else read_common_state(chosen.path)
-    if problems := _contradictions(common, resolved.model, chosen.path):
+    if problems := _contradictions(common, resolved, chosen.path):
         raise CheckpointError(problems)
     weights = CheckpointWeights(CheckpointReader(chosen.path, entries), resolved.model)
     state = read_state(chosen.path)
@@ -226,16 +224,19 @@ def read_state(directory: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def _contradictions(common: dict[str, Any], model: ModelConfig, directory: Path) -> list[Problem]:
+def _contradictions(common: dict[str, Any], config: RunConfig, directory: Path) -> list[Problem]:
     """Where Megatron-LM's own arguments say something else than the configuration."""
     arguments = vars(common["args"]) if hasattr(common.get("args"), "__dict__") else {}
+    model = config.model
     names = _ARGUMENTS | (_EXPERT_ARGUMENTS if model.is_moe else {"ffn_hidden_size": "ffn_hidden_size"})
+    fields = {theirs: (f"model.{_field(ours)}", getattr(model, ours)) for theirs, ours in names.items()}
+    fields["rotary_base"] = ("rope.base", config.rope.base)
     found = []
-    for theirs, ours in names.items():
-        noted, asked = arguments.get(theirs), getattr(model, ours)
+    for theirs, (path, asked) in fields.items():
+        noted = arguments.get(theirs)
         if noted is not None and noted != asked:
-            fix = f"the checkpoint was written with {theirs} = {noted}; override it (model.{_field(ours)}=...)."
-            found.append(Problem(f"model.{_field(ours)}", asked, fix))
+            fix = f"the checkpoint was written with {theirs} = {noted}; override it ({path}=...)."
+            found.append(Problem(path, asked, fix))
     if arguments.get("group_query_attention") and arguments.get("num_query_groups") != model.num_query_groups:
         fix = f"the checkpoint was written with num_query_groups = {arguments.get('num_query_groups')}."
         found.append(Problem("model.num_query_groups", model.num_query_groups, fix))

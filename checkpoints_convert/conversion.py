@@ -13,7 +13,9 @@ from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ConversionPrediction, free_bytes, peak_resident_bytes, trial_write_rate
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-# A block is read, converted and written; what the allocator keeps of freed ones makes it about so many.
+# Blocks of memory per worker. A worker uses a few: read, converted, written. The rest is what the allocator keeps of
+# freed ones: an upper bound found by trial, which tests/checkpoints_convert/test_bounds.py compares with real
+# processes.
 _BLOCKS_IN_FLIGHT = 26
 # glibc maps an allocation above this size by itself (M_MMAP_THRESHOLD grows up to it), and returns it when it is freed.
 _RETURNED = 32 << 20

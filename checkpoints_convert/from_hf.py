@@ -66,7 +66,7 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
         "tokenizer": {name: sha256(hf_dir / name) for name in names},
         "code": code_version(),
     }
-    config = new_run(source.shape, out, dtype=dtype, tokenizer=has_tokenizer)
+    config = new_run(source.architecture, out, dtype=dtype, tokenizer=has_tokenizer)
     outputs = [
         output_tensor(item, dtype, [_piece(source, item.names[part], *span) for part, span in item.mapping.origin()])
         for item in core_tensors(source.shape)

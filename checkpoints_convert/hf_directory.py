@@ -11,13 +11,16 @@ import xxhash
 
 from checkpoints_convert.safetensors_format import StoredEntry, read_header
 from megatron_qwen.checkpoint.read import TensorInfo
+from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.hf.config import model_from_hf
+from megatron_qwen.hf.config import architecture_from_hf
 from megatron_qwen.hf.mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+# Bound on what is parsed at once, so that a crafted file cannot fill the memory: the index of 18,867 tensors (a
+# Qwen3-30B) takes less than 2 MB.
 _LARGEST_JSON = 64 << 20
 _SHOWN = 10
 # More than these are not looked for one by one.
@@ -42,26 +45,31 @@ class HfDirectory:
         if not path.is_dir():
             raise ConversionError(Problem(str(path), None, "is not a directory."))
         self.config = self._config(problems)
-        self.model: ModelConfig | None = None
+        self._architecture: Architecture | None = None
         try:
             if self.config is not None:
-                self.model = model_from_hf(self.config, where=str(path / CONFIG))
+                self._architecture = architecture_from_hf(self.config, where=str(path / CONFIG))
         except ConversionError as error:
             problems += error.problems
         self._files: dict[str, Path] = {}
         self._entries: dict[str, StoredEntry] = {}
         self._collect(problems)
-        if self.model is not None and self._entries:
-            problems += self._misfits(self.model, mixed=mixed)
+        if self._architecture is not None and self._entries:
+            problems += self._misfits(self._architecture.model, mixed=mixed)
         if problems:
             raise ConversionError(problems)
         self.tensors = {name: TensorInfo(entry.shape, entry.dtype) for name, entry in self._entries.items()}
 
     @property
+    def architecture(self) -> Architecture:
+        """What config.json says of the model."""
+        assert self._architecture is not None
+        return self._architecture
+
+    @property
     def shape(self) -> ModelConfig:
         """The shape of the model."""
-        assert self.model is not None
-        return self.model
+        return self.architecture.model
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource
-from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.sections import ModelConfig, RopeConfig
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.provenance import code_version
 
@@ -39,7 +39,7 @@ def model_card(
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front.append(f"license: {license_}" if license_ else "license: other  # to be decided by whoever releases this")
     rows = [
-        ("Architecture", f"`{architecture}`, {_shape(config.model)}"),
+        ("Architecture", f"`{architecture}`, {_shape(config.model, config.rope)}"),
         ("Parameters", _parameters(config.model)),
         ("Weights", dtype),
         ("Tokens seen", _tokens(source)),
@@ -67,7 +67,7 @@ def model_card(
     return "\n".join([*front, "---", "", f"# {name}", "", *table, "", *use, "", proof, ""])
 
 
-def _shape(model: ModelConfig) -> str:
+def _shape(model: ModelConfig, rope: RopeConfig) -> str:
     parts = [
         f"{model.num_layers} layers",
         f"hidden size {model.hidden_size:,}",
@@ -82,7 +82,7 @@ def _shape(model: ModelConfig) -> str:
     else:
         parts.append(f"feed-forward {model.ffn_hidden_size:,}")
     parts.append(f"vocabulary {model.vocab_size:,}" + (", tied" if model.share_embeddings_and_output_weights else ""))
-    return ", ".join([*parts, f"RoPE base {model.rotary_base:,.0f}", f"{model.max_position_embeddings:,} positions"])
+    return ", ".join([*parts, f"RoPE base {rope.base:,.0f}", f"{model.max_position_embeddings:,} positions"])
 
 
 def _parameters(model: ModelConfig) -> str:

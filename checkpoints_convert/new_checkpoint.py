@@ -37,7 +37,7 @@ from megatron_qwen.checkpoint.manifest import FileEntry
 from megatron_qwen.checkpoint.paths import LATEST, RUN_YAML, STATE, TOKENIZER, iteration_dir
 from megatron_qwen.checkpoint.torch_file import Envelope, envelope
 from megatron_qwen.config.render import to_yaml
-from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.run import Architecture, RunConfig
 from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 NOTE = "conversion.json"
 _CHECKPOINTS = "checkpoints"
 _COMMON = "common_state/shard_0_1"
-_SEQ_LENGTH = 4096
+_SEQ_LENGTH = 4096  # for a run that starts from this checkpoint; that of Qwen2.5's first stage of pretraining
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,16 @@ class NewCheckpoint:
     identity: dict[str, Any]
 
 
-def new_run(model: ModelConfig, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
+def new_run(architecture: Architecture, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
     """The configuration to continue training from the checkpoint."""
     return RunConfig(
         recipe="custom",
-        model=model,
+        model=architecture.model,
+        rope=architecture.rope,
         precision=PrecisionConfig(dtype="fp32" if dtype == torch.float32 else "bf16"),
         data=DataConfig(
             tokenizer=str(out.absolute() / TOKENIZER) if tokenizer else None,
-            seq_length=min(_SEQ_LENGTH, model.max_position_embeddings),
+            seq_length=min(_SEQ_LENGTH, architecture.model.max_position_embeddings),
         ),
         checkpoint=CheckpointConfig(load=str(out.absolute())),
     )

@@ -14,7 +14,7 @@ from megatron_qwen.files import sync_stream
 from megatron_qwen.metrics.console import duration
 
 _LIVE_S, _PLAIN_S = 0.2, 15.0
-_TRIAL_BYTES = 64 << 20
+_TRIAL_BYTES = 64 << 20  # a second at 64 MB/s; chosen by hand
 
 
 def gb(count: float) -> str:

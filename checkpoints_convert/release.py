@@ -26,7 +26,7 @@ class NotedTensor:
         dtype: torch's name of its format.
         shape: its shape.
         xxh3_128: of its values.
-        file: the file it lies in.
+        file: the file that holds it.
     """
 
     dtype: str

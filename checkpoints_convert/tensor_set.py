@@ -39,7 +39,7 @@ class ExportedWeights:
         }
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows of a tensor, from wherever they lie in the checkpoint's."""
+        """Rows of a Hugging Face tensor, read from the checkpoint's tensors that hold them."""
         item = self._items[name]
         parts = [self.core_rows(item, low, high) for low, high in _cut(item.rows, start, stop)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)

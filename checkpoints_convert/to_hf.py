@@ -186,7 +186,7 @@ def _configs(
     elif not options.local_paths and (told := local_path_in(source.tokenizer)):
         fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
         log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
-    config = hf_config(source.config.model, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
+    config = hf_config(source.config.architecture, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
     texts = {CONFIG: _dump(config)}
     if source.tokenizer is None or not (source.tokenizer / "generation_config.json").is_file():
         texts["generation_config.json"] = _dump({"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})

@@ -17,7 +17,7 @@ from checkpoints_convert.output import OutputTensor, RowSpan
 from checkpoints_convert.tensor_set import TensorSet
 from checkpoints_convert.upcycle_plan import UpcyclePlan, plan
 from megatron_qwen.config.checks import require_legal
-from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.run import Architecture, RunConfig
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.files import atomic_write_json
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
@@ -75,7 +75,8 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
     dtype = formats.pop()
     if options.router_std is not None and not 0 <= options.router_std < 1e3:
         raise ConfigError(Problem("--router-std", options.router_std, "must be a small number, at least 0."))
-    config = new_run(cut.model, out, dtype=dtype, tokenizer=dense.tokenizer_dir is not None)
+    architecture = Architecture(model=cut.model, rope=dense.architecture.rope)
+    config = new_run(architecture, out, dtype=dtype, tokenizer=dense.tokenizer_dir is not None)
     require_legal(config)
     cutter = Cutter(dense, cut, seed=options.seed)
     outputs = [cutter.output_tensor(item, dtype) for item in core_tensors(cut.model)]
@@ -90,7 +91,7 @@ def upcycle(dense: Side, out: Path, recipe: RunConfig, options: UpcycleOptions) 
         **note,
         "out": str(out.absolute()),
         "digest": _digest(dense),
-        "model": asdict(cut.model),
+        **asdict(architecture),
         "code": code_version(),
     }
     files = shards(outputs, limit=SHARD_BYTES)

@@ -1,24 +1,27 @@
 """``mq doctor``: what this machine and its cluster have and lack, with the way out for each."""
 
-import importlib.util
 import json
 import os
 import platform
 import resource
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from launch import nvidia_driver
+from launch.fp8_proof import prove
 from megatron_qwen import slurm
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import EXIT_FAILURE, UserError
+from megatron_qwen.models.apex_kernels import foreign_apex_is_here, nvidia_apex_is_here
 
 _GIB = 2**30
-_SHARED_MEMORY_GIB = 8
+_SHARED_MEMORY_GIB = 8  # Docker gives 64 MiB unless it is told otherwise; chosen by hand
 State = Literal["ok", "lacks", "note"]
 
 
@@ -67,14 +70,12 @@ def _packages() -> Iterator[Examined]:
         fix = "" if found else "./mq sets up its environment on first use; remove .venv and call it again."
         yield Examined(name, "ok" if found else "lacks", found or "not installed", fix)
     engine = _version("transformer-engine")
-    fix = (
-        ""
-        if engine
-        else "pip install 'megatron_qwen[gpu]' on GPU nodes; without it the torch backend runs, without FP8."
-    )
+    fix = "" if engine else "./mq setup --gpu on GPU nodes; without it the torch backend runs, without FP8."
     yield Examined("transformer-engine", "ok" if engine else "note", engine or "not installed", fix)
-    apex = importlib.util.find_spec("apex") is not None
-    yield Examined("apex", "ok", "there" if apex else "not installed; its kernels are optional")
+    if foreign_apex_is_here():
+        yield Examined("apex", "note", "another project of that name", "pip uninstall apex: PyPI's is not NVIDIA's.")
+    else:
+        yield Examined("apex", "ok", "there" if nvidia_apex_is_here() else "not installed; its kernels are optional")
 
 
 def _version(name: str) -> str | None:
@@ -102,18 +103,25 @@ def _machine() -> Iterator[Examined]:
 
 
 def _gpus() -> Iterator[Examined]:
-    if shutil.which("nvidia-smi") is None:
-        yield Examined(
-            "GPUs", "note", "no nvidia-smi", "runs use the CPU and gloo here; on a GPU node install the driver."
-        )
+    try:
+        driver = nvidia_driver.find()
+    except nvidia_driver.DriverError as error:
+        (problem,) = error.problems
+        yield Examined("GPUs", "lacks", f"nvidia-smi: {problem.value}", problem.fix)
         return
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    done = _run(query)
-    names = [line.strip() for line in (done or "").splitlines() if line.strip()]
-    if not names:
-        yield Examined("GPUs", "lacks", "nvidia-smi fails", "load the driver (nvidia-smi -L must list the GPUs).")
+    if driver is None:
+        fix = "runs use the CPU and gloo here; on a GPU node install the driver."
+        yield Examined("GPUs", "note", "no NVIDIA driver", fix)
+        yield Examined("FP8 GEMM", "note", "not tried: no GPU")
         return
-    yield Examined("GPUs", "ok", f"{len(names)} x {names[0]}")
+    names = f"{len(driver.gpus)} x {driver.gpus[0].name}" if driver.gpus else "number unknown (no nvidia-smi)"
+    yield Examined("GPUs", "ok", f"{names}, driver {driver}")
+    if _version("torch") is None:
+        yield Examined("FP8 GEMM", "note", "not tried: no torch")
+        return
+    proof = prove(sys.executable)
+    state: State = "ok" if proof.state == "ok" else "lacks" if proof.state == "wrong" else "note"
+    yield Examined("FP8 GEMM", state, proof.found, proof.fix)
 
 
 def _network() -> Iterator[Examined]:
@@ -217,7 +225,8 @@ def main(arguments: Sequence[str]) -> int:
     parser = Parser(
         "mq doctor",
         description="Shows what this machine, and the Slurm cluster it belongs to, have and lack for runs, and what to "
-        "do for each. Ends with 1 where something that every run here needs is missing.",
+        "do for each. On a GPU it computes an FP8 GEMM and checks the result. Ends with 1 where something that every "
+        "run here needs is missing or wrong.",
         examples=["mq doctor", "mq doctor --json", "srun -N1 mq doctor     on a compute node"],
     )
     parser.add_argument("--json", action="store_true", help="JSON instead of a table")

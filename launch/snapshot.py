@@ -20,7 +20,7 @@ NOTE, DIFF = "snapshot.json", "uncommitted.diff"
 _PARTS = ("megatron_qwen", "launch", "tools", "checkpoints_convert", "slurm", "mq", "pyproject.toml", "constraints.txt")
 # New files of these kinds are no code, and may hold secrets.
 _PRIVATE = (".env", ".netrc", ".pem", ".key", ".p12", ".pfx", "id_rsa", "id_ed25519", "credentials", "secrets")
-_LARGEST_NEW_FILE = 1 << 20
+_LARGEST_NEW_FILE = 1 << 20  # larger than any source file: data or results, which a job does not need
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from megatron_qwen.files import LockHeldError, exclusive_lock
 from megatron_qwen.json_lines import objects
 
 log = logging.getLogger(__name__)
-# A rank that hangs while it holds the lock must not block the next attempt for longer than this.
+# A rank that hangs while it holds the lock must not block the next attempt for longer than this. Chosen by hand.
 _LOCK_TIMEOUT_S = 20.0
 
 

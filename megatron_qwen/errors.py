@@ -1,7 +1,7 @@
 """Errors with a message for the user, each with the exit code that scripts rely on."""
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 EXIT_FAILURE = 1
@@ -35,10 +35,16 @@ class Problem:
         return f"{self.where}{shown}: {self.fix}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`` Did you mean X?`` for the nearest known word, or nothing; the end of a problem's ``fix``."""
+def did_you_mean(word: str, known: Iterable[str], *, instead: Mapping[str, str] | None = None) -> str:
+    """`` Did you mean X?`` for the nearest known word, or nothing; the end of a problem's ``fix``.
+
+    Args:
+        word: what was typed.
+        known: what may be meant.
+        instead: by known word, another to suggest in its place: its present name.
+    """
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {near[0]}?" if near else ""
+    return f" Did you mean {(instead or {}).get(near[0], near[0])}?" if near else ""
 
 
 class UserError(ValueError):

@@ -1,7 +1,7 @@
-"""Files that are complete or absent whenever a process is killed, and locks between processes.
+"""Atomic writes, fsync and locks between processes.
 
-The only file that renames what was written, waits for the disk or locks. A temporary file is in the directory of the
-file that it becomes, because a rename is atomic within one file system only.
+No other module renames a finished file, syncs or locks. A kill at any time leaves a file complete or absent. A
+temporary file is in the directory of its target, because a rename is atomic only within one file system.
 """
 
 import errno
@@ -27,15 +27,15 @@ class LockHeldError(Exception):
 
 
 def atomic_write(path: Path, content: str | bytes, *, durable: bool = False) -> None:
-    """Replaces a file; whoever reads it meanwhile, or after a kill, finds the old content or all of the new.
+    """Replaces a file; a reader at any time, also after a kill, finds the old content or all of the new.
 
     Args:
         path: the file. One that exists keeps its mode.
         content: its bytes; text is written as UTF-8.
-        durable: return only when the content and the name are on the disk.
+        durable: return only when the content and the name are on the disk (fsync of file and directory).
 
     Raises:
-        OSError: names ``path``, which is as it was.
+        OSError: names ``path``, which is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     try:
@@ -57,7 +57,7 @@ def atomic_open(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
     Args:
         path: the file. One that exists keeps its mode.
-        durable: end only when the content and the name are on the disk.
+        durable: return only when the content and the name are on the disk.
     """
     with _temporary_of(path) as temporary:
         with temporary.open("wb") as stream:
@@ -70,7 +70,7 @@ def atomic_open(path: Path, *, durable: bool = False) -> Iterator[BinaryIO]:
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = False) -> Iterator[Path]:
-    """``atomic_open`` for a library that opens files itself: the path of an empty file, which the body fills."""
+    """``atomic_open`` for a library that opens files by path: gives the path of an empty file, which the body fills."""
     with _temporary_of(path) as temporary:
         yield temporary
         _keep_mode(temporary, path)
@@ -84,7 +84,7 @@ def _temporary_of(path: Path) -> Iterator[Path]:
     """A new empty file; removed when the body raises, and then an error that names it names ``path`` instead."""
     temporary = temporary_name(path)
     try:
-        # O_EXCL: no two writers have the same. What replaces a private file is private from the beginning.
+        # O_EXCL: no other writer has this file. 0600 at first, because the file that it replaces may be private.
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
         os.close(os.open(temporary, flags, 0o600 if path.exists() else 0o666))
         yield temporary
@@ -104,23 +104,23 @@ def _keep_mode(temporary: Path, path: Path) -> None:
 
 
 def temporary_name(path: Path) -> Path:
-    """A name in the directory of ``path`` that no other writer has: ``.NAME.1f0c93ab.tmp``."""
+    """A unique name in the directory of ``path``: ``.NAME.1f0c93ab.tmp``."""
     return path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")
 
 
 def is_temporary(path: Path) -> bool:
-    """Whether a file or directory has a name of ``temporary_name``: another process writes it, or was killed."""
+    """Whether a name is one of ``temporary_name``: a writer is at work, or was killed."""
     return _TEMPORARY.fullmatch(path.name) is not None
 
 
 def publish(temporary: Path, path: Path, *, durable: bool = False) -> None:
-    """Gives a finished file or directory its name, by one rename.
+    """Renames a finished file or directory to its final name.
 
     Args:
-        temporary: what is finished, in the same file system. What is inside is synced before, by ``sync`` or
-            ``sync_tree``, where the result must outlast a power failure.
-        path: its name. A file replaces a file, a directory an empty directory.
-        durable: return only when the name is on the disk.
+        temporary: the finished file or directory, in the same file system. Where the result must survive a power
+            failure, the caller syncs its content first (``sync``, ``sync_tree``).
+        path: the final name. A file replaces a file, a directory an empty directory.
+        durable: return only when the new name is on the disk. A rename is an entry of the directory, so that is synced.
     """
     temporary.replace(path)
     if durable:
@@ -128,7 +128,7 @@ def publish(temporary: Path, path: Path, *, durable: bool = False) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a directory's entries, are on the disk."""
+    """fsync of a file's content or of a directory's entries."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -137,13 +137,13 @@ def sync(path: Path) -> None:
 
 
 def sync_stream(stream: IO[Any]) -> None:
-    """Returns when what was written to an open file is on the disk."""
+    """Flush and fsync of an open file."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def sync_tree(directory: Path) -> None:
-    """Returns when all files and directories under a directory, and its own entries, are on the disk."""
+    """fsync of a directory and of all files and directories under it."""
     for folder, _, names in os.walk(directory):
         for path in [*(Path(folder) / name for name in names), Path(folder)]:
             sync(path)
@@ -158,19 +158,19 @@ def exclusive_lock(
     inherited: bool = True,
     without_locks: Callable[[str], object] | None = None,
 ) -> Iterator[None]:
-    """Keeps every other process that asks for the same lock out of the body.
+    """Holds an exclusive lock for the body.
 
     Args:
-        path: what is locked. The body may remove or rename it.
-        timeout_s: seconds to wait for it; 0 asks once, None waits for as long as it takes.
-        make: make an empty file where nothing has that name. Else a file or directory must be there.
-        inherited: processes forked in the body hold it too, even when this one is dead (flock). Else it is this
-            process's alone (lockf), and does not keep its own threads apart.
-        without_locks: is told in one line of a file system without locks, and the body runs unlocked; None raises.
+        path: the file or directory to lock. The body may remove or rename it.
+        timeout_s: seconds to wait; 0 tries once, None waits without limit.
+        make: create an empty file where ``path`` does not exist. Otherwise it must exist.
+        inherited: processes forked in the body also hold the lock, even after this one has died (flock). Otherwise the
+            lock belongs to this process alone and does not exclude its own threads (lockf).
+        without_locks: called with one line where the file system has no locks, and the body runs unlocked; None raises.
 
     Raises:
-        LockHeldError: another process holds it still after the timeout.
-        OSError: there is no such file or it cannot be made, or the file system has no locks.
+        LockHeldError: another process still holds the lock after the timeout.
+        OSError: ``path`` does not exist or cannot be created, or the file system has no locks.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     lock = fcntl.flock if inherited else fcntl.lockf
@@ -184,7 +184,7 @@ def exclusive_lock(
         yield
     finally:
         with suppress(OSError):
-            # Closing is not enough: a process forked in the body has a copy of the descriptor.
+            # Closing is not enough: a process forked in the body has a copy of the descriptor, which keeps a flock.
             lock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
@@ -192,7 +192,7 @@ def exclusive_lock(
 def _acquired(
     path: Path, flags: int, lock: Callable[[int], None], without_locks: Callable[[str], object] | None
 ) -> int | None:
-    """The descriptor that holds the lock; None where another process has it."""
+    """A descriptor that holds the lock; None where another process holds it."""
     while True:
         descriptor = os.open(path, flags, 0o666)
         try:
@@ -209,7 +209,7 @@ def _acquired(
             os.close(descriptor)
             raise
         with suppress(FileNotFoundError):
-            # Between opening and locking, whoever held it may have removed or renamed what is locked now.
+            # Between opening and locking, the previous holder may have removed or renamed the file: then try again.
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 return descriptor
         os.close(descriptor)

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # A resumed run may change everything except the fields that define the model and the tokens it reads. Lengths, batch
 # sizes and the blend may change: the ledger in its checkpoints records the position in every source.
-_OWNING_SECTIONS = ("model", "optim")
+_OWNING_SECTIONS = ("model", "rope", "optim")
 _OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from megatron_qwen.errors import Problem, UserError
 
+# Slurm's own MessageTimeout is 10 s by default, and its programs try again: one that says nothing for a minute hangs.
+# Chosen by hand.
 _TIMEOUT_S = 60.0
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 _PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")

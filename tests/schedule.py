@@ -18,6 +18,7 @@ _KINDS = {
     "tests/e2e": _RANKS,
     "tests/distributed": _RANKS,
     "tests/training": _RANKS,
+    "tests/objectives": _RANKS,
     "tests/checkpoint/": _RANKS,
     "tests/optim": _RANKS,
 }
@@ -30,6 +31,11 @@ _LONG = (
     "tests/distributed",
     "tests/checkpoints_convert",
     "tests/launch",
+    "tests/docs",
+    "tests/tools/dev/test_benchmarks.py",
+    "tests/tools/test_plan.py",
+    "tests/tools/scaling/test_fit_recovery.py",
+    "tests/objectives/test_cross_entropy_kernels.py",
     "tests/data",
 )
 # Their tests share nothing but the cluster.

@@ -13,6 +13,7 @@ SCRIPTS = [
     ROOT / ".ci/run",
     *sorted((ROOT / "slurm").glob("*.sh")),
     ROOT / "slurm/train.sbatch",
+    ROOT / "slurm/container/add_packages.sh",
     ROOT / "tools/wheelhouse.sh",
 ]
 

@@ -1,4 +1,4 @@
-"""How much of a device's ceilings finished runs have reached, and what the estimate says of them with that."""
+"""The fraction of a device's peak rates that finished runs achieved, and the estimate of each run with it."""
 
 import json
 import statistics

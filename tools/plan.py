@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("source", nargs="?", help="a recipe or a run.yaml; then section.field=value overrides")
     parser.add_argument("--gpus", type=int, help="devices")
-    kinds = f"{', '.join(KINDS)}, or a file that mq bench ceilings wrote"
+    kinds = f"{', '.join(KINDS)}, or a file that mq bench peaks wrote"
     parser.add_argument("--gpu", default="h100", help=f"kind of device: {kinds} (%(default)s)")
     parser.add_argument("--sequence-length", type=int, help="instead of the recipe's")
     parser.add_argument("--precision", choices=["bf16", "fp8"], help="default: the recipe's; fp8 is tensorwise")
@@ -121,7 +121,7 @@ def _why_none(rejected: Sequence[RejectedLayout], device: Hardware) -> str:
 
 
 def _optimizer(config: RunConfig) -> str:
-    return "lean" if config.precision.use_precision_aware_optimizer else "plain"
+    return "precision-aware" if config.precision.use_precision_aware_optimizer else "standard"
 
 
 def _kept(config: RunConfig) -> str:
@@ -224,13 +224,13 @@ def _print(
         f"{config.data.seq_length}, {config.training.global_batch_size} sequences a step"
     )
     print(
-        f"{'layout':<22}{'batch':>6}{'recompute':>11}{'optimizer':>11}"
+        f"{'layout':<22}{'batch':>6}{'recompute':>11}{'optimizer':>17}"
         f"{'GiB':>8}{'bubble':>8}{'step s':>9}{'tokens/s/GPU':>14}{'MFU':>7}"
     )
     for candidate in shown:
         row = _row(candidate)
         print(
-            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute']:>11}{row['optimizer']:>11}"
+            f"{row['layout']:<22}{row['micro_batch_size']:>6}{row['recompute']:>11}{row['optimizer']:>17}"
             f"{row['memory_gib']:>8.1f}"
             f"{row['bubble']:>8.1%}{row['step_s']:>9.2f}{row['tokens_per_second_per_device']:>14,.0f}{row['mfu']:>7.1%}"
         )

@@ -10,7 +10,7 @@ from checkpoints_convert.compare.layered import Ends
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import DataConfig, PrecisionConfig
+from megatron_qwen.config.sections import DataConfig, PrecisionConfig, RopeConfig
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.hf.mapping import CoreTensor, tensor_mappings
@@ -26,11 +26,14 @@ class CoreLayers:
 
     Args:
         weights: of the checkpoint.
+        rope: of its model.
         dtype: format to compute in, bfloat16 or float32.
         place: device to compute on.
     """
 
-    def __init__(self, weights: CheckpointWeights, *, dtype: torch.dtype, place: torch.device) -> None:
+    def __init__(
+        self, weights: CheckpointWeights, rope: RopeConfig, *, dtype: torch.dtype, place: torch.device
+    ) -> None:
         self._weights, self._place = weights, place
         self._ends = Ends(ExportedWeights(weights), dtype=dtype, place=place)
         self.num_layers, self.vocab_size = weights.model.num_layers, self._ends.vocab_size
@@ -38,7 +41,7 @@ class CoreLayers:
         model = replace(weights.model, num_layers=1, vocab_size=_VOCABULARY, hidden_dropout=0.0, attention_dropout=0.0)
         precision = PrecisionConfig(backend="torch", dtype="fp32" if dtype == torch.float32 else "bf16")
         data = DataConfig(seq_length=min(4096, model.max_position_embeddings))
-        config = RunConfig(recipe="custom", model=model, precision=precision, data=data)
+        config = RunConfig(recipe="custom", model=model, rope=rope, precision=precision, data=data)
         if not dist.is_initialized():
             join(RankInfo(0, 1, 0, 1, "127.0.0.1", 0), timeout_minutes=5)
         groups = process_groups.of_one_rank(seed=config.training.seed)

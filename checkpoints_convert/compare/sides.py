@@ -9,6 +9,8 @@ from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpo
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
+from megatron_qwen.config.moved import with_moved_fields
+from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
@@ -23,7 +25,7 @@ class Side:
     Args:
         path: as it was named.
         kind: ``checkpoint``, ``huggingface`` or ``manifest``.
-        model: its shape.
+        architecture: its shape and its RoPE.
         described: shape, format (torch's name) and, of a manifest, xxh3-128 of every tensor.
         tensors: the values; None of a manifest.
         tokenizer: SHA-256 of the tokenizer's files.
@@ -34,7 +36,7 @@ class Side:
 
     path: Path
     kind: str
-    model: ModelConfig
+    architecture: Architecture
     described: Mapping[str, tuple[tuple[int, ...], str, str | None]]
     tensors: TensorSet | None
     tokenizer: Mapping[str, str]
@@ -42,9 +44,14 @@ class Side:
     checkpoint: CheckpointSource | None = None
     manifest: ReleaseManifest | None = None
 
+    @property
+    def model(self) -> ModelConfig:
+        """Its shape."""
+        return self.architecture.model
+
     def config(self) -> dict[str, Any]:
-        """The shape in Hugging Face's terms, which both sides share."""
-        return hf_config(self.model, eos_token_id=None, bos_token_id=None, dtype="")
+        """The architecture in Hugging Face's terms, which both sides share."""
+        return hf_config(self.architecture, eos_token_id=None, bos_token_id=None, dtype="")
 
 
 def open_side(
@@ -66,17 +73,17 @@ def open_side(
 def _manifest_side(path: Path) -> Side:
     manifest = ReleaseManifest(path)
     reader = YamlReader(extra_fields=True)
-    model = reader.read(ModelConfig, manifest.configuration.get("model"))
-    if model is None or reader.problems:
+    architecture = reader.read(Architecture, with_moved_fields(manifest.configuration))
+    if architecture is None or reader.problems:
         raise ConversionError(Problem(str(path), "configuration", "is missing or damaged."))
     described = {name: (noted.shape, noted.dtype, noted.xxh3_128) for name, noted in manifest.tensors.items()}
     tokenizer = {name: digest for name, (_, digest) in manifest.files.items() if name in TOKENIZER_FILES}
-    return Side(path, "manifest", model, described, None, tokenizer, None, manifest=manifest)
+    return Side(path, "manifest", architecture, described, None, tokenizer, None, manifest=manifest)
 
 
 def _hf_side(path: Path) -> Side:
     source = HfDirectory(path)
-    return Side(path, "huggingface", source.shape, _described(source), source, *_tokenizer(path))
+    return Side(path, "huggingface", source.architecture, _described(source), source, *_tokenizer(path))
 
 
 def _checkpoint_side(path: Path, iteration: int | None, config: str | None, overrides: Sequence[str]) -> Side:
@@ -86,7 +93,7 @@ def _checkpoint_side(path: Path, iteration: int | None, config: str | None, over
     return Side(
         source.path,
         "checkpoint",
-        source.config.model,
+        source.config.architecture,
         _described(weights),
         weights,
         files,

@@ -195,7 +195,7 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
         prepare_process()
         from checkpoints_convert.compare.layered_core import CoreLayers
 
-        return CoreLayers(side.checkpoint.weights, dtype=_DTYPES[dtype], place=device.current())
+        return CoreLayers(side.checkpoint.weights, side.architecture.rope, dtype=_DTYPES[dtype], place=device.current())
     from checkpoints_convert.compare.layered_hf import HfLayers
     from checkpoints_convert.hf_directory import HfDirectory
 

@@ -21,7 +21,8 @@ from tools.scaling.optimum import EDGE_HIGH, EDGE_LOW, FLAT, Optimum
 
 # In ln N: points of one model have its size.
 _SAME_SIZE = 1e-3
-# A setting so many times the best that anybody asked for is not worth a run.
+# A grid grows to at most this multiple of the largest value that the study file asks for, and to its inverse below the
+# smallest: six doublings. Beyond, the study asked for the wrong range. Chosen by hand.
 _FARTHEST = 64.0
 
 

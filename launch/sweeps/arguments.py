@@ -111,7 +111,7 @@ def _add_prescribe(actions: Any) -> None:
     prescribe.add_argument("--gpu-hours", type=float, help="a budget, instead of --params and --tokens")
     prescribe.add_argument("--gpus", type=int, required=True, help="devices")
     prescribe.add_argument(
-        "--gpu", default="h100", help="kind of device, or a file that mq bench ceilings wrote (%(default)s)"
+        "--gpu", default="h100", help="kind of device, or a file that mq bench peaks wrote (%(default)s)"
     )
     beyond = "compute over the largest fitted one that is refused (%(default)g)"
     prescribe.add_argument("--refuse-factor", type=float, default=1000.0, help=beyond)

@@ -15,7 +15,7 @@ from megatron_qwen import slurm
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import DONE
 
-_BEAT_S = 20.0
+_BEAT_S = 20.0  # several within database.STALE_S, after which a controller counts as dead
 # Bootstrap resamples by which a round judges how flat an optimum is; `mq sweep fit` reports intervals and takes more.
 _DRAWS = 200
 

@@ -175,6 +175,7 @@ class Database:
         if host != socket.gethostname():
             return time.time() - seen > STALE_S
         try:  # a number that another process got since is not it
+            # Within a second: psutil derives the time from the boot time, which moves when the clock is corrected.
             return abs(psutil.Process(pid).create_time() - begun) > 1.0
         except psutil.Error:
             return True

@@ -30,6 +30,7 @@ from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
 
+# Bounds that catch a typing error; a study of a thousand values or twenty rounds is none that anybody runs.
 _MOST_VALUES = 1000
 _MOST_ROUNDS = 20
 _Positive = Annotated[float, Bounds(above=0)]

@@ -21,6 +21,8 @@ from megatron_qwen.errors import CheckpointError, Problem
 
 COMMON = "common.pt"
 _IN_SHARDS = "common_state/shard_0_1"
+# Bound on what is read at once, so that a length in a crafted file cannot fill the memory. Chosen by hand, far above
+# what arguments and counters take.
 _LARGEST = 1 << 30
 
 

@@ -53,8 +53,10 @@ def load(optimizer: ChainedOptimizer, loaded: dict[str, Any], *, step: int) -> N
         content |= {"param_state": loaded[str(index)], "param_state_sharding_type": _SHARDING_TYPE}
         part.load_state_dict(content)
         if isinstance(part.optimizer, HybridDeviceOptimizer):
-            # megatron-core's hybrid optimizer copies this count to its inner optimizers before every step and never
-            # advances it: Adam's bias correction would stay at the resumed step.
+            # HybridDeviceOptimizer.step (megatron-core 0.19.2) first copies its own groups into those of its inner
+            # optimizers, and never copies back. The inner optimizer of what stays on the device counts steps in its
+            # group: with a count here, its bias correction would stay at the resumed step. The one on the host counts
+            # per tensor.
             for group in part.optimizer.param_groups:
                 group.pop("step", None)
 

@@ -21,7 +21,7 @@ import torch
 from megatron_qwen.checkpoint.metadata import FrozenCall
 
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_LARGEST_PICKLE = 1 << 16
+_LARGEST_PICKLE = 1 << 16  # torch.save describes a tensor in less than 200 bytes; a longer pickle is something else
 _STORAGES: dict[str, torch.dtype] = {
     "BFloat16Storage": torch.bfloat16,
     "HalfStorage": torch.float16,

@@ -39,6 +39,8 @@ from megatron_qwen.files import atomic_write, publish, sync_tree
 log = logging.getLogger(__name__)
 # torch's zip writer does not report a full disk as such: it fails with "unexpected pos".
 _FULL_SIGNS = ("No space left", "unexpected pos")
+# With less than this free after a failed write, a full disk is the likely cause whatever the error says. Chosen by
+# hand.
 _FULL_BYTES = 1 << 20
 _OPTIMIZER = "optimizer."
 

@@ -61,7 +61,7 @@ class DataStage:
         weights: share of each source, adding up to one.
         tokens: how long it lasts; None, in the last stage, to the end of the run.
         seq_length: tokens of a sample; None is data.seq_length.
-        rotary_base: RoPE base; None is model.rotary_base.
+        rotary_base: RoPE base; None is rope.base.
         lengths: share of the samples that are packed from sequences of each length, which do not attend to one another;
             empty packs none.
         global_batch_size: samples of a step; None is training.global_batch_size.
@@ -82,7 +82,7 @@ class DataStage:
         if self.seq_length is not None:
             config = config.with_section("data", seq_length=self.seq_length)
         if self.rotary_base is not None:
-            config = config.with_section("model", rotary_base=self.rotary_base)
+            config = config.with_section("rope", base=self.rotary_base)
         changes = {
             name: getattr(self, name)
             for name in ("global_batch_size", "micro_batch_size")

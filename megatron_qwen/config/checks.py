@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_qwen.config.fields import bound_problems
 from megatron_qwen.config.pipeline import StageSplitError, layers_per_stage
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig
+from megatron_qwen.config.sections import RopeConfig
 from megatron_qwen.errors import ConfigError, Problem
 
 
@@ -22,18 +23,8 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
     if found:
         return found  # the rules divide by sizes that must be positive
     for rule in (
-        _shape,
-        _data,
-        _moe,
-        _tensor,
-        _pipeline,
-        _context,
-        _expert,
-        _precision,
-        _optimizer,
-        _checkpoint,
-        _recompute,
-    ):
+        _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _checkpoint, _recompute,
+    ):  # fmt: skip
         found += rule(config)
     if world_size is not None:
         found += _world(config, world_size)
@@ -84,6 +75,14 @@ def _shape(config: RunConfig) -> Iterator[Problem]:
             f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; lower data.seq_length or raise "
             "model.max_position_embeddings.",
         )
+    yield from rope_problems(config.rope)
+
+
+def rope_problems(rope: RopeConfig) -> Iterator[Problem]:
+    """What the fields of the rope section require of one another."""
+    if rope.kind == "default" and rope.scaling != 1:
+        fix = f"must be 1 with rope.kind={rope.kind}, which does not extend the context; set rope.scaling=1."
+        yield Problem("rope.scaling", rope.scaling, fix)
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:

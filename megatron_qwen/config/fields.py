@@ -7,6 +7,7 @@ import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from megatron_qwen.errors import Problem
@@ -97,7 +98,8 @@ class FieldInfo:
         return f"{self.section}.{self.name}"
 
 
-def field_infos(section: str, cls: type) -> dict[str, FieldInfo]:
+@cache  # the checks ask for every layout that `mq plan` looks at, and types are strings until they are evaluated
+def field_infos(section: str, cls: type) -> Mapping[str, FieldInfo]:
     """The fields of one section class by name."""
     hints = get_type_hints(cls)
 
@@ -139,7 +141,8 @@ def _mapping_name(key: Any, value: Any) -> str:
 
 def bound_problems(section: str, values: object) -> Iterator[Problem]:
     """A problem for every number of a section outside its declared bounds."""
-    for info in field_infos(section, type(values)).values():
+    cls: Any = type(values)
+    for info in field_infos(section, cls).values():
         value = getattr(values, info.name)
         for number in value if isinstance(value, tuple) else (value,):
             is_number = isinstance(number, int | float) and not isinstance(number, bool)

@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 
 from megatron_qwen.config.fields import field_infos, type_name
+from megatron_qwen.config.moved import MOVED
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig, as_dict
 
 
@@ -34,12 +35,14 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from the dataclasses in `megatron_qwen/config/sections.py`; a test keeps it so "
-        "(`./mq config reference > docs/configuration.md`).",
+        "Generated from the dataclasses in `megatron_qwen/config/sections.py`; a test keeps it so:",
+        "`./mq config reference > docs/configuration.md`.",
         "",
-        "A run is a recipe (`mq recipes`) or a `run.yaml`, followed by overrides `section.field=value` "
-        "(or `--section.field value`). A `run.yaml` holds the sections below and may name a `recipe` to start from. "
-        "Unknown fields and wrong values are reported all at once, with exit code 2.",
+        "A run is a recipe (`mq recipes`) or a `run.yaml`, followed by overrides `section.field=value` or",
+        "`--section.field value`. A `run.yaml` holds the sections below and may name a `recipe` to start from. Unknown",
+        "fields and wrong values are reported all at once, with exit code 2.",
+        "",
+        "Earlier names are still read: " + ", ".join(f"`{old}` is `{new}`" for old, new in MOVED.items()) + ".",
     ]
     for section, cls in SECTION_TYPES.items():
         lines += [

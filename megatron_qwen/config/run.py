@@ -10,21 +10,25 @@ from megatron_qwen.config.sections import (
     DataConfig,
     MetricsConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     PerformanceConfig,
     PrecisionConfig,
     ResilienceConfig,
+    RopeConfig,
     TrainingConfig,
 )
 
 SECTION_TYPES: dict[str, type] = {
     "model": ModelConfig,
+    "rope": RopeConfig,
     "parallel": ParallelConfig,
     "precision": PrecisionConfig,
     "data": DataConfig,
     "optim": OptimConfig,
     "training": TrainingConfig,
+    "objective": ObjectiveConfig,
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
     "resilience": ResilienceConfig,
@@ -35,20 +39,35 @@ PATHS = {"data": ("path", "blend", "tokenizer"), "checkpoint": ("load", "branch_
 
 
 @dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The sections that decide what a model computes from its weights, which a Hugging Face config.json holds too."""
+
+    model: ModelConfig
+    rope: RopeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """The complete configuration of a run, which run.yaml holds in resolved form."""
 
     recipe: str
     model: ModelConfig
+    rope: RopeConfig = field(default_factory=RopeConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)
     performance: PerformanceConfig = field(default_factory=PerformanceConfig)
+
+    @property
+    def architecture(self) -> Architecture:
+        """What the run's model computes."""
+        return Architecture(model=self.model, rope=self.rope)
 
     def with_section(self, section: str, /, **changes: Any) -> "RunConfig":
         """A copy with some fields of one section replaced."""

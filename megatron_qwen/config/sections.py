@@ -28,7 +28,6 @@ class ModelConfig:
     max_position_embeddings: int = setting(
         doc="Maximum sequence length, as declared in the exported config.json.", minimum=1
     )
-    rotary_base: float = setting(1_000_000.0, doc="RoPE base (theta).", above=1)
     layernorm_epsilon: float = setting(1e-6, doc="RMSNorm epsilon.", above=0)
     add_qkv_bias: bool = setting(True, doc="Bias on Q, K and V (Qwen2 family).")
     qk_layernorm: bool = setting(False, doc="RMSNorm on every query and key head (Qwen3 family).")
@@ -72,6 +71,17 @@ class ModelConfig:
     def is_moe(self) -> bool:
         """Whether the layers hold routed experts."""
         return self.num_moe_experts is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embeddings (RoPE) of queries and keys."""
+
+    # A kind that extends the context takes its other fields from here too, null by default. For YaRN:
+    # original_max_position_embeddings, beta_fast, beta_slow, attention_factor, mscale; ``scaling`` is its factor.
+    kind: Literal["default"] = setting("default", doc="default: channel pair i of d turns by position / base^(2i/d).")
+    base: float = setting(1_000_000.0, doc="RoPE base (theta).", above=1)
+    scaling: float = setting(1.0, doc="Factor that extends the context; 1 is none, and default requires 1.", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,6 +264,13 @@ class TrainingConfig:
     recompute_modules: tuple[Literal["core_attn", "mlp", "moe", "moe_act", "layernorm", "shared_experts"], ...] = (
         setting(("core_attn",), doc="Modules that selective recompute covers.")
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the model is trained for."""
+
+    kind: Literal["pretrain"] = setting("pretrain", doc="pretrain: cross-entropy of the next token.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from megatron_qwen.config import checks
 from megatron_qwen.config.fields import Form
+from megatron_qwen.config.moved import MOVED
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig, all_fields
 from megatron_qwen.config.strict_yaml import UNREADABLE, read_mapping, read_scalar
 from megatron_qwen.config.typed_yaml import YamlReader
@@ -32,13 +33,18 @@ _RunFile = make_dataclass(
 
 def unknown_field(path: str) -> Problem:
     """The problem that reports an unknown field, with the nearest known one."""
-    known = all_fields()
+    known = {**{candidate: candidate for candidate in all_fields()}, **MOVED}
     section, _, name = path.partition(".")
-    same_name = [candidate for candidate, info in known.items() if info.name == (name or section)]
+    same_name = [present for candidate, present in known.items() if _name_of(candidate) == (name or section)]
     if same_name:
         return Problem(path, None, f"no such field. Did you mean {same_name[0]}?")
-    hint = did_you_mean(path, known) or ("" if section in SECTION_TYPES else did_you_mean(section, SECTION_TYPES))
+    hint = did_you_mean(path, known, instead=MOVED)
+    hint = hint or ("" if section in SECTION_TYPES else did_you_mean(section, SECTION_TYPES))
     return Problem(path, None, f"no such field.{hint or ' See docs/configuration.md for all of them.'}")
+
+
+def _name_of(path: str) -> str:
+    return path.partition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,7 @@ def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]
             text, equals = words.pop(0), "="
         if not equals or "." not in path.strip("."):
             # A field's name without its section gets a suggestion; anything else is not an override.
-            known = {info.name for info in all_fields().values()}
+            known = set(map(_name_of, (*all_fields(), *MOVED)))
             hint = unknown_field(path) if path in known else Problem(word, None, "expected section.field=value.")
             problems.append(hint)
             continue
@@ -131,14 +137,20 @@ def _read(values: Mapping[str, Any]) -> tuple[dict[str, dict[str, Any]], list[Pr
     """Typed values as {section: {field: value}}, and the problems of the values that could not be read."""
     known, reader = all_fields(), YamlReader()
     changes: dict[str, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     for path, raw in values.items():
-        if path not in known:
+        info = known.get(MOVED.get(path, path))
+        if info is None:
             reader.problems.append(unknown_field(path))
             continue
-        info = known[path]
         value = reader.value(info.type, _as_yaml(raw, info.type), path)
         if value is not MISSING:
+            found[path] = value
             changes.setdefault(info.section, {})[info.name] = value
+    for earlier, present in MOVED.items():
+        if earlier in found and present in found and found[earlier] != found[present]:
+            fix = f"has moved to {present}, which is given too, as {found[present]}; give {present} alone."
+            reader.wrong(earlier, found[earlier], fix)
     return changes, reader.problems
 
 

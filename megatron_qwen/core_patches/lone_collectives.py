@@ -2,8 +2,8 @@
 
 Replaces: ``torch.distributed.all_gather_into_tensor`` and ``reduce_scatter_tensor``, where the group has one rank and
     input and output are the same memory: there is nothing to do. All others go to torch as before.
-Needed: with every torch so far (2.15 too): gloo copies the whole buffer even then. For a single rank whose gradients
-    lie in one buffer that was most of the time spent in megatron-core's data parallelism.
+Needed: with every torch so far (2.15 too): gloo copies the whole buffer even then. For a single rank with one gradient
+    buffer that was most of the time spent in megatron-core's data parallelism.
 When: before megatron.core is imported (it binds both names), on processes without a GPU.
 Can go: when gloo returns at once for a group of one, or megatron-core skips such collectives.
 """

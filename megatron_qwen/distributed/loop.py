@@ -11,7 +11,9 @@ import torch.distributed as dist
 from megatron_qwen import device, process_settings
 from megatron_qwen.distributed.rank import RankInfo, join, leave
 
+# slurm/healthcheck.sh ends this program after 240 s: the error of the collective, which names the cause, comes first.
 _TIMEOUT_MINUTES = 3
+# 4 MiB in fp32: more than fits one packet of any link. Chosen by hand.
 _ELEMENTS = 1 << 20
 
 

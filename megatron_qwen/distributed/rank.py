@@ -72,8 +72,12 @@ def _tasks_here(environ: Mapping[str, str]) -> int:
 
 
 def _port_of_job(environ: Mapping[str, str]) -> int:
-    """A port that differs between jobs of a node and between restarts of one job."""
-    return 15_000 + (int(environ["SLURM_JOB_ID"]) * 7 + int(environ.get("SLURM_RESTART_COUNT", "0"))) % 20_000
+    """A port that differs between jobs of a node and between restarts of one job.
+
+    The stride of 7 leaves room for restarts before the next job's port. The range ends below 32,768, where Linux begins
+    to give out ports of outgoing connections.
+    """
+    return 15_000 + (int(environ["SLURM_JOB_ID"]) * 7 + int(environ.get("SLURM_RESTART_COUNT", "0"))) % 17_000
 
 
 def _first_node_address(node_list: str) -> str:

@@ -3,6 +3,8 @@
 import statistics
 from collections.abc import Callable, Sequence
 
+# A round leaves the share of the error that communication and the optimizer have of the step: at one half, 20 leave
+# 1e-6.
 _ROUNDS = 20
 
 

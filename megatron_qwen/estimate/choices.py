@@ -16,7 +16,7 @@ from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
 
-_COLLECTION_INTERVAL = 100
+_COLLECTION_INTERVAL = 100  # steps; chosen by hand
 # FLOPs per CPU thread from which torch.compile pays off, about twenty minutes of work: kernels took up to 17 s to
 # compile and saved 1 to 3 % of a step in bf16, more in fp32.
 _COMPILE_FROM_FLOP = 1e14
@@ -311,10 +311,7 @@ def _optimizer_offload(config: RunConfig, machine: Machine, world_size: int) -> 
 def _collections(config: RunConfig, machine: Machine, world_size: int) -> _ValueAndReason:
     if world_size == 1:
         return 0, "a single rank delays no other with its garbage collection"
-    return (
-        _COLLECTION_INTERVAL,
-        "collections at the same step on all ranks: otherwise all ranks wait for each one's collection",
-    )
+    return (_COLLECTION_INTERVAL, "all ranks collect at the same step, so none waits for another")
 
 
 # Field -> (value that turns it off, rule). The order matters: a rule sees what earlier rules chose.

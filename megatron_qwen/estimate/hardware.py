@@ -1,6 +1,6 @@
 """Peak rates of a kind of device, as measured: the roofline from which step times are predicted.
 
-H200: measured (benchmarks/results/h200_ceilings.json, and h200_gpu_step.json for what Transformer Engine's attention
+H200: measured (benchmarks/results/h200_peaks.json, and h200_gpu_step.json for what Transformer Engine's attention
 takes). H100: the same processor with memory measured at 3.0 TB/s. B200 and A100: the shares of the peak that the H200
 reaches, on their data sheets' peaks: not measured. Links: data sheets, one direction, less a fifth for protocol.
 """
@@ -20,7 +20,7 @@ NotNegative = Annotated[float, Bounds(minimum=0)]
 class GemmRate:
     """Time of a GEMM: FLOPs at a rate, plus the exposed part of its memory accesses and of its launch.
 
-    Fitted to the fourteen GEMMs of h200_ceilings.json; the largest error is 17 %.
+    Fitted to the fourteen GEMMs of h200_peaks.json; the largest error is 17 %.
 
     Args:
         tflops: asymptotic rate, TFLOP/s.
@@ -151,7 +151,7 @@ def hardware(name: str) -> Hardware:
             Problem(
                 "--gpu",
                 name,
-                f"is not a known GPU; use one of {', '.join(sorted(KINDS))}, or a file of mq bench ceilings.",
+                f"is not a known GPU; use one of {', '.join(sorted(KINDS))}, or a file of mq bench peaks.",
             )
         )
     return KINDS[name.lower()]

@@ -1,4 +1,4 @@
-"""A device's peak rates as a file: ``mq bench ceilings --hardware FILE`` writes it, ``mq plan --gpu FILE`` reads it."""
+"""A device's peak rates as a file: ``mq bench peaks --hardware FILE`` writes it, ``mq plan --gpu FILE`` reads it."""
 
 import dataclasses
 from pathlib import Path

@@ -6,10 +6,14 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import GemmRate, Hardware
 
-# bf16 passes (one read or one write of every element) of memory-bound operations in a layer, forward and backward: over
-# [tokens, hidden] for norms, residual additions and RoPE; over [tokens, ffn] for SwiGLU; over [routed tokens, hidden]
-# for permutation, weighting and its inverse.
-_HIDDEN_PASSES, _FFN_PASSES, _ROUTED_PASSES = 29.0, 8.0, 12.0
+# Passes of the memory-bound operations of a layer, forward + backward: one is a read or a write of every element in
+# bf16. Over [tokens, hidden]: two norms, 2 x (2 + 3); two residual additions, 2 x (3 + 3); RoPE of the queries, 2 + 2.
+# That is 26. 29 was set by hand; what the other three stand for is not recorded.
+_HIDDEN_PASSES = 29.0
+# Over [tokens, ffn], SwiGLU: reads gate and up and writes the product (3); reads both and a gradient, writes two (5).
+_FFN_PASSES = 8.0
+# Over [routed tokens, hidden]: permutation, weighting and the inverse permutation, 3 x (2 + 2).
+_ROUTED_PASSES = 12.0
 # Fraction of the copy bandwidth that memory-bound kernels reach: from the profile of a 7B's step on an H200.
 _BANDWIDTH_SHARE = 0.5
 # Bytes to round one operand element of an FP8 GEMM: bf16 is read twice (amax, cast: 4), and one byte is written in row

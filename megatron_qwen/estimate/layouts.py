@@ -16,6 +16,8 @@ from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.memory import StageMemory, memory_per_stage
 from megatron_qwen.estimate.step_time import StepTime, step_time
 
+# What is tried. Sizes of virtual pipelines must divide the layers of a rank, which have the factors 2, 3, 5 and 7 in
+# the family (24, 28, 36, 48, 64 and 80 layers). Bounds chosen by hand.
 _MICRO_BATCHES, _VIRTUAL = (1, 2, 4, 8), (1, 2, 3, 4, 5, 6, 7, 8, 10)
 _LONGEST_PIPELINE = 32
 # With a shorter part of the sequence, a context-parallel rank spends its time on communication.

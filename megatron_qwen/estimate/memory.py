@@ -13,10 +13,12 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.estimate import cpu_attention
 
+# CUDA context, NCCL buffers and fragmentation of a rank. Chosen by hand: what the allocator does not report was not
+# measured (docs/performance.md, "Choosing a layout").
 ALLOWANCE_GIB = 4.0
-# Tokens per chunk of logits in the loss on a GPU (models/loss.py), and bytes per logit in bf16.
+# Tokens per chunk of logits in the loss on a GPU (objectives/cross_entropy.py), and bytes per logit in bf16.
 _LOSS_CHUNK_TOKENS, _LOSS_BYTES = 4096, 2
-_VOCABULARY_MULTIPLE = 128
+_VOCABULARY_MULTIPLE = 128  # models/vocabulary.py, which imports no estimate
 _GIB = 2.0**30
 
 

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from megatron_qwen.config.checks import rope_problems
 from megatron_qwen.config.fields import bound_problems
-from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.run import Architecture
+from megatron_qwen.config.sections import ModelConfig, RopeConfig
 from megatron_qwen.errors import ConversionError, Problem
 
 ARCHITECTURES = {
@@ -55,12 +57,12 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 
 def hf_config(
-    model: ModelConfig, *, eos_token_id: int | list[int] | None, bos_token_id: int | None, dtype: str
+    architecture: Architecture, *, eos_token_id: int | list[int] | None, bos_token_id: int | None, dtype: str
 ) -> dict[str, Any]:
     """config.json of the transformers class that computes the same function.
 
     Args:
-        model: the shape.
+        architecture: the shape and its RoPE.
         eos_token_id: id that ends a document.
         bos_token_id: id that begins one.
         dtype: torch's name of the weights' format.
@@ -68,14 +70,15 @@ def hf_config(
     Raises:
         ConversionError: no class of the family can express the architecture.
     """
-    kind = _model_type(model)
+    model, rope = architecture.model, architecture.rope
+    kind = _model_type(architecture)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[kind]],
         "model_type": kind,
         **{theirs: getattr(model, ours) for theirs, (ours, _) in _FIELDS.items()},
         "hidden_act": "silu",
         "initializer_range": model.init_method_std,
-        "rope_theta": model.rotary_base,
+        "rope_theta": rope.base,
         "use_sliding_window": False,
         "use_cache": True,
         "attention_dropout": model.attention_dropout,
@@ -102,8 +105,8 @@ def hf_config(
     return config
 
 
-def _model_type(model: ModelConfig) -> str:
-    problems = []
+def _model_type(architecture: Architecture) -> str:
+    model, problems = architecture.model, list(rope_problems(architecture.rope))
     if model.qk_layernorm:
         kind = "qwen3_moe" if model.is_moe else "qwen3"
         if model.add_qkv_bias:
@@ -131,7 +134,7 @@ def _model_type(model: ModelConfig) -> str:
     return kind
 
 
-def model_from_hf(content: dict[str, Any], *, where: str) -> ModelConfig:
+def architecture_from_hf(content: dict[str, Any], *, where: str) -> Architecture:
     """The architecture that a config.json describes.
 
     Args:
@@ -162,17 +165,17 @@ def model_from_hf(content: dict[str, Any], *, where: str) -> ModelConfig:
     for theirs, (ours, type_) in _OPTIONAL.items():
         if (value := _value(content, theirs, type_, where, problems, required=False)) is not None:
             shape[ours] = value
-    shape["rotary_base"] = _rope_base(content, where, problems)
+    base = _rope_base(content, where, problems)
     if not kind.startswith("qwen3") and content.get("head_dim") is not None:
         shape["kv_channels"] = _value(content, "head_dim", int, where, problems, required=True)
     problems += _not_computed(content, where)
     shape |= _switches(kind, content, where, problems)
     if problems:
         raise ConversionError(problems)
-    model = ModelConfig(**shape)
-    if problems := _illegal(model, where):
+    architecture = Architecture(model=ModelConfig(**shape), rope=RopeConfig(base=base))
+    if problems := _illegal(architecture, where):
         raise ConversionError(problems)
-    return model
+    return architecture
 
 
 def _with_older_names(content: dict[str, Any]) -> dict[str, Any]:
@@ -243,8 +246,10 @@ def _switches(kind: str, content: dict[str, Any], where: str, problems: list[Pro
     return switches
 
 
-def _illegal(model: ModelConfig, where: str) -> list[Problem]:
-    found = [Problem(f"{where}: {item.where}", item.value, item.fix) for item in bound_problems("model", model)]
+def _illegal(architecture: Architecture, where: str) -> list[Problem]:
+    model = architecture.model
+    bounds = (*bound_problems("model", model), *bound_problems("rope", architecture.rope))
+    found = [Problem(f"{where}: {item.where}", item.value, item.fix) for item in bounds]
     if found:
         return found
     found += [

@@ -19,7 +19,11 @@ from megatron_qwen.job.ranks import Ranks, SrunRanks, environment_of_ranks, plac
 from megatron_qwen.job.settings import JobSettings
 
 _RANK = ("-P", "-m", "megatron_qwen.train")
+# The range ends below 32,768, where Linux begins to give out ports of outgoing connections.
 _FIRST_PORT, _PORTS = 15_000, 17_000
+# Waits between tries of scontrol. An answer only adds a reason or an excluded node, so 17 s are enough. A requeue that
+# never reaches slurmctld ends the run, so its 257 s outlast a restart and a fail-over, which Slurm begins after 120 s
+# by default (SlurmctldTimeout). Chosen by hand.
 _SHOW_WAITS_S = (2.0, 5.0, 10.0)
 _REQUEUE_WAITS_S = (2.0, 5.0, 10.0, 20.0, 40.0, 60.0, 60.0, 60.0)
 

@@ -27,10 +27,14 @@ from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
 
 log = logging.getLogger(__name__)
+# Ranks are polled twice a second: a poll is one system call. Looking for a newer attempt and for a hang reads files of
+# a shared file system, and nothing depends on those seconds.
 _POLL_S = 0.5
 _CURRENT_EVERY_S = 5.0
 # Slurm notices a dead node later than its peers do.
 _NODE_STATE_WAIT_S = 3.0
+# Slurm sends SIGKILL KillWait seconds after SIGTERM, 30 by default. This leaves the rest of them for killing the ranks
+# and for scontrol requeue. Chosen by hand; the cluster of tests/slurm has KillWait=15.
 _LEAVE_S = 12.0
 
 

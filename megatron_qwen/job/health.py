@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# More than the longest check of slurm/healthcheck.sh, the loop over all nodes (240 s).
 _TIMEOUT_S = 300.0
 _FAILED = re.compile(r"^(?:\d+: )?healthcheck (\S+): FAIL (.*)$", re.MULTILINE)
 _DONE = re.compile(r"^(?:\d+: )?healthcheck (\S+): (?:ok|FAIL)", re.MULTILINE)

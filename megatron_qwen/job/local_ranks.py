@@ -17,6 +17,8 @@ from megatron_qwen.job.ranks import TaskEnd
 # Exit codes that a failure elsewhere causes: a rank that lost its peers says less about the cause than the peer that
 # failed first. NCCL's watchdog ends a process that waits for a dead peer with SIGABRT.
 _CONSEQUENCES = (EXIT_LOST_PEER, -signal.SIGTERM, -signal.SIGKILL, -signal.SIGABRT)
+# For ranks that lost a peer to notice it and to write why they end (resilience/rank_end.py). Over gloo they notice at
+# once. Chosen by hand.
 _GRACE_S = 20.0
 LOCAL_NODE = "this machine"
 # SIGKILL comes from the out-of-memory killer or from a dying node: the peer is lost, but the run can be resumed.

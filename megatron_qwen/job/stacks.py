@@ -12,6 +12,7 @@ from megatron_qwen.job.ranks import Ranks
 
 # Every rank prints the stacks of its threads on this signal (``resilience.stack_dump``); NCCL does not use it.
 DUMP_SIGNAL = signal.SIGQUIT
+# For the stacks to appear in the log files of a shared file system. A stopped process never prints one. Chosen by hand.
 _WAIT_S = 10.0
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x[0-9a-f]+ .*\(most recent call first\):$", re.MULTILINE)
 _FRAME = re.compile(r'^  File "(.+)", line (\d+) in (.+)$', re.MULTILINE)

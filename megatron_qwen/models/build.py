@@ -152,7 +152,7 @@ def _chunk(
         post_process=is_last_stage(groups) and (vp_stage or 0) == last,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=model.rotary_base,
+        rotary_base=config.rope.base,
         pg_collection=groups,
         vp_stage=vp_stage,
     )

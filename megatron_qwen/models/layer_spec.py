@@ -1,4 +1,4 @@
-"""The layers of the model as a megatron-core spec, from whichever backend."""
+"""megatron-core specs of the model's layers, for either backend."""
 
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -19,7 +19,7 @@ from megatron_qwen.models.backend import Backend
 
 
 def block_spec(core: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int) -> object:
-    """The layers that one model chunk holds, and the norm after the last one."""
+    """TransformerBlockSubmodules of one model chunk: the specs of its layers, and the final norm."""
     count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(core, vp_stage=vp_stage, pp_rank=pp_rank)
     layers = [_layer(core, backend, _provider(core, backend, number)) for number in range(first, first + count)]
@@ -27,7 +27,7 @@ def block_spec(core: TransformerConfig, backend: Backend, *, vp_stage: int | Non
 
 
 def _provider(core: TransformerConfig, backend: Backend, number: int) -> BackendSpecProvider:
-    """Who makes the modules of layer ``number`` of the model, from 0."""
+    """The provider of the modules of layer ``number``, counted from 0 over the whole model."""
     if backend.fp8_provider is None or is_first_last_bf16_layer(core, number):
         return backend.provider
     return backend.fp8_provider
@@ -39,7 +39,8 @@ def _layer(core: TransformerConfig, backend: Backend, provider: BackendSpecProvi
     norm = provider.layer_norm(rms_norm=True, has_residual=True)
     head_norm = provider.layer_norm(rms_norm=True, for_qk=True) if core.qk_layernorm else IdentityOp
     moe = core.num_moe_experts is not None
-    # Both backends save under the names of the fused modules, so that either loads the other's checkpoint.
+    # Both backends save norms under the names that Transformer Engine's fused layer-norm-and-linear modules give them,
+    # so that each loads the other's checkpoints.
     saved_as = {} if fused else {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if not fused and not moe:
         saved_as["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"

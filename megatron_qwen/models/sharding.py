@@ -1,7 +1,7 @@
-"""Names and places of a rank's parameters in the whole model.
+"""Global names, shapes and offsets of a rank's parameters.
 
-megatron-core's sharded state dict says of each local tensor which slice of which global tensor it is. All that
-must not depend on the layout (initial weights, exports, comparisons) goes by these names.
+megatron-core's sharded state dict maps each local tensor to a slice of a global tensor. Whatever must not depend on the
+layout (initial weights, exports, comparisons) uses these names.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTenso
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-# What the core needs to know to make names that are the same under every layout.
+# With this metadata megatron-core gives a tensor the same global name under every layout.
 CHECKPOINT_METADATA: dict[str, Any] = {
     "distrib_optim_sharding_type": "fully_reshardable",
     # One rank of a data-parallel group gathers the optimizer's state over gloo, not each of them over NCCL.
@@ -25,15 +25,15 @@ CHECKPOINT_METADATA: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Slice:
-    """A local tensor and where it lies in the global tensor ``name``.
+    """A local tensor and its offset in the global tensor ``name``.
 
     Args:
         name: such as ``decoder.layers.self_attention.linear_qkv.weight``; layers and experts are leading dimensions.
         data: the local values, without those leading dimensions of size one.
         leading: index in the leading (layer, expert) dimensions.
         global_shape: shape of the rest of the global tensor.
-        offset: where the local values begin in the rest.
-        is_main_replica: whether this rank, of those that hold the same values, is the one that counts.
+        offset: of the local values in the rest.
+        is_main_replica: whether this rank is replica 0 of the ranks that hold the same values.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Slice:
 
 
 def sharded_state_dict(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> dict[str, Any]:
-    """The core's sharded state dict of all chunks of this rank; the key of chunk i is ``model{i}``."""
+    """megatron-core's sharded state dict of this rank's chunks, by ``model``, or ``model{i}`` where it has several."""
     metadata = {**CHECKPOINT_METADATA, "dp_cp_group": groups.dp_cp}
     if len(modules) == 1:
         return {"model": modules[0].sharded_state_dict(metadata=metadata)}
@@ -53,7 +53,7 @@ def sharded_state_dict(modules: Sequence[GPTModel], groups: ProcessGroupCollecti
 
 
 def slices(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> Iterator[Slice]:
-    """Every parameter slice this rank holds, as views: writing to ``data`` writes to the parameter."""
+    """Every parameter slice that this rank holds, as views: writing to ``data`` writes to the parameter."""
     for state in sharded_state_dict(modules, groups).values():
         tensors = {
             key: value for key, value in state.items() if isinstance(value, ShardedTensor | ShardedTensorFactory)

@@ -18,7 +18,6 @@ def _model(**shape: object) -> ModelConfig:
         "kv_channels": 128,
         "vocab_size": 151936,
         "max_position_embeddings": 32768,
-        "rotary_base": 10_000.0,
         "add_qkv_bias": False,
         "qk_layernorm": True,
     }
@@ -26,7 +25,7 @@ def _model(**shape: object) -> ModelConfig:
 
 
 def qwen3_0_6b() -> RunConfig:
-    """Qwen3-0.6B: one GPU a replica."""
+    """Qwen3-0.6B: one GPU per model replica."""
     model = _model(
         num_layers=28,
         hidden_size=1024,
@@ -35,11 +34,13 @@ def qwen3_0_6b() -> RunConfig:
         ffn_hidden_size=3072,
         share_embeddings_and_output_weights=True,
     )
-    return RunConfig(recipe="qwen3_0_6b", model=model, optim=dense.SMALL_OPTIM, training=dense.SMALL_BATCH)
+    return RunConfig(
+        recipe="qwen3_0_6b", model=model, rope=dense.ROPE, optim=dense.SMALL_OPTIM, training=dense.SMALL_BATCH
+    )
 
 
 def qwen3_1_7b() -> RunConfig:
-    """Qwen3-1.7B: one GPU a replica."""
+    """Qwen3-1.7B: one GPU per model replica."""
     model = _model(
         num_layers=28,
         hidden_size=2048,
@@ -48,11 +49,13 @@ def qwen3_1_7b() -> RunConfig:
         ffn_hidden_size=6144,
         share_embeddings_and_output_weights=True,
     )
-    return RunConfig(recipe="qwen3_1_7b", model=model, optim=dense.SMALL_OPTIM, training=dense.SMALL_BATCH)
+    return RunConfig(
+        recipe="qwen3_1_7b", model=model, rope=dense.ROPE, optim=dense.SMALL_OPTIM, training=dense.SMALL_BATCH
+    )
 
 
 def qwen3_4b() -> RunConfig:
-    """Qwen3-4B: two GPUs a replica."""
+    """Qwen3-4B: two GPUs per model replica."""
     model = _model(
         num_layers=36,
         hidden_size=2560,
@@ -63,30 +66,45 @@ def qwen3_4b() -> RunConfig:
     )
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     return RunConfig(
-        recipe="qwen3_4b", model=model, parallel=parallel, optim=dense.SMALL_OPTIM, training=dense.SMALL_BATCH
+        recipe="qwen3_4b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=dense.SMALL_OPTIM,
+        training=dense.SMALL_BATCH,
     )
 
 
 def qwen3_8b() -> RunConfig:
-    """Qwen3-8B: two GPUs a replica."""
+    """Qwen3-8B: two GPUs per model replica."""
     model = _model(num_layers=36, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=12288)
     parallel = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)
     return RunConfig(
-        recipe="qwen3_8b", model=model, parallel=parallel, optim=dense.MIDDLE_OPTIM, training=dense.LARGE_BATCH
+        recipe="qwen3_8b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=dense.MIDDLE_OPTIM,
+        training=dense.LARGE_BATCH,
     )
 
 
 def qwen3_14b() -> RunConfig:
-    """Qwen3-14B: four GPUs a replica."""
+    """Qwen3-14B: four GPUs per model replica."""
     model = _model(num_layers=40, hidden_size=5120, num_attention_heads=40, num_query_groups=8, ffn_hidden_size=17408)
     parallel = ParallelConfig(tensor_model_parallel_size=4, sequence_parallel=True)
     return RunConfig(
-        recipe="qwen3_14b", model=model, parallel=parallel, optim=dense.MIDDLE_OPTIM, training=dense.LARGE_BATCH
+        recipe="qwen3_14b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=dense.MIDDLE_OPTIM,
+        training=dense.LARGE_BATCH,
     )
 
 
 def qwen3_32b() -> RunConfig:
-    """Qwen3-32B: two nodes of eight a replica, TP in the node."""
+    """Qwen3-32B: 16 GPUs per model replica; TP within a node."""
     model = _model(num_layers=64, hidden_size=5120, num_attention_heads=64, num_query_groups=8, ffn_hidden_size=25600)
     parallel = ParallelConfig(
         tensor_model_parallel_size=8,
@@ -95,7 +113,12 @@ def qwen3_32b() -> RunConfig:
         virtual_pipeline_model_parallel_size=4,
     )
     return RunConfig(
-        recipe="qwen3_32b", model=model, parallel=parallel, optim=dense.LARGE_OPTIM, training=dense.LARGE_BATCH
+        recipe="qwen3_32b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=dense.LARGE_OPTIM,
+        training=dense.LARGE_BATCH,
     )
 
 
@@ -113,7 +136,14 @@ def qwen3_30b_a3b() -> RunConfig:
         moe_router_pre_softmax=False,
     )
     parallel = ParallelConfig(expert_model_parallel_size=8)
-    return RunConfig(recipe="qwen3_30b_a3b", model=model, parallel=parallel, optim=moe.SMALL_OPTIM, training=moe.BATCH)
+    return RunConfig(
+        recipe="qwen3_30b_a3b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=moe.SMALL_OPTIM,
+        training=moe.BATCH,
+    )
 
 
 def qwen3_235b_a22b() -> RunConfig:
@@ -139,5 +169,10 @@ def qwen3_235b_a22b() -> RunConfig:
         expert_tensor_parallel_size=1,
     )
     return RunConfig(
-        recipe="qwen3_235b_a22b", model=model, parallel=parallel, optim=moe.LARGE_OPTIM, training=moe.BATCH
+        recipe="qwen3_235b_a22b",
+        model=model,
+        rope=dense.ROPE,
+        parallel=parallel,
+        optim=moe.LARGE_OPTIM,
+        training=moe.BATCH,
     )

@@ -11,7 +11,9 @@ from megatron_qwen.config.sections import (
     ModelConfig,
     OptimConfig,
     ParallelConfig,
+    PerformanceConfig,
     PrecisionConfig,
+    RopeConfig,
     TrainingConfig,
 )
 
@@ -19,6 +21,8 @@ _TINY_OPTIM = OptimConfig(learning_rate=1e-3, min_learning_rate=1e-4, lr_warmup_
 _TINY_TRAINING = TrainingConfig(train_iters=10, micro_batch_size=1, global_batch_size=4, eval_interval=5, eval_iters=1)
 _TINY_DATA = DataConfig(seq_length=64, validation_fraction=0.1)
 _FP32 = PrecisionConfig(dtype="fp32")
+# Operations of a few microseconds: waking a second thread for each costs more than it brings.
+_ONE_THREAD = PerformanceConfig(threads_per_rank=1)
 _QWEN3: dict[str, Any] = {"kv_channels": 32, "add_qkv_bias": False, "qk_layernorm": True}
 
 
@@ -34,7 +38,13 @@ def tiny_dense() -> RunConfig:
         max_position_embeddings=256,
     )
     return RunConfig(
-        recipe="tiny_dense", model=model, precision=_FP32, data=_TINY_DATA, optim=_TINY_OPTIM, training=_TINY_TRAINING
+        recipe="tiny_dense",
+        model=model,
+        precision=_FP32,
+        data=_TINY_DATA,
+        optim=_TINY_OPTIM,
+        training=_TINY_TRAINING,
+        performance=_ONE_THREAD,
     )
 
 
@@ -57,7 +67,13 @@ def tiny_moe() -> RunConfig:
         moe_z_loss_coeff=0.001,
     )
     return RunConfig(
-        recipe="tiny_moe", model=model, precision=_FP32, data=_TINY_DATA, optim=_TINY_OPTIM, training=_TINY_TRAINING
+        recipe="tiny_moe",
+        model=model,
+        precision=_FP32,
+        data=_TINY_DATA,
+        optim=_TINY_OPTIM,
+        training=_TINY_TRAINING,
+        performance=_ONE_THREAD,
     )
 
 
@@ -92,12 +108,12 @@ def demo() -> RunConfig:
         ffn_hidden_size=512,
         vocab_size=2048,
         max_position_embeddings=1024,
-        rotary_base=10_000.0,
         share_embeddings_and_output_weights=True,
     )
     return RunConfig(
         recipe="demo",
         model=model,
+        rope=RopeConfig(base=10_000.0),
         precision=_FP32,
         parallel=ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True),
         data=DataConfig(seq_length=256, validation_fraction=0.02),

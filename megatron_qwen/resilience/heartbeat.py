@@ -11,6 +11,8 @@ from megatron_qwen.files import atomic_write_json
 
 log = logging.getLogger(__name__)
 _INTERVAL_S = 1.0
+# The watchdog is asked every 5 s. It is asked late where a Slurm command blocks the controller (60 s a try), and much
+# later where the job was suspended. Taking the first for the second only delays the verdict. Chosen by hand.
 _SUSPENDED_S = 120.0
 
 

@@ -15,9 +15,11 @@ from megatron_qwen.estimate.choices import choose, impossible
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.backend import choose as choose_backend
 from megatron_qwen.models.build import build_model
+from megatron_qwen.objectives.base import Objective
+from megatron_qwen.objectives.build import build_objective
 from megatron_qwen.optim.build import build_optimizer
 from megatron_qwen.training.components import TrainingComponents
-from megatron_qwen.training.forward import make_forward_step
+from megatron_qwen.training.forward import ForwardStep
 from megatron_qwen.training.kernels import start_kernels
 from megatron_qwen.training.machine import common_machine
 from megatron_qwen.training.progress import TrainingProgress
@@ -42,6 +44,8 @@ def build_components(config: RunConfig) -> TrainingComponents:
     config, choices = choose(config, machine, world_size=dist.get_world_size())
     # Before groups and model, which take minutes at scale: a wrong path is reported at once.
     data = TrainingData(config)
+    objective = build_objective(config)
+    require_fields(data, objective)
     # Before megatron-core is asked for an optimizer, which then finds this Adam.
     groups = process_groups.create(
         config.parallel, seed=config.training.seed, graphs=config.performance.cuda_graph_impl == "local"
@@ -68,7 +72,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
         data=data,
         loader=build_loader(config, batch_slice),
         batch_slice=batch_slice,
-        forward_step=make_forward_step(config, groups),
+        forward_step=ForwardStep(config, groups, objective),
         progress=TrainingProgress(),
     )
 
@@ -97,3 +101,12 @@ def require_packed_support(data: TrainingData, backend: Backend) -> None:
     wrong = [Problem(f"stage {stage.name}", None, fix) for stage in data.blend.stages if data.is_packed(stage)]
     if wrong:
         raise ConfigError(wrong)
+
+
+def require_fields(data: TrainingData, objective: Objective) -> None:
+    """Raises ConfigError if the objective needs fields that the samples do not have."""
+    there = {field.name for field in data.extra_fields}
+    missing = [field.name for field in objective.extra_fields if field.name not in there]
+    if missing:
+        fix = f"needs {', '.join(missing)} beside the tokens, which this data does not have."
+        raise ConfigError(Problem("objective.kind", data.config.objective.kind, fix))

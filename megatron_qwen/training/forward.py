@@ -1,4 +1,4 @@
-"""One micro-batch through a model chunk, to the sum of its losses."""
+"""One micro-batch through a model chunk, to the objective's loss."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,13 +11,15 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.core_config import DTYPES
-from megatron_qwen.models.loss import output_loss
 from megatron_qwen.models.sequences import PackedSequences, packed_sequences
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.vocabulary import padded_vocab_size
+from megatron_qwen.objectives.base import Objective, ObjectiveResult
+from megatron_qwen.objectives.output_head import OutputHead
 
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-ForwardStep = Callable[[Iterator[Batch | None], Any], tuple[torch.Tensor, LossFunction]]
+LossFunction = Callable[[Any], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+# Key of a micro-batch's sums in what a loss function reports.
+SUMS = "sums"
 
 
 def loss_chunk_tokens(config: RunConfig) -> int:
@@ -27,47 +29,65 @@ def loss_chunk_tokens(config: RunConfig) -> int:
     return config.performance.cross_entropy_chunk_tokens or device.loss_chunk_tokens(row_bytes)
 
 
-def make_forward_step(config: RunConfig, groups: ProcessGroupCollection) -> ForwardStep:
-    """The function megatron-core's schedules call for every micro-batch and model chunk.
+class ForwardStep:
+    """What megatron-core's schedules call for every micro-batch and model chunk.
 
-    A model chunk in the middle of the pipeline needs neither tokens nor labels, so its batch is None, unless sequences
-    are packed: then its attention needs cu_seqlens.
+    Args:
+        config: of the run.
+        groups: of this rank.
+        objective: of the run.
     """
 
-    chunk_tokens = loss_chunk_tokens(config)
+    def __init__(self, config: RunConfig, groups: ProcessGroupCollection, objective: Objective) -> None:
+        self._groups, self._objective = groups, objective
+        self._sequence_parallel = config.parallel.sequence_parallel
+        self._vocab_size = config.model.vocab_size
+        self._chunk_tokens = loss_chunk_tokens(config)
 
-    def output_layer_loss(
-        *, hidden_states: Any, output_layer: Any, output_weight: Any, context: Batch, **_: Any
-    ) -> Any:
-        return output_loss(
-            hidden_states,
-            # With tied embeddings on the same rank the output layer has no weight of its own: it is passed in, and
-            # it has arrived (``arrival.py``) because the embedding was called before.
-            output_weight if output_layer.weight is None else arrived_weight(output_layer),
-            context.labels,
-            context.loss_mask,
-            groups=groups,
-            sequence_parallel=config.parallel.sequence_parallel,
-            vocab_size=config.model.vocab_size,
-            chunk_tokens=chunk_tokens,
-        )
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the objective's metrics, in the order of their sums in a report."""
+        return self._objective.metrics
 
-    def forward_step(batches: Iterator[Batch | None], chunk: Any) -> tuple[torch.Tensor, LossFunction]:
+    def __call__(self, batches: Iterator[Batch | None], chunk: Any) -> tuple[Any, LossFunction]:
+        """Runs a chunk.
+
+        A model chunk in the middle of the pipeline needs neither tokens nor labels, so its batch is None, unless
+        sequences are packed: then its attention needs cu_seqlens.
+
+        Returns:
+            Hidden states, or at the end of the pipeline an ``ObjectiveResult``; and the function that turns the latter
+            into what the schedule wants.
+        """
+        loss_function = partial(_sums, self.metrics)
         batch = next(batches)
         if batch is None:
-            return chunk(None, None, None), partial(_sum_loss, torch.ones(1, 1))
+            return chunk(None, None, None), loss_function
         output = chunk(
             batch.tokens,
             batch.position_ids,
             None,
             packed_seq_params=_sequences(batch),
             labels=batch.labels,
-            output_processor=output_layer_loss,
+            output_processor=self._objective_result,
             output_processor_context=batch,
         )
-        return output, partial(_sum_loss, batch.loss_mask)
+        return output, loss_function
 
-    return forward_step
+    def _objective_result(
+        self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Batch, **_: Any
+    ) -> ObjectiveResult:
+        """What GPTModel returns in place of logits or losses."""
+        head = OutputHead(
+            # With tied embeddings on the same rank the output layer has no weight of its own: it is passed in, and
+            # it has arrived (``arrival.py``) because the embedding was called before.
+            output_weight if output_layer.weight is None else arrived_weight(output_layer),
+            group=self._groups.tp,
+            sequence_parallel=self._sequence_parallel,
+            vocab_size=self._vocab_size,
+            chunk_tokens=self._chunk_tokens,
+        )
+        return self._objective(hidden_states, head, context)
 
 
 def _sequences(batch: Batch) -> PackedSequences | None:
@@ -76,12 +96,14 @@ def _sequences(batch: Batch) -> PackedSequences | None:
     return packed_sequences(batch.cu_seqlens, batch.seq_lengths, batch.position_ids[0])
 
 
-def _sum_loss(mask: torch.Tensor, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum of token losses (a scalar), number of tokens with loss (int), and both as a [2] float32 tensor for the log.
+def _sums(
+    metrics: tuple[str, ...], result: ObjectiveResult
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss as a sum (a scalar), its weight (int), and [total, weight] of loss and metrics as a float32 tensor.
 
-    megatron-core divides the gradients by the number of tokens over all ranks (calculate_per_token_loss), so the sum is
-    returned and not a mean.
+    megatron-core divides the gradients by the weight over all ranks, which it calls the number of tokens
+    (calculate_per_token_loss), so the sum is returned and not a mean.
     """
-    tokens = mask.sum()
-    report = torch.stack((output.detach().float(), tokens.float()))
-    return output, tokens.to(torch.int), {"loss and tokens": report}
+    means = [result.loss, *(result.metrics[name] for name in metrics)]
+    report = torch.stack([part.detach().float() for mean in means for part in (mean.total, mean.weight)])
+    return result.loss.total, result.loss.weight.to(torch.int), {SUMS: report}

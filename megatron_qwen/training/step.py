@@ -2,8 +2,9 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import batched
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,22 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.models.build import Model
-from megatron_qwen.training.forward import ForwardStep
+from megatron_qwen.training.forward import SUMS, ForwardStep
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What a global batch gave, the same on every rank.
+
+    Args:
+        loss: mean of the objective's loss; in pretraining cross-entropy in nats per token.
+        weight: what the mean is over: tokens that carried loss, or sequences.
+        metrics: means of the objective's metrics.
+    """
+
+    loss: float
+    weight: int
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -23,16 +39,18 @@ class StepResult:
     """What one step did.
 
     Args:
-        loss: mean cross-entropy of the global batch, in nats per token.
+        loss: mean of the objective's loss over the global batch; in pretraining cross-entropy in nats per token.
         grad_norm: global gradient norm before clipping.
-        tokens: tokens that carried loss.
+        weight: what the mean is over: tokens that carried loss, or sequences.
         skipped: whether the update was skipped because the loss or the gradient norm was not finite.
+        metrics: further figures of the objective.
     """
 
     loss: float
     grad_norm: float
-    tokens: int
+    weight: int
     skipped: bool
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def train_step(
@@ -42,6 +60,8 @@ def train_step(
     groups: ProcessGroupCollection,
     forward_step: ForwardStep,
     batches: Sequence[Batch],
+    *,
+    before_update: Callable[[], None] = lambda: None,
 ) -> StepResult:
     """Forward and backward over a global batch, then the update; called by all ranks together.
 
@@ -49,15 +69,27 @@ def train_step(
     all-reduced over all ranks, and the gradient norm, which is reduced over every rank that holds a part of the model.
     An inf or NaN on any rank makes them inf or NaN on all ranks, so all ranks skip together and no further collective
     is needed to agree.
+
+    Args:
+        config: the configuration in force for this step.
+        model: chunks of this rank.
+        optimizer: of the run.
+        groups: groups of this rank.
+        forward_step: called by the schedule for every micro-batch and model chunk.
+        batches: the micro-batches of this rank.
+        before_update: called when the gradients are reduced and known to be finite, before they are clipped.
     """
     for chunk in model.chunks:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
-    loss, tokens = run_batch(config, model, groups, forward_step, batches, forward_only=False)
+    done = run_batch(config, model, groups, forward_step, batches, forward_only=False)
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
-    if not (math.isfinite(grad_norm) and math.isfinite(loss)):
-        return StepResult(loss, grad_norm, tokens, skipped=True)
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(done.loss))
+    result = StepResult(done.loss, grad_norm, done.weight, skipped, done.metrics)
+    if skipped:
+        return result
+    before_update()
     if config.optim.clip_grad:
         for part in optimizer.chained_optimizers:
             if parameters := part.get_parameters():
@@ -65,12 +97,12 @@ def train_step(
                     parameters,
                     config.optim.clip_grad,
                     grad_norm,
-                    # The precision-aware optimizer has its gradients in param.decoupled_grad: their dtype differs
-                    # from the parameter's, which torch forbids in param.grad.
+                    # Where this is true, megatron-core put the gradients into param.decoupled_grad: their dtype is not
+                    # the parameter's, and torch refuses them in param.grad while param.grad_dtype has its default.
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
     optimizer.step_with_ready_grads()
-    return StepResult(loss, grad_norm, tokens, skipped=False)
+    return result
 
 
 def run_batch(
@@ -81,7 +113,7 @@ def run_batch(
     batches: Sequence[Batch],
     *,
     forward_only: bool,
-) -> tuple[float, int]:
+) -> BatchResult:
     """Runs megatron-core's schedule over one global batch.
 
     Args:
@@ -91,9 +123,6 @@ def run_batch(
         forward_step: called by the schedule for every micro-batch and model chunk.
         batches: the micro-batches of this rank.
         forward_only: skip the backward pass.
-
-    Returns:
-        Mean loss in nats per token and the number of tokens, the same on every rank.
     """
     micro = config.training.micro_batch_size
     packed = batches[0].cu_seqlens is not None
@@ -115,28 +144,29 @@ def run_batch(
             micro_batch_size=1 if packed else micro,
             forward_only=forward_only,
         )
-    return _mean_loss(reports, groups, batches[0].tokens.device)
+    return _means(reports, forward_step.metrics, groups, batches[0].tokens.device)
 
 
-def _mean_loss(
-    reports: list[dict[str, torch.Tensor]], groups: ProcessGroupCollection, device: torch.device
-) -> tuple[float, int]:
-    """Mean loss in nats per token and number of tokens of the global batch, the same on every rank.
+def _means(
+    reports: list[dict[str, torch.Tensor]], metrics: Sequence[str], groups: ProcessGroupCollection, device: torch.device
+) -> BatchResult:
+    """Means of loss and metrics over the global batch.
 
-    Each report is [sum of token losses, number of tokens with loss] of one micro-batch; only the last pipeline stage
-    has any. The loss is sum / count over the whole global batch, not the mean of the ranks' means: with masked tokens
-    each rank has another count, and a mean of means would depend on the layout.
+    Each report is [total, weight] of the loss and of each metric, of one micro-batch; only the last pipeline stage has
+    any. A mean is total / weight over the whole global batch, not the mean of the ranks' means: with masked tokens each
+    rank has another weight, and a mean of means would depend on the layout.
 
     One all-reduce over the world does it, since the ranks that hold the same numbers are made to count once: ranks of
     other pipeline stages add zero because they have no reports, and of a tensor-parallel group only rank 0 counts.
     Data-parallel and context-parallel ranks hold different tokens and all count. float64, because a float32 sum loses
     single tokens above 2**24 of them.
     """
-    both = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2 + 2 * len(metrics), dtype=torch.float64, device=device)
     for report in reports:
-        both += report["loss and tokens"]
+        sums += report[SUMS]
     if groups.tp.rank() > 0:
-        both.zero_()  # tensor-parallel ranks all report the same loss
-    dist.all_reduce(both)
-    loss, tokens = both.tolist()
-    return loss / max(tokens, 1.0), int(tokens)
+        sums.zero_()  # tensor-parallel ranks all report the same
+    dist.all_reduce(sums)
+    (loss, weight), *others = batched(sums.tolist(), 2)
+    means = {name: total / max(count, 1.0) for name, (total, count) in zip(metrics, others, strict=True)}
+    return BatchResult(loss / max(weight, 1.0), int(weight), means)

@@ -80,7 +80,7 @@ class Trainer:
         """Takes one step and updates the progress; does not call the callbacks."""
         components, config, progress = self.components, self.components.config, self.components.progress
         reader = components.data.at(progress.consumed_samples)
-        components.model.set_rotary_base(reader.config.model.rotary_base)
+        components.model.set_rotary_base(reader.config.rope.base)
         batch = global_batch_size(progress.consumed_samples, reader.config.training)
         rate = learning_rate(
             progress.schedule_iteration + 1, optim=config.optim, train_iters=config.training.train_iters
@@ -90,7 +90,13 @@ class Trainer:
         batches = components.loader.load(reader, self._request(progress.consumed_samples, reader), self._upcoming)
         waited = time.perf_counter() - started
         result = train_step(
-            reader.config, components.model, components.optimizer, components.groups, components.forward_step, batches
+            reader.config,
+            components.model,
+            components.optimizer,
+            components.groups,
+            components.forward_step,
+            batches,
+            before_update=self._before_update,
         )
         # For step_time_s alone: the step has read loss and gradient norm, so only the update is left to wait for.
         device.synchronize()
@@ -115,6 +121,10 @@ class Trainer:
             stage=reader.stage.name,
             config=reader.config,
         )
+
+    def _before_update(self) -> None:
+        for callback in self.callbacks:
+            callback.before_optimizer_step(self)
 
     def _request(self, consumed: int, reader: StageReader) -> BatchRequest:
         training = reader.config.training

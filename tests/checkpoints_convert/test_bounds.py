@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.run import Architecture
+from megatron_qwen.config.sections import ModelConfig, RopeConfig
 from megatron_qwen.hf.config import hf_config
 from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
@@ -51,7 +52,7 @@ def watch(*words: object) -> Watched:
 
 def write_model(model: ModelConfig, directory: Path) -> Path:
     directory.mkdir()
-    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="bfloat16")
+    content = hf_config(Architecture(model=model, rope=RopeConfig()), eos_token_id=0, bos_token_id=0, dtype="bfloat16")
     (directory / "config.json").write_text(json.dumps(content))
     tensors = {item.name: torch.randn(item.shape).to(torch.bfloat16) for item in hf_tensors(model)}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

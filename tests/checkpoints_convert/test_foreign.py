@@ -36,7 +36,7 @@ def arguments(config: RunConfig, **changes: Any) -> argparse.Namespace:
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.head_dim,
         "norm_epsilon": model.layernorm_epsilon,
-        "rotary_base": int(model.rotary_base),
+        "rotary_base": int(config.rope.base),
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "untie_embeddings_and_output_weights": not model.share_embeddings_and_output_weights,
@@ -60,7 +60,7 @@ def arguments(config: RunConfig, **changes: Any) -> argparse.Namespace:
 
 
 def save_as_megatron_lm(config: RunConfig, out: Path, metadata: dict[str, Any], changes: dict[str, Any]) -> None:
-    """Saves the initial model with the core's function and nothing of ours."""
+    """Saves the initial model with megatron-core's function and nothing of ours."""
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.strategies import filesystem_async
@@ -139,7 +139,7 @@ def test_says_what_is_missing_and_what_contradicts(config, pool, tmp_path):
     with pytest.raises(CheckpointError) as caught:
         main(["to-hf", str(foreign), str(tmp_path / "hf"), "--config", "tiny_dense"])
     message = caught.value.render()
-    for word in ("rotary_base = 10000", "model.rotary_base=...", "norm_epsilon = 1e-05", "apply_layernorm_1p=True"):
+    for word in ("rotary_base = 10000", "rope.base=...", "norm_epsilon = 1e-05", "apply_layernorm_1p=True"):
         assert word in message, message
     with pytest.raises(CheckpointError, match="written with hidden_size = 64"):
         main(["to-hf", str(foreign), str(tmp_path / "hf"), "--config", "qwen2_5_0_5b"])

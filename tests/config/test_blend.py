@@ -42,7 +42,7 @@ def test_what_a_stage_changes(tmp_path):
     content = {**GOOD, "stages": [{**GOOD["stages"][0], "rotary_base": 5e5, "global_batch_size": 6}]}
     config = RECIPES["tiny_dense"]().with_section("training", rampup_batch_size=(2, 2, 100))
     stage = read_blend(write(tmp_path, content)).stages[0].configure(config)
-    assert (stage.data.seq_length, stage.model.rotary_base, stage.training.global_batch_size) == (64, 5e5, 6)
+    assert (stage.data.seq_length, stage.rope.base, stage.training.global_batch_size) == (64, 5e5, 6)
     assert stage.training.rampup_batch_size is None
     assert stage.optim == config.optim
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tools.benchmarks.qwen_vocabulary import fetch_ranks
+from tools.dev.benchmarks.qwen_vocabulary import fetch_ranks
 
 
 @pytest.fixture(scope="session")

@@ -127,7 +127,7 @@ def _kinds(part: Any) -> tuple[str, ...]:
 
 
 def with_buckets(config: RunConfig, bucket_size: int | None) -> Any:
-    """A run whose gradients lie in buckets of so many scalars; the core's own are larger than these models."""
+    """A run with gradient buckets of so many scalars; megatron-core's default is larger than these models."""
     from megatron_qwen.models import build
     from megatron_qwen.training.build import build_components
 

@@ -26,7 +26,7 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP full recompute": (2, TP2 | SP | {"recompute": "full"}),
 }
 
-# The core's rule: tensor parallelism in a mixture of experts needs sequence parallelism.
+# megatron-core's rule: tensor parallelism in an MoE model requires sequence parallelism.
 MOE: dict[str, tuple[int, dict[str, Any]]] = {
     "TP2+SP": (2, TP2 | SP),
     "PP2": (2, PP2),

@@ -11,7 +11,7 @@ from tests.distributed import jobs
 from tests.distributed.layouts import DENSE, MOE
 from tests.tiers import cases, count
 
-STEPS = count(quick=50, thorough=200)
+STEPS = count(quick=20, thorough=200)
 # Mean loss of the last twenty steps, relative to fp32. Seen after 200: -0.06 % to +0.09 %.
 BOUND = 0.003
 FEW = 5

@@ -16,7 +16,9 @@ from tests.checkpoints_convert.models import make, with_tokenizer
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "convert.md"
 COMMANDS = [
-    line for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), flags=re.DOTALL) for line in block.splitlines()
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()  # a command over several lines is one
 ]
 
 

@@ -11,10 +11,14 @@ import pytest
 
 from launch.demo import standard_library
 from tests.conftest import ROOT
-from tools.benchmarks.qwen_vocabulary import fetch_ranks
+from tools.dev.benchmarks.qwen_vocabulary import fetch_ranks
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()  # a command over several lines is one
+]
 BLEND = re.search(r"```yaml\n(# blend.yaml\n.*?)```", PAGE, flags=re.DOTALL)[1]
 
 

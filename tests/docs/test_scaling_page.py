@@ -14,7 +14,11 @@ from launch.sweeps.arguments import parser
 
 ROOT = Path(__file__).parent.parent.parent
 TEXT = (ROOT / "docs" / "scaling_laws.md").read_text()
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.replace("\\\n", "").splitlines()  # a command over several lines is one
+]
 
 
 def test_the_commands_of_the_page(tmp_path, monkeypatch):

@@ -18,8 +18,8 @@ VECTORS = 4 * (64 + 32 + 32 + 2 * 64) + 64
 def by_hand(matrices: int, *, layers: int, width: int, length: int) -> int:
     """6 x scalars of the matrices that a token meets, and 12 x layers x attention width x positions.
 
-    A product takes 2 FLOPs a scalar, and backward two products of the same size. Scores and values are two such
-    products of width x positions.
+    A GEMM takes 2 FLOPs per scalar, and the backward pass has two of the same size. Scores and values are two GEMMs of
+    width x positions.
     """
     return 6 * matrices + 3 * 2 * 2 * layers * width * length
 
@@ -27,7 +27,7 @@ def by_hand(matrices: int, *, layers: int, width: int, length: int) -> int:
 @pytest.mark.parametrize(("recipe", "layer"), [("tiny_dense", DENSE_LAYER), ("tiny_moe", MOE_LAYER)])
 @pytest.mark.parametrize("length", [16, 64])
 def test_what_torch_counts_in_transformers_model(recipe, layer, length):
-    """Matrix products only: the formula's 6 for each bias and norm come on top, and are 0.2 to 0.7 %."""
+    """GEMMs only: the formula's 6 for each bias and norm come on top, and are 0.2 to 0.7 %."""
     import torch
     import transformers
     from torch.utils.flop_counter import FlopCounterMode

@@ -37,7 +37,7 @@ def test_everything_wrong_is_said_at_once(tmp_path):
 
 
 def test_a_plan_on_a_measured_machine(tmp_path):
-    """Half the product rate and half the memory: fewer layouts fit, and the fastest is slower."""
+    """Half the GEMM rate and half the memory: fewer layouts fit, and the fastest is slower."""
     fast = hardware("h200")
     slow = dataclasses.replace(
         fast, name="slow", memory_gib=fast.memory_gib / 2, bf16=dataclasses.replace(fast.bf16, tflops=350.0)

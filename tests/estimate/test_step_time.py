@@ -7,8 +7,8 @@ from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.step_time import step_time
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.predictions import WITHIN, calibrate, predicted
-from tools.benchmarks.published_steps import measured_steps, published_steps
+from tools.dev.benchmarks.predictions import WITHIN, calibrate, predicted
+from tools.dev.benchmarks.published_steps import measured_steps, published_steps
 
 PUBLISHED, MEASURED = list(published_steps()), list(measured_steps())
 

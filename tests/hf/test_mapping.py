@@ -7,17 +7,18 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from megatron_qwen.estimate.parameters import count_parameters
-from megatron_qwen.hf.config import hf_config, model_from_hf
+from megatron_qwen.hf.config import architecture_from_hf, hf_config
 from megatron_qwen.hf.mapping import TensorMapping, core_tensors, count_hf_tensors, hf_tensors, tensor_mappings
 from megatron_qwen.recipes.registry import RECIPES
 
 
 @pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe", "demo"])
 def test_names_are_those_of_transformers(recipe):
-    model = RECIPES[recipe]().model
+    config = RECIPES[recipe]()
+    model = config.model
     names = [item.name for item in hf_tensors(model)]
     assert len(names) == len(set(names)) == count_hf_tensors(model)
-    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="float32")
+    content = hf_config(config.architecture, eos_token_id=0, bos_token_id=0, dtype="float32")
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**content))
     expected = set(theirs.state_dict())
@@ -53,7 +54,7 @@ def test_split_and_join_are_inverse(recipe):
 
 
 def test_query_heads_lie_beside_their_key_and_value():
-    """The core's order by the plain definition: group by group, its query heads, then key, then value."""
+    """megatron-core's order by its definition: group by group, its query heads, then key, then value."""
     model = RECIPES["tiny_dense"]().model
     mapping = next(mapping for mapping in tensor_mappings(model) if mapping.core.endswith("linear_qkv.bias"))
     d, heads = model.head_dim, model.num_attention_heads // model.num_query_groups
@@ -72,14 +73,17 @@ def test_query_heads_lie_beside_their_key_and_value():
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "qwen3_235b_a22b"])
 def test_config_json_comes_back(recipe):
-    model = RECIPES[recipe]().model
-    content = hf_config(model, eos_token_id=0, bos_token_id=0, dtype="bfloat16")
-    back = model_from_hf(content, where="config.json")
+    config = RECIPES[recipe]()
+    model = config.model
+    content = hf_config(config.architecture, eos_token_id=0, bos_token_id=0, dtype="bfloat16")
+    found = architecture_from_hf(content, where="config.json")
+    back = found.model
     # What Hugging Face has no field for.
     training_only = {"scale_output_init": True, "moe_z_loss_coeff": model.moe_z_loss_coeff}
     routing = {} if model.is_moe else {"moe_aux_loss_coeff": model.moe_aux_loss_coeff}
     head_dim = {"kv_channels": model.kv_channels} if back.head_dim == model.head_dim else {}
     assert replace(back, **training_only, **routing, **head_dim) == model
+    assert found.rope == config.rope
 
 
 def test_parameters_of_the_table_are_those_of_the_estimate():

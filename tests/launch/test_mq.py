@@ -76,6 +76,38 @@ def test_sets_up_once_and_again_when_constraints_change(checkout):
     assert "setting up" in mq(checkout, "recipes").stderr
 
 
+def test_setup_alone_makes_the_environment(checkout):
+    done = mq(checkout, "setup")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"mq: the environment {checkout / '.venv'} is ready\n"
+    assert mq(checkout, "recipes").stderr == "", "nothing was left to do"
+
+
+def test_pins_of_an_older_driver_replace_torch_and_its_libraries(checkout, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    info = "torch-1.0+cu126.dist-info"
+    with zipfile.ZipFile(wheels / "torch-1.0+cu126-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 1.0+cu126\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    (checkout / "pyproject.toml").write_text(
+        PYPROJECT.replace('version = "1"', 'version = "1"\ndependencies = ["torch"]')
+    )
+    (checkout / "constraints.txt").write_text(
+        "cuda-toolkit==13.2.2\nnvidia-nccl-cu13==2.30.7\ntorch==2.15.0\nxxhash==4.1.0\n"
+    )
+    pins = f"--find-links {wheels}\ntorch==1.0+cu126\n"
+    (checkout / ".venv.pins").write_text(pins)
+    assert mq(checkout, "recipes").stdout == "ours\n"
+    assert (checkout / ".venv" / "constraints.txt").read_text() == f"{pins}xxhash==4.1.0\n"
+    command = [checkout / ".venv/bin/python", "-m", "pip", "list", "--format=freeze"]
+    assert "torch==1.0+cu126" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert mq(checkout, "recipes").stderr == "", "set up once"
+    (checkout / ".venv.pins").write_text(pins + "# another driver\n")
+    assert "setting up" in mq(checkout, "recipes").stderr
+
+
 def test_runs_from_anywhere_and_through_a_link(checkout, tmp_path):
     theirs = tmp_path / "theirs"
     for name in ("tools", "launch"):

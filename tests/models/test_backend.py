@@ -42,7 +42,7 @@ def test_says_what_te_lacks(monkeypatch):
     assert te_backend.why_not() == "there is no CUDA device"
     monkeypatch.setattr(te_backend.device, "has_cuda", lambda: True)
     monkeypatch.setattr(te_backend.importlib.util, "find_spec", lambda name: None)
-    assert te_backend.why_not() == "transformer_engine is not installed (pip install 'megatron_qwen[gpu]')"
+    assert te_backend.why_not() == "transformer_engine is not installed (./mq setup --gpu)"
 
 
 @pytest.mark.parametrize(

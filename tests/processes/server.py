@@ -28,6 +28,8 @@ LIBRARIES = (
     "scipy.special",
     "torch",
     "torch.distributed.checkpoint",
+    "torch.distributed._tensor",
+    "torch.distributed.tensor.experimental",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "torch.utils.cpp_extension",

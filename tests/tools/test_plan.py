@@ -69,7 +69,7 @@ def make_run(folder, config, speed, devices, steps=12):
 
 
 def test_calibration(tmp_path):
-    """Runs whose speed is 0.7 of the ceilings give 0.7 back."""
+    """Runs at 0.7 of the peak rates give 0.7 back."""
     from megatron_qwen.estimate.assumptions import Assumptions
     from megatron_qwen.estimate.hardware import hardware
     from megatron_qwen.estimate.step_time import step_time

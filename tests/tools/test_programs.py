@@ -14,9 +14,9 @@ from tests.conftest import ROOT, environment, run
 
 PROGRAMS = [
     "launch.command",
-    "launch.demo",
+    "launch.setup", "launch.demo",
     "launch.doctor", "launch.sweep", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data",
-    "tools.generate", "tools.report", "tools.bench", "tools.check", "checkpoints_convert.convert",
+    "tools.generate", "tools.report", "tools.dev.bench", "tools.dev.check", "checkpoints_convert.convert",
 ]  # fmt: skip
 HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib"}
 

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +124,8 @@ def steps_with_bad_ones(config: RunConfig, run_dir: Path, bad: dict[int, str], p
         return gradient * float("inf") if spoilt("gradient") else gradient
 
     next(components.model.modules[0].parameters()).register_hook(spoil_gradient)
-    forward = partial(_forward_with_spoilt_loss, components.forward_step, spoilt)
     recorder = _recorder()
+    forward = _SpoiltLoss(components.forward_step, spoilt)
     trainer = Trainer(replace(components, forward_step=forward), [recorder, NumericsGuard()])
     exit_code, message = 0, None
     try:
@@ -136,17 +135,22 @@ def steps_with_bad_ones(config: RunConfig, run_dir: Path, bad: dict[int, str], p
     return {"steps": recorder.found, "exit_code": exit_code, "message": message}
 
 
-def _forward_with_spoilt_loss(forward: Any, spoilt: Any, batches: Any, chunk: Any) -> tuple[Any, Any]:
+class _SpoiltLoss:
     """A forward step whose loss is not a number where it is reported, and as it was where it is differentiated."""
-    output, reduce = forward(batches, chunk)
 
-    def reduced(tensor: Any) -> tuple[Any, Any, dict[str, Any]]:
-        loss, tokens, report = reduce(tensor)
-        if spoilt("loss"):
-            report = {name: value.new_tensor([float("nan"), float(value[1])]) for name, value in report.items()}
-        return loss, tokens, report
+    def __init__(self, forward: Any, spoilt: Any) -> None:
+        self.forward, self.spoilt, self.metrics = forward, spoilt, forward.metrics
 
-    return output, reduced
+    def __call__(self, batches: Any, chunk: Any) -> tuple[Any, Any]:
+        output, reduce = self.forward(batches, chunk)
+
+        def reduced(result: Any) -> tuple[Any, Any, dict[str, Any]]:
+            loss, weight, report = reduce(result)
+            if self.spoilt("loss"):
+                report = {name: value.new_tensor([float("nan"), float(value[1])]) for name, value in report.items()}
+            return loss, weight, report
+
+        return output, reduced
 
 
 def _recorder() -> Any:
@@ -157,8 +161,12 @@ def _recorder() -> Any:
 
         def __init__(self) -> None:
             self.found: list[dict[str, Any]] = []
+            self.updates = 0
+
+        def before_optimizer_step(self, trainer: Any) -> None:
+            self.updates += 1
 
         def after_step(self, trainer: Any, record: Any) -> None:
-            self.found.append(_reported(trainer, record))
+            self.found.append(_reported(trainer, record) | {"updates": self.updates})
 
     return Recorder()

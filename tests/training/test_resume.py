@@ -1,10 +1,15 @@
 """Runs that begin from another: a stem and its branch compute what one run does; weights alone begin a new run."""
 
 import pytest
+import yaml
 
+from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.paths import committed, iteration_dir
 from megatron_qwen.config.checks import problems
+from megatron_qwen.config.source import resolve
+from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
+from tests.config import earlier
 from tests.distributed import jobs
 from tests.rank_pool import RankError
 from tests.training.attempts import attempt, configure
@@ -61,6 +66,39 @@ def test_a_stem_that_is_not_there(pool, tokens, tmp_path):
     RunDirectory(tmp_path / "run").claim(config)
     with pytest.raises(RankError, match=r"CheckpointError: .*no committed checkpoint"):
         pool[2].run(jobs.attempt, config, tmp_path / "run")
+
+
+def test_a_run_of_an_earlier_version_resumes(pool, tokens, tmp_path):
+    """Its run.yaml and those of its checkpoints have the RoPE base elsewhere; the run is the same, bit for bit."""
+    length = ["training.train_iters=4", "checkpoint.save_interval=2", "optim.lr_decay_iters=4"]
+    whole = attempt(pool, 1, configure("tiny_dense", tokens, *length, "rope.base=5e3"), tmp_path / "whole")
+    half = ["training.train_iters=2", *length[1:]]
+    attempt(pool, 1, configure("tiny_dense", tokens, *half, "rope.base=5e3"), tmp_path / "run")
+    checkpoint = iteration_dir(tmp_path / "run" / "checkpoints", 2)
+    for run_yaml in (tmp_path / "run" / "run.yaml", checkpoint / "run.yaml"):
+        earlier.rewrite(run_yaml)
+    entries = {name: manifest.hash_file(checkpoint / name) for name in manifest.files_in(checkpoint)}
+    manifest.write(checkpoint, entries, iteration=2, attempt=1)
+    records = attempt(pool, 1, configure("tiny_dense", tokens, *length, "model.rotary_base=5e3"), tmp_path / "run")
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4]
+    assert [record["lm_loss"] for record in records] == [record["lm_loss"] for record in whole]
+    other = attempt(pool, 1, configure("tiny_dense", tokens, *length), tmp_path / "other")
+    assert other[-1]["lm_loss"] != whole[-1]["lm_loss"], "the base changes nothing: equal losses say nothing"
+
+
+def test_a_checkpoint_has_the_rope_base_of_its_last_step(pool, tokens, tmp_path):
+    stages = [
+        {"name": "short", "weights": {"a": 1}, "tokens": 512},
+        {"name": "long", "weights": {"a": 1}, "rotary_base": 5e5},
+    ]
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(yaml.safe_dump({"sources": {"a": {"path": str(tokens)}}, "stages": stages}))
+    words = [f"data.blend={blend}", "rope.base=1e4", "training.train_iters=4", "checkpoint.save_interval=2"]
+    config = resolve("tiny_dense", words, RECIPES)
+    attempt(pool, 1, config, tmp_path / "run")
+    found = [iteration_dir(tmp_path / "run" / "checkpoints", step) / "run.yaml" for step in (2, 4)]
+    assert [resolve(str(path), [], RECIPES).rope.base for path in found] == [1e4, 5e5]
+    assert resolve(str(tmp_path / "run" / "run.yaml"), [], RECIPES).rope == config.rope
 
 
 def test_either_branch_or_load(tokens):

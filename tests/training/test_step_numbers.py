@@ -60,7 +60,7 @@ def test_three_steps_are_those_of_transformers_and_torch(
     config = config_of(recipe, text, starts[recipe], **changes)
     expected = twins[recipe, CLIP if clip == CLIP else None]
     for steps in pool[size].run(ranks.steps_from, config, tmp_path, STEPS):
-        assert [step["tokens"] for step in steps] == expected["tokens"]
+        assert [step["weight"] for step in steps] == expected["tokens"]
         assert [step["loss"] for step in steps] == pytest.approx(expected["losses"], rel=2e-6)
         assert [step["grad_norm"] for step in steps] == pytest.approx(expected["norms"], rel=2e-5)
         assert [step["learning_rate"] for step in steps] == pytest.approx(RATES[:STEPS], rel=1e-12)
@@ -96,6 +96,6 @@ def test_masked_ends_and_separate_documents(data, size, layout, micro, pool, sta
     separate = data.get("reset_attention_mask", False)
     loss, norm = twin_of("tiny_dense", starts["tiny_dense"]).backward([rows], separate=separate)
     for (step,) in pool[size].run(ranks.steps_from, config, tmp_path, 1):
-        assert step["tokens"] == sum(int((row.labels != IGNORED).sum()) for row in rows)
+        assert step["weight"] == sum(int((row.labels != IGNORED).sum()) for row in rows)
         assert step["loss"] == pytest.approx(loss, rel=2e-6)
         assert step["grad_norm"] == pytest.approx(norm, rel=2e-5)

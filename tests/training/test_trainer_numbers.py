@@ -43,6 +43,7 @@ def test_a_skipped_step_takes_its_batch_and_nothing_else(
         assert [step["iteration"] for step in steps] == [1, 2, 3, 4, 5]
         assert [step["schedule_iteration"] for step in steps] == [1, 1, 2, 3, 4]
         assert [step["skipped_iterations"] for step in steps] == [0, 1, 1, 1, 1]
+        assert [step["updates"] for step in steps] == [1, 1, 2, 3, 4]  # before_optimizer_step
         assert [step["consecutive_skips"] for step in steps] == [0, 1, 0, 0, 0]
         assert [step["consumed_samples"] for step in steps] == [8, 16, 24, 32, 40]
         assert [step["consumed_tokens"] for step in steps] == [512, 1024, 1536, 2048, 2560]
@@ -90,4 +91,4 @@ def test_tokens_of_stages_of_another_length_and_batch(pool, starts, documents, t
     for steps in pool[2].run(ranks.steps_with_callbacks, config, tmp_path, []):
         assert [step["consumed_tokens"] for step in steps] == [512, 1024, 1152, 1280, 1408]
         assert [step["consumed_samples"] for step in steps] == [8, 16, 20, 24, 28]
-        assert [step["tokens"] for step in steps] == [512, 512, 128, 128, 128]
+        assert [step["weight"] for step in steps] == [512, 512, 128, 128, 128]

@@ -134,6 +134,7 @@ def fit(cells: Cells, *, draws: int, seed: int, window: float = WINDOW) -> Basin
         # is the standard deviation of a normal distribution, robust to cells that became unstable.
         noise = 1.4826 * float(np.median(np.abs(residual[height <= limit]))) if (height <= limit).any() else 0.0
         limit = max(window, 2 * noise)
+        # Of cells with normal noise fewer than one in a million is more than 5 standard deviations off.
         cap = max(_SEEN * window, limit + 5 * noise)
         now = _nearest(np.where(seen <= cap, height, np.inf), limit, cells, at)
         if np.array_equal(now, inside):

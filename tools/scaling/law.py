@@ -13,7 +13,10 @@ import numpy as np
 from tools.scaling.observations import Array, Chosen
 
 DELTA = 1e-3
+# A row ends when its step is below the tolerance, relative to its coefficients; the number of steps bounds rows that do
+# not.
 _STEPS, _TOLERANCE = 300, 1e-9
+# Resamples x points refined together, so that the arrays of a step stay in a cache. Chosen by hand.
 _CHUNK_ELEMENTS = 60_000
 
 
@@ -88,7 +91,7 @@ def fit(terms: Terms, log_loss: Array, *, weights: Array | None = None, delta: f
     starts = _starts(centred, log_loss)
     order = np.argsort(_objective(centred, starts, log_loss[None], weights[None], delta))
     best, least = starts[order[0]], np.inf
-    for index in order[:12]:
+    for index in order[:12]:  # the most promising of a grid of starts; twelve chosen by hand
         # In units of delta: the optimizer's own tolerances mean nothing at 1e-6.
         answer = minimize(
             _value_and_slope,

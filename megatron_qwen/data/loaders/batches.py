@@ -1,12 +1,13 @@
 """The micro-batches of one rank: which samples they hold, and how samples become tensors."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.reading.samples import Sample, SampleSource
 from megatron_qwen.distributed.sequence import slice_for_rank
 
@@ -38,6 +39,9 @@ class Batch:
     every tensor is [1, b * s / CP]. ``cu_seqlens`` [sequences + 1] holds the cumulative sequence lengths in the whole
     row, before it is cut over context-parallel ranks: 0 first, b * s last. ``seq_lengths`` holds the lengths
     themselves on the host, because reading them back from the device would wait for it.
+
+    ``extra`` holds the source's extra fields: those per token as the other tensors, those per sequence [sequences], in
+    the order of the samples and of the sequences in each.
     """
 
     tokens: torch.Tensor
@@ -46,6 +50,7 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     seq_lengths: tuple[int, ...] = ()
+    extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on another device."""
@@ -56,14 +61,14 @@ class Batch:
         return self._with(torch.Tensor.pin_memory)
 
     def _with(self, moved: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        cu_seqlens = None if self.cu_seqlens is None else moved(self.cu_seqlens)
-        return Batch(
-            moved(self.tokens),
-            moved(self.labels),
-            moved(self.loss_mask),
-            moved(self.position_ids),
-            cu_seqlens,
-            self.seq_lengths,
+        return replace(
+            self,
+            tokens=moved(self.tokens),
+            labels=moved(self.labels),
+            loss_mask=moved(self.loss_mask),
+            position_ids=moved(self.position_ids),
+            cu_seqlens=None if self.cu_seqlens is None else moved(self.cu_seqlens),
+            extra={name: moved(tensor) for name, tensor in self.extra.items()},
         )
 
 
@@ -97,10 +102,13 @@ class BatchRequest:
 def micro_batches(source: SampleSource, batch_slice: BatchSlice, request: BatchRequest) -> Iterator[Batch]:
     """A rank's micro-batches of one global batch, on the host."""
     for indices in request.indices(batch_slice):
-        yield collate([source[index] for index in indices], batch_slice, packed=source.is_packed)
+        samples = [source[index] for index in indices]
+        yield collate(samples, batch_slice, packed=source.is_packed, extra_fields=source.extra_fields)
 
 
-def collate(samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool) -> Batch:
+def collate(
+    samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool, extra_fields: Sequence[ExtraField] = ()
+) -> Batch:
     """Builds a micro-batch: [b, s / CP] tensors, or [1, b * s / CP] and cu_seqlens if ``packed``.
 
     The sequence is cut for the context-parallel rank in load-balanced order (``distributed/sequence.py``). Positions
@@ -127,7 +135,20 @@ def collate(samples: Sequence[Sample], batch_slice: BatchSlice, *, packed: bool)
         position_ids=place(positions),
         cu_seqlens=cu_seqlens,
         seq_lengths=seq_lengths,
+        extra={
+            extra.name: place(rows) if extra.per == "token" else torch.from_numpy(np.concatenate(rows))
+            for extra in extra_fields
+            for rows in [_extra_rows(samples, extra)]
+        },
     )
+
+
+def _extra_rows(samples: Sequence[Sample], extra: ExtraField) -> list[npt.NDArray[np.generic]]:
+    """A field of every sample, [s] or [sequences] each."""
+    rows = [sample.extra[extra.name] for sample in samples]
+    for row, sample in zip(rows, samples, strict=True):
+        extra.require(row, tokens=len(sample.tokens), sequences=len(sample.starts))
+    return rows
 
 
 def _positions(starts: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:

@@ -85,11 +85,13 @@ class DaliLoader:
         future.cancel()
 
     def _take(self, read: Batch) -> Batch:
-        """The pipeline's next output; cu_seqlens bypass the pipeline because the host needs them too."""
+        """The pipeline's next output. What a batch need not have bypasses the pipeline, whose inputs are fixed."""
         outputs = self._pipeline.outputs()
         tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
-        cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(self.batch_slice.device, non_blocking=True)
-        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths)
+        place = self.batch_slice.device
+        cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(place, non_blocking=True)
+        extra = {name: tensor.to(place, non_blocking=True) for name, tensor in read.extra.items()}
+        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths, extra=extra)
 
 
 def _build(device: torch.device) -> Any:

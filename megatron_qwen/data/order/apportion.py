@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+# A source exactly at its slack may be chosen, in spite of float64 rounding.
 _ROUNDING = 1e-9
 
 

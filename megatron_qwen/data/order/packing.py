@@ -21,6 +21,8 @@ import numpy.typing as npt
 from megatron_qwen.data.order.permutation import KeyedPermutation
 from megatron_qwen.data.order.stream import TokenSpan
 
+# A pool of 16,384 documents is what a first row waits for and what a resume packs again. Blocks of neighbours are read
+# with few seeks. Both chosen by hand; they determine the order, so a change needs a new run.
 _BLOCK_DOCUMENTS, _BLOCKS_OF_POOL = 256, 64
 
 DocumentStarts = Callable[[int, int], npt.NDArray[np.int64]]

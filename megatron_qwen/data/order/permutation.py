@@ -6,6 +6,10 @@ of them where a half has few bits; it is not a cipher.
 """
 
 _MASK = (1 << 64) - 1
+# Four rounds are the least that make a Feistel network indistinguishable from a random permutation (Luby and Rackoff
+# 1988), but not with halves of few bits. Chi-square of 16 positions by items: halves of 2 bits give 470 with 4 rounds,
+# 178 with 16 (156 degrees of freedom, 20,000 keys); halves of 4 bits give 232 with 4 rounds (240 degrees of freedom). 6
+# leaves room.
 _ROUNDS, _ROUNDS_OF_SMALL, _SMALL_BITS = 4, 16, 6
 
 

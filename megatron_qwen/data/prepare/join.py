@@ -18,6 +18,7 @@ from megatron_qwen.errors import DataError, Problem
 from megatron_qwen.files import publish, sync_stream
 
 _COPY_BYTES = 1 << 22
+# A sync after each so many tokens: at 4 bytes a token the final sync waits for at most 64 MiB. Chosen by hand.
 _SYNC_TOKENS = 1 << 24
 PART_ENDINGS = ("bin", "len", "bad", "mask", "json")
 

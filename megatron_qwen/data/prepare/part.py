@@ -19,7 +19,7 @@ from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.errors import DataError
 from megatron_qwen.files import atomic_write_json, publish, temporary_name
 
-_FLUSH_TOKENS = 1 << 21
+_FLUSH_TOKENS = 1 << 21  # held before they are written: 8 MiB at 4 bytes, part of what bounds a worker's memory
 # This much text of every unit is encoded a second time with the tokenizer's own library and compared, because gigatoken
 # is another implementation: a difference would train the model on wrong ids without any error.
 _SAMPLE_CHARACTERS = 4096

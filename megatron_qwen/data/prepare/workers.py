@@ -20,7 +20,10 @@ from megatron_qwen.errors import Problem, UserError
 
 # Units queued for a worker in addition to the one it encodes, so that it never waits for the next.
 _AHEAD = 1
-_NICE_S = 5.0
+# Bound on the wait for a worker that was told to end or whose pipe broke. One that hangs is a daemon, which the
+# interpreter ends at its own exit. Chosen by hand.
+_JOIN_TIMEOUT_S = 5.0
+# Progress goes through the pipe at most ten times a second: a terminal shows no more (tools/data/prepare.py, 0.2 s).
 _TELL_S = 0.1
 # Of freed memory a process keeps blocks of up to 32 MiB, 64 MiB in all: it shares its machine with the others.
 _KEPT_BLOCK_BYTES, _KEPT_BYTES = 32 << 20, 64 << 20
@@ -104,7 +107,7 @@ class Workers:
             worker.connection.close()
             worker.process.terminate()
         for worker in self._workers:
-            worker.process.join(_NICE_S)
+            worker.process.join(_JOIN_TIMEOUT_S)
 
     def _give(self, worker: _Worker, waiting: list[int]) -> None:
         if waiting:
@@ -121,7 +124,7 @@ class Workers:
             return self._raise_died(worker)
 
     def _raise_died(self, worker: _Worker) -> None:
-        worker.process.join(_NICE_S)
+        worker.process.join(_JOIN_TIMEOUT_S)
         code = worker.process.exitcode
         how = f"was killed by signal {-code}" if code is not None and code < 0 else f"ended with code {code}"
         span = self._units[worker.units[0]].spans[0]

@@ -88,14 +88,7 @@ def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
             shares.append(SourceShare(name, weight, round(tokens * weight), epochs, read[name]))
         found.append(
             StagePlan(
-                stage.name,
-                steps,
-                samples,
-                config.data.seq_length,
-                config.model.rotary_base,
-                batch,
-                tokens,
-                tuple(shares),
+                stage.name, steps, samples, config.data.seq_length, config.rope.base, batch, tokens, tuple(shares)
             )
         )
         left -= steps

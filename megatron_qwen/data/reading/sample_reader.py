@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 from megatron_qwen.data.order.phase import Phase
 from megatron_qwen.data.order.stream import TokenSpan
+from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample, cut
 from megatron_qwen.data.reading.sources import OpenSource
 
@@ -23,6 +24,8 @@ class SampleReader:
         lengths: share of the samples that is cut into independent sequences of each length; empty cuts none.
         seed: of the run.
     """
+
+    extra_fields: tuple[ExtraField, ...] = ()
 
     def __init__(
         self,

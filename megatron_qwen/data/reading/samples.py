@@ -1,13 +1,14 @@
 """Builds one training sample from the spans of tokens that make it up."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_qwen.data.order.stream import TokenSpan
+from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
 
@@ -21,12 +22,14 @@ class Sample:
         labels: the tokens that follow, [s].
         loss_mask: weight of each label's loss, [s].
         starts: [n] positions at which independent sequences begin, the first is 0; they do not attend to one another.
+        extra: the source's extra fields by name, [s] or [n].
     """
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     loss_mask: npt.NDArray[np.float32]
     starts: npt.NDArray[np.int64]
+    extra: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
 
 
 class SampleSource(Protocol):
@@ -39,6 +42,10 @@ class SampleSource(Protocol):
     @property
     def is_packed(self) -> bool:
         """Whether a sample may hold several independent sequences, so that batches are packed (THD, cu_seqlens)."""
+
+    @property
+    def extra_fields(self) -> tuple[ExtraField, ...]:
+        """Fields that every sample has in addition."""
 
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index``."""
@@ -132,7 +139,7 @@ def cut(sample: Sample, length: int) -> Sample:
     """The sample, split into independent sequences of ``length`` tokens."""
     size = len(sample.tokens)
     starts = np.union1d(sample.starts, np.arange(0, size, length, dtype=np.int64))
-    return Sample(sample.tokens, sample.labels, sample.loss_mask, starts)
+    return replace(sample, starts=starts)
 
 
 def _joined[Kind: np.generic](parts: list[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:

@@ -27,6 +27,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import stream
 from megatron_qwen.data.order.apportion import Apportionment
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
+from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_sources, require_room
@@ -117,6 +118,8 @@ class TrainingData:
         ConfigError: the blend file is wrong.
         DataError: token files are missing, damaged or too small.
     """
+
+    extra_fields: tuple[ExtraField, ...] = ()
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
@@ -305,6 +308,7 @@ class HeldOutSamples:
     """
 
     is_packed = False
+    extra_fields: tuple[ExtraField, ...] = ()
 
     def __init__(self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int) -> None:
         self.parts, self.seq_length = dict(parts), seq_length

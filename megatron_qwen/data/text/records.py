@@ -17,7 +17,7 @@ from megatron_qwen.errors import DataError, Problem
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _SNIPPET = 60
-_KEPT_BYTES = 1 << 16
+_KEPT_BYTES = 1 << 16  # of a bad line, for the file of rejected records
 
 
 @dataclass(frozen=True)

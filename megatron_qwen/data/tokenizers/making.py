@@ -26,7 +26,7 @@ QWEN2_5_CONTROL_TOKENS = (
     "</tool_call>",
     *(f"<|{name}|>" for name in ("fim_prefix", "fim_middle", "fim_suffix", "fim_pad", "repo_name", "file_sep")),
 )
-_SPECIAL = 14
+_SPECIAL = 14  # up to <|video_pad|>
 
 
 def train_bpe(texts: Iterable[str], directory: Path, *, vocab_size: int) -> None:

@@ -1,7 +1,8 @@
-"""Plain tensors for the weights that Transformer Engine holds in FP8 (performance.fp8_param_gather): to fill, to save.
+"""Initialising and saving weights that Transformer Engine holds in FP8 (performance.fp8_param_gather).
 
-A slice of an FP8 weight cannot be written to, since all of it shares one scale; and what a checkpoint or an export gets
-of it is the main weight in bf16, as without FP8, not what FP8 has left of it.
+A slice of an FP8 weight cannot be written to, because the whole weight shares one scale. So bf16 tensors are
+initialised and then quantized. A checkpoint or an export holds the main weight rounded to bf16, as without FP8, and not
+the dequantized FP8 weight, which has fewer bits.
 """
 
 from collections import ChainMap
@@ -19,9 +20,10 @@ from megatron.core.optimizer import ChainedOptimizer
 
 @contextmanager
 def plain_weights(modules: Sequence[GPTModel]) -> Iterator[None]:
-    """While it lasts, tensors of the nominal format, to be filled, stand in the place of FP8 weights.
+    """Replaces FP8 weights by empty tensors of their nominal dtype for the body, which fills them.
 
-    Then the FP8 weights take their values, and main weights that are made later begin with the values before rounding.
+    Afterwards the FP8 weights are quantized from them. Main weights that the optimizer creates later start from the
+    values before quantization.
     """
     held = [
         (owner, name, weight)
@@ -41,13 +43,13 @@ def plain_weights(modules: Sequence[GPTModel]) -> Iterator[None]:
             assert filled is not None
             with torch.no_grad():
                 weight.copy_(filled)
-            # Where megatron-core looks for the values that main weights begin with.
+            # megatron-core's optimizer initialises main weights from this attribute.
             weight._high_precision_init_val = filled.detach().cpu()
             owner._parameters[name] = weight
 
 
 def put_main_weights(state: Mapping[str, Any], optimizer: ChainedOptimizer | None) -> None:
-    """Puts main weights, rounded to the nominal format and on the host, in the place of FP8 weights to be saved.
+    """Replaces FP8 weights in a state dict by their main weights, rounded to the nominal dtype and on the host.
 
     Args:
         state: sharded state dict of this rank's chunks.
@@ -71,7 +73,7 @@ def put_main_weights(state: Mapping[str, Any], optimizer: ChainedOptimizer | Non
 def load_main_weights(
     optimizer: ChainedOptimizer, modules: Sequence[GPTModel], loaded: Sequence[dict[str, Any]]
 ) -> None:
-    """Sets the main weights of FP8 weights to loaded values, which a checkpoint without optimizer state has.
+    """Sets the main weights of FP8 weights from loaded weights, for a checkpoint without optimizer state.
 
     Args:
         optimizer: has the main weights.
@@ -91,19 +93,19 @@ def load_main_weights(
 
 
 def _main_weights(optimizer: ChainedOptimizer) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """FP8 weights of this rank, and the whole of each main weight."""
+    """FP8 weights of this rank, each with its whole main weight, gathered over the data-parallel group, on the host."""
     for part, weight, place in _fp8_weights(optimizer):
         whole = torch.zeros(weight.numel(), dtype=weight.dtype, device=weight.device)
         if place is not None:
             main = part._get_main_param_and_optimizer_states(weight)["param"]
             whole[place.start : place.end] = main.detach().view(-1)
-        if part.data_parallel_group.size() > 1:  # each has a part, and zeros elsewhere
+        if part.data_parallel_group.size() > 1:  # each rank has its shard, and zeros elsewhere
             dist.all_reduce(whole, group=part.data_parallel_group)
         yield weight, whole.view(weight.shape).cpu()
 
 
 def _fp8_weights(optimizer: ChainedOptimizer) -> Iterator[tuple[Any, torch.Tensor, Any]]:
-    """Every FP8 weight with its part of the optimizer and what this rank has of it, in the same order on all ranks."""
+    """Every FP8 weight, its optimizer and this rank's range of the flat main weight; the same order on all ranks."""
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:
             continue

@@ -10,12 +10,17 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 
 
+def is_installed() -> bool:
+    """Whether there is a Transformer Engine to import; not whether that succeeds."""
+    return importlib.util.find_spec("transformer_engine") is not None
+
+
 def why_not() -> str | None:
     """Why Transformer Engine cannot run on this machine; None where it can."""
     if not device.has_cuda():
         return "there is no CUDA device"
-    if importlib.util.find_spec("transformer_engine") is None:
-        return "transformer_engine is not installed (pip install 'megatron_qwen[gpu]')"
+    if not is_installed():
+        return "transformer_engine is not installed (./mq setup --gpu)"
     try:
         import transformer_engine.pytorch  # noqa: F401
     except Exception as error:
@@ -60,6 +65,36 @@ def start_tensor_overlap(config: RunConfig) -> None:
         use_fp8=config.precision.fp8 is not None,
         bootstrap_backend="nccl",
     )
+
+
+def fp8_gemms(
+    x: torch.Tensor, weight: torch.Tensor, gradient: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The three GEMMs of a linear layer in FP8 with current scaling, for a check of the installation.
+
+    Args:
+        x: [tokens, in], bf16.
+        weight: [out, in].
+        gradient: of the output, [tokens, out].
+
+    Returns:
+        Output [tokens, out], gradient of x [tokens, in] and gradient of the weight [out, in].
+    """
+    import transformer_engine.pytorch as te
+    from transformer_engine.common.recipe import Float8CurrentScaling
+
+    layer = te.Linear(weight.shape[1], weight.shape[0], bias=False, params_dtype=x.dtype, device=x.device)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+    x = x.detach().requires_grad_()
+    recipe = Float8CurrentScaling()
+    # Releases before 2.9 have the old name alone, and later ones may drop it (TransformerEngine PR 2256).
+    in_fp8 = te.autocast(recipe=recipe) if hasattr(te, "autocast") else te.fp8_autocast(True, fp8_recipe=recipe)
+    with in_fp8:
+        y = layer(x)
+    y.backward(gradient)
+    assert x.grad is not None
+    return y.detach(), x.grad, layer.weight.grad
 
 
 def provider() -> Any:

@@ -10,6 +10,7 @@ from megatron_qwen.models.torch_backend import formulas
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 # From this many rows and weights on, oneDNN's faster weight-gradient GEMM outweighs the transposed copy that it needs.
+# Chosen by hand; docs/performance.md has what it gains in a step of two threads.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
 
 

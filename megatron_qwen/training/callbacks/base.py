@@ -37,6 +37,9 @@ class Callback:
     def before_training(self, trainer: TrainerInterface) -> None:
         """Called once, after the checkpoint was loaded."""
 
+    def before_optimizer_step(self, trainer: TrainerInterface) -> None:
+        """Called when a step's gradients are reduced, finite and not yet clipped; not in a step that is skipped."""
+
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Called after every step; may add to ``record.extra`` and may call ``trainer.stop``."""
 

@@ -1,5 +1,6 @@
 """Saves at intervals, at the end, and when the run is asked to stop."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_qwen.checkpoint import state
@@ -75,6 +76,6 @@ class Checkpointing(Callback):
 
 
 def _as_of_now(components: TrainingComponents) -> RunConfig:
-    """The configuration with the RoPE base of the last step, which a data stage may have changed: exports read it."""
+    """The configuration with the RoPE of the last step, whose base a data stage may have changed: exports read it."""
     reader = components.data.latest(components.progress.consumed_samples)
-    return components.asked.with_section("model", rotary_base=reader.config.model.rotary_base)
+    return replace(components.asked, rope=reader.config.rope)

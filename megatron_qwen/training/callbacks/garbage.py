@@ -19,7 +19,7 @@ class GarbageCollection(Callback):
 
     def before_training(self, trainer: TrainerInterface) -> None:
         """Freezes what was built: it lives as long as the run, so collections need not traverse it."""
-        gc.collect()
+        gc.collect()  # first: what is frozen is not collected any more, garbage included
         gc.freeze()
         gc.disable()
 

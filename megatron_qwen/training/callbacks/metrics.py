@@ -70,6 +70,7 @@ class Metrics(Callback):
             "peak_memory_gib": device.peak_memory_bytes() / 2**30,
             "skipped": result.skipped,
             "attempt": self.attempt,
+            **result.metrics,
             **record.extra,
         }
 

@@ -43,10 +43,10 @@ class Validation(Callback):
                     batch.to(components.batch_slice.device)
                     for batch in micro_batches(samples, components.batch_slice, request)
                 ]
-                loss, tokens = run_batch(
+                done = run_batch(
                     config, components.model, components.groups, components.forward_step, batches, forward_only=True
                 )
-                total, weight = total + loss * tokens, weight + tokens
+                total, weight = total + done.loss * done.weight, weight + done.weight
         components.model.train(True)
         return total / max(weight, 1.0)
 

@@ -13,7 +13,7 @@ from checkpoints_convert.compare.logits import TOLERANCE
 from checkpoints_convert.convert import main
 from checkpoints_convert.from_hf import ImportOptions, convert
 from megatron_qwen.checkpoint.paths import iteration_dir
-from megatron_qwen.hf.config import model_from_hf
+from megatron_qwen.hf.config import architecture_from_hf
 from megatron_qwen.hf.mapping import hf_tensors
 from tests.checkpoints_convert.models import MODELS, make, with_tokenizer
 
@@ -97,7 +97,7 @@ def test_minus_zero_is_not_zero_and_nan_is_itself(changed, tmp_path, capsys):
 def test_formats_are_compared_over_more_than_one_block(tmp_path, capsys):
     """Rows of both sides must go together, whatever they take of a block."""
     content = json.loads((make("qwen2 odd tied", tmp_path / "small") / "config.json").read_text())
-    model = model_from_hf(content | {"vocab_size": 200_000}, where="config.json")
+    model = architecture_from_hf(content | {"vocab_size": 200_000}, where="config.json").model
     for dtype in (torch.float32, torch.bfloat16):
         directory = tmp_path / str(dtype)
         directory.mkdir()

@@ -20,7 +20,7 @@ from megatron_qwen.errors import DataError
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import environment
 from tests.data.blends import open_run
-from tools.benchmarks.sparse_tokens import write_sparse
+from tools.dev.benchmarks.sparse_tokens import write_sparse
 
 PLAIN = ReadingOptions(eod_mask_loss=False, reset_attention_mask=False)
 
@@ -161,7 +161,7 @@ MEMORY = """
 import sys
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.recipes.registry import RECIPES
-from tools.benchmarks.sample_order import private_mib
+from tools.dev.benchmarks.sample_order import private_mib
 config = RECIPES["qwen2_5_0_5b"]().with_section("data", path=sys.argv[1], seq_length=4096, validation_fraction=0.0)
 TrainingData  # the imports are done
 before = private_mib()

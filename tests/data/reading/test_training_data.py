@@ -170,7 +170,7 @@ def test_stages_follow_one_another(folder):
         ("long", 24, 24),
     ]
     assert records[0].counts == {"a": 12, "b": 12}
-    assert data.at(consumed).config.model.rotary_base == 5e5
+    assert data.at(consumed).config.rope.base == 5e5
 
 
 def test_looking_ahead_changes_nothing(folder):

@@ -62,6 +62,16 @@ def test_overrides_of_the_plan_make_the_models(tmp_path):
         assert again.parallel == placed.config.parallel
 
 
+def test_the_rope_base_of_a_study_is_that_of_its_cells(tmp_path):
+    """Also where the study names the field's earlier place; its plan says what the study says."""
+    now, before = (make_plan(study(tmp_path, overrides=[f"{name}=5e5"])) for name in ("rope.base", "model.rotary_base"))
+    assert {cell.config().rope.base for cell in now.cells} == {5e5}
+    assert [cell.config() for cell in now.cells] == [cell.config() for cell in before.cells]
+    ours, theirs = document(now), document(before)
+    assert theirs["overrides"] == ["model.rotary_base=5e5"]
+    assert {name for name in ours if ours[name] != theirs[name]} == {"overrides", "study"}
+
+
 def test_a_model_that_does_not_fit_is_dropped_with_its_reason(tmp_path):
     plan = make_plan(study(tmp_path, **CLUSTER | {"shapes": {"params": [44e6, 70e9]}}))
     assert [one.reason for one in plan.dropped if "GiB" in one.reason]

@@ -1,4 +1,4 @@
-"""What stands in the place of weights in FP8 while they are filled; the weights themselves need a GPU (tests/gpu)."""
+"""The tensors that replace FP8 weights while they are initialised; the weights themselves need a GPU (tests/gpu)."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Products of dense layers on a CPU are torch's, whichever library computes them."""
+"""GEMMs of dense layers on a CPU equal torch's, whichever library computes them."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NARROW, WIDE = (70, 130), (130, 70)
 
 @pytest.fixture
 def large(monkeypatch):
-    """Every product counts as large, and as oneDNN's."""
+    """Every GEMM counts as large, and as oneDNN's."""
     monkeypatch.setattr(dense_gemm, "_LEAST_ROWS", 1)
     monkeypatch.setattr(dense_gemm, "_LEAST_WEIGHTS", 0)
     monkeypatch.setattr(dense_gemm, "_onednn_pays", lambda: True)
@@ -39,12 +39,12 @@ def with_formulas(monkeypatch):
 @pytest.fixture
 def by_onednn(monkeypatch):
     """Shapes of the factors that oneDNN gets."""
-    shapes, product = [], dense_gemm._onednn
+    shapes, gemm = [], dense_gemm._onednn
 
     def seen(x, weight, bias=None):
         shapes.append((tuple(x.shape), tuple(weight.shape)))
         assert x.is_contiguous()
-        return product(x, weight, bias)
+        return gemm(x, weight, bias)
 
     monkeypatch.setattr(dense_gemm, "_onednn", seen)
     return shapes

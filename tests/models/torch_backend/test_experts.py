@@ -52,7 +52,7 @@ def test_same_as_one_by_one(counts, dtype):
 
 @pytest.mark.parametrize("counts", COUNTS)
 def test_one_kernel_computes_the_same(counts):
-    """torch's product of groups, which a GPU uses, has a CPU form: same shapes, same order of groups."""
+    """torch's grouped GEMM, which a GPU uses, has a CPU form: same shapes, same order of groups."""
     rows, _, first, _ = example(counts, torch.bfloat16)
     gradients = torch.randn(rows.shape[0], 48, generator=torch.Generator().manual_seed(2)).bfloat16()
     with torch.no_grad():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
 
-from megatron_qwen.models.loss import _block_loss, _Target
 from megatron_qwen.models.torch_backend import compiled, formulas
 from megatron_qwen.models.torch_backend.compiled import Kernels
 from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
+from megatron_qwen.objectives.cross_entropy import _block_loss, _Target
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 

@@ -10,7 +10,7 @@ BOUND = {"output": 0.04, "grad_x": 0.06, "grad_weight": 0.06}
 
 
 def errors(recipe: str, wrong: str | None) -> dict[str, float]:
-    """Relative errors of the products, with the scale of one operand doubled behind its back."""
+    """Relative errors of the GEMMs, with the scale of one operand doubled behind its back."""
     import torch
     import torch.distributed as dist
 

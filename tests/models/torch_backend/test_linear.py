@@ -87,7 +87,7 @@ def test_a_weight_with_other_gradients_gets_zeros():
 
 
 def with_layers_of_the_core(config, steps):
-    """The same run with every product left to the core."""
+    """The same run with every GEMM left to megatron-core."""
     ours = torch_linear._on_a_cpu_alone
     torch_linear._on_a_cpu_alone = lambda *_: False
     try:
@@ -121,7 +121,7 @@ def test_training_equals_that_with_the_cores_layers(recipe, changes, pool, token
 
 
 def weights_added_in_place(config):
-    """How many weights had their gradients added by the product after one backward pass."""
+    """How many weights had their gradients added by the GEMM after one backward pass."""
     added = []
     ours = torch_linear._weight_gradient
 

@@ -68,7 +68,7 @@ def shown(monkeypatch, config, *, seconds=0.5, ranks=4, device="NVIDIA H100 80GB
     monkeypatch.setattr(metrics.device, "peak_memory_bytes", lambda: 3 * 2**29)
     progress = TrainingProgress(iteration=7, schedule_iteration=6, consumed_samples=56, consumed_tokens=3584)
     trainer = SimpleNamespace(components=SimpleNamespace(config=config, progress=progress))
-    done = StepResult(**{"loss": 2.5, "grad_norm": 0.75, "tokens": 500, "skipped": False, **result})
+    done = StepResult(**{"loss": 2.5, "grad_norm": 0.75, "weight": 500, "skipped": False, **result})
     record = StepRecord(7, done, 3e-4, 8, seconds, 0.125, "text", config, {"validation_loss": 2.625})
     kept, console = Kept(), io.StringIO()
     callback = Metrics([kept], attempt=2, console=ProgressLine(console))
@@ -112,3 +112,8 @@ def test_a_skipped_step_is_said_to_be_one(monkeypatch):
     assert record["skipped"] is True
     assert "loss nan" in line
     assert "SKIPPED (not finite)" in line
+
+
+def test_metrics_of_the_objective_are_fields_of_the_record(monkeypatch):
+    record, _ = shown(monkeypatch, RECIPES["tiny_dense"](), metrics={"log_prob": -1.5})
+    assert record["log_prob"] == -1.5

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.tools.scaling.studies import Study
-from tools.benchmarks import browser
+from tools.dev.benchmarks import browser
 from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation, read_csv

@@ -1,0 +1,67 @@
+"""The output layer of a rank, as objectives use it: cross-entropy and log-probabilities, never all logits."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+
+from megatron_qwen.objectives.cross_entropy import LogitLayout, log_probs, weighted_cross_entropy
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """The output layer of this rank.
+
+    Args:
+        weight: this rank's rows of the output matrix, [padded vocabulary / TP, h].
+        group: the TP ranks, which share the vocabulary.
+        sequence_parallel: whether hidden states are split over the TP ranks.
+        vocab_size: rows of the whole matrix without padding.
+        chunk_tokens: tokens whose logits are held at a time.
+    """
+
+    weight: torch.Tensor
+    group: dist.ProcessGroup
+    sequence_parallel: bool
+    vocab_size: int
+    chunk_tokens: int
+
+    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """Sum over tokens of weight x cross-entropy, a scalar in fp32; the same on every TP rank.
+
+        The gradients are computed in the forward pass, while the logits of a chunk are there. So the weights must be
+        known before the loss is.
+
+        Args:
+            hidden: output of the last layer, [s, b, h], or [s / TP, b, h] under sequence parallelism.
+            labels: next tokens, [b, s].
+            weights: of each token's loss, [b, s].
+        """
+        rows, targets = self._rows(hidden), labels.t().reshape(-1)
+        return weighted_cross_entropy(rows, self.weight, targets, weights.t().reshape(-1).float(), self._layout)
+
+    def log_probs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Log-probability of each label, [b, s] in fp32; the same on every TP rank.
+
+        The backward pass computes the logits again, chunk by chunk, so any function of the log-probabilities can be a
+        loss. It costs one more GEMM of the output layer than ``cross_entropy``.
+
+        Args:
+            hidden: as in ``cross_entropy``.
+            labels: tokens whose log-probabilities are wanted, [b, s].
+        """
+        found = log_probs(self._rows(hidden), self.weight, labels.t().reshape(-1), self._layout)
+        return found.view(labels.shape[1], labels.shape[0]).t()
+
+    @property
+    def _layout(self) -> LogitLayout:
+        return LogitLayout(self.group, self.vocab_size, self.chunk_tokens)
+
+    def _rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states of all tokens, [s x b, h]; their gradients are summed over the TP ranks."""
+        if self.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(hidden, group=self.group)
+        else:
+            hidden = tensor_parallel.copy_to_tensor_model_parallel_region(hidden, group=self.group)
+        return hidden.reshape(-1, hidden.shape[-1])

@@ -1,0 +1,35 @@
+"""Which configurations a run directory belongs to."""
+
+import pytest
+
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import ConfigError
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+from tests.config import earlier
+
+
+@pytest.fixture(params=["written now", "written by an earlier version"])
+def directory(request, tmp_path):
+    """A run with another RoPE base than the recipe's."""
+    found = RunDirectory(tmp_path / "run")
+    found.claim(resolve("demo", ["rope.base=5e5"], RECIPES))
+    if request.param != "written now":
+        earlier.rewrite(found.run_yaml)
+    return found
+
+
+def test_the_same_configuration_is_its_own(directory):
+    for word in ("rope.base=5e5", "model.rotary_base=5e5"):
+        assert directory.foreign_problems(resolve("demo", [word], RECIPES)) == []
+    config = resolve("demo", ["rope.base=5e5", "training.train_iters=400"], RECIPES)
+    directory.claim(config)
+    assert resolve(str(directory.run_yaml), [], RECIPES) == config
+
+
+def test_another_rope_base_is_another_run(directory):
+    before = directory.run_yaml.read_text()
+    for words in ([], ["model.rotary_base=1e6"]):
+        with pytest.raises(ConfigError, match=r"rope\.base = 10+\.0: differs from 500000\.0"):
+            directory.claim(resolve("demo", words, RECIPES))
+    assert directory.run_yaml.read_text() == before
