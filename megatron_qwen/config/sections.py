@@ -79,7 +79,7 @@ class RopeConfig:
 
     # A kind that extends the context takes its other fields from here too, null by default. For YaRN:
     # original_max_position_embeddings, beta_fast, beta_slow, attention_factor, mscale; ``scaling`` is its factor.
-    kind: Literal["default"] = setting("default", doc="default: pair i of d channels turns by position / base^(2i / d).")
+    kind: Literal["default"] = setting("default", doc="default: pair i of d channels turns by position / base^(2i/d).")
     base: float = setting(1_000_000.0, doc="RoPE base (theta).", above=1)
     scaling: float = setting(1.0, doc="Factor that extends the context; 1 is none, and default requires 1.", minimum=1)
 
