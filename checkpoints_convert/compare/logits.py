@@ -66,9 +66,9 @@ class LogitComparison:
     def __str__(self) -> str:
         return (
             f"logits in {self.dtype} over {self.positions} positions: largest difference "
-            f"{self.max_abs_difference:.2e} (tolerance {self.tolerance:.2e}, rms {self.rms:.2f}), cosine "
-            f"{self.cosine:.7f} (tolerance {self.cosine_tolerance}; {self.least_cosine:.7f} at the worst position), "
-            f"same argmax token at {self.top1_agreement:.2%}"
+            f"{self.max_abs_difference:.2e} (tolerance {self.tolerance:.2e}, rms {self.rms:.2f})\n"
+            f"cosine {self.cosine:.7f} (tolerance {self.cosine_tolerance}; {self.least_cosine:.7f} at the worst "
+            f"position), same argmax token at {self.top1_agreement:.2%}"
         )
 
 

@@ -62,6 +62,7 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
         raise CheckpointError(Problem(f"{chosen.path}: consumed_samples", components.progress.consumed_samples, fix))
     restored = state.restore_generators(chosen.path, parallel=components.config.parallel, state=saved)
     if dist.get_rank() == 0:
-        note = "" if restored else "; the parallel layout changed, so dropout generators were reseeded"
-        log.info("resumed from %s at iteration %d%s", chosen.path, components.progress.iteration, note)
+        log.info("resumed from %s at iteration %d", chosen.path, components.progress.iteration)
+        if not restored:
+            log.info("the parallel layout changed, so dropout generators were reseeded")
     return components.progress.iteration
