@@ -15,8 +15,12 @@ from checkpoints_convert.progress import ConversionPrediction, free_bytes, peak_
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # Blocks of memory per worker. A worker uses a few: read, converted, written. The rest is what the allocator keeps of
 # freed ones: an upper bound found by trial, which tests/checkpoints_convert/test_bounds.py compares with real
-# processes. An encoding that needs more rows at once stays below it: the allocator returns large blocks.
+# processes.
 _BLOCKS_IN_FLIGHT = 26
+# glibc maps an allocation above this size by itself (M_MMAP_THRESHOLD grows up to it), and returns it when it is freed.
+_RETURNED = 32 << 20
+# Copies of larger rows: 3.4 were measured for a weight of 224 MiB in fp32 that was rounded to int8, packed and turned.
+_COPIES = 8
 # What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
 _MOVED_PER_SECOND = 0.6e9
 # Below this, a trial of the disk takes longer than what it predicts.
@@ -61,12 +65,17 @@ def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers:
     """What is needed, from what is known before the first byte."""
     left = task.left_to_write(files)
     rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
-    largest = max(output.unit_bytes for file in files for output in file.tensors)
     seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
     return ConversionPrediction(
-        peak_memory_bytes=peak_resident_bytes() + workers * _BLOCKS_IN_FLIGHT * max(LARGEST_BLOCK, largest),
+        peak_memory_bytes=peak_resident_bytes() + workers * _worker_bytes(files),
         disk_bytes=left,
         free_bytes=free_bytes(out.absolute().parent),
         seconds=max(seconds, left / rate) if rate else seconds,
         write_rate=rate,
     )
+
+
+def _worker_bytes(files: Sequence[OutputFile]) -> int:
+    """Memory of a worker: blocks, which are larger where an encoding needs more rows at once."""
+    rows = max(output.unit_bytes for file in files for output in file.tensors)
+    return max(_BLOCKS_IN_FLIGHT * min(max(LARGEST_BLOCK, rows), _RETURNED), _COPIES * rows)

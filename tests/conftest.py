@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,6 +20,10 @@ from megatron_qwen.rundir import RunDirectory
 from tests.distributed import jobs
 from tests.processes.client import ForkServer
 from tests.rank_pool import RankPool
+from tools.dev.benchmarks import browser
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parent.parent
 _FORK_SERVER = ForkServer()
@@ -173,6 +178,18 @@ def make_run(pool: "Pools", recipe: str, tokens: Path, tokenizer: Path, run_dir:
     RunDirectory(run_dir).claim(config)
     assert pool[1].run(jobs.attempt, config, run_dir) == [0]
     return run_dir
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator["Browser"]:
+    """A browser without a window; where CI has none that is a failure."""
+    if browser.program() is None:
+        reason = "Chromium is not installed: apt-get install chromium"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    with browser.running() as running:
+        yield running
 
 
 @contextmanager

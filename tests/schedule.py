@@ -21,6 +21,7 @@ _KINDS = {
     "tests/objectives": _RANKS,
     "tests/checkpoint/": _RANKS,
     "tests/optim": _RANKS,
+    "tests/docs/test_tutorial_page.py": _RANKS,
 }
 # The longest first; what is not named is short.
 _LONG = (

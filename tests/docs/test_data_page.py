@@ -1,16 +1,15 @@
 """Every command of docs/data.md runs as it is typed, in a directory that holds what the page speaks of."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from launch.demo import standard_library
 from tests.conftest import ROOT
+from tests.docs.page_shell import PageShell
 from tools.dev.benchmarks.qwen_vocabulary import fetch_ranks
 
 PAGE = (ROOT / "docs" / "data.md").read_text()
@@ -40,14 +39,12 @@ def place(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_commands_of_the_page(place):
+def test_the_commands_of_the_page(place, tmp_path):
     assert len(COMMANDS) >= 14
     said = {}
-    environment = {**os.environ, "PATH": f"{ROOT}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    shell = PageShell(place, tmp_path)
     for line in COMMANDS:
-        done = subprocess.run(["bash", "-c", line], cwd=place, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
-        said.setdefault(line, []).append(done.stdout)
+        said.setdefault(line, []).append(shell.run(line))
     assert (place / "lengths.png").stat().st_size > 10_000
     plan = next(text for line, (text, *_) in said.items() if " plan " in line)
     assert "stage short:" in plan

@@ -22,6 +22,7 @@ name = "small"
 version = "1"
 [project.optional-dependencies]
 hf = []
+docs = []
 test = []
 dev = []
 [tool.setuptools]
@@ -74,6 +75,21 @@ def test_sets_up_once_and_again_when_constraints_change(checkout):
     assert mq(checkout, "recipes").stderr == ""
     (checkout / "constraints.txt").write_text("# changed\n")
     assert "setting up" in mq(checkout, "recipes").stderr
+
+
+def test_extras_of_one_program_stay_when_another_runs(checkout):
+    (checkout / "tools" / "dev").mkdir()
+    for module in ("docs", "dev/check"):
+        shutil.copyfile(checkout / "tools" / "recipes.py", checkout / "tools" / f"{module}.py")
+    extras, set_up = [], []
+    for program in ("recipes", "docs", "recipes", "test", "docs", "recipes"):
+        set_up.append("setting up" in mq(checkout, program).stderr)
+        extras.append((checkout / ".venv" / ".ready").read_text().split()[0])
+    assert set_up == [True, True, False, True, False, False]
+    assert extras == ["hf", "hf,docs", "hf,docs", "hf,docs,test,dev", "hf,docs,test,dev", "hf,docs,test,dev"]
+    (checkout / "constraints.txt").write_text("# changed\n")
+    assert "setting up" in mq(checkout, "recipes").stderr
+    assert "setting up" not in mq(checkout, "test").stderr
 
 
 def test_setup_alone_makes_the_environment(checkout):

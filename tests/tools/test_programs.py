@@ -16,9 +16,10 @@ PROGRAMS = [
     "launch.command",
     "launch.setup", "launch.demo",
     "launch.doctor", "launch.sweep", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data",
-    "tools.generate", "tools.report", "tools.dev.bench", "tools.dev.check", "checkpoints_convert.convert",
+    "tools.generate", "tools.report", "tools.dev.bench", "tools.dev.check", "tools.docs",
+    "checkpoints_convert.convert",
 ]  # fmt: skip
-HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib"}
+HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib", "mkdocs"}
 
 
 def imported(*arguments: str) -> set[str]:
@@ -46,7 +47,7 @@ def test_showing_a_configuration_needs_no_torch():
 def test_config_show():
     shown = yaml.safe_load(run("tools.config", "show", "qwen2_5_72b", check=True).stdout)
     assert shown["model"]["num_layers"] == 80
-    assert list(shown)[:3] == ["recipe", "model", "parallel"]
+    assert list(shown)[:4] == ["recipe", "model", "rope", "parallel"]
     changed = run("tools.config", "show", "qwen2_5_72b", "optim.clip_grad=0.5", "--diff", check=True).stdout
     assert yaml.safe_load(changed) == {"optim": {"clip_grad": 0.5}}
     wrong = run("tools.config", "show", "qwen2_5_72b", "optim.clip=0.5")

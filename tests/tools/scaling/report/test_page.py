@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -52,17 +51,6 @@ def page(cells, tmp_path_factory) -> Path:
     shown = Content(results, fitted, document, document["notes"], links)
     write.write(shown, folder / "report.html", folder / "figures")
     return folder / "report.html"
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    if browser.program() is None:
-        reason = "Chromium is not installed: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with browser.running() as running:
-        yield running
 
 
 @pytest.fixture
