@@ -132,6 +132,14 @@ def test_markdown_that_only_a_git_host_understands(pages):
             assert not re.search(r"^\s*([-*|]|\d+\.) ", paragraph, flags=re.MULTILINE), f"{path}: {paragraph}"
 
 
+def test_what_belongs_to_an_item_is_indented_by_four():
+    """Three are enough for a git host; in the site the item ends there, and the next one is number 1."""
+    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "slurm").rglob("*.md")]:
+        text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        found = re.search(r"\n\n {1,3}\S.*", text)
+        assert found is None, f"{path}: {found[0]}"
+
+
 def test_the_search_knows_the_documents(site):
     index = json.loads((site / "search" / "search_index.json").read_text())["docs"]
     found = {entry["location"].split("#")[0] for entry in index if "Tijdeman" in entry["text"]}
