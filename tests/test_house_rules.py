@@ -21,6 +21,7 @@ ONE_FILE = {
     "apex": None,
     "submitit": "launch/submission.py",
     "fcntl": "megatron_qwen/files.py",
+    "mkdocs": "tools/docs.py",
 }
 RENAMES_AND_SYNCS = {
     "os.rename", "os.renames", "os.replace", "shutil.move", "os.fsync", "os.fdatasync", "fcntl.flock", "fcntl.lockf"

@@ -16,7 +16,7 @@ exec 3>&1 4>&2 # 1 is another file while the words are written
 mkfifo "$here/$$.code"
 printf '%s\\0' "$@" >"$here/$$.words"
 echo $$ >"$here/requests"
-read -r code <"$here/$$.code"
+read -r -t 600 code <"$here/$$.code"
 exit "$code"
 """
 

@@ -1,5 +1,6 @@
-"""Links between documents as a git host follows them: to files of the repository and to its anchors of headings."""
+"""Links between documents as a git host follows them, to files and headings; and pictures that are drawn from text."""
 
+import html
 import re
 
 import pytest
@@ -30,3 +31,11 @@ def test_links(path):
             there = path.parent / link if link else path
             assert there.exists(), link
             assert not anchor or anchor in anchors(there.read_text()), f"{link}#{anchor}"
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "docs/images").glob("*.dot")), ids=lambda path: path.name)
+def test_a_picture_has_the_words_of_its_source(source):
+    """A change of a .dot file that was not drawn again."""
+    words = [word.strip() for label in re.findall(r'label="(.*?)"', source.read_text()) for word in label.split("\\n")]
+    drawn = re.findall(r"<text.*?>(.*?)</text>", source.with_suffix(".svg").read_text())
+    assert sorted(words) == sorted(html.unescape(text).replace("\xa0", " ").strip() for text in drawn)
