@@ -65,6 +65,11 @@ def is_worker(words: Sequence[str]) -> bool:
     return list(words[:2]) == ["-u", "-c"]
 
 
+def has_threads(words: Sequence[str]) -> bool:
+    """Whether the words are those of a program that starts ranks from several threads."""
+    return list(words[:3]) == ["-P", "-m", "launch.sweep"]
+
+
 def read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that must not differ."""
     return {

@@ -16,7 +16,7 @@ import warnings
 from typing import NoReturn
 
 from tests.processes.nested import fork_in_place
-from tests.processes.protocol import SERVER_VARIABLE, become, is_worker
+from tests.processes.protocol import SERVER_VARIABLE, become, has_threads, is_worker
 
 # What ranks and programs import before they do anything: most of the nine CPU seconds of a rank's start.
 LIBRARIES = (
@@ -71,6 +71,8 @@ def serve(connection: socket.socket) -> NoReturn:
             connection.sendall(child.to_bytes(4, "little"))
         elif is_worker(command[1:]):
             become(command, options, streams, prepare=_leave_a_server)
+        elif has_threads(command[1:]):
+            become(command, options, streams, prepare=_fork_from_a_server)
         else:
             become(command, options, streams, prepare=fork_in_place)
 
@@ -87,6 +89,14 @@ def _leave_a_server() -> None:
     for stream in (0, 1):  # pytest-xdist's connection to its worker
         os.dup2(nothing, stream)
     serve(theirs)
+
+
+def _fork_from_a_server() -> None:
+    """Has this process, a program that will have threads, fork what it starts from a server of its own."""
+    _leave_a_server()
+    from tests.processes.client import ForkServer
+
+    ForkServer().install()
 
 
 def _fork_orphan() -> int:
