@@ -1,6 +1,8 @@
 """The commit protocol under trouble: stale attempts, background saves, full disks."""
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ def config(tokens) -> RunConfig:
     return RECIPES["tiny_dense"]().with_section("data", path=str(tokens))
 
 
-def save_as(config: RunConfig, root: Path) -> str:
+def save_as(config: RunConfig, root: Path, log: type[AttemptLog] = AttemptLog) -> str:
     """Saves as the third attempt at a run; answers with the error."""
     from megatron_qwen.checkpoint.write import CheckpointWriter, SaveError
     from megatron_qwen.training.build import build_components
@@ -28,7 +30,8 @@ def save_as(config: RunConfig, root: Path) -> str:
 
     components = build_components(config)
     components.progress.iteration = 7
-    writer = CheckpointWriter(root, attempt=3, attempts=attempts_beside(root), keep_last=2, keep_every=None)
+    attempts = log(attempts_beside(root).path)
+    writer = CheckpointWriter(root, attempt=3, attempts=attempts, keep_last=2, keep_every=None)
     try:
         Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=False)
     except SaveError as error:
@@ -46,6 +49,25 @@ def test_a_stale_attempt_commits_nothing(pool, config, tmp_path):
     for _ in range(4):
         attempts_beside(root).begin()
     messages = pool[2].run(save_as, config, root)
+    assert all("attempt 3 was superseded by a newer attempt" in message for message in messages)
+    assert list(root.iterdir()) == [], "it left something behind"
+
+
+class Followed(AttemptLog):
+    """A log in which another attempt begins before its lock is held."""
+
+    @contextmanager
+    def exclusive(self) -> Iterator[None]:
+        AttemptLog(self.path).begin()
+        with super().exclusive():
+            yield
+
+
+def test_an_attempt_that_is_followed_between_check_and_lock_commits_nothing(pool, config, tmp_path):
+    root = tmp_path / "checkpoints"
+    for _ in range(3):
+        attempts_beside(root).begin()
+    messages = pool[2].run(save_as, config, root, Followed)
     assert all("attempt 3 was superseded by a newer attempt" in message for message in messages)
     assert list(root.iterdir()) == [], "it left something behind"
 
