@@ -142,6 +142,13 @@ def test_a_stated_tolerance(finished_run, tmp_path, capsys):
     assert verdict(capsys, tmp_path / "fp32", tmp_path / "bf16", "--tolerance", 1e-4)[0] == 1
 
 
+def test_a_nan_is_beyond_every_tolerance(released, changed, capsys):
+    rewrite(changed, lambda tensors: tensors[NAME].__setitem__((0, 0), float("nan")))
+    for sides in ((released[1], changed), (changed, released[1])):
+        code, found = verdict(capsys, *sides, "--tolerance", 0.9)
+        assert (code, [item["name"] for item in found["worst"]]) == (1, [NAME]), sides
+
+
 def test_configuration_and_tokenizer(released, changed, capsys):
     content = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps(content | {"rope_theta": 5000.0, "rms_norm_eps": 1e-5}))
