@@ -16,8 +16,10 @@ from megatron_qwen.data.order import stream
 from megatron_qwen.data.order.phase import SourcePosition
 from megatron_qwen.data.reading.replay import Replay
 from megatron_qwen.data.reading.training_data import TrainingData, order_of
+from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_ending, write_manifest
+from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.errors import ConfigError, DataError
-from tests.data.blends import open_run, run_config, write_source
+from tests.data.blends import VOCABULARY, open_run, run_config, write_source
 from tests.training.attempts import configure
 
 TOTALS = {"a": 400, "b": 1500, "c": 90, "d": 777}
@@ -221,6 +223,31 @@ def test_a_source_that_holds_other_tokens_is_refused(folder, tmp_path):
     other = open_run(tmp_path, blend(tmp_path, {"name": "s", "weights": {"a": 1}}))
     with pytest.raises(DataError, match="source a: tokens = 401: the run has read it with tokens = 400"):
         other.resume(state)
+
+
+def noted(prefix: Path, first: int) -> None:
+    """A source of 400 tokens from ``first`` on, with the manifest that `mq data prepare` writes."""
+    with TokenFileWriter(prefix, vocab_size=VOCABULARY) as writer:
+        writer.add(range(first, first + 200))
+        writer.add(range(first + 200, first + 400))
+    counts = {"documents": 2, "tokens": 400, "read": 2, "empty": 0, "filtered": 0, "skipped": 0, "text_bytes": 0}
+    made = {"vocab_size": VOCABULARY, "end_of_text": 0, "control_tokens": {}, "tokenizer_sha256": "", "encoder": ""}
+    digest = file_digest(with_ending(prefix, ".bin"))
+    write_manifest(prefix, Manifest(**counts, **made, made_by="", bin_xxh3_128=digest))
+
+
+def test_a_source_of_the_same_size_with_other_tokens_is_refused(tmp_path):
+    stage = {"name": "s", "weights": {"a": 1}}
+    for name, first in (("one", 0), ("copy", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        noted(tmp_path / name / "a", first)
+    one, copy, other = (
+        open_run(tmp_path / name, {"sources": {"a": {"path": str(tmp_path / name / "a")}}, "stages": [stage]})
+        for name in ("one", "copy", "other")
+    )
+    copy.resume(one.state(8))
+    with pytest.raises(DataError, match="source a: digest"):
+        other.resume(one.state(8))
 
 
 def test_the_stage_under_way_must_stay(folder):
