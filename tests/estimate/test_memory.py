@@ -61,6 +61,13 @@ def test_the_7b_by_hand():
     assert stage.optimizer == pytest.approx(12 * stage.parameters / 8)
 
 
+def test_optimizer_state_is_shared_by_context_parallel_ranks_as_well():
+    """The 7B on 16 ranks as TP 2 x CP 4 x DP 2: the eight ranks that hold the same weights share 12 B a parameter."""
+    config = RECIPES["qwen2_5_7b"]().with_section("parallel", context_parallel_size=4)
+    (stage,) = memory_per_stage(config, world_size=16)
+    assert stage.optimizer == pytest.approx(12 * stage.parameters / 8)
+
+
 def test_recompute_pipeline_and_context_need_less():
     config = RECIPES["qwen2_5_72b"]()
 
