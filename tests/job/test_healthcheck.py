@@ -50,7 +50,8 @@ def test_a_good_node(tmp_path):
         (["--min-memory-gib", 100_000], None, "100000 wanted"),
         (["--disk", "/nowhere"], None, "/nowhere is not there"),
         (["--disk", "/tmp", "--min-disk-gib", 10_000_000], None, "free on /tmp"),
-        (["--clock", 5], None, "s off"),
+        (["--clock", 5], None, "s off"),  # of a node that is ahead
+        (["--clock", 10_000_000_000], None, "s off"),  # and of one that is behind
     ],
 )
 def test_a_bad_node(tmp_path, arguments, gpus, expected):
