@@ -3,11 +3,17 @@
 import json
 
 import pytest
+import yaml
 
 from launch.sweeps.look import look
+from launch.sweeps.plan import document, make_plan, write
+from launch.sweeps.plan_file import read_plan
+from launch.sweeps.study import read_study
+from launch.sweeps.study_directory import StudyDirectory
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 from megatron_qwen.slurm import QueuedJob
+from tests.launch.sweeps.study_files import SMALL
 
 
 @pytest.fixture
@@ -94,3 +100,24 @@ def test_a_held_job_says_so(study, seen):
     begin(study, first, "4")
     held = job("4", study.job_name(first), "PENDING", "JobHeldUser", "0")
     assert seen(held)[0] == ("active", "held by Slurm (JobHeldUser): scontrol release 4")
+
+
+@pytest.mark.parametrize(
+    ("losses", "status"), [([5.0, 4.0] * 5, "ready"), ([3.0] * 5 + [5.0] * 5, "diverged")], ids=["good", "diverged"]
+)
+def test_a_branch_of_a_stem_that_had_diverged_by_then_is_not_run(losses, status, tmp_path):
+    """Its stem is still under way, and has saved the checkpoint of iteration 10 that the branch waits for."""
+    content = SMALL | {"schedule": "wsd", "learning_rate": {"values": [1e-3]}, "decay_share": 0.5}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(content))
+    write(tmp_path / "plan.yaml", document(make_plan(read_study(tmp_path / "study.yaml"))))
+    study = StudyDirectory(tmp_path / "study")
+    study.claim(read_plan(tmp_path / "plan.yaml"))
+    runs = study.all_runs(study.plan())
+    stem, branch = runs
+    directory = RunDirectory(study.runs / stem.name)
+    (directory.checkpoints / f"iter_{branch.begins:07d}").mkdir(parents=True)
+    records = [{"iteration": number, "lm_loss": loss} for number, loss in enumerate(losses, start=1)]
+    directory.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = look(study, runs, {}, ask=False)[branch.name]
+    assert (branch.begins, found.status) == (10, status)
+    assert found.why.startswith("its stem diverged before it") is (status == "diverged")
