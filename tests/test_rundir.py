@@ -33,3 +33,33 @@ def test_another_rope_base_is_another_run(directory):
         with pytest.raises(ConfigError, match=r"rope\.base = 10+\.0: differs from 500000\.0"):
             directory.claim(resolve("demo", words, RECIPES))
     assert directory.run_yaml.read_text() == before
+
+
+OWN = {
+    "model.num_layers": 2,
+    "optim.learning_rate": 0.5,
+    "training.seed": 77,
+    "data.path": "other/tokens",
+    "data.validation_fraction": 0.5,
+}
+FREE = {"training.train_iters": 99, "training.global_batch_size": 12, "data.seq_length": 33, "checkpoint.keep_last": 7}
+
+
+@pytest.mark.parametrize("field", OWN)
+def test_what_defines_the_model_and_its_data_stays(field, tmp_path):
+    found = RunDirectory(tmp_path / "run")
+    found.claim(resolve("demo", [], RECIPES))
+    before = found.run_yaml.read_text()
+    with pytest.raises(ConfigError) as caught:
+        found.claim(resolve("demo", [f"{field}={OWN[field]}"], RECIPES))
+    assert [problem.where for problem in caught.value.problems] == [field]
+    assert found.run_yaml.read_text() == before
+
+
+@pytest.mark.parametrize("field", FREE)
+def test_everything_else_may_change(field, tmp_path):
+    found = RunDirectory(tmp_path / "run")
+    found.claim(resolve("demo", [], RECIPES))
+    changed = resolve("demo", [f"{field}={FREE[field]}"], RECIPES)
+    found.claim(changed)
+    assert resolve(str(found.run_yaml), [], RECIPES) == changed
