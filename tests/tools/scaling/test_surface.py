@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tools.scaling import compute_optimal, surface
-from tools.scaling.surface import Points
+from tools.scaling.surface import Points, Surface
 
 # E, A, alpha, sigma, gamma, B, beta.
 MIXTURE = np.array([np.log(1.7), np.log(400.0), 0.34, 0.12, 0.03, np.log(1500.0), 0.35])
@@ -102,3 +102,9 @@ def test_same_seed_same_intervals():
     first, second = (surface.fit(dense(0.01), draws=20, seed=3).draws for _ in range(2))
     assert np.array_equal(first, second)
     assert not np.array_equal(first, surface.fit(dense(0.01), draws=20, seed=4).draws)
+
+
+def test_an_interval_of_90_percent_leaves_5_at_either_end():
+    draws = np.arange(101.0)[:, None]
+    found = Surface(("x",), np.array([50.0]), draws, "points", 0.0, 3, (1.0, 1.0, 1.0))
+    assert found.interval(lambda theta: theta[:, 0]) == pytest.approx((5.0, 95.0))
