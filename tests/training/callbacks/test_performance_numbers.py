@@ -51,9 +51,9 @@ def attempt_on_a_clock(config: RunConfig, run_dir: Path, begins: float) -> int:
         components.loader.load = taking(LOAD_S, components.loader.load)
         return components
 
-    def step(*arguments: Any) -> Any:
+    def step(*arguments: Any, **options: Any) -> Any:
         iteration = state["components"].progress.iteration + 1
-        result = taking(SLOW.get(iteration, STEP_S), real_step)(*arguments)
+        result = taking(SLOW.get(iteration, STEP_S), real_step)(*arguments, **options)
         return replace(result, loss=float("nan"), skipped=True) if iteration == SKIPPED else result
 
     real_build, real_step = attempt.build_components, trainer.train_step

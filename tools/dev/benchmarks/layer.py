@@ -14,10 +14,9 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     """Both sides in turn, dense and sparse, fp32 and bf16.
 
     Args:
-        rounds: turns of each side that count; one is a trial, and its turn is a single pass.
+        rounds: turns of each side that count; one is a trial, whose turn is a single pass on one thread.
     """
-    calls = _CALLS if rounds > 1 else _CALLS_OF_A_TRIAL
-    threads = len(os.sched_getaffinity(0))
+    calls, threads = (_CALLS, len(os.sched_getaffinity(0))) if rounds > 1 else (_CALLS_OF_A_TRIAL, 1)
     rows = []
     for kind, peer in _PEERS.items():
         for dtype in ("fp32", "bf16"):
