@@ -218,8 +218,8 @@ def test_a_full_disk_is_foreseen(source, tmp_path, monkeypatch):
 
 @pytest.fixture(name="small_disk")
 def disk(tmp_path):
-    """A file system of 200 MB, half of what the model needs."""
-    with small_disk(tmp_path / "disk", "200m") as mount:
+    """A file system of 50 MB, half of what the model needs."""
+    with small_disk(tmp_path / "disk", "50m") as mount:
         yield mount
 
 

@@ -21,7 +21,7 @@ def numbers() -> Iterator[int]:
     number = 1
     while True:
         yield number
-        number = number + 1 if THOROUGH else number + 1 + number // 3
+        number = number + 1 if THOROUGH else number + 1 + number // 2
 
 
 def install() -> None:
