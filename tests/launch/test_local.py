@@ -18,7 +18,7 @@ WORDS = [
 ]
 
 
-def wait_for_state(run_dir: Path, *states: str, timeout_s: float = 120) -> str:
+def wait_for_state(run_dir: Path, *states: str, timeout_s: float = 240) -> str:
     """Waits until status.json says one of these."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
