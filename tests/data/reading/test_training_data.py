@@ -185,6 +185,16 @@ def test_looking_ahead_changes_nothing(folder):
     assert ahead.at(12)[12].tokens.tolist() == plain.at(12)[12].tokens.tolist()
 
 
+def test_a_stage_that_was_only_opened_has_not_begun(folder):
+    """At the boundary, where the loader has the next stage open and no step has read of it."""
+    data = open_run(folder, blend(folder, *TWO_STAGES))
+    data.at(24)[24]
+    assert data.latest(24).stage.name == "short"
+    assert [(entry.stage, entry.samples) for entry in data.ledger(24)] == [("short", 24)]
+    assert [phase["stage"] for phase in data.state(24)["phases"]] == ["short"]
+    assert data.latest(30).stage.name == "long"
+
+
 def test_a_replay_finds_what_a_step_saw(folder):
     data = open_run(folder, blend(folder, *TWO_STAGES))
     saw = []
