@@ -12,6 +12,8 @@ import pytest
 import zstandard
 
 from launch.demo import standard_library
+from megatron_qwen import files
+from megatron_qwen.data.prepare import join
 from megatron_qwen.data.prepare.job import ShardTask, prepare
 from megatron_qwen.data.prepare.plan import make_plan
 from megatron_qwen.data.text.blocks import ReadOptions
@@ -282,3 +284,18 @@ def test_row_groups_of_one_file_fall_into_shards_by_their_size(tokenizer, tmp_pa
     noted = make(tokenizer, tmp_path / "out", tmp_path / "a.parquet", shard_bytes=size // 3)
     assert 3 <= len(noted.shards) <= 6
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS * 4
+
+
+def test_the_manifest_comes_last(tokenizer, tmp_path, monkeypatch):
+    """Where there is a manifest, there are the files that it describes."""
+    there = []
+
+    def publish(temporary: Path, path: Path) -> None:
+        there.append((path.suffix, (tmp_path / "out.json").exists()))
+        files.publish(temporary, path)
+
+    monkeypatch.setattr(join, "publish", publish)
+    make(tokenizer, tmp_path / "out", write_jsonl(tmp_path / "texts.jsonl", TEXTS[:3]))
+    assert {suffix for suffix, _ in there} >= {".bin", ".idx"}
+    assert not any(manifest for _, manifest in there)
+    assert (tmp_path / "out.json").exists()
