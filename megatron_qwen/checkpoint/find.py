@@ -34,7 +34,7 @@ def resolve(path: Path) -> list[CheckpointCandidate]:
     for root in (path / "checkpoints", path):
         if found := committed(root):
             return [CheckpointCandidate(*item) for item in found]
-    raise CheckpointError(Problem(str(path), None, "holds no committed checkpoint (iter_* with a manifest)."))
+    raise CheckpointError(Problem(str(path), None, "holds no committed checkpoint (a directory iter_*)."))
 
 
 def newest_good(candidates: list[CheckpointCandidate], *, strict: bool) -> CheckpointCandidate:

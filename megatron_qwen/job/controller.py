@@ -7,9 +7,10 @@ directory.
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_qwen.attempts import AttemptLog
+from megatron_qwen.attempts import Attempt, AttemptLog
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
@@ -91,7 +92,9 @@ class JobController:
         return None
 
     def _attempt(self) -> Decision:
-        self._close_unfinished()
+        decision = self._close_unfinished()
+        if decision is not None:
+            return decision
         earlier = self.attempts.since_forgiven()
         number = self.attempts.begin(
             nodes=list(self.allocation.nodes),
@@ -106,10 +109,13 @@ class JobController:
         outcome = self._unfit(number, logs) or self._with_ranks(number, logs)
         if RULES[outcome.reason].action is Action.REQUEUE and self._cancelled():
             outcome = self._outcome(number, Reason.CANCELLED, "the job was cancelled")
-        limit = self.config.resilience.max_restarts_without_progress
-        decision = decide(earlier, outcome, max_restarts_without_progress=limit)
-        self._note(number, outcome, decision)
+        decision = self._decide(earlier, outcome)
+        self._note(number, outcome, decision, exit_code=decision.exit_code)
         return decision
+
+    def _decide(self, earlier: Sequence[Attempt], outcome: AttemptOutcome) -> Decision:
+        limit = self.config.resilience.max_restarts_without_progress
+        return decide(earlier, outcome, max_restarts_without_progress=limit)
 
     def _cancelled(self) -> bool:
         """Whether a person cancelled the run: a requeue would restart a cancelled job."""
@@ -235,11 +241,11 @@ class JobController:
         found = committed(self.directory.checkpoints)
         return found[0][0] if found else 0
 
-    def _note(self, number: int, outcome: AttemptOutcome, decision: Decision) -> None:
+    def _note(self, number: int, outcome: AttemptOutcome, decision: Decision, *, exit_code: int | None) -> None:
         if self.attempts.newest() != number:
             raise ControllerSuperseded
         facts = {
-            "exit_code": decision.exit_code,
+            "exit_code": exit_code,
             "reason": str(outcome.reason),
             "detail": outcome.detail,
             "iteration": outcome.iteration,
@@ -302,12 +308,17 @@ class JobController:
             )
         return False
 
-    def _close_unfinished(self) -> None:
-        """Records the end of an attempt whose controller could not do so, because it died with its node."""
+    def _close_unfinished(self) -> Decision | None:
+        """Records the end of an attempt whose controller could not do so, because it died with its node.
+
+        Returns:
+            What the table says about it, where that forbids an attempt on these nodes; else None.
+        """
         attempts = self.attempts.read()
         if not attempts or attempts[-1].ended is not None:
-            return
+            return None
         last = attempts[-1]
+        earlier = [attempt for attempt in self.attempts.since_forgiven() if attempt.number < last.number]
         down = self.allocation.lost_among(last.nodes) if last.nodes else ()
         again = last.job_id is not None and last.job_id == self.allocation.job_id
         if down:
@@ -318,14 +329,7 @@ class JobController:
             reason, detail = Reason.LOST_PEER, "the controller was killed"
         outcome = self._outcome(last.number, reason, detail, failed_nodes=down)
         log.warning("attempt %d ended without recording why: %s", last.number, detail)
-        self.attempts.end(
-            last.number,
-            exit_code=None,
-            reason=str(reason),
-            detail=detail,
-            iteration=outcome.iteration,
-            iterations_gained=outcome.gained,
-            saved_iteration=outcome.saved,
-            failed_nodes=list(down),
-            action=str(Action.REQUEUE),
-        )
+        decision = self._decide(earlier, outcome)
+        self._note(last.number, outcome, decision, exit_code=None)
+        leave = self.settings.requeue and not set(decision.exclude).isdisjoint(self.allocation.nodes)
+        return decision if decision.action is Action.STOP or leave else None

@@ -10,6 +10,7 @@ from megatron_qwen.job.allocation import Ending, LocalAllocation
 from megatron_qwen.job.controller import JobController
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.resilience.policy import Action
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -55,6 +56,33 @@ def test_an_attempt_whose_end_nobody_noted(tmp_path, job, reason):
     assert attempt.failed_nodes == (("n2",) if reason == "lost node" else ())
     found._close_unfinished()
     assert len(log.read()) == 1
+
+
+def test_a_run_whose_first_node_dies_every_time_is_stopped(tmp_path):
+    found = controller(tmp_path, job_id="8")
+    log = AttemptLog(found.directory.attempts)
+    decisions = []
+    for _ in range(4):  # the first is no restart; resilience.max_restarts_without_progress is 3
+        log.begin(nodes=["n1", "n2"], job_id="7", restarts=0)
+        decisions.append(found._close_unfinished())
+    assert decisions[:3] == [None, None, None]
+    assert decisions[3] is not None and decisions[3].action is Action.STOP
+    assert found._settled() == 93
+    assert [attempt.exit_code for attempt in log.read()] == [None] * 4
+
+
+def test_a_node_that_was_lost_twice_is_left(tmp_path):
+    found = controller(tmp_path, job_id="7", lost=("n2",), nodes=("n2", "n3"))
+    log = AttemptLog(found.directory.attempts)
+    log.begin(nodes=["n1", "n2"], job_id="7", restarts=0)
+    assert found._close_unfinished() is None
+    log.begin(nodes=["n1", "n2"], job_id="7", restarts=1)
+    decision = found._close_unfinished()
+    assert decision is not None
+    assert (decision.action, decision.exclude) == (Action.REQUEUE, ("n2",))
+    log.forgive()
+    log.begin(nodes=["n1", "n2"], job_id="7", restarts=2)
+    assert found._close_unfinished() is None
 
 
 @pytest.mark.parametrize(
