@@ -3,6 +3,7 @@
 A job runs this copy, so that a requeue three days later does not run what somebody is editing.
 """
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -63,7 +64,9 @@ def freeze(target: Path, *, environ: dict[str, str], root: Path = ROOT) -> Snaps
             continue  # deleted in the working tree, or a link that may lead anywhere
         copy = temporary / name
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, copy)
+        shutil.copy2(source, copy)
+        if source.suffix == ".py":
+            _copy_compiled(source, copy)
     snapshot = Snapshot(commit, bool(diff or taken), tuple(left_out))
     note = {"commit": commit, "modified": snapshot.modified, "time": now(), "left_out": list(left_out), "new": taken}
     (temporary / NOTE).write_text(json.dumps(note, indent=2) + "\n")
@@ -71,6 +74,17 @@ def freeze(target: Path, *, environ: dict[str, str], root: Path = ROOT) -> Snaps
     (temporary / DIFF).write_text(f"left out: it holds {removed}\n" if removed else diff or "")
     publish(temporary, target)
     return snapshot
+
+
+def _copy_compiled(source: Path, copy: Path) -> None:
+    """Copies what Python has compiled of a source file, so that not every rank of the job compiles it at its start.
+
+    Python uses it only if it was made of a file of this size and time of change, so ``copy`` must have kept the time.
+    """
+    compiled, target = (Path(importlib.util.cache_from_source(str(path))) for path in (source, copy))
+    if compiled.is_file() and target.parent.parent == copy.parent:  # else PYTHONPYCACHEPREFIX is set
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(compiled, target)
 
 
 def _sift(root: Path, new: list[str], environ: dict[str, str]) -> tuple[list[str], list[str]]:

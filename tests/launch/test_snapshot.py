@@ -1,7 +1,9 @@
 """The code of a run is the working tree at its submission."""
 
 import json
+import py_compile
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,20 @@ def test_changes_and_new_files_are_taken(checkout, tmp_path):
 
 def test_an_untouched_checkout_is_not_modified(checkout, tmp_path):
     assert not freeze(tmp_path / "code", environ={}, root=checkout).modified
+
+
+def test_compiled_modules_are_taken_and_used_while_they_are_those_of_the_source(checkout, tmp_path):
+    for name in ("code.py", "gone.py"):
+        py_compile.compile(str(checkout / name))
+    (checkout / "gone.py").write_text("changed = 1\n")
+    freeze(tmp_path / "code", environ={}, root=checkout)
+    command = [sys.executable, "-v", "-c", "import code, gone; print(gone.changed)"]
+    environment = {"PYTHONPATH": str(tmp_path / "code"), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    used = [line.split()[-1] for line in done.stderr.splitlines() if "matches" in line]
+    assert str(tmp_path / "code/code.py") in used
+    assert str(tmp_path / "code/gone.py") not in used
+    assert done.stdout == "1\n"
 
 
 def test_private_files_stay_out(checkout, tmp_path):
