@@ -15,42 +15,59 @@ from tests.conftest import ROOT
 
 PYPROJECT = """
 [build-system]
-requires = ["setuptools"]
-build-backend = "setuptools.build_meta"
+requires = ["flit_core"]
+build-backend = "flit_core.buildapi"
 [project]
 name = "small"
 version = "1"
+description = "A module without dependencies."
 [project.optional-dependencies]
 hf = []
 docs = []
 test = []
 dev = []
-[tool.setuptools]
-packages = []
 """
+# The search for one, which goes through the shims of pyenv, is not repeated by every test.
+PYTHON = Path(sys.base_prefix) / "bin" / "python3"
 
 
 @pytest.fixture
 def checkout(tmp_path) -> Path:
-    root = tmp_path / "checkout"
+    return make_checkout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A checkout with its environment, and what `mq setup` said."""
+    root = make_checkout(tmp_path_factory.mktemp("ready"))
+    return root, mq(root, "setup")
+
+
+def make_checkout(folder: Path) -> Path:
+    root = folder / "checkout"
     (root / "tools").mkdir(parents=True)
     shutil.copyfile(ROOT / "mq", root / "mq")
     (root / "mq").chmod(0o755)
     (root / "pyproject.toml").write_text(PYPROJECT)
+    (root / "small.py").write_text("")
     (root / "constraints.txt").write_text("")
     (root / "tools" / "__init__.py").write_text("")
     (root / "tools" / "recipes.py").write_text("import sys\nprint('ours', *sys.argv[1:])\n")
     return root
 
 
-def mq(checkout: Path, *arguments: str, cwd: Path | None = None, script: Path | None = None):
-    environment = {name: value for name, value in os.environ.items() if name not in ("MQ_VENV", "PYTHONPATH")}
+def environment(**more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in ("MQ_VENV", "PYTHONPATH")}
+    return {**kept, "MQ_PYTHON": str(PYTHON), **more}
+
+
+def mq(checkout: Path, *arguments: str, cwd: Path | None = None, script: Path | None = None, **more: str):
     return subprocess.run(
         [str(script or checkout / "mq"), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment,
+        env=environment(**more),
         timeout=300,
     )
 
@@ -67,14 +84,12 @@ def test_lists_its_programs_without_an_environment(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_sets_up_once_and_again_when_constraints_change(checkout):
-    first = mq(checkout, "recipes", "a b")
+def test_finds_a_python_and_sets_up_once(checkout):
+    first = mq(checkout, "recipes", "a b", MQ_PYTHON="")
     assert first.stdout == "ours a b\n", first.stderr
     assert "setting up" in first.stderr
     assert "set up in" in first.stderr
-    assert mq(checkout, "recipes").stderr == ""
-    (checkout / "constraints.txt").write_text("# changed\n")
-    assert "setting up" in mq(checkout, "recipes").stderr
+    assert mq(checkout, "recipes", MQ_PYTHON="").stderr == ""
 
 
 def test_extras_of_one_program_stay_when_another_runs(checkout):
@@ -89,11 +104,18 @@ def test_extras_of_one_program_stay_when_another_runs(checkout):
     assert extras == ["hf,docs", "hf,docs", "hf,docs,test,dev", "hf,docs,test,dev"]
 
 
-def test_setup_alone_makes_the_environment(checkout):
-    done = mq(checkout, "setup")
+def test_setup_alone_makes_the_environment(ready):
+    checkout, done = ready
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"mq: the environment {checkout / '.venv'} is ready\n"
     assert mq(checkout, "recipes").stderr == "", "nothing was left to do"
+
+
+def test_sets_up_again_when_constraints_change(ready):
+    checkout, _ = ready
+    (checkout / "constraints.txt").write_text("# changed\n")
+    assert "setting up" in mq(checkout, "recipes").stderr
+    assert mq(checkout, "recipes").stderr == ""
 
 
 def test_pins_of_an_older_driver_replace_torch_and_its_libraries(checkout, tmp_path):
@@ -121,7 +143,8 @@ def test_pins_of_an_older_driver_replace_torch_and_its_libraries(checkout, tmp_p
     assert "setting up" in mq(checkout, "recipes").stderr
 
 
-def test_runs_from_anywhere_and_through_a_link(checkout, tmp_path):
+def test_runs_from_anywhere_and_through_a_link(ready, tmp_path):
+    checkout, _ = ready
     theirs = tmp_path / "theirs"
     for name in ("tools", "launch"):
         (theirs / name).mkdir(parents=True)
@@ -136,7 +159,13 @@ def test_runs_from_anywhere_and_through_a_link(checkout, tmp_path):
 
 def test_two_at_once_make_one_environment(checkout):
     both = [
-        subprocess.Popen([str(checkout / "mq"), "recipes"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [str(checkout / "mq"), "recipes"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
         for _ in range(2)
     ]
     answers = [process.communicate(timeout=300) for process in both]
@@ -150,6 +179,7 @@ def test_an_interrupted_set_up_is_never_used(number, checkout):
     process = subprocess.Popen(
         [str(checkout / "mq"), "recipes"],
         stderr=subprocess.DEVNULL,
+        env=environment(),
         start_new_session=True,
         # A shell that runs the tests in the background has its children ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -174,11 +204,9 @@ def test_a_failed_set_up_says_so(checkout):
 
 
 def test_a_python_that_does_not_fit_is_refused(checkout):
-    environment = {**os.environ, "MQ_PYTHON": "/bin/true"}
     (checkout / "false").write_text("#!/bin/sh\nexit 1\n")
     (checkout / "false").chmod(0o755)
-    environment["MQ_PYTHON"] = str(checkout / "false")
-    done = subprocess.run([str(checkout / "mq"), "recipes"], capture_output=True, text=True, env=environment)
+    done = mq(checkout, "recipes", MQ_PYTHON=str(checkout / "false"))
     assert done.returncode == 2
     assert "is not Python 3.12 or 3.13" in done.stderr
 
@@ -203,8 +231,7 @@ def test_what_is_no_environment_is_left_alone(checkout, tmp_path):
     precious.mkdir()
     (precious / "thesis.tex").write_text("years of work")
     for place in (precious, precious / "thesis.tex"):
-        environment = {**os.environ, "MQ_VENV": str(place)}
-        done = subprocess.run([str(checkout / "mq"), "recipes"], capture_output=True, text=True, env=environment)
+        done = mq(checkout, "recipes", MQ_VENV=str(place))
         assert done.returncode == 2, done.stderr
         assert "is not a Python environment" in done.stderr
         assert (precious / "thesis.tex").read_text() == "years of work"
