@@ -87,7 +87,9 @@ def test_the_bound_is_that_of_the_formats():
     assert weight.abs().max() > 448
 
 
-def test_torchs_own_fp8_gemm_passes():
+def test_torchs_own_fp8_gemm_passes(monkeypatch):
+    for name, size in {"_TOKENS": 64, "_IN": 128, "_OUT": 96}.items():
+        monkeypatch.setattr(fp8_check, name, size)  # torch's own on a CPU takes half a minute for what a GPU gets
     try:
         used, found = problems(scaled_gemms, CPU)
     except (RuntimeError, NotImplementedError) as error:

@@ -43,9 +43,14 @@ def chunked(
     return {
         "loss": float((loss - expected).abs() / expected),
         "log_prob": furthest,
-        "hidden": float((ours_hidden.grad - 2 * grad_hidden).abs().max()),
-        "weight": float((ours_weight.grad - 2 * whole_weight.grad.chunk(size)[rank]).abs().max()),
+        "hidden": furthest_from(ours_hidden.grad, 2 * grad_hidden),
+        "weight": furthest_from(ours_weight.grad, 2 * whole_weight.grad.chunk(size)[rank]),
     }
+
+
+def furthest_from(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value: gradients of squares go into the hundreds."""
+    return float((ours - expected).abs().max() / expected.abs().max().clamp(min=1.0))
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
@@ -56,8 +61,8 @@ def test_equals_plain_torch(by_log_probs, chunk, vocabulary, padded, ranks, sequ
     for answer in pool[ranks].run(chunked, 5, chunk, vocabulary, padded, sequence_parallel, by_log_probs):
         assert answer["loss"] < 1e-6
         assert answer["log_prob"] < 1e-5
-        assert answer["hidden"] < 1e-4
-        assert answer["weight"] < 1e-4
+        assert answer["hidden"] < 5e-6
+        assert answer["weight"] < 5e-6
 
 
 def test_log_probabilities_need_no_gradient(pool):
