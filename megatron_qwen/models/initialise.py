@@ -72,5 +72,8 @@ def _fill(part: Slice, *, std: float, seed: int) -> None:
         )
 
     blocks = range(start // _BLOCK_ROWS, -(-stop // _BLOCK_ROWS))
+    if len(blocks) == 1:
+        draw(blocks[0])  # starting a thread takes longer than drawing a small tensor
+        return
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         list(pool.map(draw, blocks))

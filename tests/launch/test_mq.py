@@ -118,14 +118,47 @@ def test_sets_up_again_when_constraints_change(ready):
     assert mq(checkout, "recipes").stderr == ""
 
 
+def installer(checkout: Path, package: str) -> str:
+    """Who installed a package."""
+    (name,) = (checkout / ".venv").glob(f"lib/*/site-packages/{package}-*.dist-info/INSTALLER")
+    return name.read_text().strip()
+
+
+def test_installs_with_uv_by_the_settings_of_pip_and_with_pip_where_there_is_no_uv(checkout, tmp_path):
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    make_wheel(wheels, "onlyhere", "1.0", {"onlyhere.py": "here = True\n"})
+    (checkout / "pyproject.toml").write_text(
+        PYPROJECT.replace('version = "1"', 'version = "1"\ndependencies = ["onlyhere"]')
+    )
+    (checkout / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    assert mq(checkout, "recipes", PIP_FIND_LINKS=str(wheels)).stdout == "ours\n"
+    assert installer(checkout, "onlyhere") == installer(checkout, "small") == "uv"
+    # As an interrupted set-up leaves it: a package without a file, and no sign that all is ready.
+    (module,) = (checkout / ".venv").glob("lib/*/site-packages/onlyhere.py")
+    module.unlink()
+    (checkout / ".venv/.ready").rename(checkout / ".venv/.installing")
+    assert mq(checkout, "recipes", PIP_FIND_LINKS=str(wheels)).stdout == "ours\n"
+    assert module.exists()
+    (checkout / "constraints.txt").write_text("uv==0.0.0.1\n")
+    assert mq(checkout, "recipes", PIP_FIND_LINKS=str(wheels)).stdout == "ours\n"
+    assert installer(checkout, "small") == "pip"
+
+
+def make_wheel(folder: Path, name: str, version: str, modules: dict[str, str]) -> None:
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        for path, text in modules.items():
+            wheel.writestr(path, text)
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in modules))
+
+
 def test_pins_of_an_older_driver_replace_torch_and_its_libraries(checkout, tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
-    info = "torch-1.0+cu126.dist-info"
-    with zipfile.ZipFile(wheels / "torch-1.0+cu126-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 1.0+cu126\n")
-        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{info}/RECORD", "")
+    make_wheel(wheels, "torch", "1.0+cu126", {})
     (checkout / "pyproject.toml").write_text(
         PYPROJECT.replace('version = "1"', 'version = "1"\ndependencies = ["torch"]')
     )

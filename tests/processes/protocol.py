@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from tests.processes import kill_points
 
+_ROOT = Path(__file__).resolve().parent.parent.parent
 # Programs and ranks of the checkout. What else is started with sys.executable gets an interpreter of its own.
 PACKAGES = ("megatron_qwen", "launch", "tools", "checkpoints_convert", "tests")
 # Read when a process starts, by the interpreter, the C library or OpenMP: no fork for a child that wants another value.
@@ -130,6 +131,7 @@ def _run(words: Sequence[str]) -> None:
     else:
         module = words[2]
         sys.argv = [module, *words[3:]]
+        sys.modules.pop(module, None)  # imported before, as a program that starts has not been
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
@@ -169,10 +171,12 @@ def _reset_interpreter() -> None:
     random.seed()
     if (numpy := sys.modules.get("numpy")) is not None:
         numpy.random.seed()
-    for name in [name for name in sys.modules if name.split(".")[0] in PACKAGES]:
+    first = [os.path.realpath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    # A run's own copy of the code is imported anew; so is what tests import of each other, which pytest rewrites.
+    imported_anew = {"tests"} if first[:1] == [str(_ROOT)] else set(PACKAGES)
+    for name in [name for name in sys.modules if name.split(".")[0] in imported_anew]:
         del sys.modules[name]
     installed = [entry for entry in sys.path if Path(entry).is_relative_to(sys.base_prefix) or _is_in_venv(entry)]
-    first = [os.path.realpath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     sys.path[:] = [*first, *installed]
     sys.path_importer_cache.clear()
 

@@ -1,7 +1,7 @@
-"""The warm interpreter: has imported the libraries that programs use, and forks a child for each command line.
+"""The warm interpreter: has imported what programs use, and forks a child for each command line.
 
-It imports none of this project's modules and not megatron-core, which binds names that ``prepare_process`` replaces
-first: every child imports those anew, from the checkout or the snapshot that its PYTHONPATH names.
+It does not import megatron-core, which binds names that ``prepare_process`` replaces first, nor what needs it: every
+child imports those anew. A child whose PYTHONPATH names another copy of the project imports all of the project anew.
 """
 
 import contextlib
@@ -10,9 +10,11 @@ import importlib
 import logging
 import os
 import pickle
+import pkgutil
 import socket
 import sys
 import warnings
+from collections.abc import Sequence
 from typing import NoReturn
 
 from tests.processes.nested import fork_in_place
@@ -41,17 +43,41 @@ LIBRARIES = (
     "transformers",
     "transformers.models.qwen2.modeling_qwen2",
 )
+# Packages of the project that import no megatron-core, without what is named below.
+_PROJECT = (
+    "launch",
+    "tools",
+    "checkpoints_convert",
+    *(f"megatron_qwen.{name}" for name in ("config", "data", "estimate", "hf", "job", "recipes", "resilience")),
+)
+_NOT_OF_IT = (
+    "tools.dev",
+    "checkpoints_convert.compare.layered_core",
+    "checkpoints_convert.compare.whole_models",
+    "megatron_qwen.data.text.parquet",  # pyarrow starts threads
+)
 
 
-def import_libraries() -> None:
+def project_modules() -> list[str]:
+    """Modules of the project that are imported in advance."""
+    found = []
+    for name in _PROJECT:
+        package = importlib.import_module(name)
+        inner = pkgutil.walk_packages(package.__path__, f"{name}.")
+        found += [name, *(module.name for module in inner if not module.name.startswith(_NOT_OF_IT))]
+    return found
+
+
+def import_libraries(names: Sequence[str] = LIBRARIES) -> None:
     """Imports them, so that forked children share them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logging.disable()  # notices that there is no CUDA
-        for name in LIBRARIES:
+        for name in names:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
         logging.disable(logging.NOTSET)
+    assert "megatron" not in sys.modules, "megatron-core was imported before prepare_process"
     assert len(os.listdir("/proc/self/task")) == 1, "a library started a thread: forking is not safe"  # noqa: PTH208
     gc.collect()
     gc.freeze()  # the collector leaves shared pages shared
@@ -123,5 +149,5 @@ def _fork_orphan() -> int:
 
 
 if __name__ == "__main__":
-    import_libraries()
+    import_libraries([*LIBRARIES, *project_modules()])
     serve(socket.socket(fileno=int(sys.argv[1])))

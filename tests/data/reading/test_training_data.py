@@ -20,6 +20,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_
 from megatron_qwen.data.token_files.token_file import TokenFileWriter
 from megatron_qwen.errors import ConfigError, DataError
 from tests.data.blends import VOCABULARY, open_run, run_config, write_source
+from tests.tiers import count
 from tests.training.attempts import configure
 
 TOTALS = {"a": 400, "b": 1500, "c": 90, "d": 777}
@@ -134,7 +135,7 @@ class Model:
         self.data.resume(json.loads(text))
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=count(quick=200, thorough=500), deadline=None)
 @given(st.lists(change, min_size=1, max_size=14))
 def test_any_changes(folder, changes):
     sizes = stream._LEAST_BLOCK, stream._BLOCKS_OF_GROUP
