@@ -66,7 +66,8 @@ def test_a_run_whose_first_node_dies_every_time_is_stopped(tmp_path):
         log.begin(nodes=["n1", "n2"], job_id="7", restarts=0)
         decisions.append(found._close_unfinished())
     assert decisions[:3] == [None, None, None]
-    assert decisions[3] is not None and decisions[3].action is Action.STOP
+    assert decisions[3] is not None
+    assert decisions[3].action is Action.STOP
     assert found._settled() == 93
     assert [attempt.exit_code for attempt in log.read()] == [None] * 4
 
