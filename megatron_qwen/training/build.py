@@ -8,7 +8,7 @@ from megatron_qwen.core_patches.group_step_adam import adam_in_use
 from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
 from megatron_qwen.data.reading.preflight import require_legal_stages
-from megatron_qwen.data.reading.training_data import TrainingData
+from megatron_qwen.data.reading.training_data import HeldOutSamples, TrainingData
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import choose, impossible
@@ -104,9 +104,15 @@ def require_packed_support(data: TrainingData, backend: Backend) -> None:
 
 
 def require_fields(data: TrainingData, objective: Objective) -> None:
-    """Raises ConfigError if the objective needs fields that the samples do not have."""
-    there = {field.name for field in data.extra_fields}
-    missing = [field.name for field in objective.extra_fields if field.name not in there]
-    if missing:
-        fix = f"needs {', '.join(missing)} beside the tokens, which this data does not have."
-        raise ConfigError(Problem("objective.kind", data.config.objective.kind, fix))
+    """Raises ConfigError if the objective needs fields that the samples, or those of the validation, do not have."""
+    sources = {"this data": data.extra_fields}
+    if data.config.training.eval_iters and data.config.data.validation_fraction:
+        sources["its held-out part (training.eval_iters)"] = HeldOutSamples.extra_fields
+    problems = []
+    for source, fields in sources.items():
+        there = {field.name for field in fields}
+        if missing := [field.name for field in objective.extra_fields if field.name not in there]:
+            fix = f"needs {', '.join(missing)} beside the tokens, which {source} does not have."
+            problems.append(Problem("objective.kind", data.config.objective.kind, fix))
+    if problems:
+        raise ConfigError(problems)

@@ -54,14 +54,21 @@ def test_an_objective_of_another_kind(size, layout, micro, pool, starts, masked_
         assert found["metrics"]["scale"] == pytest.approx(expected["scale"], rel=1e-6)
 
 
-def test_data_that_lacks_a_field_is_refused(masked_documents):
-    from megatron_qwen.data.reading.training_data import TrainingData
+def test_data_that_lacks_a_field_is_refused(masked_documents, monkeypatch):
+    from megatron_qwen.data.reading.training_data import HeldOutSamples, TrainingData
     from megatron_qwen.training.build import require_fields
 
-    data = TrainingData(config_of("tiny_dense", masked_documents))
+    config = config_of("tiny_dense", masked_documents)
+    data = TrainingData(config.with_section("training", eval_iters=0))
     with pytest.raises(ConfigError, match=r"objective.kind = pretrain: needs advantage, scale beside the tokens"):
         require_fields(data, advantages.Advantages())
     data.extra_fields = advantages.FIELDS
+    require_fields(data, advantages.Advantages())
+    validated = config.with_section("training", eval_iters=1).with_section("data", validation_fraction=0.1)
+    data.config = validated
+    with pytest.raises(ConfigError, match=r"which its held-out part \(training.eval_iters\) does not have"):
+        require_fields(data, advantages.Advantages())
+    monkeypatch.setattr(HeldOutSamples, "extra_fields", advantages.FIELDS)
     require_fields(data, advantages.Advantages())
 
 

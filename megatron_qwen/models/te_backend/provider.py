@@ -42,7 +42,8 @@ def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
     """Makes weight-gradient GEMMs accumulate into the fp32 main gradients, without a bf16 gradient in between.
 
     megatron-core's switch for it (gradient_accumulation_fusion) asks NVIDIA's apex for its own output layer as well,
-    whose gradient is computed in loss.py here. Transformer Engine's layers need no apex, so the switch is set on them.
+    whose gradient is computed in objectives/cross_entropy.py. Transformer Engine's layers need no apex, so the switch
+    is set on them.
     """
     for module in modules:
         for layer in module.modules():

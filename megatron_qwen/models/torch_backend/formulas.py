@@ -1,7 +1,7 @@
 """The torch backend's memory-bound operations as plain formulas in fp32, which torch.compile fuses to one kernel each.
 
-Each computes the same as an operation of functions.py or loss.py, which work in place for runs without a compiler. The
-last two transpose operands for dense_gemm.py.
+Each computes the same as an operation of functions.py or objectives/cross_entropy.py, which work in place for runs
+without a compiler. The last two transpose operands for dense_gemm.py.
 """
 
 import torch
