@@ -131,7 +131,8 @@ def _run(words: Sequence[str]) -> None:
     else:
         module = words[2]
         sys.argv = [module, *words[3:]]
-        sys.modules.pop(module, None)  # imported before, as a program that starts has not been
+        for name in (module, f"{module}.__main__"):
+            sys.modules.pop(name, None)  # imported in advance, which runpy would warn of
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
