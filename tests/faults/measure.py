@@ -20,7 +20,7 @@ import yaml
 
 _ROOT = Path(__file__).resolve().parents[2]
 _LIST = Path(__file__).with_name("faults.yaml")
-_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/\S+)", re.MULTILINE)
+_FAILED = re.compile(r"^(?:FAILED|ERROR) (tests/.+?)(?: - .*)?$", re.MULTILINE)
 _LIMIT_S = 3600  # the whole suite, where a fault makes tests wait for their time limits
 # What a shell may have set and would have every process compile all modules anew.
 _NOT_PASSED_ON = ("PYTHONDONTWRITEBYTECODE", "PYTHONUNBUFFERED")
