@@ -30,6 +30,71 @@ def test_names_are_those_of_transformers(recipe):
         assert set(names) == expected - ({"lm_head.weight"} if model.share_embeddings_and_output_weights else set())
 
 
+# By hand from megatron-core's modules (GPTModel with a mixture of experts, Qwen2-MoE's shared expert with a gate).
+CORE_OF_MOE = {
+    "embedding.word_embeddings.weight": "padded",
+    "decoder.final_layernorm.weight": "",
+    "output_layer.weight": "padded",
+    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": "layer",
+    "decoder.layers.self_attention.linear_qkv.weight": "layer",
+    "decoder.layers.self_attention.linear_qkv.bias": "layer",
+    "decoder.layers.self_attention.linear_proj.weight": "layer",
+    "decoder.layers.pre_mlp_layernorm.weight": "layer",
+    "decoder.layers.mlp.router.weight": "layer",
+    "decoder.layers.mlp.experts.experts.linear_fc1.weight": "layer, expert",
+    "decoder.layers.mlp.experts.experts.linear_fc2.weight": "layer, expert",
+    "decoder.layers.mlp.shared_experts.linear_fc1.weight": "layer",
+    "decoder.layers.mlp.shared_experts.linear_fc2.weight": "layer",
+    "decoder.layers.mlp.shared_experts.gate_weight": "layer",
+}
+
+
+def test_tensors_of_the_checkpoint_their_padding_and_their_leading_dimensions():
+    model = replace(RECIPES["tiny_moe"]().model, share_embeddings_and_output_weights=False)
+    leading = {(False, False): "", (True, False): "layer", (True, True): "layer, expert"}
+    found = {
+        mapping.core: "padded" if mapping.padded else leading[mapping.per_layer, mapping.per_expert]
+        for mapping in tensor_mappings(model)
+    }
+    assert found == CORE_OF_MOE
+    places = [(item.mapping.core, item.leading) for item in core_tensors(model)]
+    layers, experts = range(model.num_layers), range(model.num_moe_experts)
+    wanted = {"": [()], "padded": [()], "layer": [(layer,) for layer in layers]}
+    wanted["layer, expert"] = [(layer, expert) for layer in layers for expert in experts]
+    assert sorted(places) == sorted((core, place) for core, kind in CORE_OF_MOE.items() for place in wanted[kind])
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe"])
+def test_the_files_of_an_export_hold_modules_in_the_order_of_transformers(recipe):
+    config = RECIPES[recipe]()
+    content = hf_config(config.architecture, eos_token_id=0, bos_token_id=0, dtype="float32")
+    with torch.device("meta"):
+        theirs = list(AutoModelForCausalLM.from_config(AutoConfig.for_model(**content)).state_dict())
+    ours = [item.name for item in hf_tensors(config.model)]
+    one_by_one = [name for name in ours if ".experts." not in name]
+    assert one_by_one == [name for name in theirs if name in set(ours)]
+    experts = [name for name in ours if ".experts." in name]
+    in_order = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
+        for layer in range(config.model.num_layers)
+        for expert in range(config.model.num_moe_experts or 0)
+        for part in ("gate", "up", "down")
+    ]
+    assert experts == in_order
+    places = [ours.index(name) for name in ours if name.startswith("model.layers.")]
+    assert places == list(range(1, 1 + len(places))), "the embedding first, then all layers"
+
+
+def test_each_tensor_of_hugging_face_knows_its_place_in_the_checkpoint():
+    model = RECIPES["tiny_moe"]().model
+    found = {item.name: item for item in hf_tensors(model)}
+    up = found["model.layers.1.mlp.experts.2.up_proj.weight"]
+    assert (up.mapping.core, up.leading, up.part) == ("decoder.layers.mlp.experts.experts.linear_fc1.weight", (1, 2), 1)
+    norm = found["model.norm.weight"]
+    assert (norm.mapping.core, norm.leading, norm.part) == ("decoder.final_layernorm.weight", (), 0)
+    assert found["model.layers.0.mlp.shared_expert_gate.weight"].shape == (1, model.hidden_size)
+
+
 def split(mapping: TensorMapping, tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The Hugging Face tensors in a checkpoint tensor without leading dimensions."""
     return tuple(torch.cat([tensor[start:stop] for start, stop in ranges]) for ranges in mapping.rows)

@@ -49,6 +49,30 @@ def test_three_restarts_without_progress_stop(reason):
     assert "3 restarts without a newer checkpoint" in decision.why
 
 
+def test_the_first_step_that_is_saved_is_progress():
+    first = ended(1, Reason.LOST_PEER, saved=0)
+    assert after([first], AttemptOutcome(Reason.LOST_PEER, "again", saved=0), limit=1).action is Action.STOP
+    assert after([first], AttemptOutcome(Reason.LOST_PEER, "again", saved=1), limit=1).action is Action.REQUEUE
+
+
+def test_what_a_decision_says():
+    nodes = ("n7",)
+    sick = [ended(1, Reason.UNHEALTHY_NODE, nodes=nodes, saved=5)]
+    done = after(sick, AttemptOutcome(Reason.FINISHED, "all steps are done"))
+    assert (done.why, done.exclude) == ("all steps are done", nodes)
+    wrong = after(sick, AttemptOutcome(Reason.DATA, "rank 3: a token file is damaged"))
+    assert wrong.why == "rank 3: a token file is damaged; a restart would fail in the same way"
+    assert wrong.exclude == nodes
+    lost = after(sick, AttemptOutcome(Reason.LOST_NODE, "Slurm reports n2 down", ("n2",), saved=9))
+    assert (lost.why, lost.exclude) == ("lost node: Slurm reports n2 down", nodes)
+    error = "ValueError at step.py:59"
+    sick.append(ended(2, Reason.ERROR, error=error, iteration=24, saved=9))
+    twice = after(sick, AttemptOutcome(Reason.ERROR, "rank 1", error=error, iteration=24, saved=9))
+    assert (twice.action, twice.exit_code, twice.exclude) == (Action.STOP, 93, nodes)
+    stuck = after(sick, AttemptOutcome(Reason.HANG, "no step", saved=9), limit=1)
+    assert (stuck.action, stuck.exit_code, stuck.exclude) == (Action.STOP, 93, nodes)
+
+
 def test_a_newer_checkpoint_begins_the_count_anew():
     earlier = [ended(number, Reason.LOST_PEER, saved=10) for number in range(1, 4)]
     assert after(earlier, AttemptOutcome(Reason.LOST_PEER, "again", saved=20)).action is Action.REQUEUE
@@ -77,6 +101,12 @@ def test_a_node_is_avoided_after_its_second_failure():
 def test_an_unhealthy_node_is_avoided_at_once():
     assert after([], AttemptOutcome(Reason.UNHEALTHY_NODE, "ECC", ("n3",))).exclude == ("n3",)
     assert excluded_nodes([ended(1, Reason.UNHEALTHY_NODE, nodes=["n3"])]) == ("n3",)
+
+
+def test_attempts_that_blame_nobody_hide_no_failure():
+    failures = [ended(number, Reason.LOST_NODE, nodes=["n1"]) for number in (2, 5)]
+    others = [ended(1, None), ended(3, Reason.PREEMPTED), ended(4, Reason.ERROR)]
+    assert excluded_nodes([others[0], failures[0], *others[1:], failures[1]]) == ("n1",)
 
 
 def test_the_same_error_at_the_same_iteration_twice():
