@@ -54,7 +54,7 @@ class Terms:
         return Terms(tuple(block[:, chosen] for block in self.features), self.names)
 
     def predict(self, coefficients: Array) -> Array:
-        """ln L: [..., p] -> [..., n]."""
+        """ln L: [p] -> [n], [r, p] -> [r, n]."""
         return _parts(self, np.atleast_2d(coefficients))[0].reshape(*coefficients.shape[:-1], -1)
 
 
