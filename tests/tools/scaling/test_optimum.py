@@ -134,11 +134,12 @@ def test_every_group_has_its_own_best_of_each_setting():
 
 def test_a_setting_that_was_not_varied():
     """Values that differ by rounding only are one."""
-    rates, batches = np.full(7, 0.5) + 1e-8 * PLACES, PLACES
-    rate, batch = best_of([(np.stack((rates, batches), axis=1), 0.02 * (PLACES - 0.5) ** 2)])
+    rates = 0.5 + 1e-7 * PLACES
+    rate, batch = best_of([(np.stack((rates, PLACES), axis=1), 0.02 * (PLACES + 2.9) ** 2)])
     assert rate == Optimum(0, "learning_rate", None, None, None, (FEW,), 1)
-    assert batch.value == pytest.approx(np.exp(0.5), rel=1e-6)
+    assert batch.value == pytest.approx(np.exp(-2.9), rel=1e-6)
     assert (batch.variable, batch.flags, batch.settings) == ("batch_tokens", (), 7)
+    assert alone(rates, 0.02 * PLACES**2) == Optimum(0, "learning_rate", None, None, None, (FEW,), 1)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +191,11 @@ def test_one_setting_can_be_flat_and_the_other_not():
 def test_the_interval_is_that_of_the_vertex():
     """A vertex -b / 2a has the standard error s / (2 a sqrt(sum of x^2)) where b is zero; 1.645 of them are 5 %."""
     spread = 0.005
-    found = alone(PLACES, 0.02 * PLACES**2, spread=spread)
+    found = alone(PLACES + 5, 0.02 * PLACES**2, spread=spread)
     error = spread * np.sqrt(5 / 9) / (2 * 0.02 * np.sqrt(28))
-    np.testing.assert_allclose(np.log((found.low, found.high)), (-1.645 * error, 1.645 * error), rtol=0.08)
-    assert found == alone(PLACES, 0.02 * PLACES**2, spread=spread)
+    away = np.log((found.low, found.high)) - 5
+    np.testing.assert_allclose(away, (-1.645 * error, 1.645 * error), rtol=0.08)
+    assert found == alone(PLACES + 5, 0.02 * PLACES**2, spread=spread)
 
 
 def test_the_interval_leaves_5_percent_at_either_end():
@@ -230,3 +232,15 @@ def test_a_saddle_has_no_value_in_either_setting():
     found = best_of([bowl((0, 0), PLACES, (0.02, -0.01, 0))])
     assert [one.value for one in found] == [None, None]
     assert all(FLAT in one.flags for one in found)
+
+
+def test_where_most_resamples_have_no_minimum_the_best_that_was_tried_stands_for_it():
+    """The vertex lies below all places, but the noise hides both curvatures, and a cell inside has the least loss."""
+    settings, loss = bowl((-5, -5), PLACES, (1e-5, 1e-5, 0))
+    loss[(settings == -2).all(axis=1)] -= 1e-3
+    found = best_of([(settings, loss)], spread=0.1)
+    assert [one.flags for one in found] == [(FLAT,), (FLAT,)]
+    assert [one.value for one in found] == [None, None]
+    for one in found:  # its interval reaches beyond what was tried
+        assert np.log(one.low) < -3
+        assert np.log(one.high) > 3
