@@ -159,7 +159,7 @@ def _starts(terms: Terms, log_loss: Array) -> Array:
     found = []
     for share in (0.3, 0.6, 0.8, 0.95):
         constant = floor + np.log(share)
-        rest = max(np.exp(centre) - np.exp(constant), 1e-3 * np.exp(centre))
+        rest = np.exp(centre) - np.exp(constant)  # at least a twentieth of the loss: the floor is its least
         for part in (0.15, 0.5, 0.85):
             for first in (0.1, 0.3, 0.5, 0.9):
                 for second in (0.1, 0.3, 0.5, 0.9):

@@ -185,14 +185,16 @@ def test_refits_of_weights_and_of_losses_are_minima():
     assert slopes_at(terms, found, losses, np.ones((7, 25)), 0.01).max() < 1e-3
 
 
-def test_refits_do_not_depend_on_how_many_share_an_array(monkeypatch):
+@pytest.mark.parametrize("common", ["nothing", "losses", "weights"])
+@pytest.mark.parametrize("rows", [2, 7])
+def test_refits_do_not_depend_on_how_many_share_an_array(rows, common, monkeypatch):
     terms, y = noisy()
-    losses = y + 0.01 * np.random.default_rng(1).standard_normal((7, 25))
-    weights = np.random.default_rng(2).uniform(0.5, 2, (7, 25))
-    whole = refit(terms, losses, weights, start=TRUTH)
+    losses = y + 0.01 * np.random.default_rng(1).standard_normal((1 if common == "losses" else rows, 25))
+    weights = np.random.default_rng(2).uniform(0.5, 2, (1 if common == "weights" else rows, 25))
+    whole = refit(terms, losses, weights, start=TRUTH, delta=0.1)
     for elements in (75, 25, 1):  # three rows at a time with one left over, one, and one though it is too large
         monkeypatch.setattr(law, "_CHUNK_ELEMENTS", elements)
-        np.testing.assert_allclose(refit(terms, losses, weights, start=TRUTH), whole, rtol=1e-6)
+        np.testing.assert_allclose(refit(terms, losses, weights, start=TRUTH, delta=0.1), whole, rtol=1e-6)
 
 
 def test_a_refit_of_the_same_data_stays():
@@ -223,3 +225,13 @@ def test_rows_are_refined_each_for_itself():
     np.testing.assert_allclose(both[0], TRUTH, rtol=1e-9)
     np.testing.assert_allclose(both[1], both[2], rtol=1e-9)
     assert slopes_at(terms, both[1:2], away[None], np.ones((1, 25)), 0.1)[0] < 1e-6
+
+
+def test_models_of_one_size_are_fitted_though_they_do_not_tell_e_from_a():
+    """Damping keeps the singular system solvable, and every loss is met all the same."""
+    d = np.geomspace(1e9, 1e12, 12)
+    terms = law._centred(moe(np.full(12, 1e9), d))[0]
+    y = log_loss(1e9, d)
+    found = refine(terms, y[None], np.ones((1, 12)), start=np.array([0.2, 0.1, 0.3, -1.5, 0.5]), delta=0.1)[0]
+    np.testing.assert_allclose(terms.predict(found), y, atol=1e-6)
+    assert found[2] == 0.3
