@@ -235,3 +235,11 @@ def test_models_of_one_size_are_fitted_though_they_do_not_tell_e_from_a():
     found = refine(terms, y[None], np.ones((1, 12)), start=np.array([0.2, 0.1, 0.3, -1.5, 0.5]), delta=0.1)[0]
     np.testing.assert_allclose(terms.predict(found), y, atol=1e-6)
     assert found[2] == 0.3
+
+
+@pytest.mark.parametrize("start", [(0.0, 0.0, 0.0, 0.0, 0.0), (0.5, -1.0, 2.0, -1.0, 0.1)])
+def test_starts_whose_first_steps_overshoot_still_come_to_the_minimum(start):
+    n, d = grid()
+    centred, shift = law._centred(moe(n, d))
+    found = refine(centred, log_loss(n, d)[None], np.ones((1, 25)), start=np.array(start), delta=10.0)[0]
+    np.testing.assert_allclose(found @ shift, TRUTH, rtol=1e-6)
