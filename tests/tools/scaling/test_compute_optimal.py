@@ -35,7 +35,9 @@ def test_profiles_span_what_three_models_reach():
 
 @pytest.mark.parametrize("horizons", [HORIZONS, (1e9, 32e9)])
 def test_a_profile_has_every_model_that_was_trained_as_long(horizons):
-    for one in profiles(points_of(study(horizons=horizons))):
+    found = profiles(points_of(study(horizons=horizons)))
+    assert len(found) == 9
+    for one in found:
         reached = [n for n in SIZES if 1e9 * (1 - 1e-6) <= one.flops / (6 * n) <= 32e9 * (1 + 1e-6)]
         assert one.params.tolist() == reached
         expected = [np.exp(log_loss(n, one.flops / (6 * n))) for n in reached]
