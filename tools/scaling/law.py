@@ -54,7 +54,7 @@ class Terms:
         return Terms(tuple(block[:, chosen] for block in self.features), self.names)
 
     def predict(self, coefficients: Array) -> Array:
-        """ln L: [..., p] -> [..., n]."""
+        """ln L: [p] -> [n], [r, p] -> [r, n]."""
         return _parts(self, np.atleast_2d(coefficients))[0].reshape(*coefficients.shape[:-1], -1)
 
 
@@ -159,7 +159,7 @@ def _starts(terms: Terms, log_loss: Array) -> Array:
     found = []
     for share in (0.3, 0.6, 0.8, 0.95):
         constant = floor + np.log(share)
-        rest = max(np.exp(centre) - np.exp(constant), 1e-3 * np.exp(centre))
+        rest = np.exp(centre) - np.exp(constant)  # at least a twentieth of the loss: the floor is its least
         for part in (0.15, 0.5, 0.85):
             for first in (0.1, 0.3, 0.5, 0.9):
                 for second in (0.1, 0.3, 0.5, 0.9):

@@ -28,3 +28,12 @@ def test_steps_without_a_loss_are_left_out():
 @pytest.mark.parametrize(("rise", "astray"), [(0.9 * RISE, False), (1.1 * RISE, True)])
 def test_a_loss_that_ends_above_where_it_was(rise, astray):
     assert (went_astray(tail_means([4.0] * 10 + [4.0 * (1 + rise)] * 10)) is not None) == astray
+
+
+def test_a_window_with_one_loss_has_that_mean():
+    assert tail_means([5.0] * 5 + [math.nan] * 4 + [3.0])[-1] == pytest.approx(3.0)
+
+
+def test_a_run_is_judged_by_where_it_ended():
+    assert went_astray(np.array([3.0, 2.0, 4.0, 5.0])) == "its loss came to 5.000, having been 2.000"
+    assert went_astray(np.array([3.0, 5.0, 2.1])) is None
