@@ -1,5 +1,4 @@
-"""Step times: near what was published and measured, by hand for a small model, and moving as they must with layout,
-batch and device."""
+"""Step times: near published and measured ones, by hand for a small model, and moving as they must."""
 
 from dataclasses import replace
 
