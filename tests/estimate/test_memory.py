@@ -287,10 +287,11 @@ def test_bytes_of_a_parameter_in_every_format(sections, optimizer, gradient):
     assert stage.gradients == gradient * stage.parameters
 
 
-def test_optimizer_state_of_dense_weights_and_of_experts_is_shared_by_other_ranks():
-    """Two stages of 8 ranks, TP 2, EP 4: a dense weight is on 4 ranks, a routed expert's on 2 (ETP 1)."""
+@pytest.mark.parametrize(("ep", "etp"), [(4, 1), (2, 2)])
+def test_optimizer_state_of_dense_weights_and_of_experts_is_shared_by_other_ranks(ep, etp):
+    """Two stages of 8 ranks, TP 2: a dense weight is on 4 ranks, a weight of a grid of 4 ranks on 2."""
     layout = {**tensor_parallel(2), "pipeline_model_parallel_size": 2}
-    layout |= {"expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+    layout |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
     for index, stage in enumerate(stages_of(MOE, ranks=16, parallel=layout)):
         dense, experts = parameters_per_rank(changed(MOE, parallel=layout), stage=index)
         assert stage.stage == index

@@ -303,9 +303,10 @@ def test_context_parallel_ranks_hold_the_same_weights():
     assert time.optimizer == by_hand(world_size=4).optimizer
 
 
-def test_experts_are_shared_outside_their_grid():
-    """Two stages of 8 ranks, TP 2, EP 4: dense weights are on 4 ranks, 2 apart; experts on 2, 4 apart (ETP 1)."""
-    layout = {**tensor_parallel(2), **PP2, "expert_model_parallel_size": 4, "expert_tensor_parallel_size": 1}
+@pytest.mark.parametrize(("ep", "etp"), [(4, 1), (2, 2)])
+def test_experts_are_shared_outside_their_grid(ep, etp):
+    """Two stages of 8 ranks, TP 2: dense weights are on 4 ranks, 2 apart; those of a grid of 4 on 2 ranks, 4 apart."""
+    layout = {**tensor_parallel(2), **PP2, "expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
     dense, experts = parameters_per_rank(changed(MOE, parallel=layout), stage=0)
     time = by_hand(MOE, world_size=16, parallel=layout)
     assert time.optimizer == pytest.approx(40 * (dense / 4 + experts / 2))
