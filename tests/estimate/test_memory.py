@@ -257,7 +257,7 @@ def test_total_is_the_sum_of_all_parts_and_the_allowance():
     assert stage.total_gib == 1 + 2 + 4 + 8 + 16 + ALLOWANCE_GIB
 
 
-def test_bytes_of_a_checkpoint_by_hand():
+def test_weights_and_optimizer_state_in_a_checkpoint():
     """Weights of 2 or 4 bytes, and main weight and two moments of 4."""
     assert checkpoint_bytes(DENSE, parameters=1000) == 14_000
     assert checkpoint_bytes(changed(DENSE, precision={"dtype": "fp32"}), parameters=1000) == 16_000
