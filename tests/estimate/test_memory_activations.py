@@ -253,6 +253,8 @@ def test_attention_on_a_cpu_keeps_probabilities():
     (kept,) = memory_per_stage(changed(DENSE, **long), world_size=1, backend="torch", gpu=False)
     layer = NORMS + ATTENTION + probabilities + SWIGLU
     assert kept.activations == pytest.approx(tokens * 2 * (LAYERS * layer + WORKING))
+    (on_gpu,) = memory_per_stage(changed(DENSE, **long), world_size=1, backend="torch")
+    assert on_gpu.activations == pytest.approx(tokens * 2 * (LAYERS * TORCH_LAYER + WORKING))
     again = changed(DENSE, **long, **selective("core_attn"))
     (repeated,) = memory_per_stage(again, world_size=1, backend="torch", gpu=False)
     assert repeated.activations == pytest.approx(tokens * 2 * (LAYERS * DENSE_LAYER + probabilities + 2 * H))
@@ -263,8 +265,7 @@ def test_attention_on_a_cpu_keeps_probabilities():
     [({}, "te"), ({"backend": "torch"}, "torch"), ({"fp8": "tensorwise", "emulate_fp8": True}, "torch")],
 )
 def test_the_backend_that_the_configuration_asks_for(precision, backend):
-    config = changed(DENSE, precision=precision)
-    assert memory_per_stage(config, world_size=1) == memory_per_stage(config, world_size=1, backend=backend)
-    assert memory_per_stage(config, world_size=1, backend="te") != memory_per_stage(
-        config, world_size=1, backend="torch"
-    )
+    config = changed(MOE, precision=precision)
+    te, torch = (memory_per_stage(config, world_size=1, backend=name) for name in ("te", "torch"))
+    assert te != torch
+    assert memory_per_stage(config, world_size=1) == (te if backend == "te" else torch)

@@ -106,6 +106,10 @@ def test_every_part_by_hand(name):
     assert count_parameters(changed(config, model=words).model) == ParameterCount(**(dict.fromkeys(PARTS, 0) | parts))
 
 
+def test_without_experts_their_other_fields_count_nothing():
+    assert count_parameters(changed(MOE, model={"num_moe_experts": None}).model) == count_parameters(DENSE.model)
+
+
 def test_sums_of_parts():
     count = ParameterCount(*(2**power for power in range(9)))  # the sixth is of routed experts, the seventh of active
     assert count.total == 2**9 - 1 - count.active_experts
