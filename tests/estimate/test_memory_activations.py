@@ -152,6 +152,11 @@ def test_micro_batches_in_flight(ranks, in_flight):
     assert per_token(DENSE, ranks=ranks, parallel=PP3) == pytest.approx(expected)
 
 
+def test_a_short_step_has_fewer_micro_batches_in_flight():
+    expected = [2 * (2 * count * DENSE_LAYER + WORKING) for count in (2, 2, 1)]
+    assert per_token(DENSE, ranks=3, parallel=PP3, training={"global_batch_size": 4}) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(("ranks", "chunks"), [(3, [8, 6, 4]), (4 * 3, [6, 6, 4]), (99 * 3, [2, 2, 2])])
 @pytest.mark.parametrize("split", [1, 2])
 def test_chunks_in_flight_of_the_interleaved_schedule(ranks, chunks, split):
@@ -163,6 +168,13 @@ def test_chunks_in_flight_of_the_interleaved_schedule(ranks, chunks, split):
     expected = [2 * (count * DENSE_LAYER / split + working) for count in chunks]
     layout = INTERLEAVED | tensor_parallel(split)
     assert per_token(DENSE, ranks=ranks * split, parallel=layout) == pytest.approx(expected)
+
+
+def test_chunks_in_transit_are_whole_without_sequence_parallelism():
+    whole = INTERLEAVED | {"tensor_model_parallel_size": 2}
+    layer, working = NORMS + (ATTENTION + SWIGLU) / 2, 3 * F / 2 + 2 * H + 2 * 2 * H
+    expected = [2 * (count * layer + working) for count in (8, 6, 4)]
+    assert per_token(DENSE, ranks=6, parallel=whole) == pytest.approx(expected)
 
 
 def test_block_recompute_counts_the_layers_of_every_chunk():
@@ -246,7 +258,7 @@ def test_gradients_of_experts_are_in_the_format_of_the_model():
     assert in_fp32 == pytest.approx([4 * (LAYERS * kept + working)])
 
 
-def test_attention_on_a_cpu_keeps_probabilities():
+def test_attention_keeps_probabilities_on_a_cpu_and_its_output_on_a_gpu():
     """512 queries in 8 blocks of 64, of which block n sees 64 n keys; in the backward pass only, if it is repeated."""
     long, tokens = {"data": {"seq_length": 512}}, 512 * 2
     probabilities = 4 * 64 * 64 * (1 + 2 + 3 + 4 + 5 + 6 + 7 + 8) / 512
@@ -256,6 +268,8 @@ def test_attention_on_a_cpu_keeps_probabilities():
     (on_gpu,) = memory_per_stage(changed(DENSE, **long), world_size=1, backend="torch")
     assert on_gpu.activations == pytest.approx(tokens * 2 * (LAYERS * TORCH_LAYER + WORKING))
     again = changed(DENSE, **long, **selective("core_attn"))
+    (on_gpu,) = memory_per_stage(again, world_size=1, backend="torch")
+    assert on_gpu.activations == pytest.approx(tokens * 2 * (LAYERS * DENSE_LAYER + WORKING))
     (repeated,) = memory_per_stage(again, world_size=1, backend="torch", gpu=False)
     assert repeated.activations == pytest.approx(tokens * 2 * (LAYERS * DENSE_LAYER + probabilities + 2 * H))
 
