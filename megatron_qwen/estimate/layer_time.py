@@ -153,7 +153,7 @@ def _mlp(config: RunConfig, device: Hardware, assume: Assumptions, rate: GemmRat
         gemm += swiglu(tokens, f)
         moved += _FFN_PASSES * f
     # Dispatch and combine, in the forward and in the backward pass.
-    ep_comm = 4 * _exchange(config, device, tokens, routed, deduplicated=assume.deduplicated) if ep > 1 else 0.0
+    ep_comm = 4 * _exchange(config, device, tokens, routed, deduplicated=assume.deduplicated)
     return _Mlp(gemm, ep_comm, rounded, moved)
 
 

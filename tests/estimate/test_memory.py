@@ -5,10 +5,32 @@ import pytest
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
-from megatron_qwen.estimate.memory import ALLOWANCE_GIB, checkpoint_bytes, memory_per_stage, parameters_per_rank
+from megatron_qwen.estimate.memory import (
+    ALLOWANCE_GIB,
+    StageMemory,
+    checkpoint_bytes,
+    memory_per_stage,
+    parameters_per_rank,
+)
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.estimate.speed import expected_speed
 from megatron_qwen.recipes.registry import RECIPES
+from tests.estimate.by_hand import (
+    DENSE,
+    EXPERTS,
+    KV,
+    LAYERS,
+    MOE,
+    PADDED,
+    SHARED,
+    TOKENS,
+    WIDTH,
+    F,
+    H,
+    Q,
+    changed,
+    tensor_parallel,
+)
 
 TP2 = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
 PP2 = ["parallel.pipeline_model_parallel_size=2"]
@@ -175,3 +197,160 @@ def test_bytes_of_a_tiny_rank_by_hand(name, dtype, weight, state):
     assert [stage.optimizer for stage in stages] == [state * count for count in scalars]
     for stage in stages:
         assert stage.state_gib == pytest.approx((weight + 4 + state) * stage.parameters / 1024**3)
+
+
+# Scalars of a layer of the small models of by_hand.py: matrices of attention, its bias, norms.
+SMALL_ATTENTION, SMALL_BIAS, SMALL_NORMS = H * (Q + 2 * KV) + Q * H, Q + 2 * KV, 2 * H
+SMALL_LAYER = SMALL_ATTENTION + SMALL_BIAS + SMALL_NORMS + 3 * H * F
+SMALL_MOE_LAYER = SMALL_ATTENTION + SMALL_BIAS + SMALL_NORMS + EXPERTS * H + 3 * H * SHARED + H
+SMALL_EXPERT = 3 * H * WIDTH
+EMBEDDING = PADDED * H
+PP3 = {"parallel": {"pipeline_model_parallel_size": 3}}
+
+
+def stages_of(config, *, ranks=1, **sections):
+    return memory_per_stage(changed(config, **sections), world_size=ranks)
+
+
+@pytest.mark.parametrize(
+    ("sections", "stage", "dense", "experts"),
+    [
+        ({}, 0, 2 * EMBEDDING + LAYERS * SMALL_MOE_LAYER + H, LAYERS * EXPERTS * SMALL_EXPERT),
+        (PP3, 0, EMBEDDING + 2 * SMALL_MOE_LAYER, 2 * EXPERTS * SMALL_EXPERT),
+        (PP3, 1, 2 * SMALL_MOE_LAYER, 2 * EXPERTS * SMALL_EXPERT),
+        (PP3, 2, EMBEDDING + 2 * SMALL_MOE_LAYER + H, 2 * EXPERTS * SMALL_EXPERT),
+        (
+            {"model": {"share_embeddings_and_output_weights": True}},
+            0,
+            EMBEDDING + LAYERS * SMALL_MOE_LAYER + H,
+            LAYERS * EXPERTS * SMALL_EXPERT,
+        ),
+        # Norms, router and gate are whole on each rank; TP 2 pads 200 rows to 256, of which a rank has 128.
+        (
+            {"parallel": {**tensor_parallel(2), "expert_model_parallel_size": 4}},
+            0,
+            EMBEDDING + LAYERS * ((SMALL_MOE_LAYER + SMALL_NORMS + EXPERTS * H + H) // 2) + H,
+            LAYERS * EXPERTS * SMALL_EXPERT // 8,
+        ),
+        (
+            {"model": {"moe_shared_expert_intermediate_size": None, "moe_shared_expert_gate": False}},
+            0,
+            2 * EMBEDDING + LAYERS * (SMALL_MOE_LAYER - 3 * H * SHARED - H) + H,
+            LAYERS * EXPERTS * SMALL_EXPERT,
+        ),
+        # A norm of 8 channels for all heads of queries, and one for those of keys.
+        (
+            {"model": {"add_qkv_bias": False, "qk_layernorm": True}},
+            0,
+            2 * EMBEDDING + LAYERS * (SMALL_MOE_LAYER - SMALL_BIAS + 2 * 8) + H,
+            LAYERS * EXPERTS * SMALL_EXPERT,
+        ),
+    ],
+)
+def test_scalars_of_an_moe_rank_by_hand(sections, stage, dense, experts):
+    assert parameters_per_rank(changed(MOE, **sections), stage=stage) == (dense, experts)
+
+
+def test_total_is_the_sum_of_all_parts_and_the_allowance():
+    stage = StageMemory(0, 1, *(2.0**30 * power for power in (1, 2, 4, 8, 16)))
+    assert stage.state_gib == 1 + 2 + 4
+    assert stage.total_gib == 1 + 2 + 4 + 8 + 16 + ALLOWANCE_GIB
+
+
+def test_weights_and_optimizer_state_in_a_checkpoint():
+    """Weights of 2 or 4 bytes, and main weight and two moments of 4."""
+    assert checkpoint_bytes(DENSE, parameters=1000) == 14_000
+    assert checkpoint_bytes(changed(DENSE, precision={"dtype": "fp32"}), parameters=1000) == 16_000
+
+
+AWARE = {"use_precision_aware_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    ("sections", "optimizer", "gradient"),
+    [
+        ({}, 4 + 4 + 4, 4),
+        ({"precision": AWARE}, 2 + 4 + 4, 4),
+        ({"precision": {**AWARE, "exp_avg_dtype": "bf16"}}, 2 + 2 + 4, 4),
+        ({"precision": {**AWARE, "exp_avg_dtype": "fp8", "exp_avg_sq_dtype": "bf16"}}, 2 + 1 + 2, 4),
+        ({"precision": {"grad_reduce_in_fp32": False}}, 4 + 4 + 4, 2),
+        ({"precision": {"grad_reduce_in_fp32": False, "dtype": "fp32"}}, 4 + 4, 4),
+        ({"performance": {"optimizer_offload_fraction": 0.75}}, (4 + 4 + 4) / 4, 4),
+        ({"performance": {"optimizer_offload_fraction": 1.0}}, 0, 4),
+    ],
+)
+def test_bytes_of_a_parameter_in_every_format(sections, optimizer, gradient):
+    """Main weight (of a bf16 weight the bits that it lacks, or all), first and second moment; and the gradient."""
+    (stage,) = stages_of(DENSE, **sections)
+    assert stage.parameters == 2 * EMBEDDING + LAYERS * SMALL_LAYER + H
+    assert stage.optimizer == optimizer * stage.parameters
+    assert stage.gradients == gradient * stage.parameters
+
+
+@pytest.mark.parametrize(("ep", "etp"), [(4, 1), (2, 2)])
+def test_optimizer_state_of_dense_weights_and_of_experts_is_shared_by_other_ranks(ep, etp):
+    """Two stages of 8 ranks, TP 2: a dense weight is on 4 ranks, a weight of a grid of 4 ranks on 2."""
+    layout = {**tensor_parallel(2), "pipeline_model_parallel_size": 2}
+    layout |= {"expert_model_parallel_size": ep, "expert_tensor_parallel_size": etp}
+    for index, stage in enumerate(stages_of(MOE, ranks=16, parallel=layout)):
+        dense, experts = parameters_per_rank(changed(MOE, parallel=layout), stage=index)
+        assert stage.stage == index
+        assert stage.parameters == dense + experts
+        assert stage.optimizer == pytest.approx(12 * (dense / 4 + experts / 2))
+
+
+@pytest.mark.parametrize(
+    ("sections", "rows", "logits", "gradient"),
+    [
+        ({}, PADDED, 64, 2),
+        ({"performance": {"cross_entropy_chunk_tokens": 64}}, PADDED, 64, 2),
+        ({"performance": {"cross_entropy_chunk_tokens": 16}}, PADDED, 16, 2 + 4),
+        ({"data": {"seq_length": 2048}}, PADDED, 4096, 2),
+        ({"data": {"seq_length": 4096}}, PADDED, 4096, 2 + 4),
+        ({"data": {"seq_length": 4096}, "parallel": {"context_parallel_size": 2}}, PADDED, 4096, 2),
+        ({"parallel": tensor_parallel(2)}, PADDED // 2, 64, 2),
+        ({"parallel": tensor_parallel(2), "model": {"vocab_size": 300}}, 512 // 2, 64, 2),
+        ({"model": {"vocab_size": 257}}, 384, 64, 2),
+    ],
+)
+def test_the_loss_needs_logits_of_a_chunk_and_the_gradient_of_the_output_matrix(sections, rows, logits, gradient):
+    """In bf16; of several chunks of 4096 tokens the gradients are summed in fp32."""
+    (stage,) = stages_of(DENSE, ranks=2, **sections)
+    assert stage.loss == rows * (2 * logits + gradient * H)
+
+
+def test_only_the_last_stage_computes_a_loss():
+    first, middle, last = stages_of(DENSE, ranks=3, **PP3)
+    assert (first.loss, middle.loss, last.loss) == (0, 0, PADDED * (2 * TOKENS + 2 * H))
+
+
+TENSORWISE = {"fp8": "tensorwise"}
+
+
+@pytest.mark.parametrize(
+    ("precision", "in_fp8"),
+    [
+        ({"fp8": "delayed"}, (2, 2, 2)),
+        ({**TENSORWISE, "first_last_layers_bf16": False}, (2, 2, 2)),
+        (TENSORWISE, (1, 2, 1)),
+        ({**TENSORWISE, "num_layers_at_start_in_bf16": 0, "num_layers_at_end_in_bf16": 2}, (2, 2, 0)),
+        ({**TENSORWISE, "num_layers_at_start_in_bf16": 9}, (0, 2, 1)),
+        ({**TENSORWISE, "emulate_fp8": True}, (0, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize(("config", "layer"), [(DENSE, SMALL_LAYER), (MOE, SMALL_MOE_LAYER + EXPERTS * SMALL_EXPERT)])
+def test_fp8_weights_are_kept_beside_bf16_in_rows_and_in_columns(config, layer, precision, in_fp8):
+    """Three stages of two layers; embeddings stay in bf16. The last norm, counted with the layers, is a thousandth."""
+    stages = stages_of(config, ranks=3, precision=precision, **PP3)
+    beside = [stage.weights - 2 * stage.parameters for stage in stages]
+    assert beside[:2] == pytest.approx([2 * count * layer for count in in_fp8[:2]])
+    assert beside[2] == pytest.approx(2 * in_fp8[2] * layer, rel=2e-3)
+
+
+@pytest.mark.parametrize("words", [{}, {"share_embeddings_and_output_weights": True}], ids=["two matrices", "one"])
+@pytest.mark.parametrize("tp", [1, 2])
+def test_fp8_weights_of_a_single_stage(words, tp):
+    precision = {**TENSORWISE, "num_layers_at_end_in_bf16": 2}
+    (stage,) = stages_of(DENSE, precision=precision, model=words, parallel=tensor_parallel(tp))
+    layer = (SMALL_LAYER - SMALL_NORMS) / tp + SMALL_NORMS
+    assert stage.weights - 2 * stage.parameters == pytest.approx(2 * (LAYERS - 3) / LAYERS * (LAYERS * layer + H))
