@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -84,12 +85,19 @@ def copy_tree(target: Path) -> None:
         subprocess.run(command, cwd=target, check=True)
 
 
-def failing(tree: Path, tests: list[str]) -> str | None:
-    """The first test that fails, or None."""
+def failing(tree: Path, tests: list[str], *, without: Sequence[str] = ()) -> str | None:
+    """The first test that fails, or None.
+
+    Args:
+        tree: the copy.
+        tests: files or tests to run; all if there is none.
+        without: tests to leave out.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in _NOT_PASSED_ON}
     environment |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "true"}
     spread = ["-n", "auto"] if not tests else ["-n", "0"]
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", *spread, *tests]
+    command += [f"--deselect={name}" for name in without]
     try:
         done = subprocess.run(
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
@@ -106,15 +114,20 @@ def measure(fault: Fault, tree: Path, *, whole: bool) -> Answer:
     """Tries the fault's own test files, then, where ``whole``, all tests."""
     started, path = time.monotonic(), tree / fault.file
     right, noticed = path.read_text(), None
+    broken: list[str] = []  # fail without the fault as well
     for tests in [list(fault.tests), *([[]] if whole else [])]:
-        path.write_text(right.replace(fault.old, fault.new))
-        try:
-            noticed = failing(tree, tests)
-        finally:
-            path.write_text(right)
-        if noticed and failing(tree, [noticed]) is None:
-            break
-        noticed = None  # it fails without the fault as well
+        while noticed is None:
+            path.write_text(right.replace(fault.old, fault.new))
+            try:
+                found = failing(tree, tests, without=broken)
+            finally:
+                path.write_text(right)
+            if found is None:
+                break
+            if failing(tree, [found]) is None:
+                noticed = found
+            else:
+                broken.append(found)
     return Answer(fault.name, noticed, round(time.monotonic() - started, 1))
 
 
