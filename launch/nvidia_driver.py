@@ -87,7 +87,7 @@ def _ask(fields: str) -> tuple[int, str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return 1, f"{error}."
-    return done.returncode, done.stdout + done.stderr
+    return done.returncode, done.stdout if done.returncode == 0 else done.stdout + done.stderr
 
 
 def parse_query(text: str) -> Driver | None:
@@ -97,7 +97,7 @@ def parse_query(text: str) -> Driver | None:
         name, *values = (part.strip() for part in line.split(","))
         version = parse_version(values[0]) if values else None
         if version is None:
-            return None
+            continue  # a warning, or a GPU that does not answer
         gpus.append(Gpu(name, _capability(values[1]) if len(values) > 1 else None))
     return Driver(version, tuple(gpus)) if version else None
 

@@ -6,6 +6,7 @@ A job runs this copy, so that a requeue three days later does not run what someb
 import importlib.util
 import json
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,9 @@ def freeze(target: Path, *, environ: dict[str, str], root: Path = ROOT) -> Snaps
     new = _list(root, "ls-files", "-z", "--others", "--exclude-standard") if commit else []
     taken, left_out = _sift(root, new, environ)
     diff = _git(root, "diff", "HEAD", "--binary") if commit else ""
+    if diff is None:
+        fix = "git diff HEAD gave no answer within a minute, so the state of the code cannot be recorded; try again."
+        raise ConfigError(Problem("checkout", root, fix))
     _refuse_secrets(root, tracked, environ)
     temporary = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -80,11 +84,20 @@ def _copy_compiled(source: Path, copy: Path) -> None:
     """Copies what Python has compiled of a source file, so that not every rank of the job compiles it at its start.
 
     Python uses it only if it was made of a file of this size and time of change, so ``copy`` must have kept the time.
+    What was made of another state of the source stays behind: that state may have held a secret.
     """
     compiled, target = (Path(importlib.util.cache_from_source(str(path))) for path in (source, copy))
-    if compiled.is_file() and target.parent.parent == copy.parent:  # else PYTHONPYCACHEPREFIX is set
+    if target.parent.parent != copy.parent:  # PYTHONPYCACHEPREFIX is set
+        return
+    try:
+        content = compiled.read_bytes()
+    except OSError:
+        return
+    state = source.stat()
+    made_of = struct.pack("<III", 0, int(state.st_mtime) & 0xFFFFFFFF, state.st_size & 0xFFFFFFFF)  # PEP 552
+    if content[4:16] == made_of:
         target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(compiled, target)
+        target.write_bytes(content)
 
 
 def _sift(root: Path, new: list[str], environ: dict[str, str]) -> tuple[list[str], list[str]]:

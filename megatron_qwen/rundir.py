@@ -14,14 +14,14 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.files import atomic_write, atomic_write_json, publish
+from megatron_qwen.files import atomic_write, atomic_write_json, is_temporary, publish
 from megatron_qwen.recipes.registry import RECIPES
 
 log = logging.getLogger(__name__)
 
 # A resumed run may change everything except the fields that define the model and the tokens it reads. Lengths, batch
 # sizes and the blend may change: the ledger in its checkpoints records the position in every source.
-_OWNING_SECTIONS = ("model", "rope", "optim")
+_OWNING_SECTIONS = ("model", "rope", "optim", "objective")
 _OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
 
 
@@ -86,7 +86,7 @@ class RunDirectory:
         if self.run_yaml.is_file():
             if problems := self.foreign_problems(config, data_digest=data_digest):
                 raise ConfigError(problems)
-        elif self.path.is_dir() and any(self.path.iterdir()):
+        elif self.path.is_dir() and not all(map(self._is_of_a_killed_claim, self.path.iterdir())):
             raise ConfigError(
                 Problem("--run-dir", self.path, "is not empty and has no run.yaml; choose another directory.")
             )
@@ -104,6 +104,10 @@ class RunDirectory:
                 atomic_write_json(self.data, digest, indent=None)
         except OSError as error:
             raise ConfigError(Problem("--run-dir", self.path, f"cannot be written ({error.strerror}).")) from None
+
+    def _is_of_a_killed_claim(self, path: Path) -> bool:
+        """Whether ``claim`` may have left a file when it was killed before it wrote run.yaml."""
+        return is_temporary(path) or path.name in (self.blend.name, "blend.previous.yaml")
 
     def foreign_problems(self, config: RunConfig, *, data_digest: str | None = None) -> list[Problem]:
         """Every field in which ``config`` differs from the run in this directory; empty if there is no run."""
@@ -159,12 +163,16 @@ class RunDirectory:
         return number
 
     def end_attempt(self, number: int, *, exit_code: int, reason: str, iteration: int, gained: int) -> None:
-        """Records how an attempt of a run without a job controller ended."""
+        """Records how an attempt of a run without a job controller ended.
+
+        status.json is left to a newer attempt where there is one.
+        """
         state = RunState.DONE if exit_code == 0 else RunState.STOPPED
         facts = {"exit_code": exit_code, "reason": reason, "iteration": iteration}
         try:
             AttemptLog(self.attempts).end(number, **facts, iterations_gained=gained)
-            self.write_status(state, attempt=number, **facts)
+            if self.newest_attempt() == number:
+                self.write_status(state, attempt=number, **facts)
         except OSError as error:  # a full disk must not hide why the attempt ended
             log.warning("the end of attempt %d could not be recorded: %s", number, error)
 

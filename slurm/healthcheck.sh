@@ -103,7 +103,7 @@ check_loop() {
     local said
     # More than the loop's own timeout (180 s), whose error names the cause, and less than the controller's for the
     # whole script (300 s), after which it would not learn which node failed.
-    if ! said=$(timeout 240 "${MQ_PYTHON:-python3}" -P -m megatron_qwen.distributed.loop 2>&1); then
+    if ! said=$(timeout 240 "${MQ_LOOP_PYTHON:-python3}" -P -m megatron_qwen.distributed.loop 2>&1); then
         wrong+=("the loop between nodes fails: $(tail -n 1 <<<"$said")")
     fi
 }

@@ -45,8 +45,12 @@ class RankPool:
         if not self._ranks:
             self._start()
         deadline = time.monotonic() + timeout_s
-        for _, pipe in self._ranks:
-            pipe.send((job, arguments))
+        for rank, (_, pipe) in enumerate(self._ranks):
+            try:
+                pipe.send((job, arguments))
+            except OSError:
+                self.close()
+                raise RankError(f"rank {rank} of {self.size} had ended before it got the job") from None
         answers: list[Any] = [None] * self.size
         waiting = set(range(self.size))
         while waiting:

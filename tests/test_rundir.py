@@ -4,6 +4,7 @@ import pytest
 
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError
+from megatron_qwen.files import temporary_name
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.config import earlier
@@ -63,3 +64,30 @@ def test_everything_else_may_change(field, tmp_path):
     changed = resolve("demo", [f"{field}={FREE[field]}"], RECIPES)
     found.claim(changed)
     assert resolve(str(found.run_yaml), [], RECIPES) == changed
+
+
+def test_another_objective_is_another_run(tmp_path):
+    found = RunDirectory(tmp_path / "run")
+    config = resolve("demo", [], RECIPES)
+    found.claim(config)
+    (problem,) = found.foreign_problems(config.with_section("objective", kind="another"))
+    assert (problem.where, problem.value) == ("objective.kind", "another")
+
+
+def test_a_claim_that_was_killed_is_made_again(tmp_path):
+    """Before run.yaml has its name there may be its temporary file, and the copy of the blend."""
+    found = RunDirectory(tmp_path / "run")
+    found.path.mkdir()
+    temporary_name(found.run_yaml).write_text("model:")
+    found.blend.write_text("stages: []")
+    found.claim(resolve("demo", [], RECIPES))
+    assert found.run_yaml.is_file()
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    found = RunDirectory(tmp_path / "run")
+    found.path.mkdir()
+    (found.path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty and has no run"):
+        found.claim(resolve("demo", [], RECIPES))
+    assert [path.name for path in found.path.iterdir()] == ["notes.txt"]

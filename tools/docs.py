@@ -103,10 +103,17 @@ def server_of(directory: Path, port: int) -> "ThreadingHTTPServer":
     Raises:
         ConfigError: the port cannot be used.
     """
+    import sys
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+    class Server(ThreadingHTTPServer):
+        def handle_error(self, request: object, client_address: object) -> None:
+            """Says nothing of a browser that left before it had the whole page."""
+            if not isinstance(sys.exception(), ConnectionError):
+                super().handle_error(request, client_address)  # type: ignore[arg-type]
+
     try:
-        return ThreadingHTTPServer(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(directory)))
+        return Server(("127.0.0.1", port), partial(SimpleHTTPRequestHandler, directory=str(directory)))
     except (OSError, OverflowError) as error:
         raise ConfigError(Problem("--serve", port, f"cannot be used ({error}); choose another port.")) from None
 

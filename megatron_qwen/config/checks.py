@@ -155,10 +155,11 @@ def _tensor(config: RunConfig) -> Iterator[Problem]:
         return
     groups = model.num_query_groups
     if groups % tp:
+        sizes = ", ".join(str(size) for size in range(1, groups + 1) if groups % size == 0)
         yield Problem(
             "parallel.tensor_model_parallel_size",
             tp,
-            f"must divide the {groups} KV heads (model.num_query_groups); use at most {groups}.",
+            f"must divide the {groups} KV heads (model.num_query_groups); use one of {sizes}.",
         )
     for name in ("num_attention_heads", "ffn_hidden_size", "moe_shared_expert_intermediate_size"):
         size = getattr(model, name)
@@ -306,12 +307,10 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
             optim.lr_warmup_iters,
             f"must be below the end of the decay, iteration {decay_end}.",
         )
-    if optim.lr_decay_style == "wsd" and (optim.lr_wsd_decay_iters or 0) + optim.lr_warmup_iters > decay_end:
-        yield Problem(
-            "optim.lr_wsd_decay_iters",
-            optim.lr_wsd_decay_iters,
-            f"warm-up and decay together exceed the {decay_end} iterations of the schedule.",
-        )
+    wsd_decay = optim.lr_wsd_decay_iters or max(1, decay_end // 10)  # the default of optim/schedule.py
+    if optim.lr_decay_style == "wsd" and wsd_decay + optim.lr_warmup_iters > decay_end:
+        message = f"warm-up and decay ({wsd_decay}) together exceed the {decay_end} iterations of the schedule."
+        yield Problem("optim.lr_wsd_decay_iters", optim.lr_wsd_decay_iters, message)
     if not parallel.use_distributed_optimizer:
         yield Problem(
             "parallel.use_distributed_optimizer",

@@ -17,16 +17,18 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from megatron_qwen.core_patches.replacement import wrap
 
+_MAKER = "_create_gloo_process_group"
 _THREADS = 2  # of each group, torch's own number
 
 
 def apply() -> None:
     """Has every gloo group that is made from now on use one device; does nothing where it was applied before.
 
-    With several interfaces in GLOO_SOCKET_IFNAME torch makes a device for each, and is left alone.
+    With several interfaces in GLOO_SOCKET_IFNAME torch makes a device for each, and is left alone. So is a torch that
+    does not make its groups with this function, which is private.
     """
-    if "," not in os.environ.get("GLOO_SOCKET_IFNAME", ""):
-        wrap(distributed_c10d, "_create_gloo_process_group", _with_one_device)
+    if "," not in os.environ.get("GLOO_SOCKET_IFNAME", "") and hasattr(distributed_c10d, _MAKER):
+        wrap(distributed_c10d, _MAKER, _with_one_device)
 
 
 def _with_one_device(plain: Any) -> Any:
@@ -34,7 +36,7 @@ def _with_one_device(plain: Any) -> Any:
     devices: list[Any] = []
 
     def create(group: Any, backend_options: object) -> Any:
-        if group.enable_reconfigure:
+        if getattr(group, "enable_reconfigure", False):
             return plain(group, backend_options)
         if not devices:
             devices.append(backend.create_default_device())

@@ -8,6 +8,7 @@ directory.
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from megatron_qwen.attempts import Attempt, AttemptLog
@@ -325,9 +326,16 @@ class JobController:
             reason, detail = Reason.LOST_NODE, f"Slurm reports {', '.join(down)} down"
         elif again and last.restarts is not None and self.allocation.restarts > last.restarts:
             reason, detail = Reason.REQUEUED, "Slurm ended and requeued the job before a checkpoint was saved"
+        elif last.job_id is None and not last.nodes:
+            reason, detail = Reason.LOST_PEER, "mq train was killed"
         else:
             reason, detail = Reason.LOST_PEER, "the controller was killed"
         outcome = self._outcome(last.number, reason, detail, failed_nodes=down)
+        if outcome.reason is Reason.REQUEUED and not outcome.gained:
+            # A first node that dies is often back by now, and Slurm says nothing of it. Without steps that looks the
+            # same every time, so it has to count.
+            detail = "Slurm requeued the job after its first node or its controller was lost"
+            outcome = replace(outcome, reason=Reason.LOST_PEER, detail=detail)
         log.warning("attempt %d ended without recording why: %s", last.number, detail)
         decision = self._decide(earlier, outcome)
         self._note(last.number, outcome, decision, exit_code=None)

@@ -49,7 +49,7 @@ def failures(
         str(round(time.time())),
         *arguments,
     ]
-    own = {**environment, "MQ_PYTHON": sys.executable}
+    own = {**environment, "MQ_LOOP_PYTHON": sys.executable}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=own, check=False)
         text, code = done.stdout + done.stderr, done.returncode

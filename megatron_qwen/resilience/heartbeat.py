@@ -48,10 +48,14 @@ class Heartbeat:
         self.path, self.attempt, self.resumed_at = path, attempt, resumed_at
         self._count, self._phase, self._written = 0, "", float("-inf")
 
-    def beat(self, phase: str, iteration: int) -> bool:
-        """Writes a beat unless the last one is less than a second old; returns whether it did."""
-        if phase == self._phase and time.monotonic() - self._written < _INTERVAL_S:
-            return False
+    def due(self, phase: str) -> bool:
+        """Whether ``beat`` would write: the phase has changed, or the last beat is a second old."""
+        return phase != self._phase or time.monotonic() - self._written >= _INTERVAL_S
+
+    def beat(self, phase: str, iteration: int) -> None:
+        """Writes a beat unless the last one is less than a second old."""
+        if not self.due(phase):
+            return
         self._count += 1
         self._phase, self._written = phase, time.monotonic()
         beat = Beat(self.attempt, phase, iteration, self.resumed_at, self._count)
@@ -59,7 +63,6 @@ class Heartbeat:
             atomic_write_json(self.path, vars(beat), indent=None)
         except OSError as error:  # a full disk must not hide why a run ends
             log.warning("heartbeat.json could not be written: %s", error)
-        return True
 
 
 def read_beat(path: Path) -> Beat | None:

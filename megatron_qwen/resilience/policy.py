@@ -70,7 +70,7 @@ POLICY: tuple[RequeueRule, ...] = (
     RequeueRule(Reason.FINISHED, "every rank exited with code 0", Action.NONE, False, None, 0),
     RequeueRule(
         Reason.PREEMPTED,
-        "SIGUSR2 or SIGTERM before the time limit; the ranks saved and exited with code 75",
+        "SIGUSR2 or SIGTERM before the time limit, whoever sent it; the ranks saved and exited with code 75",
         Action.REQUEUE,
         False,
         None,
@@ -84,7 +84,14 @@ POLICY: tuple[RequeueRule, ...] = (
         None,
         EXIT_REQUEUE,
     ),
-    RequeueRule(Reason.REQUEUED, "`scontrol requeue`; the ranks saved", Action.REQUEUE, False, None, EXIT_REQUEUE),
+    RequeueRule(
+        Reason.REQUEUED,
+        "the job was requeued, by `scontrol requeue` or by Slurm, and no node is reported as down",
+        Action.REQUEUE,
+        False,
+        None,
+        EXIT_REQUEUE,
+    ),
     RequeueRule(Reason.CANCELLED, "`mq launch cancel`, `scancel`", Action.NONE, False, None, EXIT_TERMINATED),
     RequeueRule(
         Reason.UNHEALTHY_NODE,

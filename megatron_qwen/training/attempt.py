@@ -69,7 +69,8 @@ def run_attempt(
     finally:
         done = components.progress.iteration
         if heartbeat is not None:
-            heartbeat.beat("finishing", done)
+            if reason != AttemptSuperseded.kind:  # then the file is the newer attempt's
+                heartbeat.beat("finishing", done)
             if not controlled:
                 directory.end_attempt(attempt, exit_code=code, reason=reason, iteration=done, gained=done - resumed_at)
     # All ranks leave together: once the first task exits, srun's --wait ends the rest after a timeout.

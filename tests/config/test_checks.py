@@ -26,9 +26,11 @@ def test_a_context_parallel_rank_holds_two_chunks(length, legal):
     assert [problem.where for problem in found] == ([] if legal else ["data.seq_length"])
 
 
-@pytest.mark.parametrize(("decay", "legal"), [(60, True), (61, False)])
-def test_warm_up_and_wsd_decay_fit_into_the_schedule(decay, legal):
-    """40 iterations of warm-up and 60 of decay are 100."""
-    schedule = {"lr_decay_style": "wsd", "lr_decay_iters": 100, "lr_warmup_iters": 40, "lr_wsd_decay_iters": decay}
+@pytest.mark.parametrize(
+    ("warmup", "decay", "legal"), [(40, 60, True), (40, 61, False), (90, None, True), (91, None, False)]
+)
+def test_warm_up_and_wsd_decay_fit_into_the_schedule(warmup, decay, legal):
+    """40 iterations of warm-up and 60 of decay are 100; without a number the decay is a tenth."""
+    schedule = {"lr_decay_style": "wsd", "lr_decay_iters": 100, "lr_warmup_iters": warmup, "lr_wsd_decay_iters": decay}
     found = problems(RECIPES["tiny_dense"]().with_section("optim", **schedule))
     assert [problem.where for problem in found] == ([] if legal else ["optim.lr_wsd_decay_iters"])

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from megatron_qwen.core_patches import shared_gloo_device
+
 
 def waiting_threads(groups: int) -> int:
     """Threads of gloo's devices, with as many groups beside the first."""
@@ -20,3 +22,12 @@ def waiting_threads(groups: int) -> int:
 def test_one_for_all_groups(pool):
     before = pool[2].run(waiting_threads, 0)
     assert pool[2].run(waiting_threads, 5) == before == [1, 1]
+
+
+def test_a_torch_without_the_function_is_left_alone(monkeypatch):
+    """pyproject.toml allows versions that make their groups otherwise."""
+    from torch.distributed import distributed_c10d
+
+    monkeypatch.delattr(distributed_c10d, "_create_gloo_process_group")
+    shared_gloo_device.apply()
+    assert not hasattr(distributed_c10d, "_create_gloo_process_group")

@@ -103,7 +103,7 @@ def failing(tree: Path, tests: list[str], *, without: Sequence[str] = ()) -> str
             command, cwd=tree, env=environment, capture_output=True, text=True, timeout=_LIMIT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return None
+        raise RuntimeError(f"{' '.join(command)} took longer than {_LIMIT_S} s") from None
     found = _FAILED.search(done.stdout)
     if found is None and done.returncode not in (0, 5):
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
@@ -138,6 +138,8 @@ def main() -> int:
     parser.add_argument("--whole", action="store_true", help="run all tests where a fault's own do not notice it")
     parser.add_argument("names", nargs="*", help="such as F07; all of them by default")
     options = parser.parse_args()
+    if unknown := set(options.names) - {fault.name for fault in faults()}:
+        parser.error(f"not in faults.yaml: {', '.join(sorted(unknown))}")
     answers = {}
     if options.output.is_file():
         answers = {item["name"]: Answer(**item) for item in map(json.loads, options.output.read_text().splitlines())}

@@ -10,6 +10,7 @@ from megatron_qwen.job.allocation import Ending, LocalAllocation
 from megatron_qwen.job.controller import JobController
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.resilience.heartbeat import Heartbeat
 from megatron_qwen.resilience.policy import Action
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory, RunState
@@ -41,7 +42,7 @@ def controller(tmp_path, **job) -> JobController:
     ("job", "reason"),
     [
         ({"job_id": "7", "restarts": 1, "lost": ("n2",)}, "lost node"),
-        ({"job_id": "7", "restarts": 1}, "requeued by hand"),
+        ({"job_id": "7", "restarts": 1}, "lost peer"),
         ({"job_id": "7", "restarts": 0}, "lost peer"),
         ({"job_id": "8", "restarts": 0}, "lost peer"),
     ],
@@ -58,8 +59,20 @@ def test_an_attempt_whose_end_nobody_noted(tmp_path, job, reason):
     assert len(log.read()) == 1
 
 
-def test_a_run_whose_first_node_dies_every_time_is_stopped(tmp_path):
-    found = controller(tmp_path, job_id="8")
+def test_an_attempt_that_made_steps_was_requeued(tmp_path):
+    found = controller(tmp_path, job_id="7", restarts=1)
+    log = AttemptLog(found.directory.attempts)
+    log.begin(nodes=["n1", "n2"], job_id="7", restarts=0)
+    Heartbeat(found.directory.heartbeat, attempt=1, resumed_at=0).beat("training", 5)
+    assert found._close_unfinished() is None
+    (attempt,) = log.read()
+    assert (attempt.reason, attempt.iteration) == ("requeued by hand", 5)
+
+
+@pytest.mark.parametrize("job", [{"job_id": "8"}, {"job_id": "7", "restarts": 1}])
+def test_a_run_whose_first_node_dies_every_time_is_stopped(job, tmp_path):
+    """Another job goes on with it, or Slurm has requeued the same one and says nothing of the node, which is back."""
+    found = controller(tmp_path, **job)
     log = AttemptLog(found.directory.attempts)
     decisions = []
     for _ in range(4):  # the first is no restart; resilience.max_restarts_without_progress is 3

@@ -65,6 +65,8 @@ def test_compiled_modules_are_taken_and_used_while_they_are_those_of_the_source(
     assert str(tmp_path / "code/code.py") in used
     assert str(tmp_path / "code/gone.py") not in used
     assert done.stdout == "1\n"
+    copied = [path.name.split(".")[0] for path in (tmp_path / "code/__pycache__").iterdir()]
+    assert copied == ["code"], "what was compiled of another state may hold what the source no longer holds"
 
 
 def test_private_files_stay_out(checkout, tmp_path):

@@ -59,7 +59,7 @@ WRONG: list[tuple[str, list[str], int, list[str]]] = [
     (DENSE, ["rope.kind=yarn"], 1, ["rope.kind", "'yarn'", "one of default"]),
     (DENSE, ["model.rotary_base=1e4", "rope.base=1e6"], 1, ["model.rotary_base = 10000.0", "moved to rope.base"]),
     (DENSE, ["data.seq_length=512"], 1, ["data.seq_length = 512", "max_position_embeddings = 256"]),
-    (DENSE, ["parallel.tensor_model_parallel_size=4"], 4, ["KV heads", "use at most 2"]),
+    (DENSE, ["parallel.tensor_model_parallel_size=4"], 4, ["KV heads", "use one of 1, 2"]),
     (DENSE, ["parallel.sequence_parallel=true"], 1, ["parallel.sequence_parallel", "tensor_model_parallel_size > 1"]),
     (DENSE, ["parallel.tensor_model_parallel_size=2"], 3, ["ranks = 3", "TP x PP x CP = 2"]),
     (DENSE, ["parallel.pipeline_model_parallel_size=3"], 3, ["4 layers on 3 pipeline ranks", "do not split evenly"]),

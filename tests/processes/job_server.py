@@ -105,7 +105,8 @@ class _Server:
         """Serves until it is killed."""
         while True:
             for key, _ in self._selector.select():
-                key.data()
+                if key.fd in self._selector.get_map():  # a rank and its stand-in may end at the same moment
+                    key.data()
 
     def _accept(self) -> None:
         connection, _ = self._listener.accept()

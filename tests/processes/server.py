@@ -136,7 +136,10 @@ def _fork_orphan() -> int:
         os.close(go_read)
         os.close(number_write)
         os.waitpid(middle, 0)
-        child = int.from_bytes(os.read(number_read, 4), "little")
+        number = os.read(number_read, 4)
+        if len(number) < 4:
+            raise OSError("the process in between could not fork")
+        child = int.from_bytes(number, "little")
         os.close(number_read)
         os.close(go_write)
         return child

@@ -21,7 +21,7 @@ def test_patience_before_the_first_step_and_after(tmp_path):
     clock.now = 99
     assert dog.silence() is None
     beat = Heartbeat(path, attempt=1, resumed_at=20)
-    assert beat.beat("starting", 20)
+    beat.beat("starting", 20)
     assert dog.silence() is None
     clock.now = 190
     assert dog.silence() is None, "starting is given as long as the start"
@@ -60,9 +60,13 @@ def test_a_job_that_was_suspended_is_not_hung(tmp_path):
 def test_at_most_one_beat_a_second_but_every_phase(tmp_path):
     path = tmp_path / "heartbeat.json"
     beat = Heartbeat(path, attempt=1, resumed_at=0)
-    assert beat.beat("training", 1)
-    assert not beat.beat("training", 2)
-    assert beat.beat("finishing", 2)
-    assert read_beat(path).iteration == 2
+    assert beat.due("training")
+    beat.beat("training", 1)
+    assert not beat.due("training")
+    beat.beat("training", 2)
+    assert read_beat(path).iteration == 1
+    assert beat.due("finishing")
+    beat.beat("finishing", 3)
+    assert read_beat(path).iteration == 3
     path.write_text('{"attempt": 1, "ph')
     assert read_beat(path) is None

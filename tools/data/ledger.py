@@ -34,7 +34,7 @@ def main(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0
     for one in found:
-        print(f"sample {one['sample']}  source {one['source']}  {', '.join(one['places'])}")
+        print(f"sample {one['sample']}  source {one['source']}  {'; '.join(one['places'])}")
         if "text" in one:
             print(f"  {one['text'][:_SHOWN_CHARACTERS]!r}")
     return 0
@@ -100,7 +100,8 @@ def _replay(config: Any, ledger: dict[str, Any], samples: range, options: argpar
     for number in samples:
         name, runs, sample = replay[number]
         tokens = replay.source(name).tokens
-        entry: dict[str, Any] = {"sample": number, "source": name, "places": [tokens.place(begin) for begin, _ in runs]}
+        places = [place for begin, end in runs for place in tokens.places(begin, end)]
+        entry: dict[str, Any] = {"sample": number, "source": name, "places": places}
         if tokenizer is not None:
             entry["text"] = tokenizer.decode(sample.tokens.tolist())
         found.append(entry)

@@ -43,7 +43,8 @@ class Check:
 CHECKS = (
     Check("formatting (ruff format)", ("ruff", "format", "--check", ".")),
     Check("lint (ruff)", ("ruff", "check", ".")),
-    Check("shell scripts parse (bash -n)", ("bash", "-n", "mq", ".ci/run"), module=False),
+    Check("mq parses (bash -n)", ("bash", "-n", "mq"), module=False),
+    Check(".ci/run parses (bash -n)", ("bash", "-n", ".ci/run"), module=False),
     Check("types (mypy, strict)", ("mypy",)),
     Check(
         "import layers (import-linter)", (str(Path(sys.executable).parent / "lint-imports"), "--no-cache"), module=False
@@ -72,7 +73,10 @@ def install_debian_packages() -> None:
 
 
 def _are_installed(packages: Sequence[str]) -> bool:
-    return subprocess.run(["dpkg", "-s", *packages], capture_output=True, check=False).returncode == 0
+    """Whether all are installed and configured; dpkg also knows packages that are unpacked, or removed."""
+    command = ["dpkg-query", "-W", "-f=${db:Status-Abbrev}\n", *packages]
+    states = subprocess.run(command, capture_output=True, text=True, check=False).stdout.split()
+    return states == ["ii"] * len(packages)
 
 
 # What a shell may have set and tests must not: modules compiled anew by each of some hundred processes.

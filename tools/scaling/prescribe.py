@@ -18,6 +18,8 @@ from tools.scaling.surface import Points
 WARN_FACTOR, REFUSE_FACTOR = 10.0, 1000.0
 # A batch may be rounded so far to fit a layout.
 _ROUNDING = 0.1
+# Words of the notes in fit.json that say what the study leaves open; "tell" is from fits of earlier versions.
+_DOUBTS = ("does not determine", "do not determine", "no minimum", "does not tell", "do not tell")
 # Beyond these a law has left what can be trained.
 _PLAUSIBLE = {"learning_rate": (1e-8, 10.0), "batch_tokens": (1.0, 1e10)}
 _SIZES, _WARMUP_SHARE = 15, 0.05
@@ -214,9 +216,7 @@ def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyon
             "not reliable. Fit larger models, or raise --refuse-factor."
         )
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))
-    warnings = [
-        note for note in fit.notes if "does not determine" in note or "do not determine" in note or "no minimum" in note
-    ]
+    warnings = [note for note in fit.notes if any(words in note for words in _DOUBTS)]
     if beyond < 1 / wish.refuse_factor:
         fix = f"is {beyond:.3g} times the compute of {fitted}: far below what was fitted, where it is not reliable."
         raise ConfigError(Problem("run", f"N = {params:.3g}, D = {tokens:.3g}", fix))

@@ -64,11 +64,10 @@ class ShardWriter:
                         own.update(piece)
                     self._digests[ending].update(piece)
                     self._files[ending].write(piece)
-            if ending == "bin" and not trusted and own.hexdigest() != part.bin_xxh3_128:
-                path = part_path(self.plan.work, part.key, "json")
-                path.unlink()
-                fix = "did not match its checksum and was deleted; run the same command again to recreate it."
-                raise DataError(Problem(str(path.with_suffix(".bin")), None, fix))
+            if not trusted:
+                self._compare(part, ending, own.hexdigest())
+        if not trusted:  # the lengths are read at the end, for the index
+            self._compare(part, "len", file_digest(part_path(self.plan.work, part.key, "len")))
         self.parts.append(part)
         self._unsynced += part.tokens
         if self._unsynced > _SYNC_TOKENS:
@@ -77,6 +76,12 @@ class ShardWriter:
                 file.flush()
                 # The disk writes while workers encode, so that the final sync is short.
                 self._syncs.append(self._syncer.submit(sync_stream, file))
+
+    def _compare(self, part: Part, ending: str, digest: str) -> None:
+        if digest != getattr(part, f"{ending}_xxh3_128"):
+            part_path(self.plan.work, part.key, "json").unlink()
+            fix = "did not match its checksum and was deleted; run the same command again to recreate it."
+            raise DataError(Problem(str(part_path(self.plan.work, part.key, ending)), None, fix))
 
     def commit(self, tokenizer: Tokenizer, encoder: str, dtype: np.dtype[Any]) -> Manifest:
         """Writes index, skipped records and manifest, and renames all files to their final names."""

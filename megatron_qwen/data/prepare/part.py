@@ -34,6 +34,8 @@ class Part:
         key: of the unit.
         documents: documents written; the other counts are those of the manifest.
         bin_xxh3_128: hash of its tokens.
+        len_xxh3_128: hash of the lengths of its documents.
+        mask_xxh3_128: hash of its loss mask; empty without one.
         mask: whether the preparation writes a loss mask (documents with prompts).
         samples: some texts and their ids, for comparison with the tokenizer; not stored on disk.
     """
@@ -47,6 +49,8 @@ class Part:
     skipped: int = 0
     text_bytes: int = 0
     bin_xxh3_128: str = ""
+    len_xxh3_128: str = ""
+    mask_xxh3_128: str = ""
     mask: bool = False
     samples: list[tuple[str, list[int]]] = field(default_factory=list)
 
@@ -112,7 +116,7 @@ class _PartWriter:
         self._temporary = {ending: temporary_name(path) for ending, path in self._paths.items()}
         self._files = {ending: path.open("wb") for ending, path in self._temporary.items()}
         self._done = part_path(work, key, "json")
-        self._digest = xxhash.xxh3_128()
+        self._digests = {ending: xxhash.xxh3_128() for ending in endings if ending != "bad"}
         self._pieces: list[npt.NDArray[Any]] = []
         self._masks: list[npt.NDArray[np.uint8]] = []
         self._held = self._sampled = 0
@@ -138,7 +142,7 @@ class _PartWriter:
         part.filtered += block.filtered
         part.skipped += len(block.bad)
         part.text_bytes += block.bytes
-        self._files["len"].write(np.asarray(lengths, dtype=np.int32).data)
+        self._write("len", np.asarray(lengths, dtype=np.int32).data)
         for bad in block.bad:
             self._files["bad"].write(_quarantined(bad))
         self._flush()
@@ -178,16 +182,20 @@ class _PartWriter:
             whole = np.concatenate(self._pieces)
             same_width = whole.dtype.itemsize == self._dtype.itemsize
             data = whole.view(self._dtype) if same_width else whole.astype(self._dtype)
-            self._digest.update(data.data)
-            self._files["bin"].write(data.data)
+            self._write("bin", data.data)
             if self.part.mask:
-                self._files["mask"].write(np.concatenate(self._masks).data)
+                self._write("mask", np.concatenate(self._masks).data)
         self._pieces, self._masks, self._held = [], [], 0
+
+    def _write(self, ending: str, data: memoryview) -> None:
+        self._digests[ending].update(data)
+        self._files[ending].write(data)
 
     def finish(self) -> Part:
         """Renames the files of the part to their final names, the JSON file last."""
         self._flush()
-        self.part.bin_xxh3_128 = self._digest.hexdigest()
+        for ending, digest in self._digests.items():
+            setattr(self.part, f"{ending}_xxh3_128", digest.hexdigest())
         for file in self._files.values():
             file.close()
         for ending, path in self._temporary.items():

@@ -1,5 +1,6 @@
 """Worker processes that encode units. They are forked after the encoder is loaded, so they share its tables."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -112,10 +113,9 @@ class Workers:
     def _give(self, worker: _Worker, waiting: list[int]) -> None:
         if waiting:
             worker.units.append(waiting.pop())
-            try:
+            # A worker that has ended is noticed when its messages are read: before the end may be the reason.
+            with contextlib.suppress(OSError):
                 worker.connection.send(worker.units[-1])
-            except OSError:
-                self._raise_died(worker)
 
     def _receive(self, worker: _Worker) -> Any:
         try:

@@ -1,7 +1,7 @@
 """The training data of a run: data stages, samples by number, and the ledger of what has been read.
 
 Samples are numbered over the whole run. Which tokens sample ``i`` holds is a function of blend, seed and ledger. It
-does not depend on the parallel layout, the batch size or the number of restarts.
+does not depend on the parallel layout or the number of restarts. The batch size decides only where a data stage ends.
 
 The ledger is a list of phases. A phase is a stretch with one mix of sources at one sequence length; it records how many
 samples it gave, how many of each source, and the position of every source at its beginning. A new phase starts with

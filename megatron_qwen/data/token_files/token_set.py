@@ -109,12 +109,26 @@ class TokenSet:
                 parts.append(file.lengths(max(first, begin) - begin, min(stop, end) - begin))
         return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
-    def place(self, position: int) -> str:
-        """File, document and position of a token, for a message."""
-        index = bisect.bisect_right(self.token_starts, position) - 1
-        own = position - self.token_starts[index]
-        file = self.files[index]
-        return f"{file.url or file.prefix}.bin, document {file.document_at(own)}, token {own}"
+    def places(self, start: int, stop: int) -> list[str]:
+        """Where tokens start .. stop - 1 come from, for a message: per file its documents, and which of their tokens.
+
+        Documents and tokens are counted from 0, documents in their file and tokens in their document.
+        """
+        found = []
+        first = bisect.bisect_right(self.token_starts, start) - 1
+        for index, end in self._pieces(first, stop):
+            file = self.files[index]
+            begin = max(start - self.token_starts[index], 0)
+            if begin == end:
+                continue
+            one, last = file.document_at(begin), file.document_at(end - 1)
+            skipped, until = begin - file.document_start(one), end - 1 - file.document_start(last)
+            name = f"{file.url or file.prefix}.bin"
+            if one == last:
+                found.append(f"{name}, document {one}, tokens {skipped} to {until}")
+            else:
+                found.append(f"{name}, documents {one} (from token {skipped}) to {last} (to token {until})")
+        return found
 
     @cached_property
     def digest(self) -> str | None:

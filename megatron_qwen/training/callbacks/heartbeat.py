@@ -19,22 +19,23 @@ class HeartbeatCallback(Callback):
 
     Args:
         heartbeat: the file.
-        is_current: whether this attempt is still the newest of the run; asked when a beat is written.
+        is_current: whether this attempt is still the newest of the run; asked before a beat is written.
     """
 
     def __init__(self, heartbeat: Heartbeat, *, is_current: Callable[[], bool]) -> None:
         self.heartbeat, self.is_current = heartbeat, is_current
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
-        """Writes the heartbeat and checks that this attempt is still the newest.
+        """Checks that this attempt is still the newest, and writes the heartbeat.
 
         Raises:
             AttemptSuperseded: a newer attempt has started. This callback runs first, so the superseded attempt writes
                 no metrics either.
         """
-        if self.heartbeat.beat("training", record.iteration) and not self.is_current():
-            fix = "was superseded: a newer attempt owns the run now. This one stops without writing anything."
+        if self.heartbeat.due("training") and not self.is_current():
+            fix = "was superseded: a newer attempt owns the run now. This one stops without saving."
             raise AttemptSuperseded(Problem("attempt", self.heartbeat.attempt, fix))
+        self.heartbeat.beat("training", record.iteration)
 
     def after_training(self, trainer: TrainerInterface) -> None:
         """Reports the phase "finishing": only the last save remains."""

@@ -52,6 +52,7 @@ class Metrics(Callback):
         speed = record.global_batch_size * config.data.seq_length / record.step_time_s
         tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length) / 1e12
         return {
+            **result.metrics,  # first, so that none of an objective replaces a figure of the step
             "iteration": record.iteration,
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": progress.consumed_tokens,
@@ -70,7 +71,6 @@ class Metrics(Callback):
             "peak_memory_gib": device.peak_memory_bytes() / 2**30,
             "skipped": result.skipped,
             "attempt": self.attempt,
-            **result.metrics,
             **record.extra,
         }
 

@@ -36,7 +36,6 @@ class Performance(Callback):
 
     def __init__(self, path: Path, *, attempt: int, started: float, resumed_at: int) -> None:
         self.path, self.attempt, self.started, self.resumed_at = path, attempt, started, resumed_at
-        self._earlier = [one for one in read_attempts(path) if one.attempt < attempt]
         self._begun = self._written = time.time()
         self._seconds = {"steps_s": 0.0, "skipped_s": 0.0, "data_wait_s": 0.0}
         self._speeds: deque[tuple[float, float]] = deque(maxlen=_REMEMBERED_STEPS)
@@ -78,8 +77,11 @@ class Performance(Callback):
         self._written = time.time()
         if dist.get_rank() != 0 or self._trainer is None:
             return
+        others = [one for one in read_attempts(self.path) if one.attempt != self.attempt]
+        if any(one.attempt > self.attempt for one in others):
+            return  # this attempt was superseded, and the card is the newer one's
         try:
-            write_card(self.path, self._facts(self._trainer), [*self._earlier, self._time(self._trainer)])
+            write_card(self.path, self._facts(self._trainer), [*others, self._time(self._trainer)])
         except OSError as error:  # a full disk must not end the run, nor hide why it ends
             log.warning("the performance card %s could not be written: %s", self.path, error)
 

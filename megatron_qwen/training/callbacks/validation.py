@@ -29,7 +29,7 @@ class Validation(Callback):
             record.extra["validation_loss"] = self.measure(trainer)
 
     def measure(self, trainer: TrainerInterface) -> float:
-        """Mean loss over eval_iters batches, in nats per token."""
+        """Mean loss of the objective over eval_iters batches; of pretraining in nats per token."""
         components = trainer.components
         samples, config = self._of(trainer)
         training = config.training

@@ -106,6 +106,7 @@ def test_only_the_parent_is_killed(large_corpus, tokenizer, tmp_path):
     deadline = time.monotonic() + 60
     while not children and time.monotonic() < deadline:
         children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    assert children
     process.kill()
     process.wait()
     run("tools.data", "prepare", "--tokenizer", tokenizer, "--output", tmp_path / "out", large_corpus, check=True)

@@ -56,6 +56,12 @@ def test_a_set_reads_like_one_file(three, tmp_path):
         assert tokens.tokens(start, start + 9_000).tolist() == file.tokens(start, start + 9_000).tolist()
         assert tokens.document_ends(start, start + 9_000).tolist() == file.document_ends(start, start + 9_000).tolist()
         assert tokens.document_at(start) == file.document_at(start)
+    first, second = tokens.files[:2]
+    end = int(first.lengths(0, first.num_documents)[-1]) - 1
+    assert tokens.places(first.num_tokens - 1, first.num_tokens + 2) == [
+        f"{first.prefix}.bin, document {first.num_documents - 1}, tokens {end} to {end}",
+        f"{second.prefix}.bin, document 0, tokens 0 to 1",
+    ]
 
 
 def test_a_mask_is_joined_too(tokenizer, tmp_path):

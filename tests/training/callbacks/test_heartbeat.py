@@ -1,0 +1,78 @@
+"""An attempt that a newer one has replaced ends by itself, and leaves the run's files to the newer one."""
+
+import json
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.source import resolve
+from megatron_qwen.metrics.performance_card import AttemptTime, write_card
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
+from tests.distributed import jobs
+
+NEWER = AttemptTime(2, 1, 0.0, 3, 7, 9.0, 1.0, 5.0, 0.0, 0.0, 0.0, 0.0)
+
+
+def superseded(config: RunConfig, run_dir: Path) -> str:
+    """Runs an attempt, and begins another once the first is training; returns how the first ended."""
+    begun = threading.Thread(target=_begin_another, args=(run_dir,))
+    begun.start()
+    try:
+        return f"exit code {jobs.attempt(config, run_dir)}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        begun.join()
+
+
+def _begin_another(run_dir: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not (run_dir / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    RunDirectory(run_dir).begin_attempt(world_size=1)
+    write_card(run_dir / "performance.json", {"recipe": "of the newer attempt"}, [NEWER])
+
+
+@pytest.fixture(scope="module")
+def left(pool, tokens, tmp_path_factory) -> tuple[str, Path]:
+    """How the first attempt ended, and its run directory."""
+    run_dir = tmp_path_factory.mktemp("superseded") / "run"
+    words = [f"data.path={tokens}", "training.train_iters=100000", "optim.lr_warmup_iters=0"]
+    config = resolve("tiny_dense", words, RECIPES)
+    RunDirectory(run_dir).claim(config)
+    (ended,) = pool[1].run(superseded, config, run_dir)
+    return ended, run_dir
+
+
+def contents(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+def test_it_ends_and_saves_nothing(left):
+    ended, run_dir = left
+    assert ended.startswith("AttemptSuperseded")
+    assert "a newer attempt owns the run now" in ended
+    assert list((run_dir / "checkpoints").glob("iter_*")) == []
+
+
+def test_its_end_is_recorded_and_the_state_is_the_newer_ones(left):
+    _, run_dir = left
+    lines = [json.loads(line) for line in (run_dir / "attempts.jsonl").read_text().splitlines()]
+    assert [line["reason"] for line in lines if "reason" in line] == ["superseded"]
+    assert (contents(run_dir / "status.json")["state"], contents(run_dir / "status.json")["attempt"]) == ("running", 2)
+
+
+def test_the_last_beat_is_of_its_training(left):
+    assert contents(left[1] / "heartbeat.json")["phase"] == "training"
+
+
+def test_the_card_is_the_newer_ones(left):
+    card = contents(left[1] / "performance.json")
+    assert card["recipe"] == "of the newer attempt"
+    assert card["attempts"] == [asdict(NEWER)]
