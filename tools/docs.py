@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -103,7 +104,6 @@ def server_of(directory: Path, port: int) -> "ThreadingHTTPServer":
     Raises:
         ConfigError: the port cannot be used.
     """
-    import sys
     from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
     class Server(ThreadingHTTPServer):

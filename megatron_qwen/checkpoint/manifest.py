@@ -112,7 +112,9 @@ def read(directory: Path) -> dict[str, FileEntry] | Problem:
             return Problem(str(path), None, "does not match its own checksum: the file is damaged.")
         return {name: _entry(noted) for name, noted in content["files"].items()}
     except FileNotFoundError:
-        return Problem(str(path), None, "is missing: the checkpoint was never committed, or is partly deleted; use another one.")
+        return Problem(
+            str(path), None, "is missing: the checkpoint was never committed, or is partly deleted; use another one."
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return Problem(str(path), None, "is damaged.")
 

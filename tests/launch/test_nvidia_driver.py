@@ -23,8 +23,11 @@ NO_MODULE = (
         ("NVIDIA H100 80GB HBM3, 535.216.03, 9.0\n" * 8, (535, 216, 3), [Gpu("NVIDIA H100 80GB HBM3", (9, 0))] * 8),
         ("NVIDIA GeForce RTX 5090, 580.142, 12.0\n", (580, 142), [Gpu("NVIDIA GeForce RTX 5090", (12, 0))]),
         ("Tesla V100-SXM2-32GB, 470.82.01\n", (470, 82, 1), [Gpu("Tesla V100-SXM2-32GB", None)]),
-        ("WARNING: infoROM is corrupted at gpu 0000:3B:00.0\nNVIDIA H200, 580.159.04, 9.0\n", (580, 159, 4),
-         [Gpu("NVIDIA H200", (9, 0))]),
+        (
+            "WARNING: infoROM is corrupted at gpu 0000:3B:00.0\nNVIDIA H200, 580.159.04, 9.0\n",
+            (580, 159, 4),
+            [Gpu("NVIDIA H200", (9, 0))],
+        ),
         ("NVIDIA A100-SXM4-80GB, 550.54.15, [N/A]\n", (550, 54, 15), [Gpu("NVIDIA A100-SXM4-80GB", None)]),
     ],
 )

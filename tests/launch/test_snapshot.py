@@ -54,6 +54,7 @@ def test_an_untouched_checkout_is_not_modified(checkout, tmp_path):
 
 
 def test_compiled_modules_are_taken_and_used_while_they_are_those_of_the_source(checkout, tmp_path):
+    (checkout / ".gitignore").write_text("__pycache__\n")
     for name in ("code.py", "gone.py"):
         py_compile.compile(str(checkout / name))
     (checkout / "gone.py").write_text("changed = 1\n")

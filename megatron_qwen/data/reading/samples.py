@@ -165,6 +165,7 @@ def _require_known(
     token = int(row[at])
     for begin, end in spans:
         if at < end - begin:
-            fix = f"is not an id of the model's vocabulary of {size} ({tokens.place(begin + at)}); prepare it again."
+            (place,) = tokens.places(begin + at, begin + at + 1)
+            fix = f"is not an id of the model's vocabulary of {size} ({place}); prepare it again."
             raise DataError(Problem("token", token, fix))
         at -= end - begin

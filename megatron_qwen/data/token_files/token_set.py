@@ -125,7 +125,8 @@ class TokenSet:
             skipped, until = begin - file.document_start(one), end - 1 - file.document_start(last)
             name = f"{file.url or file.prefix}.bin"
             if one == last:
-                found.append(f"{name}, document {one}, tokens {skipped} to {until}")
+                tokens = f"token {skipped}" if skipped == until else f"tokens {skipped} to {until}"
+                found.append(f"{name}, document {one}, {tokens}")
             else:
                 found.append(f"{name}, documents {one} (from token {skipped}) to {last} (to token {until})")
         return found

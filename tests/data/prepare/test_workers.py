@@ -24,10 +24,12 @@ def test_a_bad_record_is_reported_however_late_the_worker_is_heard(tokenizer, tm
         return load_tokenizer(directory)
 
     monkeypatch.setattr(job, "load_tokenizer", load_late)
-    lines = write_jsonl(tmp_path / "good.jsonl", TEXTS).read_text().splitlines()
-    sizes, first = 0, 0
-    while sizes < 25_000:  # the second unit of 20,000 bytes
-        sizes, first = sizes + len(lines[first]) + 1, first + 1
+    short = [text[at : at + 500] for text in TEXTS for at in range(0, 20_000, 500)]
+    lines = write_jsonl(tmp_path / "good.jsonl", [text for text in short if text]).read_text().splitlines()
+    size, first = 0, 0
+    while size < 25_000:  # in the second of at least five units of 20,000 bytes
+        size, first = size + len(lines[first]) + 1, first + 1
+    assert sum(map(len, lines)) > 100_000
     source = tmp_path / "a.jsonl"
     source.write_text("\n".join([*lines[:first], "bad", *lines[first:]]) + "\n")
     with pytest.raises(DataError, match=rf"a\.jsonl:{first + 1}"):
@@ -47,7 +49,8 @@ def test_a_damaged_part_of_an_earlier_attempt_is_made_again(ending, tokenizer, t
     with pytest.raises(DataError, match=r"b\.jsonl"):
         prepare("out")
     last.write_text(rows[-1])
-    part = min(path for path in tmp_path.rglob(f"*.{ending}") if path.with_suffix(".json").is_file())
+    parts = [path for path in tmp_path.rglob(f"*.{ending}") if path.with_suffix(".json").is_file()]
+    part = max(parts, key=lambda path: path.stat().st_size)  # one may hold no document
     _damage(part)
     with pytest.raises(DataError, match=rf"{part.name}.*did not match its checksum"):
         prepare("out")

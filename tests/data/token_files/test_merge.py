@@ -59,7 +59,7 @@ def test_a_set_reads_like_one_file(three, tmp_path):
     first, second = tokens.files[:2]
     end = int(first.lengths(0, first.num_documents)[-1]) - 1
     assert tokens.places(first.num_tokens - 1, first.num_tokens + 2) == [
-        f"{first.prefix}.bin, document {first.num_documents - 1}, tokens {end} to {end}",
+        f"{first.prefix}.bin, document {first.num_documents - 1}, token {end}",
         f"{second.prefix}.bin, document 0, tokens 0 to 1",
     ]
 

@@ -9,7 +9,7 @@ from tests.data.blends import write_source
 @pytest.mark.parametrize(
     ("start", "stop", "place"),
     [
-        (0, 1, "document 0, tokens 0 to 0"),
+        (0, 1, "document 0, token 0"),
         (0, 10, "document 0, tokens 0 to 9"),
         (13, 17, "document 1, tokens 3 to 6"),
         (9, 11, "documents 0 (from token 9) to 1 (to token 0)"),

@@ -33,7 +33,8 @@ def superseded(config: RunConfig, run_dir: Path) -> str:
 
 def _begin_another(run_dir: Path) -> None:
     deadline = time.monotonic() + 120
-    while not (run_dir / "metrics.jsonl").is_file() and time.monotonic() < deadline:
+    metrics = run_dir / "metrics.jsonl"  # made before the first step, written after it
+    while not (metrics.is_file() and metrics.stat().st_size) and time.monotonic() < deadline:
         time.sleep(0.02)
     RunDirectory(run_dir).begin_attempt(world_size=1)
     write_card(run_dir / "performance.json", {"recipe": "of the newer attempt"}, [NEWER])
