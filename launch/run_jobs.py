@@ -7,8 +7,6 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import psutil
-
 from megatron_qwen import slurm
 from megatron_qwen.rundir import RunDirectory, RunState
 
@@ -72,6 +70,8 @@ def submissions(directory: RunDirectory) -> list[Submission]:
 
 def is_local_job(process: str, directory: RunDirectory) -> bool:
     """Whether a process is this run's job on this machine, and not another that got its number."""
+    import psutil  # for jobs on this machine only; every `mq launch` imports this module
+
     try:
         found = psutil.Process(int(process))
         running = found.status() != psutil.STATUS_ZOMBIE
@@ -110,6 +110,8 @@ def _has_moved(directory: RunDirectory) -> bool:
 
 def tell_local(process: str, number: signal.Signals) -> None:
     """Sends the controller of a job on this machine a signal; submitit's processes around it would not hand it on."""
+    import psutil
+
     try:
         members = psutil.Process(int(process)).children(recursive=True)
         controllers = [member for member in members if _CONTROLLER in member.cmdline()]

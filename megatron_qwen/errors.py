@@ -1,6 +1,5 @@
 """Errors with a message for the user, each with the exit code that scripts rely on."""
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +42,8 @@ def did_you_mean(word: str, known: Iterable[str], *, instead: Mapping[str, str] 
         known: what may be meant.
         instead: by known word, another to suggest in its place: its present name.
     """
+    import difflib  # for mistakes only; every command imports this module
+
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {(instead or {}).get(near[0], near[0])}?" if near else ""
 

@@ -2,7 +2,8 @@
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, make_dataclass
+from dataclasses import MISSING, field, make_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -24,11 +25,13 @@ def _override(value: object) -> str:
 # An override as a YAML file lists it.
 Override = Annotated[str, Form("section.field=value", _override)]
 Recipes = Mapping[str, Callable[[], RunConfig]]
-# A run.yaml: the name of a recipe, and for each section any of its fields.
-_RunFile = make_dataclass(
-    "_RunFile",
-    [("recipe", str | None, None), *((name, dict[str, Any], field(default_factory=dict)) for name in SECTION_TYPES)],
-)
+
+
+@cache  # not at import: a command that names a recipe reads no file
+def _run_file() -> type:
+    """The form of a run.yaml: the name of a recipe, and for each section any of its fields."""
+    sections: list[Any] = [(name, dict[str, Any], field(default_factory=dict)) for name in SECTION_TYPES]
+    return make_dataclass("_RunFile", [("recipe", str | None, None), *sections])
 
 
 def unknown_field(path: str) -> Problem:
@@ -47,11 +50,10 @@ def _name_of(path: str) -> str:
     return path.partition(".")[2]
 
 
-@dataclass(frozen=True)
-class RawText:
+class RawText(str):
     """The text of an override before parsing. A field of type str takes it verbatim, others parse it as YAML."""
 
-    text: str
+    __slots__ = ()
 
 
 def parse_overrides(words: Sequence[str]) -> tuple[dict[str, Any], list[Problem]]:
@@ -111,7 +113,7 @@ def _base(source: str, recipes: Recipes) -> tuple[RunConfig | None, list[Problem
         return None, [Problem("recipe", source, fix)]
     reader = YamlReader(source)
     try:
-        sections = reader.read_fields(_RunFile, read_mapping(Path(source)))
+        sections = reader.read_fields(_run_file(), read_mapping(Path(source)))
     except ConfigError as error:
         return None, list(error.problems)
     name = sections.pop("recipe", None)
@@ -159,12 +161,12 @@ def _as_yaml(value: Any, kind: Any) -> Any:
     if not isinstance(value, RawText):
         return value
     takes_text = kind is str or (get_origin(kind) in (Union, types.UnionType) and str in get_args(kind))
-    if takes_text and value.text not in ("", "null", "~"):
-        return value.text
+    if takes_text and str(value) not in ("", "null", "~"):
+        return str(value)
     try:
-        return read_scalar(value.text)
+        return read_scalar(str(value))
     except UNREADABLE:
-        return value.text
+        return str(value)
 
 
 def _with_changes(config: RunConfig, changes: Mapping[str, Mapping[str, Any]]) -> RunConfig:

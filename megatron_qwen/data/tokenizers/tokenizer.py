@@ -1,6 +1,5 @@
 """Tokenizer directories: byte-level BPE in Hugging Face form, or a SentencePiece model."""
 
-import hashlib
 import json
 import os
 import shutil
@@ -130,6 +129,8 @@ def tokenizers_without_threads() -> None:
 
 def fingerprint(directory: str | Path) -> str:
     """SHA-256 of the file that determines the ids."""
+    import hashlib  # with OpenSSL it takes 9 ms, and the command line of `mq train` imports this module
+
     return hashlib.sha256(_deciding_file(Path(directory)).read_bytes()).hexdigest()
 
 
