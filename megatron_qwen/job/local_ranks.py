@@ -59,6 +59,7 @@ class LocalRanks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: list[TaskEnd] = []
         self._deadline: float | None = None
+        self._early: signal.Signals | None = None
 
     def run(self) -> int:
         """Starts the ranks, passes signals on, and waits.
@@ -70,6 +71,8 @@ class LocalRanks:
             signal.signal(number, self._pass_on)
         try:
             self.start()
+            if self._early is not None:
+                self.send(self._early)
             while (code := self.poll()) is None:
                 time.sleep(0.05)
             return code
@@ -111,7 +114,10 @@ class LocalRanks:
         )
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.send(signal.Signals(number))
+        if len(self._processes) < self.world_size:
+            self._early = signal.Signals(number)  # for all ranks, once there are all
+        else:
+            self.send(signal.Signals(number))
 
     def poll(self) -> int | None:
         """Exit code of all ranks together, or None while they run; _GRACE_S after a failure the rest are killed."""

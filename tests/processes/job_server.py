@@ -5,6 +5,7 @@ rank ends. A rank whose stand-in was killed is killed; its number stands in a fi
 """
 
 import contextlib
+import ctypes
 import os
 import pickle
 import selectors
@@ -22,6 +23,7 @@ from tests.processes.server import import_libraries
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _START_TIMEOUT_S = 120.0
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 # Started by Slurm once a rank and once a controller, so it imports as little as it can.
 _STAND_IN = """#!{python} -IS
 import os, pickle, signal, socket, sys
@@ -117,6 +119,7 @@ class _Server:
         command, environment, directory, stand_in = pickle.loads(data)
         child = os.fork()
         if not child:
+            _end_with_the_server()
             become(command, ChildOptions(environment, directory, new_session=False, process_group=-1), streams)
         for stream in streams:
             os.close(stream)
@@ -140,6 +143,10 @@ class _Server:
         with contextlib.suppress(OSError):  # the stand-in was killed first
             connection.send(str(os.waitstatus_to_exitcode(status)).encode())
         connection.close()
+
+
+def _end_with_the_server() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":
