@@ -174,7 +174,7 @@ def _claim(plan: PreparationPlan) -> None:
     """Creates the work directory, or takes over an existing one: parts are named by content, so those that fit are used
     whatever the directory was created for.
     """
-    stated = plan.work / "plan.json"
+    stated = _stated(plan)
     there = None
     if stated.is_file():
         with contextlib.suppress(ValueError):
@@ -191,13 +191,21 @@ def _claim(plan: PreparationPlan) -> None:
 
 def _made_before(plan: PreparationPlan) -> Manifest | None:
     """The manifest of an earlier, finished run of the same command, else None."""
-    if plan.work.exists():
+    if _stated(plan).exists():
         return None
     try:
         there = read_manifest(plan.prefix)
     except DataError:
         return None
-    return there if there is not None and there.made_by == plan.fingerprint else None
+    if there is None or there.made_by != plan.fingerprint:
+        return None
+    shutil.rmtree(plan.work, ignore_errors=True)  # the run may have been killed while it removed the directory
+    return there
+
+
+def _stated(plan: PreparationPlan) -> Path:
+    """The file in the work directory that says what is prepared there."""
+    return plan.work / "plan.json"
 
 
 def require_free(plan: PreparationPlan) -> None:

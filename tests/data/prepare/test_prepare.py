@@ -286,6 +286,17 @@ def test_row_groups_of_one_file_fall_into_shards_by_their_size(tokenizer, tmp_pa
     assert texts_of(tmp_path / "out", tokenizer) == TEXTS * 4
 
 
+def test_what_a_kill_left_of_the_work_directory_is_removed(tokenizer, tmp_path):
+    """Everything was written, and of the directory only some files were deleted."""
+    source = write_jsonl(tmp_path / "texts.jsonl", TEXTS[:3])
+    made = make(tokenizer, tmp_path / "out", source)
+    work = tmp_path / "out.work"
+    work.mkdir()
+    (work / "task_0_of_1.lock").touch()
+    assert make(tokenizer, tmp_path / "out", source) == made
+    assert not work.exists()
+
+
 def test_the_manifest_comes_last(tokenizer, tmp_path, monkeypatch):
     """Where there is a manifest, there are the files that it describes."""
     there = []
