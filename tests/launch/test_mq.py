@@ -138,8 +138,11 @@ def test_installs_with_uv_by_the_settings_of_pip_and_with_pip_where_there_is_no_
     (module,) = (checkout / ".venv").glob("lib/*/site-packages/onlyhere.py")
     module.unlink()
     (checkout / ".venv/.ready").rename(checkout / ".venv/.installing")
-    assert mq(checkout, "recipes", PIP_FIND_LINKS=str(wheels)).stdout == "ours\n"
+    (tmp_path / "pip.conf").write_text(f"[install]\nfind-links = {wheels}\n")  # no section for all commands
+    settings = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_FIND_LINKS": ""}
+    assert mq(checkout, "recipes", **settings).stdout == "ours\n"
     assert module.exists()
+    assert installer(checkout, "onlyhere") == "uv"
     (checkout / "constraints.txt").write_text("uv==0.0.0.1\n")
     assert mq(checkout, "recipes", PIP_FIND_LINKS=str(wheels)).stdout == "ours\n"
     assert installer(checkout, "small") == "pip"
