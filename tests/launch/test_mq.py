@@ -138,7 +138,7 @@ def test_installs_with_uv_by_the_settings_of_pip_and_with_pip_where_there_is_no_
     (module,) = (checkout / ".venv").glob("lib/*/site-packages/onlyhere.py")
     module.unlink()
     (checkout / ".venv/.ready").rename(checkout / ".venv/.installing")
-    (tmp_path / "pip.conf").write_text(f"[install]\nfind-links = {wheels}\n")  # no section for all commands
+    (tmp_path / "pip.conf").write_text(f"[global]\nfind-links = {wheels}\n")  # no section [install]
     settings = {"PIP_CONFIG_FILE": str(tmp_path / "pip.conf"), "PIP_FIND_LINKS": ""}
     assert mq(checkout, "recipes", **settings).stdout == "ours\n"
     assert module.exists()
