@@ -53,7 +53,7 @@ def test_an_array_makes_the_shards_of_one_set(cluster, tokenizer, tmp_path):
     noted = read_manifest(tmp_path / "out" / "set")
     assert noted is not None, logs
     options = {"tokenizer": tokenizer, "options": ReadOptions(), "shard_bytes": int(SHARD_GIB * (1 << 30))}
-    plan = make_plan(find_inputs(names), prefix=tmp_path / "x", **options)
+    plan = make_plan(find_inputs(names).files, prefix=tmp_path / "x", **options)
     assert len(noted.shards) == len(plan.shards) >= TASKS
     run("tools.data", "verify", tmp_path / "out" / "set", check=True)
     # The same tokens as one process makes.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_qwen.errors import ConfigError, Problem
+from tools.data.inputs import told_inputs
 
 if TYPE_CHECKING:
     from megatron_qwen.data.clean.job import CleaningStages
@@ -19,23 +20,23 @@ def main(options: argparse.Namespace) -> int:
     from megatron_qwen.data.clean.job import clean, cores
     from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
-    from megatron_qwen.data.text.inputs import find_inputs
 
     read = ReadOptions(field=options.field, where=parse_conditions(options.where))
-    files = find_inputs(options.files)
+    inputs = told_inputs(options.files, text_field=options.field)
 
     def show(documents: int, kept: int) -> None:
         if documents % 1000 == 0 and sys.stderr.isatty():
             print(f"\r{documents:,} documents read, {kept:,} kept", end="", file=sys.stderr)
 
     report = clean(
-        files,
+        inputs.files,
         options.output,
         _stages(options),
         options=read,
         skip_bad=options.on_error == "skip",
         workers=options.workers or cores(),
         on_progress=show,
+        left_out=inputs.left_out,
     )
     if options.json:
         print(json.dumps(asdict(report), indent=2))
@@ -66,7 +67,6 @@ def _stages(options: argparse.Namespace) -> "CleaningStages":
     from megatron_qwen.data.clean.filters import LengthAndCharacters
     from megatron_qwen.data.clean.job import CleaningStages
     from megatron_qwen.data.text.blocks import ReadOptions
-    from megatron_qwen.data.text.inputs import find_inputs
     from megatron_qwen.data.text.records import documents
 
     characters = LengthAndCharacters(
@@ -77,7 +77,12 @@ def _stages(options: argparse.Namespace) -> "CleaningStages":
     )
     tests = None
     if options.test_set:
-        texts = tuple(documents(find_inputs(options.test_set), ReadOptions(field=options.test_field)))
+        texts = tuple(
+            documents(
+                told_inputs(options.test_set, text_field=options.test_field).files,
+                ReadOptions(field=options.test_field),
+            )
+        )
         tests = (texts, Path(options.tokenizer), options.whole_documents)
     quality = None
     if options.quality is not None:

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from megatron_qwen.errors import ConfigError, Problem
+from tools.data.inputs import told_inputs
 
 if TYPE_CHECKING:
     from megatron_qwen.data.prepare.workers import EncodingProgress
@@ -24,7 +25,6 @@ def main(options: argparse.Namespace) -> int:
     from megatron_qwen.data.prepare.plan import make_plan
     from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
-    from megatron_qwen.data.text.inputs import find_inputs
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     task = _require_sensible(options)
@@ -35,16 +35,17 @@ def main(options: argparse.Namespace) -> int:
         separator=options.separator,
         max_document_bytes=options.max_document_mib << 20,
     )
-    files = find_inputs(options.files)
+    inputs = told_inputs(options.files, text_field=options.field)
     plan = make_plan(
-        files,
+        inputs.files,
         tokenizer=options.tokenizer,
         prefix=options.output,
         options=read,
         skip_bad=options.on_error == "skip",
+        left_out=inputs.left_out,
         shard_bytes=None if options.shard_gib is None else int(options.shard_gib * (1 << 30)),
     )
-    show = ProgressDisplay(sum(file.size for file in files) // task[1])
+    show = ProgressDisplay(sum(file.size for file in inputs.files) // task[1])
     workers = options.workers or len(os.sched_getaffinity(0))
     whole = prepare(plan, workers=workers, task=ShardTask(*task), on_progress=show)
     show.close()

@@ -5,6 +5,7 @@ import sys
 import time
 
 from megatron_qwen.errors import ConfigError, Problem
+from tools.data.inputs import told_inputs
 
 _MOST_IDS = 1_000_000
 
@@ -33,7 +34,6 @@ def _import(options: argparse.Namespace, problems: list[Problem]) -> int:
 
 def _train(options: argparse.Namespace, problems: list[Problem]) -> int:
     from megatron_qwen.data.text.blocks import ReadOptions
-    from megatron_qwen.data.text.inputs import find_inputs
     from megatron_qwen.data.text.records import documents
     from megatron_qwen.data.tokenizers.making import train_bpe, train_sentencepiece
     from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS, load_tokenizer
@@ -44,7 +44,7 @@ def _train(options: argparse.Namespace, problems: list[Problem]) -> int:
         problems = [Problem("--vocab-size", options.vocab_size, fix), *problems]
     if problems:
         raise ConfigError(problems)
-    files = find_inputs(options.files)
+    files = told_inputs(options.files, text_field=options.field).files
     train = train_bpe if options.kind == "bpe" else train_sentencepiece
     started = time.monotonic()
     train(documents(files, ReadOptions(field=options.field)), options.output, vocab_size=options.vocab_size)

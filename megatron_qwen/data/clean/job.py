@@ -16,7 +16,7 @@ from megatron_qwen.data.clean.duplicates import ExactDuplicates, NearDuplicates,
 from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCharacters, Quality
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.text.blocks import ReadOptions, as_text
-from megatron_qwen.data.text.inputs import InputFile
+from megatron_qwen.data.text.inputs import InputFile, LeftOut
 from megatron_qwen.data.text.records import FileSpan, read_span
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem
@@ -69,7 +69,7 @@ class DroppedDocuments:
 
 @dataclass
 class CleaningReport:
-    """Counts of documents: read = kept + empty + filtered + skipped + dropped by the stages."""
+    """Counts of documents: read = kept + empty + filtered + skipped + dropped by the stages; and what was not read."""
 
     read: int = 0
     kept: int = 0
@@ -77,6 +77,7 @@ class CleaningReport:
     filtered: int = 0
     skipped: int = 0
     dropped: dict[str, DroppedDocuments] = field(default_factory=dict)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 def clean(
@@ -88,6 +89,7 @@ def clean(
     skip_bad: bool,
     workers: int,
     on_progress: Callable[[int, int], None] = lambda *_: None,
+    left_out: Sequence[LeftOut] = (),
 ) -> CleaningReport:
     """Writes what is kept as OUTPUT/clean_00000.jsonl.zst and so on, and OUTPUT/report.json.
 
@@ -99,6 +101,7 @@ def clean(
         skip_bad: count bad records instead of stopping.
         workers: processes.
         on_progress: called with documents read and kept so far.
+        left_out: what lies among the input and is not read, for the report.
 
     Raises:
         ConfigError: the output exists already, or a stage cannot be set up.
@@ -114,6 +117,7 @@ def clean(
     )
     names += [one.name for one in (exact, near) if one is not None]
     report = CleaningReport(dropped={name: DroppedDocuments() for name in names})
+    report.left_out = [{"path": str(item.path), "why": item.why} for item in left_out]
     partial = temporary_name(output)
     partial.mkdir(parents=True)
     try:

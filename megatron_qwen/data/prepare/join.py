@@ -113,6 +113,7 @@ class ShardWriter:
             mask_xxh3_128=self._digests["mask"].hexdigest() if "mask" in self._endings else None,
             options=self.plan.identity["options"],
             inputs=_inputs(self.shard),
+            left_out=_left_out(self.plan) if prefix == self.plan.prefix else [],
         )
         for temporary, path in names:
             publish(temporary, path)
@@ -156,7 +157,12 @@ def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
         shards=[shard.prefix.name for shard, made in zip(plan.shards, shards, strict=True) if made.documents],
         options=plan.identity["options"],
         inputs=[{"path": str(file.path.absolute()), "size": file.size} for file in plan.files],
+        left_out=_left_out(plan),
     )
+
+
+def _left_out(plan: PreparationPlan) -> list[dict[str, str]]:
+    return [{"path": str(item.path.absolute()), "why": item.why} for item in plan.left_out]
 
 
 def _inputs(shard: OutputShard) -> list[dict[str, Any]]:

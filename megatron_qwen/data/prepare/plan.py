@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.data.text.blocks import ReadOptions
-from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
+from megatron_qwen.data.text.formats import Compression, FileFormat
+from megatron_qwen.data.text.inputs import InputFile, LeftOut
 from megatron_qwen.data.text.records import FileSpan
 from megatron_qwen.data.tokenizers.tokenizer import fingerprint
 
@@ -56,6 +57,7 @@ class PreparationPlan:
         prefix: of the output.
         tokenizer: its directory.
         files: the input, in order.
+        left_out: what lies among the input and is not read, for the manifest.
         options: how records are read.
         skip_bad: write bad records to a file of their own and continue, instead of stopping.
         shards: the output; a single one has the output's own prefix.
@@ -65,6 +67,7 @@ class PreparationPlan:
     prefix: Path
     tokenizer: Path
     files: tuple[InputFile, ...]
+    left_out: tuple[LeftOut, ...]
     options: ReadOptions
     skip_bad: bool
     shards: tuple[OutputShard, ...]
@@ -88,6 +91,7 @@ def make_plan(
     prefix: Path,
     options: ReadOptions,
     skip_bad: bool = False,
+    left_out: Sequence[LeftOut] = (),
     shard_bytes: int | None = None,
     unit_bytes: int = UNIT_BYTES,
 ) -> PreparationPlan:
@@ -99,6 +103,7 @@ def make_plan(
         prefix: of the output.
         options: how records are read.
         skip_bad: write bad records to a file of their own and continue.
+        left_out: what lies among the input and is not read.
         shard_bytes: input bytes on disk per shard; None makes one token file.
         unit_bytes: input bytes on disk per unit.
 
@@ -118,7 +123,7 @@ def make_plan(
         "on_error": "skip" if skip_bad else "stop",
         "shard_bytes": shard_bytes,
     }
-    return PreparationPlan(prefix, tokenizer, tuple(files), options, skip_bad, shards, identity)
+    return PreparationPlan(prefix, tokenizer, tuple(files), tuple(left_out), options, skip_bad, shards, identity)
 
 
 def _key(spans: tuple[FileSpan, ...], deciding: dict[str, Any]) -> str:

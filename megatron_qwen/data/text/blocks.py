@@ -44,6 +44,8 @@ class BadRecord:
         return Problem(self.where, self.snippet, self.fix)
 
 
+_MISSING = object()
+
 # A text, a pair of prompt and text, or a text that is too long for one string.
 Document = str | tuple[str, str] | LongText
 
@@ -78,6 +80,8 @@ class Block:
 
 def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:
     """Adds a record's document to a block, or returns what is wrong with the record."""
+    if text is None and lookup(record, options.field, _MISSING) is None:
+        text = ""  # null is how a data set says that there is none
     if type(text) is not str and not isinstance(text, LongText):
         return f"has no text in the field {options.field!r}; see --field."
     prompt = None

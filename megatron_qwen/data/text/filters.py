@@ -49,12 +49,22 @@ class Condition:
         return same is (self.sign == "=")
 
 
-def lookup(record: Any, field: str) -> Any:
-    """The value of a field; ``a.b`` is ``b`` inside ``a`` unless there is a field of that very name."""
+def lookup(record: Any, field: str, missing: Any = None) -> Any:
+    """The value of a field; ``a.b`` is ``b`` inside ``a`` unless there is a field of that very name.
+
+    Args:
+        record: a record.
+        field: its name.
+        missing: what stands for a field that is not there.
+    """
     if isinstance(record, dict) and field in record:
         return record[field]
     for part in field.split("."):
-        record = record.get(part) if isinstance(record, dict) else None
+        if record is None:
+            return None  # a null has no fields, and no other value either
+        if not isinstance(record, dict) or part not in record:
+            return missing
+        record = record[part]
     return record
 
 

@@ -7,10 +7,13 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take
+from megatron_qwen.data.text.filters import lookup
 from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _ROWS = 256
+# Thrift's own limits, 100 MB and a million, would call the metadata of a file with very many row groups damaged.
+_LARGEST_METADATA = (1 << 31) - 1
 
 
 def row_groups(file: InputFile, options: ReadOptions) -> list[int]:
@@ -20,10 +23,9 @@ def row_groups(file: InputFile, options: ReadOptions) -> list[int]:
         DataError: the file is not a parquet file, or lacks a column.
     """
     with _opened(file) as source:
-        names = set(source.schema_arrow.names)
-        needed = _columns(options)
-        if missing := sorted(needed - names):
-            fix = f"has no such column; it has {', '.join(sorted(names))}. See --field."
+        schema = source.schema_arrow
+        if missing := sorted(name for name in _fields(options) if not _has(schema, name)):
+            fix = f"has no such column; it has {', '.join(sorted(schema.names))}. See --field."
             raise DataError([Problem(str(file.path), name, fix) for name in missing])
         return [source.metadata.row_group(index).total_byte_size for index in range(source.num_row_groups)]
 
@@ -43,12 +45,16 @@ def parquet_blocks(
     with _opened(file) as source:
         groups = range(start, source.num_row_groups if stop is None else stop)
         row = sum(source.metadata.row_group(index).num_rows for index in range(start))
+        columns = sorted({_column(source.schema_arrow, name) for name in _fields(options)})
         share = file.size / max(source.num_row_groups, 1)
         for group in groups:
             try:
-                for batch in source.iter_batches(_ROWS, row_groups=[group], columns=sorted(_columns(options))):
+                for batch in source.iter_batches(_ROWS, row_groups=[group], columns=columns):
                     yield _block(batch.to_pylist(), f"{file.path}#", row, options)
                     row += batch.num_rows
+            except pyarrow.ArrowNotImplementedError as error:
+                fix = f"uses what pyarrow {pyarrow.__version__} cannot read ({str(error)[:100]}); write it anew."
+                raise DataError(Problem(str(file.path), None, fix)) from None
             except (pyarrow.ArrowException, OSError) as error:
                 fix = f"is damaged in row group {group} ({str(error)[:100]}); download it again."
                 raise DataError(Problem(str(file.path), None, fix)) from None
@@ -57,24 +63,46 @@ def parquet_blocks(
 
 def _opened(file: InputFile) -> Any:
     try:
-        return pyarrow.parquet.ParquetFile(file.path)
+        return pyarrow.parquet.ParquetFile(
+            file.path, thrift_string_size_limit=_LARGEST_METADATA, thrift_container_size_limit=_LARGEST_METADATA
+        )
     except (pyarrow.ArrowException, OSError) as error:
         fix = f"is not a parquet file, or is truncated ({str(error)[:100]})."
         raise DataError(Problem(str(file.path), None, fix)) from None
 
 
-def _columns(options: ReadOptions) -> set[str]:
+def _fields(options: ReadOptions) -> set[str]:
+    """The fields that a document is made from; conditions on other fields fail where there is none."""
     return {
         options.field,
         *([options.prompt_field] if options.prompt_field is not None else []),
-        *(condition.field.partition(".")[0] for condition in options.where),
+        *(condition.field for condition in options.where),
     }
+
+
+def _column(schema: pyarrow.Schema, field: str) -> str:
+    """The column that holds a field: ``a`` for ``a.b``, unless there is a column of that very name."""
+    return field if field in schema.names else field.partition(".")[0]
+
+
+def _has(schema: pyarrow.Schema, field: str) -> bool:
+    if field in schema.names:
+        return True
+    first, *rest = field.split(".")
+    if first not in schema.names:
+        return False
+    kind = schema.field(first).type
+    for name in rest:
+        if not pyarrow.types.is_struct(kind) or kind.get_field_index(name) < 0:
+            return False
+        kind = kind.field(name).type
+    return True
 
 
 def _block(rows: list[dict[str, Any]], where: str, first: int, options: ReadOptions) -> Block:
     block = Block(read=len(rows))
     for index, row in enumerate(rows):
-        text = row[options.field]
+        text = lookup(row, options.field)
         if isinstance(text, bytes):
             try:
                 text = text.decode()

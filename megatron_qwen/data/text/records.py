@@ -3,13 +3,14 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import orjson
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take
 from megatron_qwen.data.text.filters import lookup
-from megatron_qwen.data.text.inputs import Compression, FileFormat, InputFile
+from megatron_qwen.data.text.formats import Compression, FileFormat
+from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
@@ -226,17 +227,19 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
         try:
             record = loads(line)
         except orjson.JSONDecodeError:
-            if line.strip():
+            if not line.strip():
+                continue
+            if (record := _with_extensions(line, options)) is None:
                 block.read += 1
                 block.bad.append(BadRecord(number[index], _snippet(line), _why_no_json(line), _raw(line)))
-            continue
+                continue
         block.read += 1
         text = record.get(name) if isinstance(record, dict) else None
         if plain and type(text) is str and text:
             texts.append(text)
             continue
-        if text is None and isinstance(record, dict):
-            text = lookup(record, name)
+        if text is None:
+            text = lookup(record, name, None)
         if (fix := take(block, record, text, options)) is not None:
             block.bad.append(BadRecord(number[index], _snippet(line), fix, _raw(line)))
     return block
@@ -247,12 +250,16 @@ def _take_long(block: Block, line: bytearray, options: ReadOptions, where: str) 
     block.read += 1
     short, long_strings = take_apart(line)
     try:
-        record = orjson.loads(short)
-        text = lookup(record, options.field)
+        try:
+            record = orjson.loads(short)
+        except orjson.JSONDecodeError:
+            if (record := _with_extensions(short, options)) is None:
+                raise
+        text = lookup(record, options.field, None)
         text = long_strings.get(text, text) if isinstance(text, str) else text
         if isinstance(text, LongText):
             text.check()
-    except ValueError:
+    except (ValueError, RecursionError):
         block.bad.append(BadRecord(where, _snippet(line), "is not JSON, or not UTF-8 text.", _raw(line)))
         return
     if (fix := take(block, record, text, options)) is not None:
@@ -265,6 +272,19 @@ def _snippet(line: bytes | bytearray) -> str:
 
 def _raw(line: bytes | bytearray) -> bytes:
     return bytes(line[:_KEPT_BYTES])
+
+
+def _with_extensions(line: bytes | bytearray, options: ReadOptions) -> Any:
+    """A record with what Python's writer allows and JSON does not (NaN, half a surrogate pair) in fields that are not
+    read; None otherwise.
+    """
+    try:
+        record = json.loads(bytes(line).decode())  # of bytes it would guess the encoding
+        for name in filter(None, (options.field, options.prompt_field)):
+            str(lookup(record, name)).encode()
+    except (ValueError, RecursionError):
+        return None
+    return record
 
 
 def _why_no_json(line: bytes | bytearray) -> str:
@@ -280,7 +300,7 @@ def _why_no_json(line: bytes | bytearray) -> str:
         return f"is not JSON ({str(error)[:100]})."
     if b"\\u" in line:
         return "contains half a surrogate pair, which is not a character; fix or remove the line."
-    return "contains NaN or Infinity, which JSON does not allow; fix or remove the line."
+    return "is not JSON."
 
 
 def _too_long(options: ReadOptions) -> str:

@@ -1,12 +1,15 @@
 """Decompresses files. A truncated file is an error, never silently a shorter one."""
 
+import bz2
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import zstandard
 
-from megatron_qwen.data.text.inputs import Compression, InputFile
+from megatron_qwen.data.text.formats import Compression
+from megatron_qwen.data.text.inputs import InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _PLAIN_BYTES = 1 << 22
@@ -29,17 +32,31 @@ def unpacked(file: InputFile, on_read: Callable[[int], None]) -> Iterator[bytes]
             while piece := stream.read(_PLAIN_BYTES):
                 on_read(len(piece))
                 yield piece
-    elif file.compression is Compression.GZIP:
-        yield from _members(file, on_read, lambda: zlib.decompressobj(wbits=31), zlib.error)
     else:
-        decompressor = zstandard.ZstdDecompressor()
-        yield from _members(file, on_read, decompressor.decompressobj, zstandard.ZstdError)
+        begin, damage = _DECOMPRESSORS[file.compression]
+        yield from _members(file, on_read, begin, damage)
+
+
+# zstd --long=31 asks for a window of 2 GiB, the format's largest; the library's own limit is 128 MiB.
+_LARGEST_WINDOW = 1 << 31
+_DECOMPRESSORS: dict[Compression, tuple[Callable[[], Any], type[Exception]]] = {
+    Compression.GZIP: (lambda: zlib.decompressobj(wbits=31), zlib.error),
+    Compression.ZSTD: (
+        lambda: zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj(),
+        zstandard.ZstdError,
+    ),
+    Compression.BZIP2: (bz2.BZ2Decompressor, OSError),
+    Compression.XZ: (lzma.LZMADecompressor, lzma.LZMAError),
+}
 
 
 def _members(
     file: InputFile, on_read: Callable[[int], None], begin: Callable[[], Any], damage: type[Exception]
 ) -> Iterator[bytes]:
-    """Decompresses gzip members or zstd frames one after the other; the last must end with the file."""
+    """Decompresses gzip members, or zstd frames, or streams, one after the other; the last must end with the file.
+
+    Zeros after a member are padding: xz allows it, and tapes and block devices leave it after gzip.
+    """
     read, member = 0, begin()
     fresh = False
     with file.path.open("rb") as stream:
@@ -48,6 +65,8 @@ def _members(
             on_read(len(piece))
             try:
                 while piece:
+                    if fresh and not (piece := piece.lstrip(b"\0")):
+                        break
                     content = member.decompress(piece)
                     fresh, piece = False, b""
                     if member.eof:

@@ -39,6 +39,8 @@ class Manifest:
         shards: names of a set's token files, without ending, in the directory of the manifest.
         options: how records were read.
         inputs: path and size of every input file.
+        left_out: path of everything else that lay among the input, and why it was not read; of a set, not of its
+            shards.
         made_by: hash of everything that determines the output, by which the same command recognises its own output.
     """
 
@@ -61,6 +63,7 @@ class Manifest:
     shards: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
 
 def with_ending(prefix: str | Path, ending: str) -> Path:

@@ -47,7 +47,7 @@ def test_preparation(collecting_forks, tokenizer, tmp_path):
 
 
 def test_cleaning(collecting_forks, tmp_path):
-    inputs = find_inputs([write_jsonl(tmp_path / "texts.jsonl", TEXTS)])
+    inputs = find_inputs([write_jsonl(tmp_path / "texts.jsonl", TEXTS)]).files
     report = clean(
         inputs, tmp_path / "out", CleaningStages(exact=True), options=ReadOptions(), skip_bad=False, workers=2
     )

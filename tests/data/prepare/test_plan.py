@@ -18,7 +18,7 @@ def keys(tmp_path):
 
     def answer(**options):
         plan = make_plan(
-            find_inputs([source]),
+            find_inputs([source]).files,
             tokenizer=tmp_path,
             prefix=tmp_path / "out",
             options=ReadOptions(**options),

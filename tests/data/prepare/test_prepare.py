@@ -38,7 +38,7 @@ def make(tokenizer: Path, prefix: Path, *names: Any, unit_bytes: int = 20_000, w
     options = ReadOptions(**{key: more.pop(key) for key in list(more) if key in ReadOptions.__dataclass_fields__})
     task = more.pop("task", ShardTask())
     plan = make_plan(
-        find_inputs(names), tokenizer=tokenizer, prefix=prefix, options=options, unit_bytes=unit_bytes, **more
+        find_inputs(names).files, tokenizer=tokenizer, prefix=prefix, options=options, unit_bytes=unit_bytes, **more
     )
     return prepare(plan, workers=workers, task=task)
 
