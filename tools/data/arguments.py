@@ -6,7 +6,7 @@ from typing import Any
 
 from megatron_qwen.cli import Parser
 
-_FILES = "files, folders, patterns, or @list (a file with one a line); .jsonl, .txt, .parquet, also .gz and .zst"
+_FILES = "files, folders, patterns, or @list (a file with one a line); .jsonl, .txt, .parquet, also compressed"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,6 +88,15 @@ def _prepare(actions: Any) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="use only matching records (also != > >= < <=)",
+    )
+    prepare.add_argument(
+        "--end-token", metavar="TOKEN", help="what ends a document; default: the eos_token of the tokenizer's files"
+    )
+    prepare.add_argument(
+        "--control-tokens",
+        choices=["text", "encode"],
+        default="text",
+        help="what becomes of control tokens, such as <|im_start|>, that documents spell: text, or the tokens",
     )
     prepare.add_argument("--separator", help="what divides a .txt into documents; default: nothing does")
     prepare.add_argument("--max-document-mib", type=int, default=512, help="a longer document is a bad one")

@@ -82,10 +82,14 @@ def _beginning(tokens: "TokenSet", document: int) -> list[int]:
 def _show(facts: dict[str, Any]) -> None:
     listed = {"lengths", "longest_documents", "samples", "control_tokens", "options", "first_document"}
     for name, value in facts.items():
-        if name not in listed and value not in (None, []):
+        if name not in listed and value not in (None, [], {}):
             shown = f"{value:,.2f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
             if name == "first_text":
                 shown = repr(value)
+            elif name == "spelled_control_tokens":
+                shown = ", ".join(f"{token} {count:,}" for token, count in value.items())
+            elif name == "left_out":
+                shown = f"{len(value):,} files of the input; --json names them"
             print(f"  {name:<24}{shown}")
     print("  length in tokens        documents           tokens")
     for row in facts["lengths"]:

@@ -25,6 +25,7 @@ def main(options: argparse.Namespace) -> int:
     from megatron_qwen.data.prepare.plan import make_plan
     from megatron_qwen.data.text.blocks import ReadOptions
     from megatron_qwen.data.text.filters import parse_conditions
+    from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     task = _require_sensible(options)
@@ -36,15 +37,19 @@ def main(options: argparse.Namespace) -> int:
         max_document_bytes=options.max_document_mib << 20,
     )
     inputs = told_inputs(options.files, text_field=options.field)
+    documents = DocumentOptions(options.end_token, control_as_text=options.control_tokens == "text")
     plan = make_plan(
         inputs.files,
         tokenizer=options.tokenizer,
         prefix=options.output,
         options=read,
+        documents=documents,
         skip_bad=options.on_error == "skip",
         left_out=inputs.left_out,
         shard_bytes=None if options.shard_gib is None else int(options.shard_gib * (1 << 30)),
     )
+    for note in plan.notes:
+        print(f"{options.tokenizer}: {note}", file=sys.stderr)
     show = ProgressDisplay(sum(file.size for file in inputs.files) // task[1])
     workers = options.workers or len(os.sched_getaffinity(0))
     whole = prepare(plan, workers=workers, task=ShardTask(*task), on_progress=show)
@@ -68,6 +73,10 @@ def main(options: argparse.Namespace) -> int:
             f"{options.output}: {whole.documents:,} documents{shards}, {whole.tokens:,} tokens"
             f"{''.join(', ' + text for text in left_out)}; {show.summary()}; {whole.encoder}"
         )
+        if whole.spelled_control_tokens:
+            spelled = ", ".join(f"{name} {count:,}" for name, count in whole.spelled_control_tokens.items())
+            what = "text; --control-tokens encode" if documents.control_as_text else "tokens; --control-tokens text"
+            print(f"{options.output}: documents spell control tokens ({spelled}), encoded as {what} does otherwise")
     return 0
 
 

@@ -17,7 +17,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, rea
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers import encoder as encoders
 from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, TokenizerEncoder
-from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
 
@@ -74,8 +74,9 @@ def prepare(
         try:
             _make(plan, mine, encoder, workers, on_progress)
         except _OtherIds as error:
-            why = f"slower; gigatoken gives other ids for {str(error)[:60]!r}"
-            encoder = TokenizerEncoder(load_tokenizer(plan.tokenizer), why)
+            tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
+            why = f"slower; {encoders.cause(encoder, tokenizer, str(error), plan.documents)}"
+            encoder = TokenizerEncoder(tokenizer, why, plan.documents)
             log.warning("%s: restarting with %s", plan.prefix, encoder.name)
             _forget_parts(plan, mine)
             (plan.work / _SLOW).write_text(why)
@@ -86,8 +87,9 @@ def prepare(
 def _chosen_encoder(plan: PreparationPlan) -> Encoder:
     """The encoder that an earlier attempt fell back to, else the fastest."""
     with contextlib.suppress(FileNotFoundError):
-        return TokenizerEncoder(load_tokenizer(plan.tokenizer), (plan.work / _SLOW).read_text())
-    return encoders.open_encoder(plan.tokenizer)
+        why = (plan.work / _SLOW).read_text()
+        return TokenizerEncoder(load_tokenizer(plan.tokenizer, end=plan.documents.end_token), why, plan.documents)
+    return encoders.open_encoder(plan.tokenizer, plan.documents)
 
 
 def _make(
@@ -110,15 +112,15 @@ def _make(
     current = next(writers, None)
     try:
         # Loaded while the workers run already: their parts are used only if the comparison with the tokenizer succeeds.
-        tokenizer = load_tokenizer(plan.tokenizer)
+        tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
         dtype = token_dtype(tokenizer.vocab_size)
         if not isinstance(encoder, TokenizerEncoder):
-            _prove(encoder, tokenizer, PROBES)
+            _prove(encoder, tokenizer, plan.documents)
         for message in messages:
             if isinstance(message, EncodingProgress):
                 on_progress(message)
                 continue
-            _compare(message, tokenizer)
+            _compare(message, tokenizer, plan.documents)
             message.samples.clear()
             parts[message.key] = message
             while current is not None and _append_ready(current, parts, old):
@@ -144,15 +146,15 @@ def _append_ready(writer: ShardWriter, parts: dict[str, Part], old: frozenset[st
     return len(writer.parts) == len(units)
 
 
-def _prove(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> None:
-    if (text := encoders.difference(encoder, tokenizer, texts)) is not None:
+def _prove(encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions) -> None:
+    if (text := encoders.difference(encoder, tokenizer, PROBES, options)) is not None:
         raise _OtherIds(text)
 
 
-def _compare(part: Part, tokenizer: Tokenizer) -> None:
+def _compare(part: Part, tokenizer: Tokenizer, options: DocumentOptions) -> None:
     """Encodes the part's samples again with the tokenizer's own library; raises _OtherIds if any id differs."""
     texts = [text for text, _ in part.samples]
-    for (text, found), ids in zip(part.samples, tokenizer.encode_batch(texts), strict=True):
+    for (text, found), ids in zip(part.samples, encoders.reference_ids(tokenizer, texts, options), strict=True):
         if found != ids:
             raise _OtherIds(text)
 

@@ -1,5 +1,6 @@
 """Joins encoded parts, in order, into a token file. Its manifest is written last."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -105,6 +106,8 @@ class ShardWriter:
             vocab_size=tokenizer.vocab_size,
             end_of_text=tokenizer.end_of_text,
             control_tokens=tokenizer.control_tokens,
+            control_tokens_in_text=self.plan.identity["control_tokens"],
+            spelled_control_tokens=_spelled(self.parts, tokenizer),
             tokenizer_sha256=self.plan.identity["tokenizer_sha256"],
             encoder=encoder,
             made_by=self.plan.fingerprint,
@@ -149,6 +152,8 @@ def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
         vocab_size=first.vocab_size,
         end_of_text=first.end_of_text,
         control_tokens=first.control_tokens,
+        control_tokens_in_text=first.control_tokens_in_text,
+        spelled_control_tokens=dict(sum((Counter(shard.spelled_control_tokens) for shard in shards), Counter())),
         tokenizer_sha256=first.tokenizer_sha256,
         encoder=", ".join(sorted({shard.encoder for shard in shards})),
         made_by=plan.fingerprint,
@@ -159,6 +164,11 @@ def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
         inputs=[{"path": str(file.path.absolute()), "size": file.size} for file in plan.files],
         left_out=_left_out(plan),
     )
+
+
+def _spelled(parts: Sequence[Part], tokenizer: Tokenizer) -> dict[str, int]:
+    together = sum((Counter(part.spelled) for part in parts), Counter[str]())
+    return {name: together[str(index)] for name, index in tokenizer.spellable.items() if str(index) in together}
 
 
 def _left_out(plan: PreparationPlan) -> list[dict[str, str]]:

@@ -37,6 +37,7 @@ class Part:
         len_xxh3_128: hash of the lengths of its documents.
         mask_xxh3_128: hash of its loss mask; empty without one.
         mask: whether the preparation writes a loss mask (documents with prompts).
+        spelled: how often documents spell a control token, by its id.
         samples: some texts and their ids, for comparison with the tokenizer; not stored on disk.
     """
 
@@ -52,6 +53,7 @@ class Part:
     len_xxh3_128: str = ""
     mask_xxh3_128: str = ""
     mask: bool = False
+    spelled: dict[str, int] = field(default_factory=dict)
     samples: list[tuple[str, list[int]]] = field(default_factory=list)
 
 
@@ -110,6 +112,7 @@ class _PartWriter:
     def __init__(self, work: Path, key: str, encoder: Encoder, *, masked: bool) -> None:
         self.part = Part(key, mask=masked)
         self._encoder, self._dtype = encoder, token_dtype(encoder.vocab_size)
+        encoder.spelled.clear()
         self._end = np.asarray([encoder.end_of_text], dtype=np.uint32)
         endings = ["bin", "len", "bad", *(["mask"] if masked else [])]
         self._paths = {ending: part_path(work, key, ending) for ending in endings}
@@ -194,6 +197,7 @@ class _PartWriter:
     def finish(self) -> Part:
         """Renames the files of the part to their final names, the JSON file last."""
         self._flush()
+        self.part.spelled = {str(index): count for index, count in sorted(self._encoder.spelled.items())}
         for ending, digest in self._digests.items():
             setattr(self.part, f"{ending}_xxh3_128", digest.hexdigest())
         for file in self._files.values():

@@ -15,12 +15,12 @@ from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.formats import Compression, FileFormat
 from megatron_qwen.data.text.inputs import InputFile, LeftOut
 from megatron_qwen.data.text.records import FileSpan
-from megatron_qwen.data.tokenizers.tokenizer import fingerprint
+from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, document_encoding
 
 # Of input: the unit that a worker encodes and that a kill can lose, small enough that the last ones end at about the
 # same time on all workers. Chosen by hand.
 UNIT_BYTES = 16 << 20
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,22 +56,26 @@ class PreparationPlan:
     Args:
         prefix: of the output.
         tokenizer: its directory.
+        documents: how documents become ids.
         files: the input, in order.
         left_out: what lies among the input and is not read, for the manifest.
         options: how records are read.
         skip_bad: write bad records to a file of their own and continue, instead of stopping.
         shards: the output; a single one has the output's own prefix.
         identity: what determines the output, as JSON; attempts with the same identity can continue each other.
+        notes: what of the tokenizer's files is not used on documents, or may be meant otherwise; for people.
     """
 
     prefix: Path
     tokenizer: Path
+    documents: DocumentOptions
     files: tuple[InputFile, ...]
     left_out: tuple[LeftOut, ...]
     options: ReadOptions
     skip_bad: bool
     shards: tuple[OutputShard, ...]
     identity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -90,6 +94,7 @@ def make_plan(
     tokenizer: Path,
     prefix: Path,
     options: ReadOptions,
+    documents: DocumentOptions | None = None,
     skip_bad: bool = False,
     left_out: Sequence[LeftOut] = (),
     shard_bytes: int | None = None,
@@ -102,6 +107,7 @@ def make_plan(
         tokenizer: its directory.
         prefix: of the output.
         options: how records are read.
+        documents: how documents become ids.
         skip_bad: write bad records to a file of their own and continue.
         left_out: what lies among the input and is not read.
         shard_bytes: input bytes on disk per shard; None makes one token file.
@@ -111,7 +117,15 @@ def make_plan(
         DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
     """
     stated = {**asdict(options), "where": [f"{one.field}{one.sign}{one.value}" for one in options.where]}
-    deciding = {"format": _FORMAT, "tokenizer_sha256": fingerprint(tokenizer), "options": stated}
+    documents = documents or DocumentOptions()
+    encoding = document_encoding(tokenizer, documents)
+    deciding = {
+        "format": _FORMAT,
+        "tokenizer_sha256": encoding.fingerprint,
+        "end_of_text": encoding.end,  # the tokenizer's other files name it
+        "control_tokens": "text" if documents.control_as_text else "tokens",
+        "options": stated,
+    }
     unit_bytes = min(unit_bytes, shard_bytes or unit_bytes)
     units = tuple(Unit(_key(spans, deciding), spans) for spans in _units(files, options, unit_bytes))
     shards = _shards(units, prefix, shard_bytes)
@@ -123,7 +137,18 @@ def make_plan(
         "on_error": "skip" if skip_bad else "stop",
         "shard_bytes": shard_bytes,
     }
-    return PreparationPlan(prefix, tokenizer, tuple(files), tuple(left_out), options, skip_bad, shards, identity)
+    return PreparationPlan(
+        prefix,
+        tokenizer,
+        documents,
+        tuple(files),
+        tuple(left_out),
+        options,
+        skip_bad,
+        shards,
+        identity,
+        tuple(encoding.notes),
+    )
 
 
 def _key(spans: tuple[FileSpan, ...], deciding: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from megatron_qwen.config.checks import problems as config_problems
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.reading.sources import OpenSource
 from megatron_qwen.data.reading.training_data import TrainingData
-from megatron_qwen.data.token_files.manifest import read_manifest
-from megatron_qwen.data.tokenizers.tokenizer import fingerprint, load_tokenizer
+from megatron_qwen.data.token_files.manifest import Manifest, read_manifest
+from megatron_qwen.data.tokenizers.tokenizer import file_sha256, fingerprint, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 # A file of another program has no manifest: this many tokens of it are searched for ids beyond the embedding.
@@ -59,6 +59,10 @@ def require_legal_stages(data: TrainingData, *, world_size: int | None) -> None:
         raise ConfigError(found)
 
 
+def _is_made_with(noted: Manifest, tokenizer: str) -> bool:
+    return noted.tokenizer_sha256 in (fingerprint(tokenizer), file_sha256(tokenizer))
+
+
 def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:
     """What is wrong between one source and the rest."""
     size, path = config.model.vocab_size, source.spec.path
@@ -74,7 +78,7 @@ def _mismatches(source: OpenSource, config: RunConfig) -> list[Problem]:
                 Problem("model.vocab_size", size, f"is too small: {path} contains the id {largest}; raise it.")
             )
     tokenizer = config.data.tokenizer
-    if noted is not None and tokenizer is not None and noted.tokenizer_sha256 != fingerprint(tokenizer):
+    if noted is not None and tokenizer is not None and not _is_made_with(noted, tokenizer):
         fix = f"is not the tokenizer that {path} was prepared with; use that one or prepare the data again."
         problems.append(Problem("data.tokenizer", tokenizer, fix))
     if source.spec.fim_rate and noted is None:

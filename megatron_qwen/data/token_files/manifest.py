@@ -30,8 +30,10 @@ class Manifest:
         text_bytes: UTF-8 bytes of the records.
         vocab_size: one more than the largest id of the tokenizer.
         end_of_text: id after every document.
-        control_tokens: ids by name.
-        tokenizer_sha256: of the tokenizer's file.
+        control_tokens: ids of the added tokens by name.
+        control_tokens_in_text: ``text`` or ``tokens``: what became of control tokens that documents spell.
+        spelled_control_tokens: how often documents spell them, by name.
+        tokenizer_sha256: of what decides the ids; in older manifests of the tokenizer's file.
         encoder: library that made the ids.
         bin_xxh3_128: of the .bin; of a set, over those of its shards.
         idx_xxh3_128: of the .idx; None for a set.
@@ -58,6 +60,8 @@ class Manifest:
     encoder: str
     made_by: str
     bin_xxh3_128: str
+    control_tokens_in_text: str = "tokens"  # as in manifests that do not say it
+    spelled_control_tokens: dict[str, int] = field(default_factory=dict)
     idx_xxh3_128: str | None = None
     mask_xxh3_128: str | None = None
     shards: list[str] = field(default_factory=list)

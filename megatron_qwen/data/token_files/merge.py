@@ -1,6 +1,7 @@
 """Merges token files: linked as the shards of a set, or concatenated into one file."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,9 @@ def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -
         if manifest.tokenizer_sha256 != noted[0].tokenizer_sha256:
             fix = f"was made with another tokenizer than {files[0].prefix}; their ids have different meanings."
             problems.append(Problem(str(file.prefix), None, fix))
+        elif manifest.end_of_text != noted[0].end_of_text:
+            fix = f"ends documents with another token than {files[0].prefix} (id {noted[0].end_of_text})."
+            problems.append(Problem(str(file.prefix), manifest.end_of_text, fix))
         elif file.dtype != files[0].dtype:
             fix = f"has another token width than {files[0].prefix} ({files[0].dtype}); prepare it again."
             problems.append(Problem(str(file.prefix), file.dtype, fix))
@@ -101,7 +105,9 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
         made_by=xxhash.xxh3_128("".join(manifest.made_by for manifest in noted).encode()).hexdigest(),
         idx_xxh3_128=None,
         mask_xxh3_128=xxhash.xxh3_128("".join(masked).encode()).hexdigest() if masked else None,
+        spelled_control_tokens=dict(sum((Counter(one.spelled_control_tokens) for one in noted), Counter())),
         inputs=[item for manifest in noted for item in manifest.inputs],
+        left_out=[item for manifest in noted for item in manifest.left_out],
     )
 
 

@@ -2,18 +2,21 @@
 
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 from tokenizers.normalizers import NFC
 
 from megatron_qwen.data.text.long import LongText
+from megatron_qwen.data.tokenizers.content import TokenizerContent
+from megatron_qwen.data.tokenizers.end_token import end_token
 from megatron_qwen.data.tokenizers.making import QWEN2_SPLIT
-from megatron_qwen.data.tokenizers.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, Tokenizer, load_tokenizer
+from megatron_qwen.errors import DataError, Problem
 
 # Texts that reveal differences between two implementations of a tokenizer: control tokens, digits, spaces, line ends,
 # composed and decomposed letters, scripts without spaces, emoji with joiners, replacement and control characters,
@@ -53,11 +56,13 @@ class Encoder(Protocol):
         name: for messages and the manifest.
         vocab_size: one more than the largest id.
         end_of_text: id that ends a document.
+        spelled: how often documents have spelled a control token, by its id; whoever counts empties it.
     """
 
     name: str
     vocab_size: int
     end_of_text: int
+    spelled: Counter[int]
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
         """The ids of a text, in one or more pieces."""
@@ -72,15 +77,25 @@ class TokenizerEncoder:
     Args:
         tokenizer: the reference.
         why: why gigatoken is not used.
+        options: what becomes of control tokens that a document spells.
     """
 
-    def __init__(self, tokenizer: Tokenizer, why: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, why: str, options: DocumentOptions) -> None:
         self.tokenizer, self.name = tokenizer, f"the tokenizer's own library ({why})"
         self.vocab_size, self.end_of_text = tokenizer.vocab_size, tokenizer.end_of_text
+        self.spelled: Counter[int] = Counter()
+        self._control = _ControlIds(tokenizer.spellable)
+        self._as_text = options.control_as_text
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
         """The ids of a text."""
-        yield np.asarray(self.tokenizer.encode_batch([text])[0], dtype=np.int32)
+        ids = np.asarray(self.tokenizer.encode_batch([text])[0], dtype=np.int32)
+        if self._control.are_in(ids):
+            self.spelled.update(self._control.of(ids))
+            if self._as_text:
+                ids = np.asarray(self.tokenizer.encode_batch([text], control_as_text=True)[0], dtype=np.int32)
+                self._control.require_none(ids, text)
+        yield ids
 
     def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
         """The ids of a long text, encoded whole: where it may be cut for this tokenizer is not known."""
@@ -92,32 +107,37 @@ class GigatokenEncoder:
 
     Args:
         directory: tokenizer directory.
+        options: what ends a document, and what becomes of control tokens that it spells.
 
     Raises:
         ValueError: gigatoken does not support this kind of tokenizer.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, options: DocumentOptions) -> None:
         import gigatoken
 
         self.name, self._directory = "gigatoken", directory
         self._slow: Tokenizer | None = None
+        self._plain: Any = None
         self._normal = NFC()
-        self._control: tuple[str, ...] = ()
+        self._added: tuple[str, ...] = ()
+        self._content: TokenizerContent | None = None
+        self._as_text = options.control_as_text
+        self.spelled: Counter[int] = Counter()
         path = directory / "tokenizer.json"
         if path.is_file():
-            data = path.read_bytes()
-            content = orjson.loads(data)
-            self._library = gigatoken.Tokenizer.from_json(data)
+            content = self._content = TokenizerContent(path)
+            self._library = gigatoken.Tokenizer.from_json(content.for_documents(control=True))
             self._cuts = _splits_like_qwen2(content)
-            self._normalizes = content.get("normalizer") is not None
-            control = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
-            self.end_of_text = control[END_OF_TEXT]
-            self._control = tuple(control)
+            self._normalizes = content.normalizer is not None
+            self._control = _ControlIds(content.control)
+            self._added = tuple(content.added_ids)
+            self.end_of_text = end_token(directory, content.id_of, asked=options.end_token).id
         else:
             self._library = gigatoken.Tokenizer.from_sentencepiece(directory / "tokenizer.model")
             self._cuts = self._normalizes = False
-            self.end_of_text = load_tokenizer(directory).end_of_text
+            self._control = _ControlIds({})
+            self.end_of_text = load_tokenizer(directory, end=options.end_token).end_of_text
         self.vocab_size = int(self._library.vocab_size)
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
@@ -141,6 +161,28 @@ class GigatokenEncoder:
             yield self._part(part)
 
     def _part(self, text: str) -> npt.NDArray[Any]:
+        ids = self._encoded(text)
+        if self._control.are_in(ids):
+            self.spelled.update(self._control.of(ids))
+            if self._as_text:
+                return self._encoded_as_text(text)
+        return ids
+
+    def _encoded_as_text(self, text: str) -> npt.NDArray[Any]:
+        """The ids of a text without control tokens, which gigatoken gives as well as the tokenizer's own library."""
+        if self._normalizes and not _in_one_normal_form(text):
+            ids = self._by_tokenizer(text, control_as_text=True)
+        else:
+            if self._plain is None:
+                import gigatoken
+
+                assert self._content is not None
+                self._plain = gigatoken.Tokenizer.from_json(self._content.for_documents(control=False))
+            ids = self._plain.encode(text)
+        self._control.require_none(ids, text)
+        return ids
+
+    def _encoded(self, text: str) -> npt.NDArray[Any]:
         if not self._normalizes or _in_one_normal_form(text):
             return self._ids(text)
         if not self._cuts:
@@ -162,16 +204,45 @@ class GigatokenEncoder:
 
     def _unusual(self, line: str) -> npt.NDArray[Any]:
         """The ids of a line that is not in NFC, or uses scripts of recent Unicode versions."""
-        if not any(name in line for name in self._control):
+        if not any(name in line for name in self._added):
             normal = self._normal.normalize_str(line)
             if _in_one_normal_form(normal):
                 return self._ids(normal)
         return self._by_tokenizer(line)
 
-    def _by_tokenizer(self, text: str) -> npt.NDArray[Any]:
+    def _by_tokenizer(self, text: str, *, control_as_text: bool = False) -> npt.NDArray[Any]:
         if self._slow is None:
             self._slow = load_tokenizer(self._directory)
-        return np.asarray(self._slow.encode_batch([text])[0], dtype=np.uint32)
+        return np.asarray(self._slow.encode_batch([text], control_as_text=control_as_text)[0], dtype=np.uint32)
+
+
+class _ControlIds:
+    """Finds the ids of control tokens among the ids of a text.
+
+    Args:
+        names: ids by name.
+    """
+
+    def __init__(self, names: Mapping[str, int]) -> None:
+        self._names = dict(names)
+        self._ids = np.asarray(sorted(names.values()), dtype=np.int64)
+        self._least = int(self._ids[0]) if len(self._ids) else 1 << 62
+
+    def are_in(self, ids: npt.NDArray[Any]) -> bool:
+        """Whether any is there. Control tokens have the largest ids of most vocabularies, so this is one maximum."""
+        return len(ids) > 0 and int(ids.max()) >= self._least and bool(np.isin(ids, self._ids).any())
+
+    def of(self, ids: npt.NDArray[Any]) -> list[int]:
+        """Those that are there."""
+        found: list[int] = ids[np.isin(ids, self._ids)].tolist()
+        return found
+
+    def require_none(self, ids: npt.NDArray[Any], text: str) -> None:
+        """Raises DataError if any is there, as with a vocabulary that has them among its ordinary tokens."""
+        if self.are_in(ids):
+            names = [name for name, index in self._names.items() if index in ids and name in text]
+            fix = "cannot be encoded as text by this tokenizer; remove it from the documents, or give --control-tokens"
+            raise DataError([Problem("--control-tokens", name, f"{fix} encode.") for name in names])
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -191,30 +262,70 @@ def _in_one_normal_form(text: str) -> bool:
     return not any(first in raw for first in _RECENT) and unicodedata.is_normalized("NFC", text)
 
 
-def open_encoder(directory: Path) -> Encoder:
-    """gigatoken if it supports this tokenizer, else the tokenizer's own library. Not compared yet."""
+def open_encoder(directory: Path, options: DocumentOptions) -> Encoder:
+    """gigatoken if it supports this tokenizer, else the tokenizer's own library. Not compared yet.
+
+    Raises:
+        DataError: there is no tokenizer, or not the token that is to end a document.
+    """
     try:
-        return GigatokenEncoder(directory)
-    except Exception as error:  # any failure: the tokenizer's own library always works
+        return GigatokenEncoder(directory, options)
+    except DataError:
+        raise
+    except Exception as error:  # any other failure: the tokenizer's own library always works
         why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        return TokenizerEncoder(load_tokenizer(directory), f"slower; gigatoken does not support it: {why}")
+        why = f"slower; gigatoken does not support it: {why}"
+        return TokenizerEncoder(load_tokenizer(directory, end=options.end_token), why, options)
 
 
-def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> str | None:
+def reference_ids(tokenizer: Tokenizer, texts: Sequence[str], options: DocumentOptions) -> list[list[int]]:
+    """The ids of texts of documents, from the tokenizer's own library."""
+    return tokenizer.encode_batch(texts, control_as_text=options.control_as_text)
+
+
+def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str], options: DocumentOptions) -> str | None:
     """The first text for which an encoder gives other ids than the tokenizer; None if all are equal."""
     if (encoder.vocab_size, encoder.end_of_text) != (tokenizer.vocab_size, tokenizer.end_of_text):
         return f"the vocabulary: {encoder.vocab_size} ids for {tokenizer.vocab_size}"
-    for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+    for text, ids in zip(texts, reference_ids(tokenizer, texts, options), strict=True):
         found = [int(number) for piece in encoder.encode(text) for number in piece]
         if found != ids:
             return text
+    encoder.spelled.clear()  # by these texts
     return None
 
 
-def _splits_like_qwen2(content: dict[str, Any]) -> bool:
-    pre = content.get("pre_tokenizer") or {}
-    normalizer = content.get("normalizer") or {"type": "NFC"}
-    parts = pre.get("pretokenizers", [])
+def cause(encoder: Encoder, tokenizer: Tokenizer, text: str, options: DocumentOptions) -> str:
+    """What is different where an encoder gives other ids than the tokenizer, shown on as little text as possible.
+
+    Args:
+        encoder: the other implementation.
+        tokenizer: the reference.
+        text: for which they differ.
+        options: how documents become ids.
+    """
+
+    def differ(one: str) -> bool:
+        return difference(encoder, tokenizer, [one], options) is not None
+
+    if not differ(text):  # the vocabulary itself
+        return f"{encoder.name} gives other ids for {text[:60]!r}"
+    while len(text) > 1:
+        middle = len(text) // 2
+        smaller = next((half for half in (text[:middle], text[middle:], text[1:], text[:-1]) if differ(half)), None)
+        if smaller is None:
+            break
+        text = smaller
+    theirs = [int(number) for piece in encoder.encode(text) for number in piece]
+    (ours,) = reference_ids(tokenizer, [text], options)
+    lossless = [name for name, ids in (("its", theirs), ("the tokenizer's", ours)) if tokenizer.decode(ids) == text]
+    kept = f"; only {lossless[0]} ids give the text back" if len(lossless) == 1 else ""
+    return f"{encoder.name} gives other ids for {text[:60]!r}: {theirs[:8]}, the tokenizer {ours[:8]}{kept}"
+
+
+def _splits_like_qwen2(content: TokenizerContent) -> bool:
+    normalizer = content.normalizer or {"type": "NFC"}
+    parts = content.pre_tokenizer.get("pretokenizers", [])
     return (
         normalizer.get("type") == "NFC"
         and len(parts) == 2
@@ -223,7 +334,5 @@ def _splits_like_qwen2(content: dict[str, Any]) -> bool:
         and parts[0].get("behavior") == "Isolated"
         and not parts[0].get("invert")
         and parts[1].get("type") == "ByteLevel"
-        and not any(
-            "\n" in token["content"] or token["lstrip"] or token["rstrip"] for token in content.get("added_tokens", [])
-        )
+        and not any("\n" in token["content"] or token.get("lstrip") or token.get("rstrip") for token in content.added)
     )

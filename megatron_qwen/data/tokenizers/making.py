@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS, END_OF_TEXT
+from megatron_qwen.data.tokenizers.end_token import END_OF_TEXT
+from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS
 from megatron_qwen.errors import DataError, Problem
 
 if TYPE_CHECKING:

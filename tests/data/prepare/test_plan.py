@@ -12,7 +12,7 @@ from megatron_qwen.data.text.inputs import find_inputs
 @pytest.fixture
 def keys(tmp_path):
     """Keys of the parts of a file of 1,000 bytes in units of 400, with the fingerprint of the whole."""
-    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text('{"model": {"vocab": {"<|endoftext|>": 0}}}')
     source = tmp_path / "a.jsonl"
     source.write_bytes(b"x" * 1000)
 

@@ -17,11 +17,11 @@ from tests.data.prepare.test_prepare import TEXTS, make, write_jsonl
 def test_a_bad_record_is_reported_however_late_the_worker_is_heard(tokenizer, tmp_path, monkeypatch):
     """The worker has ended before the parent reads its first part and sends it more."""
 
-    def load_late(directory):
+    def load_late(directory, **options):
         deadline = time.monotonic() + 60
         while multiprocessing.active_children() and time.monotonic() < deadline:
             time.sleep(0.01)
-        return load_tokenizer(directory)
+        return load_tokenizer(directory, **options)
 
     monkeypatch.setattr(job, "load_tokenizer", load_late)
     short = [text[at : at + 500] for text in TEXTS for at in range(0, 20_000, 500)]

@@ -14,7 +14,7 @@ from launch.demo import standard_library
 from megatron_qwen.data.tokenizers import encoder as encoders
 from megatron_qwen.data.tokenizers.encoder import PROBES, GigatokenEncoder, difference, open_encoder
 from megatron_qwen.data.tokenizers.making import QWEN2_5_CONTROL_TOKENS
-from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, load_tokenizer
 from tests.conftest import run
 
 # Bytes that are no UTF-8, as a reader of such a file would hand them over.
@@ -24,6 +24,7 @@ INVALID = [
 
 
 encoder_of = functools.cache(open_encoder)
+AS_TEXT, AS_TOKENS = DocumentOptions(), DocumentOptions(control_as_text=False)
 tokenizer_of = functools.cache(load_tokenizer)
 
 
@@ -45,8 +46,29 @@ def test_equal_ids_with_transformers(qwen, oracle):
     texts = [*PROBES, *INVALID, *(document["text"] for document in standard_library(400_000))]
     ours = load_tokenizer(qwen).encode_batch(texts)
     assert ours == [oracle(text, add_special_tokens=False)["input_ids"] for text in texts]
-    assert difference(open_encoder(qwen), load_tokenizer(qwen), texts) is None
-    assert open_encoder(qwen).name == "gigatoken"
+    for options in (AS_TEXT, AS_TOKENS):
+        assert difference(encoder_of(qwen, options), tokenizer_of(qwen), texts, options) is None
+    assert encoder_of(qwen, AS_TEXT).name == "gigatoken"
+
+
+def test_documents_that_spell_control_tokens(qwen, oracle):
+    """As text they decode to what they say, from any place in the text; as tokens they are transformers' own."""
+    texts = [
+        *(f"a{name}b" for name in QWEN2_5_CONTROL_TOKENS),
+        *(f"{name} e\u0301 \u4f60{name}\n{name}" for name in QWEN2_5_CONTROL_TOKENS),
+        "x" * 500 + "<|im_start|>system\nSay hello.<|im_end|>\n" * 3,
+    ]
+    text, token = encoder_of(qwen, AS_TEXT), encoder_of(qwen, AS_TOKENS)
+    assert difference(text, tokenizer_of(qwen), texts, AS_TEXT) is None
+    assert difference(token, tokenizer_of(qwen), texts, AS_TOKENS) is None
+    for one in texts:
+        as_text = [int(number) for piece in text.encode(one) for number in piece]
+        assert max(as_text) < 151_643
+        assert oracle.decode(as_text) == unicodedata.normalize("NFC", one)
+        as_tokens = [int(number) for piece in token.encode(one) for number in piece]
+        assert as_tokens == oracle(one, add_special_tokens=False)["input_ids"]
+        assert text.spelled == token.spelled, one
+    assert sum(text.spelled.values()) == 22 + 3 * 22 + 6
 
 
 def test_text_on_which_tables_of_unicode_differ(qwen):
@@ -61,7 +83,10 @@ def test_text_on_which_tables_of_unicode_differ(qwen):
         "\U00016d67",
     ]
     assert (
-        difference(encoder_of(qwen), tokenizer_of(qwen), [*texts, *(f"x {text} y\n{text}" for text in texts)]) is None
+        difference(
+            encoder_of(qwen, AS_TEXT), tokenizer_of(qwen), [*texts, *(f"x {text} y\n{text}" for text in texts)], AS_TEXT
+        )
+        is None
     )
 
 
@@ -70,19 +95,19 @@ def test_every_character(qwen):
     assigned = (code for code in range(1, 0x110000) if unicodedata.category(chr(code)) not in ("Cs", "Co", "Cn"))
     for codes in itertools.batched(assigned, 20_000):
         texts = [f"x{chr(code)}y {chr(code)}{chr(code)} {chr(code)}1\n{chr(code)}" for code in codes]
-        assert difference(encoder_of(qwen), tokenizer_of(qwen), texts) is None
+        assert difference(encoder_of(qwen, AS_TEXT), tokenizer_of(qwen), texts, AS_TEXT) is None
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=200))
 def test_gigatoken_gives_equal_ids_for_any_text(qwen, text):
-    assert difference(encoder_of(qwen), tokenizer_of(qwen), [text]) is None
+    assert difference(encoder_of(qwen, AS_TEXT), tokenizer_of(qwen), [text], AS_TEXT) is None
 
 
 def test_a_long_document_in_parts(qwen, monkeypatch):
     """Cut between a line end and a letter, the ids are those of the whole."""
     text = "".join(document["text"] for document in standard_library(300_000)) + "\n\n  \r\nnaïve\n你好\nmore"
-    encoder = GigatokenEncoder(qwen)
+    encoder = GigatokenEncoder(qwen, AS_TEXT)
     whole = [int(number) for piece in encoder.encode(text) for number in piece]
     monkeypatch.setattr(encoders, "_PART_CHARACTERS", 50)
     pieces = list(encoder.encode(text))

@@ -1,0 +1,157 @@
+"""A tokenizer is what it does: files that do the same are one tokenizer, and nothing in them cuts or pads documents."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, normalizers
+
+from megatron_qwen.data.tokenizers.content import TokenizerContent
+from megatron_qwen.data.tokenizers.tokenizer import (
+    DocumentOptions,
+    document_encoding,
+    file_sha256,
+    fingerprint,
+    load_tokenizer,
+)
+from megatron_qwen.errors import DataError
+
+TEXTS = ["naïve café", "x = 10_000\n\n    return x", "word " * 600, "<|im_start|>user", "  two  blanks\r\n"]
+TRUNCATION = {"direction": "Right", "max_length": 512, "strategy": "LongestFirst", "stride": 0}
+PADDING = {"strategy": {"Fixed": 1024}, "direction": "Right", "pad_to_multiple_of": None}
+PADDING |= {"pad_id": 0, "pad_type_id": 0, "pad_token": "!"}
+TEMPLATE = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+
+
+def changed(tokenizer: Path, target: Path, change: Callable[[dict[str, Any]], object], **dump: Any) -> Path:
+    """A copy of a tokenizer whose tokenizer.json is another."""
+    shutil.copytree(tokenizer, target)
+    content = json.loads((target / "tokenizer.json").read_bytes())
+    change(content)
+    (target / "tokenizer.json").write_text(json.dumps(content, **dump), encoding="utf-8")
+    return target
+
+
+def as_strings(content: dict[str, Any]) -> None:
+    """Merges as versions of tokenizers before 0.20 write them."""
+    content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
+
+
+def without_defaults(content: dict[str, Any]) -> None:
+    for name in ("dropout", "unk_token", "byte_fallback", "ignore_merges", "fuse_unk"):
+        content["model"].pop(name, None)
+
+
+SAME: dict[str, Callable[[dict[str, Any]], object]] = {
+    "written anew": lambda _: None,
+    "merges as strings": as_strings,
+    "defaults left out": without_defaults,
+    "fields in another order": lambda content: content.update(model=dict(reversed(content["model"].items()))),
+    "vocabulary in another order": lambda content: content["model"].update(
+        vocab=dict(reversed(content["model"]["vocab"].items()))
+    ),
+    "truncation": lambda content: content.update(truncation=TRUNCATION),
+    "padding": lambda content: content.update(padding=PADDING),
+    "post-processor": lambda content: content.update(post_processor=TEMPLATE),
+    "dropout": lambda content: content["model"].update(dropout=0.5),
+}
+
+
+@pytest.mark.parametrize("how", SAME)
+def test_the_same_tokenizer(how, tokenizer, tmp_path):
+    other = changed(tokenizer, tmp_path / "other", SAME[how], indent=3, ensure_ascii=how == "written anew")
+    assert file_sha256(other) != file_sha256(tokenizer)
+    assert fingerprint(other) == fingerprint(tokenizer)
+    for as_text in (True, False):
+        ids = [load_tokenizer(one).encode_batch(TEXTS, control_as_text=as_text) for one in (tokenizer, other, other)]
+        assert ids[0] == ids[1] == ids[2]
+        assert [len(one) for one in ids[0]] != [512] * len(TEXTS)
+
+
+def swap_two_tokens(content: dict[str, Any]) -> None:
+    vocabulary = content["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+
+
+OTHER: dict[str, Callable[[dict[str, Any]], object]] = {
+    "two tokens change places": swap_two_tokens,
+    "two merges change places": lambda content: content["model"].update(
+        merges=[*reversed(content["model"]["merges"][:2]), *content["model"]["merges"][2:]]
+    ),
+    "a merge less": lambda content: content["model"]["merges"].pop(),
+    "another normaliser": lambda content: content.update(normalizer={"type": "NFKC"}),
+    "no normaliser": lambda content: content.update(normalizer=None),
+    "another pre-tokenizer": lambda content: content["pre_tokenizer"]["pretokenizers"].pop(0),
+    "another added token": lambda content: content["added_tokens"][0].update(content="<|other|>"),
+    "an added token that takes blanks": lambda content: content["added_tokens"][0].update(lstrip=True),
+    "an added token that is special no more": lambda content: content["added_tokens"][0].update(special=False),
+    "merges ignored": lambda content: content["model"].update(ignore_merges=True),
+    "bytes as a last resort": lambda content: content["model"].update(byte_fallback=True),
+}
+
+
+@pytest.mark.parametrize("how", OTHER)
+def test_another_tokenizer(how, tokenizer, tmp_path):
+    assert fingerprint(changed(tokenizer, tmp_path / "other", OTHER[how])) != fingerprint(tokenizer)
+
+
+def test_says_what_is_switched_off(tokenizer, tmp_path):
+    def change(content: dict[str, Any]) -> None:
+        content.update(truncation=TRUNCATION, padding=PADDING)
+        content["model"]["dropout"] = 0.1
+
+    assert document_encoding(tokenizer, DocumentOptions()).notes == []
+    notes = document_encoding(changed(tokenizer, tmp_path / "a", change), DocumentOptions()).notes
+    assert [note.split(" is switched off")[0] for note in notes] == [
+        "truncation to 512 tokens",
+        "padding to 1024 tokens",
+        "dropout of merges (0.1)",
+    ]
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": 1}', '{"model": {}, "added_tokens": [1]}'])
+def test_what_is_no_tokenizer(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer\.json: is not a tokenizer|has no token"):
+        load_tokenizer(tmp_path)
+
+
+def test_vocabulary_without_the_form_that_is_read(tmp_path):
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(DataError, match="save_pretrained"):
+        load_tokenizer(tmp_path)
+
+
+def test_added_words_that_are_no_control_tokens_stay_words(tokenizer, tmp_path):
+    """A word that an owner has added is part of the vocabulary, whether or not documents spell control tokens."""
+    library = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    library.add_tokens(["megatron"])
+    library.normalizer = normalizers.NFC()
+    shutil.copytree(tokenizer, tmp_path / "other")
+    library.save(str(tmp_path / "other/tokenizer.json"))
+    content = TokenizerContent(tmp_path / "other/tokenizer.json")
+    word = library.token_to_id("megatron")
+    assert word not in content.control.values()
+    ours = load_tokenizer(tmp_path / "other")
+    for as_text in (True, False):
+        assert word in ours.encode_batch(["a megatron b<|im_start|>"], control_as_text=as_text)[0]
+
+
+def test_control_tokens_of_qwen_that_its_files_do_not_call_special(tokenizer, tmp_path):
+    def change(content: dict[str, Any]) -> None:
+        last = copy.deepcopy(content["added_tokens"][-1])
+        for index, name in enumerate(("<tool_call>", "<think>", "<|fim_prefix|>", "plain")):
+            content["added_tokens"].append({**last, "id": last["id"] + 1 + index, "content": name, "special": False})
+
+    content = TokenizerContent(changed(tokenizer, tmp_path / "a", change) / "tokenizer.json")
+    assert list(content.control)[3:] == ["<tool_call>", "<think>", "<|fim_prefix|>"]
