@@ -10,6 +10,7 @@ from checkpoints_convert.hf_directory import HfDirectory
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
+from megatron_qwen.hf.kept import keys_with_effect
 from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -43,6 +44,11 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
         DiskFullError: there is not enough room.
     """
     source = HfDirectory(hf_dir, mixed=options.dtype is not None)
+    for one in source.passed_over:
+        log.warning("%s: not converted: %s", hf_dir, one)
+    if effects := keys_with_effect(source.config or {}):
+        fix = "is not computed here. An export keeps it"
+        log.warning("%s: %s: %s", hf_dir / "config.json", ", ".join(effects), fix)
     formats = {info.dtype for info in source.tensors.values()}
     dtype = DTYPES[options.dtype] if options.dtype else formats.pop()
     names = source.tokenizer_files()
@@ -54,6 +60,7 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
         "path": str(hf_dir.absolute()),
         "digest": source.digest(),
         "config.json": source.config,
+        "generation_config.json": source.generation,
         # Converted back, every tensor goes to the file it came from.
         "files": source.files(),
     }

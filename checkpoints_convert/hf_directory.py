@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 import xxhash
 
 from checkpoints_convert.safetensors_format import StoredEntry, read_header
+from checkpoints_convert.surplus import EMBEDDING, HEAD, may_be_surplus, surplus_faults
+from checkpoints_convert.unexpected_file import what_it_is
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
@@ -19,6 +21,7 @@ from megatron_qwen.hf.config import architecture_from_hf
 from megatron_qwen.hf.mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 # Bound on what is parsed at once, so that a crafted file cannot fill the memory: the index of 18,867 tensors (a
 # Qwen3-30B) takes less than 2 MB.
 _LARGEST_JSON = 64 << 20
@@ -35,6 +38,10 @@ class HfDirectory:
         path: the directory.
         mixed: whether tensors may have several formats.
 
+    Attributes:
+        generation: generation_config.json; None if there is none.
+        passed_over: what lies in the directory and is not part of the model; for people.
+
     Raises:
         ConversionError: with everything that is wrong with it.
     """
@@ -44,13 +51,20 @@ class HfDirectory:
         problems: list[Problem] = []
         if not path.is_dir():
             raise ConversionError(Problem(str(path), None, "is not a directory."))
+        if not (path / CONFIG).exists() and (path / "snapshots").is_dir():
+            names = sorted(item.name for item in (path / "snapshots").iterdir())
+            fix = f"is a model of a download cache; name the directory that holds its files: {', '.join(names[:3])}."
+            raise ConversionError(Problem(str(path / "snapshots"), None, fix))
         self.config = self._config(problems)
+        has_generation = (path / GENERATION).is_file() and self._outside(path / GENERATION) is None
+        self.generation = _read_json(path / GENERATION, problems) if has_generation else None
         self._architecture: Architecture | None = None
         try:
             if self.config is not None:
                 self._architecture = architecture_from_hf(self.config, where=str(path / CONFIG))
         except ConversionError as error:
             problems += error.problems
+        self.passed_over: list[str] = []
         self._files: dict[str, Path] = {}
         self._entries: dict[str, StoredEntry] = {}
         self._collect(problems)
@@ -58,7 +72,9 @@ class HfDirectory:
             problems += self._misfits(self._architecture.model, mixed=mixed)
         if problems:
             raise ConversionError(problems)
-        self.tensors = {name: TensorInfo(entry.shape, entry.dtype) for name, entry in self._entries.items()}
+        self.tensors: dict[str, TensorInfo] = {
+            name: TensorInfo(entry.shape, entry.dtype) for name, entry in self._entries.items()
+        }
 
     @property
     def architecture(self) -> Architecture:
@@ -123,9 +139,15 @@ class HfDirectory:
         return _read_json(self.path / CONFIG, problems)
 
     def _collect(self, problems: list[Problem]) -> None:
-        if (self.path / INDEX).is_file():
+        if (self.path / INDEX).exists():
             files = self._indexed(problems)
-        elif (self.path / SINGLE).is_file():
+            if (self.path / SINGLE).exists() and files and SINGLE not in files:
+                fix = (
+                    f"lies beside {INDEX}, which names other files: two sets of weights. transformers reads {SINGLE}; "
+                    "remove the set that is not meant."
+                )
+                problems.append(Problem(str(self.path / SINGLE), None, fix))
+        elif (self.path / SINGLE).exists() or (self.path / SINGLE).is_symlink():
             files = {SINGLE: None}
         else:
             pickled = sorted(item.name for item in self.path.iterdir() if item.suffix in (".bin", ".pt", ".pth"))
@@ -137,6 +159,9 @@ class HfDirectory:
                 fix += "the model with transformers' save_pretrained, which writes safetensors"
             problems.append(Problem(str(self.path), None, f"{fix}."))
             return
+        others = sorted(item.name for item in self.path.glob("*.safetensors") if item.name not in files)
+        if others:
+            self.passed_over.append(f"weights that transformers does not read: {', '.join(others[:_SHOWN])}")
         for file, expected in sorted(files.items()):
             path = self.path / file
             if fault := self._outside(path):
@@ -145,7 +170,12 @@ class HfDirectory:
             entries, faults = read_header(path)
             problems += faults
             self._take(path, entries, expected, problems)
-        missing = [name for names in files.values() for name in sorted(names or ()) if name not in self._entries]
+        missing = [
+            name
+            for names in files.values()
+            for name in sorted(names or ())
+            if name not in self._entries and not may_be_surplus(name)
+        ]
         if missing and not problems:
             problems.append(_many(self.path / INDEX, missing, "tensors of the index are in no file"))
 
@@ -174,14 +204,21 @@ class HfDirectory:
 
     def _outside(self, path: Path) -> str | None:
         if not path.is_file():
-            return "is missing."
-        if path.resolve().parent != self.path.resolve():
+            return "is a link to nothing: the download is not complete." if path.is_symlink() else "is missing."
+        here, there = self.path.resolve(), path.resolve().parent
+        # A download cache has its files as blobs/HASH, and in snapshots/COMMIT links to them.
+        blobs = here.parent.parent / "blobs" if here.parent.name == "snapshots" else here
+        if there not in (here, blobs):
             return "is a link that leads out of the directory; copy the file itself (cp -rL)."
         return None
 
     def _take(self, path: Path, entries: list[StoredEntry], expected: set[str] | None, problems: list[Problem]) -> None:
         twice = [entry.name for entry in entries if entry.name in self._entries]
-        strangers = [entry.name for entry in entries if expected is not None and entry.name not in expected]
+        strangers = [
+            entry.name
+            for entry in entries
+            if expected is not None and entry.name not in expected and not may_be_surplus(entry.name)
+        ]
         if twice:
             problems.append(_many(path, twice, "tensors are in another file too"))
         if strangers:
@@ -197,7 +234,7 @@ class HfDirectory:
             fix = f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not match."
             return [Problem(str(self.path), None, fix)]
         expected = {item.name: item.shape for item in hf_tensors(model)}
-        found = []
+        found = self._without_surplus(expected)
         if missing := sorted(expected.keys() - self._entries.keys()):
             found.append(_many(self.path, missing, "tensors that config.json names are missing"))
         if extra := sorted(self._entries.keys() - expected.keys()):
@@ -216,6 +253,24 @@ class HfDirectory:
             names = [name for name, entry in self._entries.items() if entry.dtype == rarest]
             fix = f"tensors have the dtype {rarest} and others do not; give --dtype to convert all to one"
             found.append(_many(self.path, names, fix))
+        return found
+
+    def _without_surplus(self, expected: Mapping[str, object]) -> list[Problem]:
+        """Leaves out tensors that change nothing, and returns what is wrong with those that would."""
+        extra = [(name, entry.shape) for name, entry in self._entries.items() if name not in expected]
+        if EMBEDDING not in self._entries:
+            extra = [(name, shape) for name, shape in extra if name != HEAD]
+        left_out, found = [], []
+        for name, fault in surplus_faults(self, extra, self.architecture):
+            if fault is not None:
+                found.append(Problem(str(self._files[name]), name, fault))
+            else:
+                left_out.append(name)
+            del self._entries[name]
+        for name in left_out:
+            del self._files[name]
+        if left_out:
+            self.passed_over.append(f"tensors that change nothing: {', '.join(left_out[:_SHOWN])}")
         return found
 
 
@@ -243,7 +298,7 @@ def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
     except OSError as error:
         problems.append(Problem(str(path), None, f"cannot be read ({error.strerror})."))
     except (ValueError, TypeError, RecursionError):
-        problems.append(Problem(str(path), None, "is not a JSON object, or is too large: damaged."))
+        problems.append(Problem(str(path), None, what_it_is(path) or "is not a JSON object, or is too large: damaged."))
     else:
         return content
     return None

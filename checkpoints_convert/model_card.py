@@ -19,6 +19,7 @@ def model_card(
     *,
     name: str,
     architecture: str,
+    tokenizer_class: str,
     dtype: str,
     license_: str | None,
     checkpoint: Mapping[str, Any],
@@ -30,6 +31,7 @@ def model_card(
         source: the checkpoint.
         name: of the model.
         architecture: transformers' class.
+        tokenizer_class: transformers' class that loads the tokenizer.
         dtype: format of the weights.
         license_: SPDX-like identifier; None leaves the field for the releasing person.
         checkpoint: which one, as origin.py tells it.
@@ -54,10 +56,10 @@ def model_card(
     table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
     use = [
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import AutoModelForCausalLM, {tokenizer_class}",
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f'tokenizer = {tokenizer_class}.from_pretrained("{name}")',
         "```",
     ]
     proof = (

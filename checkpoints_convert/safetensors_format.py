@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_convert.unexpected_file import what_it_is
 from megatron_qwen.errors import Problem
 
 _LENGTH = struct.Struct("<Q")
@@ -91,7 +92,8 @@ def read_header(path: Path) -> tuple[list[StoredEntry], list[Problem]]:
         prefix = file.read(_LENGTH.size)
         length = _LENGTH.unpack(prefix)[0] if len(prefix) == _LENGTH.size else -1
         if not 2 <= length <= min(_LARGEST_HEADER, size - _LENGTH.size):
-            return [], [Problem(str(path), f"{size} bytes", "is no safetensors file, or is cut off.")]
+            fix = what_it_is(path) or "is no safetensors file, or is cut off."
+            return [], [Problem(str(path), f"{size:,} bytes", fix)]
         text = file.read(length)
     repeated: list[str] = []
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,18 @@ from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.encoding import Cast, Encoding
-from checkpoints_convert.hf_directory import CONFIG, INDEX, SINGLE
+from checkpoints_convert.exported_config import exported_config
+from checkpoints_convert.hf_directory import CONFIG, GENERATION, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
 from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, encoded_tensors, pack, safetensors_file
 from checkpoints_convert.progress import ByteProgress
-from checkpoints_convert.release import NotedTensor, is_complete, sha256, write_manifest
+from checkpoints_convert.release import NotedTensor, is_complete, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
-from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES, copy_tokenizer, special_ids
-from megatron_qwen.errors import CheckpointError, DataError
-from megatron_qwen.hf.config import hf_config
+from megatron_qwen.data.tokenizers.release import AUTO, NOT_TRIED, Loader, LoaderSearch
+from megatron_qwen.errors import CheckpointError
+from megatron_qwen.hf.kept import keys_with_effect
 from megatron_qwen.hf.mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
 
@@ -70,19 +71,34 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
         DiskFullError: there is not enough room.
     """
     files = plan_files(source, options)
+    config = exported_config(source, dtype=_dtype(files))
+    with LoaderSearch(source.tokenizer, config) as loaders:
+        return _export(source, out, options, files=files, config=config, loaders=loaders)
+
+
+def _export(
+    source: CheckpointSource,
+    out: Path,
+    options: ExportOptions,
+    *,
+    files: list[OutputFile],
+    config: dict[str, Any],
+    loaders: LoaderSearch,
+) -> Converted:
     origin = {
         "source": checkpoint_origin(source, local_paths=options.local_paths),
         "data": data_origin(source, local_paths=options.local_paths),
         "configuration": published_configuration(source.config, local_paths=options.local_paths),
     }
-    configs = _configs(source, files, options, name=out.name, origin=origin)
-    identity = _identity(source, options, configs, origin)
+    texts = _texts(source, files, options, config=config, loader=loaders.expected, name=out.name, origin=origin)
+    identity = _identity(source, options, texts, loaders.files, origin)
     total = sum(output.value_bytes for file in files for output in file.tensors)
     if is_complete(out, identity):
         work.clear_notes(out)
         return Converted(out, total, total, 0.0, True, None)
     with work.begin(out, identity, restart=options.restart) as task:
         task.require_room(files)
+        loaders.begin()
         prediction = predict(task, files, out, workers=options.workers)
         log.info("%s", prediction)
         unread = source.unread_parts() if options.check_everything else []
@@ -95,10 +111,11 @@ def export(source: CheckpointSource, out: Path, options: ExportOptions) -> Conve
             raise damaged(source.path, error) from None
         finally:
             progress.close()
-        for name, text in configs.items():
+        loaders.confirm()
+        for name, text in texts.items():
             (task.directory / name).write_text(text)
-        if source.tokenizer is not None:
-            copy_tokenizer(source.tokenizer, task.directory)
+        for name, content in loaders.files.items():
+            (task.directory / name).write_bytes(content)
         write_manifest(
             task.directory,
             files={name: done.digest for name, done in written.items()},
@@ -174,27 +191,34 @@ def _piece(weights: ExportedWeights, item: HfTensor, first: int, last: int) -> R
     return RowSpan(last - first, lambda start, stop: weights.core_rows(item, first + start, first + stop))
 
 
-def _configs(
-    source: CheckpointSource, files: Sequence[OutputFile], options: ExportOptions, *, name: str, origin: dict[str, Any]
-) -> dict[str, str]:
-    """The text files next to the weights, by name."""
+def _dtype(files: Sequence[OutputFile]) -> str:
+    """torch's name of the weights' widest format."""
     formats = {output.dtype for file in files for output in file.tensors}
-    dtype = str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
-    eos, bos = _token_ids(source)
-    if source.tokenizer is None:
-        log.warning("the run names no tokenizer (data.tokenizer): the export has none")
-    elif not options.local_paths and (told := local_path_in(source.tokenizer)):
-        fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
-        log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
-    config = hf_config(source.config.architecture, eos_token_id=eos, bos_token_id=bos, dtype=dtype)
+    return str(max(formats, key=lambda item: item.itemsize)).removeprefix("torch.")
+
+
+def _texts(
+    source: CheckpointSource,
+    files: Sequence[OutputFile],
+    options: ExportOptions,
+    *,
+    config: dict[str, Any],
+    loader: Loader,
+    name: str,
+    origin: dict[str, Any],
+) -> dict[str, str]:
+    """The text files next to the weights, by name; the tokenizer's are not among them."""
+    _tell(source, config, loader, local_paths=options.local_paths)
     texts = {CONFIG: _dump(config)}
-    if source.tokenizer is None or not (source.tokenizer / "generation_config.json").is_file():
-        texts["generation_config.json"] = _dump({"bos_token_id": bos, "eos_token_id": eos, "max_new_tokens": 256})
+    if source.tokenizer is None or not (source.tokenizer / GENERATION).is_file():
+        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
+        texts[GENERATION] = _dump(_converted_from(source).get(GENERATION) or {**ids, "max_new_tokens": 256})
     texts["README.md"] = model_card(
         source,
         name=name,
         architecture=config["architectures"][0],
-        dtype=dtype,
+        tokenizer_class=loader.name or AUTO,
+        dtype=config.get("torch_dtype") or config["dtype"],
         license_=options.license_,
         checkpoint=origin["source"],
         data=origin["data"],
@@ -204,17 +228,22 @@ def _configs(
     return texts
 
 
-def _token_ids(source: CheckpointSource) -> tuple[Any, Any]:
-    """(eos, bos): from the tokenizer, else from the config.json that the model came with."""
+def _tell(source: CheckpointSource, config: dict[str, Any], loader: Loader, *, local_paths: bool) -> None:
+    """Says what whoever releases the directory has to know."""
+    if effects := keys_with_effect(config):
+        fix = "kept in config.json, and not computed in training: what they change was not trained"
+        log.warning("%s: %s", ", ".join(effects), fix)
     if source.tokenizer is None:
-        return None, None
-    try:
-        return special_ids(source.tokenizer)
-    except DataError:
-        noted = _converted_from(source).get("config.json")
-        if not isinstance(noted, dict):
-            raise
-        return noted.get("eos_token_id"), noted.get("bos_token_id")
+        log.warning("the run names no tokenizer (data.tokenizer): the export has none")
+        return
+    if not local_paths and (told := local_path_in(source.tokenizer)):
+        fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
+        log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
+    if loader.name is None:
+        log.warning("the tokenizer was not loaded as users of the release will load it: %s", NOT_TRIED)
+    elif loader.passed_over is not None:
+        fix = f"AutoTokenizer does not load this tokenizer rightly ({loader.passed_over})"
+        log.warning("%s: load it with %s, as the model card and `mq generate` do", fix, loader.name)
 
 
 def _index(files: Sequence[OutputFile]) -> str:
@@ -227,21 +256,20 @@ def _index(files: Sequence[OutputFile]) -> str:
 
 
 def _identity(
-    source: CheckpointSource, options: ExportOptions, configs: dict[str, str], origin: dict[str, Any]
+    source: CheckpointSource,
+    options: ExportOptions,
+    texts: dict[str, str],
+    tokenizer: Mapping[str, bytes],
+    origin: dict[str, Any],
 ) -> dict[str, Any]:
     """All that decides the bytes of the directory."""
-    tokenizer = {}
-    if source.tokenizer is not None:
-        tokenizer = {
-            name: sha256(source.tokenizer / name) for name in TOKENIZER_FILES if (source.tokenizer / name).is_file()
-        }
     return {
         "kind": "to-hf",
         **origin,
         "dtype": options.dtype,
         "max_shard_bytes": options.max_shard_bytes,
-        "texts": {name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in sorted(configs.items())},
-        "tokenizer": tokenizer,
+        "texts": {name: xxhash.xxh3_128_hexdigest(text.encode()) for name, text in sorted(texts.items())},
+        "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.items()},
         "code": code_version(),
     }
 

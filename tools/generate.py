@@ -21,13 +21,16 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
         seed: of the sampling.
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    import transformers
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = getattr(transformers, _tokenizer_class(directory)).from_pretrained(directory)
         model = AutoModelForCausalLM.from_pretrained(directory)
+    except ConversionError:
+        raise
     except Exception as error:  # whatever a damaged directory makes transformers raise
         reason = str(error).splitlines()[0][:200]
         raise ConversionError(
@@ -41,6 +44,16 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
         out = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
         texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
     return texts
+
+
+def _tokenizer_class(directory: Path) -> str:
+    """The class of transformers that gives the ids that tokenizer.json says."""
+    from megatron_qwen.data.tokenizers.release import AUTO, loader_of
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+
+    if not (directory / "tokenizer.json").is_file():
+        return AUTO
+    return loader_of(directory, load_tokenizer(directory), where=directory).name or AUTO
 
 
 def main(arguments: Sequence[str]) -> int:

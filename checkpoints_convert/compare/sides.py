@@ -1,11 +1,13 @@
 """What can be compared: a checkpoint, a Hugging Face directory, or the manifest of a released one."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpoint
+from checkpoints_convert.exported_config import exported_config
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
@@ -13,6 +15,7 @@ from megatron_qwen.config.moved import with_moved_fields
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.config.typed_yaml import YamlReader
+from megatron_qwen.data.tokenizers.release import released_files
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.config import hf_config
@@ -26,6 +29,7 @@ class Side:
         path: as it was named.
         kind: ``checkpoint``, ``huggingface`` or ``manifest``.
         architecture: its shape and its RoPE.
+        stated: its config.json, or the one that an export has; None of a manifest.
         described: shape, format (torch's name) and, of a manifest, xxh3-128 of every tensor.
         tensors: the values; None of a manifest.
         tokenizer: SHA-256 of the tokenizer's files.
@@ -37,6 +41,7 @@ class Side:
     path: Path
     kind: str
     architecture: Architecture
+    stated: Mapping[str, Any] | None
     described: Mapping[str, tuple[tuple[int, ...], str, str | None]]
     tensors: TensorSet | None
     tokenizer: Mapping[str, str]
@@ -78,22 +83,26 @@ def _manifest_side(path: Path) -> Side:
         raise ConversionError(Problem(str(path), "configuration", "is missing or damaged."))
     described = {name: (noted.shape, noted.dtype, noted.xxh3_128) for name, noted in manifest.tensors.items()}
     tokenizer = {name: digest for name, (_, digest) in manifest.files.items() if name in TOKENIZER_FILES}
-    return Side(path, "manifest", architecture, described, None, tokenizer, None, manifest=manifest)
+    return Side(path, "manifest", architecture, None, described, None, tokenizer, None, manifest=manifest)
 
 
 def _hf_side(path: Path) -> Side:
     source = HfDirectory(path)
-    return Side(path, "huggingface", source.architecture, _described(source), source, *_tokenizer(path))
+    return Side(path, "huggingface", source.architecture, source.config, _described(source), source, *_tokenizer(path))
 
 
 def _checkpoint_side(path: Path, iteration: int | None, config: str | None, overrides: Sequence[str]) -> Side:
     source = open_checkpoint(path, iteration=iteration, config=config, overrides=overrides, where_needed=True)
     weights = ExportedWeights(source.weights)
     files, directory = ({}, None) if source.tokenizer is None else _tokenizer(source.tokenizer)
+    if source.tokenizer is not None:  # an export has them in the form that others load
+        released = released_files(source.tokenizer)
+        files = {name: hashlib.sha256(content).hexdigest() for name, content in released.items()}
     return Side(
         source.path,
         "checkpoint",
         source.config.architecture,
+        exported_config(source, dtype=""),
         _described(weights),
         weights,
         files,

@@ -17,7 +17,10 @@ from checkpoints_convert.progress import ByteProgress, gb
 from checkpoints_convert.release import MANIFEST
 from checkpoints_convert.source_check import require_whole
 from checkpoints_convert.tensor_set import TensorSet, blocks, digest
-from megatron_qwen.errors import CheckpointError, ConversionError, Problem
+from megatron_qwen.data.tokenizers.release import loader_of
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+from megatron_qwen.errors import CheckpointError, ConversionError, DataError, Problem
+from megatron_qwen.hf.kept import IDS, keys_with_effect
 
 WORST = 10
 # Of config.json, what does not change what a model computes.
@@ -252,6 +255,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def _configurations(a: Side, b: Side) -> list[Difference]:
     ours, theirs = a.config(), b.config()
+    if a.stated is not None and b.stated is not None:
+        ours |= {**keys_with_effect(a.stated), **{name: a.stated.get(name) for name in IDS}}
+        theirs |= {**keys_with_effect(b.stated), **{name: b.stated.get(name) for name in IDS}}
     return [
         Difference("configuration", name, f"is {ours.get(name)!r} and {theirs.get(name)!r}")
         for name in sorted(ours.keys() | theirs.keys())
@@ -267,7 +273,21 @@ def _tokenizers(a: Side, b: Side) -> list[Difference]:
         if ours != theirs:
             detail = "differs" if ours and theirs else f"is only in {a.path if ours else b.path}"
             found.append(Difference("tokenizer", name, detail))
+    if not found:
+        for side, other in ((b, a), (a, b)):
+            found += _loaded(side, other)
     return found
+
+
+def _loaded(side: Side, other: Side) -> list[Difference]:
+    """Whether the tokenizer of a Hugging Face directory, as its users load it, gives the ids of the other side's."""
+    if side.kind != "huggingface" or side.tokenizer_dir is None or other.tokenizer_dir is None:
+        return []
+    try:
+        loader_of(side.path, load_tokenizer(other.tokenizer_dir), where=side.path)
+    except (ConversionError, DataError) as error:
+        return [Difference("tokenizer", str(side.path), problem.fix) for problem in error.problems]
+    return []
 
 
 def _files(manifest: Side, other: Side) -> list[Difference]:

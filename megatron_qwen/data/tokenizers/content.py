@@ -9,6 +9,10 @@ import orjson
 
 from megatron_qwen.errors import DataError, Problem
 
+# Qwen2's pre-tokenizer: words with their leading space, digits one by one, runs of punctuation, line ends.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # Tokens that a text must not produce by spelling them, though the file does not call them special: Qwen2.5's of tools,
 # fill-in-the-middle and repositories, Qwen3's of thinking (their tokenizer_config.json).
 _CONTROL = frozenset(("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<think>", "</think>"))
@@ -32,15 +36,16 @@ class TokenizerContent:
 
     Args:
         path: the file.
+        data: what is in it; None reads it.
 
     Raises:
         DataError: it is not a tokenizer.json.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, data: bytes | None = None) -> None:
         self.path = path
         try:
-            content = orjson.loads(path.read_bytes())
+            content = orjson.loads(path.read_bytes() if data is None else data)
             self.model: dict[str, Any] = content["model"]
             self.added: list[dict[str, Any]] = content.get("added_tokens") or []
             self.control = {str(token["content"]): int(token["id"]) for token in self.added if _is_control(token)}
@@ -71,6 +76,20 @@ class TokenizerContent:
     def pre_tokenizer(self) -> dict[str, Any]:
         """The pre-tokenizer; empty if there is none."""
         return self._content.get("pre_tokenizer") or {}
+
+    def splits_like_qwen2(self) -> bool:
+        """Whether it normalises and splits text as Qwen2's tokenizer does."""
+        normalizer = self.normalizer or {"type": "NFC"}
+        parts = self.pre_tokenizer.get("pretokenizers", [])
+        return (
+            normalizer.get("type") == "NFC"
+            and len(parts) == 2
+            and parts[0].get("type") == "Split"
+            and parts[0].get("pattern") == {"Regex": QWEN2_SPLIT}
+            and parts[0].get("behavior") == "Isolated"
+            and not parts[0].get("invert")
+            and parts[1].get("type") == "ByteLevel"
+        )
 
     def switched_off(self) -> list[str]:
         """What the file has that would change or cut documents, and that is not used on them; for people."""

@@ -14,7 +14,6 @@ from tokenizers.normalizers import NFC
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.tokenizers.content import TokenizerContent
 from megatron_qwen.data.tokenizers.end_token import end_token
-from megatron_qwen.data.tokenizers.making import QWEN2_SPLIT
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, Tokenizer, load_tokenizer
 from megatron_qwen.errors import DataError, Problem
 
@@ -128,7 +127,7 @@ class GigatokenEncoder:
         if path.is_file():
             content = self._content = TokenizerContent(path)
             self._library = gigatoken.Tokenizer.from_json(content.for_documents(control=True))
-            self._cuts = _splits_like_qwen2(content)
+            self._cuts = _may_be_cut(content)
             self._normalizes = content.normalizer is not None
             self._control = _ControlIds(content.control)
             self._added = tuple(content.added_ids)
@@ -323,16 +322,8 @@ def cause(encoder: Encoder, tokenizer: Tokenizer, text: str, options: DocumentOp
     return f"{encoder.name} gives other ids for {text[:60]!r}: {theirs[:8]}, the tokenizer {ours[:8]}{kept}"
 
 
-def _splits_like_qwen2(content: TokenizerContent) -> bool:
-    normalizer = content.normalizer or {"type": "NFC"}
-    parts = content.pre_tokenizer.get("pretokenizers", [])
-    return (
-        normalizer.get("type") == "NFC"
-        and len(parts) == 2
-        and parts[0].get("type") == "Split"
-        and parts[0].get("pattern") == {"Regex": QWEN2_SPLIT}
-        and parts[0].get("behavior") == "Isolated"
-        and not parts[0].get("invert")
-        and parts[1].get("type") == "ByteLevel"
-        and not any("\n" in token["content"] or token.get("lstrip") or token.get("rstrip") for token in content.added)
+def _may_be_cut(content: TokenizerContent) -> bool:
+    """Whether a text may be cut between a line end and a letter without changing its tokens."""
+    return content.splits_like_qwen2() and not any(
+        "\n" in token["content"] or token.get("lstrip") or token.get("rstrip") for token in content.added
     )

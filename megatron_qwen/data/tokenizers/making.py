@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_qwen.data.tokenizers.content import QWEN2_SPLIT
 from megatron_qwen.data.tokenizers.end_token import END_OF_TEXT
 from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS
 from megatron_qwen.errors import DataError, Problem
@@ -13,10 +14,6 @@ from megatron_qwen.errors import DataError, Problem
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
-# Qwen2's pre-tokenizer: words with their leading space, digits one by one, runs of punctuation, line ends.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Qwen2.5's control tokens in the order of their ids, 151643 to 151664 (its tokenizer_config.json). The first are
 # special: a decoder may leave them out. Tools, fill-in-the-middle and repositories are text to it.
 QWEN2_5_CONTROL_TOKENS = (

@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",  # it names the tokens that end a text
 )
+# Beside a tokenizer that came with a model: what the model's config.json said, for the export of what is made of it.
+SOURCE_CONFIG = "source_config.json"
 
 
 @dataclass(frozen=True)
@@ -258,9 +260,15 @@ def _are_ids(value: Any) -> bool:
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
-    """Copies the files of a tokenizer, byte for byte, and returns their names."""
+    """Copies the files of a tokenizer, byte for byte, and returns their names.
+
+    Of a model's directory its config.json goes along as source_config.json.
+    """
     names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
         shutil.copyfile(source / name, target / name)
+    came_with = next((source / name for name in (SOURCE_CONFIG, "config.json") if (source / name).is_file()), None)
+    if came_with is not None:
+        shutil.copyfile(came_with, target / SOURCE_CONFIG)
     return names
