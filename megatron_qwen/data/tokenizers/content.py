@@ -48,7 +48,12 @@ class TokenizerContent:
             content = orjson.loads(path.read_bytes() if data is None else data)
             self.model: dict[str, Any] = content["model"]
             self.added: list[dict[str, Any]] = content.get("added_tokens") or []
-            self.control = {str(token["content"]): int(token["id"]) for token in self.added if _is_control(token)}
+            unknown = self.model.get("unk_token"), self.model.get("unk_id")  # the model gives it for what it lacks
+            self.control = {
+                str(token["content"]): int(token["id"])
+                for token in self.added
+                if _is_control(token) and token["content"] != unknown[0] and token["id"] != unknown[1]
+            }
             self.added_ids = {str(token["content"]): int(token["id"]) for token in self.added}
         except OSError as error:
             raise DataError(Problem(str(path), None, f"cannot be read ({error.strerror}).")) from None

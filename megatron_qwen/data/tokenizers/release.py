@@ -7,7 +7,7 @@ transformers 5 builds a class of its own for a model type: for qwen2 always Qwen
 import importlib.util
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from megatron_qwen.errors import ConversionError, Problem
 # In the order in which a user would try them; the second takes tokenizer.json as it is.
 AUTO, AS_WRITTEN = "AutoTokenizer", "PreTrainedTokenizerFast"
 NOT_TRIED = "transformers is not installed, or the tokenizer has no tokenizer.json"
+_WORDS, _WORDS_A_TEXT = 4000, 40
 _CONFIG = "tokenizer_config.json"
 
 
@@ -176,7 +177,23 @@ def _difference(loaded: Any, reference: Tokenizer) -> str | None:
 
 def _texts(reference: Tokenizer, added: dict[str, int]) -> Sequence[str]:
     """Texts that tell tokenizers apart. A SentencePiece model takes no control token from a text, transformers does."""
-    control = [*reference.control_tokens, *added]
+    texts = [*PROBES, *_words(reference)]
     if reference.spellable:
-        return [*PROBES, *(f"a{name} b{name}\n" for name in reference.control_tokens)]
-    return [text for text in PROBES if not any(name in text for name in control)]
+        return [*texts, *(f"a{name} b{name}\n" for name in reference.control_tokens)]
+    control = [*reference.control_tokens, *added]
+    return [text for text in texts if not any(name in text for name in control)]
+
+
+def _words(reference: Tokenizer) -> Iterator[str]:
+    """Texts of the tokenizer's own tokens: where another splits a text before merging, some of them fall apart."""
+    step = max(1, reference.vocab_size // _WORDS)
+    for first in range(0, reference.vocab_size, step * _WORDS_A_TEXT):
+        yield reference.decode(range(first, min(first + step * _WORDS_A_TEXT, reference.vocab_size), step))
+    seen = 0
+    for index in range(reference.vocab_size):
+        word = reference.decode([index])
+        if len(word) > 1 and word.strip().isdecimal():
+            seen += 1
+            yield f"{word} x{word}"
+        if seen == _WORDS_A_TEXT:
+            return
