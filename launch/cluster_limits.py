@@ -19,15 +19,26 @@ def cluster_limits(request: SubmitRequest) -> list[Finding]:
     if name is None:
         fix = f"must be given: this cluster has no default partition. It has {', '.join(partitions)}."
         return [error(Problem("partition", None, fix))]
-    # Of several the job takes the first that can run it; each is looked at.
-    found: list[Finding] = []
-    for one in name.split(","):
-        if one in partitions:
-            found += _limits(request, one, partitions[one], nodes)
-        else:
-            fix = f"no such partition.{did_you_mean(one, partitions)} This cluster has {', '.join(partitions)}."
-            found.append(error(Problem("partition", one, fix)))
-    return found
+    names = [one.strip() for one in name.split(",")]
+    if unknown := [one for one in names if one not in partitions]:
+        there = f"This cluster has {', '.join(partitions)}."
+        fixes = {one: f"no such partition.{did_you_mean(one, partitions)} {there}" for one in unknown}
+        return [error(Problem("partition", one, fix)) for one, fix in fixes.items()]
+    # Slurm starts the job in the first of the partitions that can run it: one that takes it is enough.
+    found = {one: list(_limits(request, one, partitions[one], nodes)) for one in names}
+    taking = [findings for findings in found.values() if not any(item.severity == "error" for item in findings)]
+    if taking:
+        return min(taking, key=len)
+    return [item for findings in found.values() for item in findings]
+
+
+def array_limit(tasks: int) -> list[Problem]:
+    """Whether the cluster takes an array of so many tasks."""
+    largest = slurm.largest_array()
+    if largest is None or tasks <= largest:
+        return []
+    fix = f"are more than an array of this cluster may have (MaxArraySize allows {largest}); divide them."
+    return [Problem("runs", tasks, fix)]
 
 
 def _limits(

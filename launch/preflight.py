@@ -10,6 +10,7 @@ from typing import Literal
 from launch.cluster_limits import cluster_limits
 from launch.estimates import RunPrediction, predict
 from launch.finding import Finding, error, warning
+from launch.optional_packages import optional_packages
 from launch.request import SubmitRequest
 from launch.text import control_character, is_secret_name, secret_in
 from megatron_qwen.checkpoint.paths import committed
@@ -58,7 +59,7 @@ def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """
     findings = [error(problem) for problem in checks.problems(request.config, world_size=request.world_size)]
     legal = not findings
-    for rule in (_texts, _secrets, _run_directory):
+    for rule in (_texts, _secrets, _run_directory, optional_packages):
         findings += rule(request)
     found, digest = _data(request)
     findings += found

@@ -39,6 +39,7 @@ def setup_lines(request: SubmitRequest) -> list[str]:
         lines += ["type module >/dev/null 2>&1 || . /etc/profile"]
         lines += [f"module load {shlex.quote(name)}" for name in cluster.modules]
     lines += cluster.setup
+    lines += ["export PYTHONUTF8=1  # as mq does, whatever locale a node has"]
     lines += [f"export PYTHONPATH={shlex.quote(str(RunDirectory(request.run_dir).code))}"]
     return lines
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import freeze, run_jobs, submission
+from launch.cluster_limits import array_limit
 from launch.finding import Finding
 from launch.preflight import Preflight, check
 from launch.request import SubmitRequest, absolute_paths, with_name
@@ -178,9 +179,10 @@ def submit_array(
     Raises:
         ConfigError: with everything that is wrong with any of them; nothing is submitted then.
     """
-    base, problems = requests[0], []
+    base = requests[0]
     if base.cluster.scheduler != "slurm":
         raise ConfigError(Problem("--cluster", base.cluster_name, "an array needs Slurm; submit the runs one by one."))
+    problems = array_limit(len(requests))
     checked: list[Preflight] = []
     for request in requests:
         between()

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from megatron_qwen.errors import EXIT_CONFIG, EXIT_FAILURE, UserError
+from megatron_qwen.errors import EXIT_CONFIG, EXIT_FAILURE, ConfigError, Problem, UserError
 
 EXIT_INTERRUPTED = 130
 
@@ -34,9 +34,18 @@ class Parser(argparse.ArgumentParser):
         self.exit(EXIT_CONFIG, f"configuration error: {message}. See {self.prog} --help.\n")
 
 
+def _require_text(arguments: Sequence[str]) -> None:
+    """Raises ConfigError for words that are not UTF-8: Python has half a surrogate pair in the place of other bytes."""
+    wrong = [word for word in arguments if any("\udc80" <= character <= "\udcff" for character in word)]
+    if wrong:
+        fix = "is not UTF-8 text; rename the file, or use a UTF-8 locale (such as LC_ALL=C.UTF-8) in this terminal."
+        raise ConfigError([Problem("command line", word.encode(errors="surrogateescape"), fix) for word in wrong])
+
+
 def run_program(program: Callable[[Sequence[str]], int]) -> NoReturn:
     """Runs a program and exits with its code; a UserError is printed as a message, without a traceback."""
     try:
+        _require_text(sys.argv[1:])
         code = program(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:

@@ -20,7 +20,15 @@ _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/
 _PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
 _QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%L", "%N", "%S", "%j", "%Q")
 _LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
-_UNUSABLE = (*_LOST, "DRAIN", "REBOOT", "MAINT")
+# Words of a node's state (scontrol show node): a base state and flags, joined by +. A node that power saving has
+# switched off (POWERED_DOWN, POWERING_DOWN) is not among them: Slurm starts it when a job needs it.
+_UNUSABLE = frozenset(
+    (
+        *("DOWN", "ERROR", "FAIL", "FAILING", "FUTURE", "INVAL", "INVALID_REG", "MAINT", "NOT_RESPONDING", "UNKNOWN"),
+        *("DRAIN", "DRAINED", "DRAINING", "REBOOT", "REBOOT_ISSUED", "REBOOT_REQUESTED", "BLOCKED"),
+    )
+)
+_MARKS = "$@^~#!%-"  # sinfo appends one of these to a state that a flag describes
 
 
 # Final states of a job.
@@ -110,10 +118,19 @@ def show_partitions() -> dict[str, dict[str, str]]:
     return {partition["PartitionName"]: partition for partition in shown if "PartitionName" in partition}
 
 
+def largest_array() -> int | None:
+    """Tasks that an array may have (MaxArraySize is one more than the largest index); None where Slurm does not say."""
+    for line in ask("scontrol", "show", "config").splitlines():
+        name, _, value = line.partition("=")
+        if name.strip() == "MaxArraySize" and value.strip().isdecimal():
+            return int(value)
+    return None
+
+
 def is_usable(node: dict[str, str]) -> bool:
-    """Whether a node can run jobs."""
+    """Whether a node can run jobs, now or after Slurm has started it."""
     state = node.get("State", "")
-    return "*" not in state and not any(word in state for word in _UNUSABLE)
+    return "*" not in state and not any(word.rstrip(_MARKS) in _UNUSABLE for word in state.split("+"))
 
 
 def gpus_of(node: dict[str, str]) -> dict[str, int]:

@@ -67,7 +67,14 @@ class HandOver:
         self.at_once = place.at_once or AT_ONCE[scheduler]
         # Smaller after Slurm has refused an array: sites limit the size of arrays and the jobs of a user. It doubles
         # again after each array that Slurm accepts.
-        self._most = self.at_once
+        self._limit = self._most = min(self.at_once, self._largest_array())
+
+    def _largest_array(self) -> int:
+        try:
+            largest = slurm.largest_array() if self.as_arrays else None
+        except slurm.SlurmError:  # it does not answer now; it will refuse what is too large
+            largest = None
+        return self.at_once if largest is None else largest
 
     def groups(self, runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
         """Runs that are submitted together, in the order of their first."""
@@ -147,7 +154,7 @@ class HandOver:
             if any(problem.where == "run" for problem in error.problems):  # another command is submitting or running it
                 return self._later(before, _line(error))
             return {name: replace(row, status=FAILED, why=_line(error)[:500]) for name, row in before.items()}
-        self._most = min(self.at_once, 2 * self._most)
+        self._most = min(self._limit, 2 * self._most)
         return noted if submitted else before
 
     def _as_one(self, run: StudyRun, requests: dict[str, SubmitRequest]) -> bool:
