@@ -32,9 +32,8 @@ def none_installed(monkeypatch):
 @pytest.mark.parametrize("word", NEEDS)
 def test_a_package_that_is_missing(word, none_installed):
     (found,) = findings(word)
-    assert found.startswith(
-        f"ERROR: {word.partition('=')[0]} = {word.partition('=')[2]}: needs the package {NEEDS[word]}"
-    )
+    field, _, value = word.partition("=")
+    assert found.startswith(f"ERROR: {field} = {value}: needs the package {NEEDS[word]}")
     assert "pip install 'megatron_qwen[" in found
 
 
@@ -62,10 +61,10 @@ def test_a_package_inside_another_that_is_missing():
 def test_a_key_for_weights_and_biases(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "_is_there", lambda _: True)
     word, home = "metrics.wandb_project=study", {"HOME": str(tmp_path)}
-    (found,) = findings(word, environ=home)
+    (found,) = findings(word, environ=home, pass_environment=())
     assert found.startswith("warning: metrics.wandb_project = study: needs a key in the job")
     key = {**home, "WANDB_API_KEY": "x"}
-    assert findings(word, environ=key), "the job does not get what is not passed on"
+    assert findings(word, environ=key, pass_environment=()), "the job does not get what is not passed on"
     assert findings(word, environ=key, pass_environment=("WANDB_API_KEY",)) == []
     assert findings(word, environ=home, environment={"WANDB_MODE": "offline"}) == []
     (tmp_path / ".netrc").write_text("machine api.wandb.ai\n  login user\n  password x\n")
