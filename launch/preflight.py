@@ -1,5 +1,6 @@
 """Everything that can be known to be wrong before a job is submitted, all at once, each with a way out. No torch."""
 
+import json
 import os
 import shutil
 import stat
@@ -13,11 +14,14 @@ from launch.finding import Finding, error, warning
 from launch.optional_packages import optional_packages
 from launch.request import SubmitRequest
 from launch.text import control_character, is_secret_name, secret_in
-from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.checkpoint.paths import RUN_YAML, STATE, committed
 from megatron_qwen.config import checks
 from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.run import SECTION_TYPES, as_dict
+from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
+from megatron_qwen.optim.schedule_change import schedule_changes
+from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 
 # What a parallel file system takes from one node, for the time a save needs.
@@ -59,7 +63,7 @@ def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """
     findings = [error(problem) for problem in checks.problems(request.config, world_size=request.world_size)]
     legal = not findings
-    for rule in (_texts, _secrets, _run_directory, optional_packages):
+    for rule in (_texts, _secrets, _run_directory, optional_packages, _schedule):
         findings += rule(request)
     found, digest = _data(request)
     findings += found
@@ -150,6 +154,21 @@ def _data(request: SubmitRequest) -> tuple[list[Finding], str | None]:
         return [error(problem) for problem in failure.problems], None
     digest = data.sources[SINGLE].tokens.digest if config.data.blend is None else None
     return [warning(problem) for problem in warnings(data, plan(data))], digest
+
+
+def _schedule(request: SubmitRequest) -> Iterator[Finding]:
+    """What a changed length does to a run that has begun."""
+    done = committed(RunDirectory(request.run_dir).checkpoints)
+    if not done:
+        return
+    newest = done[0][1]
+    try:
+        before = resolve(str(newest / RUN_YAML), [], RECIPES)
+        steps = int(json.loads((newest / STATE).read_text())["progress"]["schedule_iteration"])
+    except (UserError, OSError, ValueError, KeyError, TypeError):
+        return  # an older version's, or damaged, which the run itself finds out
+    for change in schedule_changes(before, request.config, steps=steps):
+        yield warning(Problem("schedule", None, change))
 
 
 def _memory(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:

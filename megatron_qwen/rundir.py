@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 # A resumed run may change everything except the fields that define the model and the tokens it reads. Lengths, batch
 # sizes and the blend may change: the ledger in its checkpoints records the position in every source.
 _OWNING_SECTIONS = ("model", "rope", "optim", "objective")
+# Where the decay ends may change with the length, and resume.py tells what that does to the rate.
+_FREE_FIELDS = {"optim": ("lr_decay_iters", "lr_wsd_decay_iters")}
 _OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
 
 
@@ -142,7 +144,8 @@ class RunDirectory:
             (section, name, value)
             for section, body in changed.items()
             for name, value in body.items()
-            if (section in _OWNING_SECTIONS or name in _OWNING_FIELDS.get(section, ()))
+            if name not in _FREE_FIELDS.get(section, ())
+            and (section in _OWNING_SECTIONS or name in _OWNING_FIELDS.get(section, ()))
             and not (data_moved and section == "data" and name in ("path", "tokenizer"))
             and not (here.data.blend is not None and (section, name) == ("data", "path"))
         ]

@@ -6,9 +6,13 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_qwen.checkpoint import find, state
+from megatron_qwen.checkpoint.paths import RUN_YAML
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
-from megatron_qwen.errors import CheckpointError, Problem
+from megatron_qwen.config.source import resolve
+from megatron_qwen.errors import CheckpointError, Problem, UserError
+from megatron_qwen.optim.schedule_change import schedule_changes
+from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
 
@@ -63,6 +67,17 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
     restored = state.restore_generators(chosen.path, parallel=components.config.parallel, state=saved)
     if dist.get_rank() == 0:
         log.info("resumed from %s at iteration %d", chosen.path, components.progress.iteration)
+        _tell_of_schedule(chosen.path / RUN_YAML, components)
         if not restored:
             log.info("the parallel layout changed, so dropout generators were reseeded")
     return components.progress.iteration
+
+
+def _tell_of_schedule(run_yaml: Path, components: TrainingComponents) -> None:
+    """Warns where the run goes on along another curve than it has followed."""
+    try:
+        before = resolve(str(run_yaml), [], RECIPES)
+    except UserError:  # an older version's, which this one cannot read whole
+        return
+    for change in schedule_changes(before, components.config, steps=components.progress.schedule_iteration):
+        log.warning("%s", change)
