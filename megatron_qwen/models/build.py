@@ -23,6 +23,7 @@ from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
 from megatron_qwen.models.layer_spec import block_spec
+from megatron_qwen.models.qwen_model import QwenModel
 from megatron_qwen.models.te_backend import provider as te_backend
 from megatron_qwen.models.vocabulary import padded_vocab_size
 
@@ -143,7 +144,7 @@ def _chunk(
 ) -> GPTModel:
     model = config.model
     last = config.parallel.virtual_stages - 1
-    return GPTModel(
+    return QwenModel(
         config=core,
         transformer_layer_spec=block_spec(core, backend, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
         vocab_size=padded_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size),

@@ -42,6 +42,7 @@ class ForwardStep:
         self._groups, self._objective = groups, objective
         self._sequence_parallel = config.parallel.sequence_parallel
         self._vocab_size = config.model.vocab_size
+        self._has_routers = config.model.is_moe
         self._chunk_tokens = loss_chunk_tokens(config)
 
     @property
@@ -68,6 +69,7 @@ class ForwardStep:
             batch.position_ids,
             None,
             packed_seq_params=_sequences(batch),
+            padding_mask=batch.padding if self._has_routers else None,
             labels=batch.labels,
             output_processor=self._objective_result,
             output_processor_context=batch,

@@ -7,6 +7,7 @@ import pytest
 from megatron_qwen.config.source import resolve
 from megatron_qwen.optim.schedule_change import schedule_changes
 from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
 
 PEAK, FLOOR = 1e-3, 1e-4
 
@@ -87,3 +88,11 @@ def test_another_end_that_was_asked_for():
 def test_another_batch():
     (text,) = told(config(110), config(110, "cosine", "training.global_batch_size=32"), 60)
     assert "a step has 32 sequences instead of" in text
+
+
+def test_a_run_directory_takes_another_end_of_the_decay_and_no_other_schedule(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(config(110))
+    assert directory.foreign_problems(config(210, "cosine", "optim.lr_decay_iters=110")) == []
+    (problem,) = directory.foreign_problems(config(110, "linear"))
+    assert problem.where == "optim.lr_decay_style"

@@ -40,6 +40,8 @@ class Batch:
     row, before it is cut over context-parallel ranks: 0 first, b * s last. ``seq_lengths`` holds the lengths
     themselves on the host, because reading them back from the device would wait for it.
 
+    ``padding`` is true where a position holds no token; None unless packed.
+
     ``extra`` holds the source's extra fields: those per token as the other tensors, those per sequence [sequences], in
     the order of the samples and of the sequences in each.
     """
@@ -50,6 +52,7 @@ class Batch:
     position_ids: torch.Tensor
     cu_seqlens: torch.Tensor | None = None
     seq_lengths: tuple[int, ...] = ()
+    padding: torch.Tensor | None = None
     extra: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Batch":
@@ -68,6 +71,7 @@ class Batch:
             loss_mask=moved(self.loss_mask),
             position_ids=moved(self.position_ids),
             cu_seqlens=None if self.cu_seqlens is None else moved(self.cu_seqlens),
+            padding=None if self.padding is None else moved(self.padding),
             extra={name: moved(tensor) for name, tensor in self.extra.items()},
         )
 
@@ -135,6 +139,7 @@ def collate(
         position_ids=place(positions),
         cu_seqlens=cu_seqlens,
         seq_lengths=seq_lengths,
+        padding=place([np.arange(size) >= size - sample.padding for sample in samples]) if packed else None,
         extra={
             extra.name: place(rows) if extra.per == "token" else torch.from_numpy(np.concatenate(rows))
             for extra in extra_fields

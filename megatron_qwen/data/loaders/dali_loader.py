@@ -90,8 +90,9 @@ class DaliLoader:
         tensors = {field: _tensor(output) for field, output in zip(_FIELDS, outputs, strict=True)}
         place = self.batch_slice.device
         cu_seqlens = None if read.cu_seqlens is None else read.cu_seqlens.to(place, non_blocking=True)
+        padding = None if read.padding is None else read.padding.to(place, non_blocking=True)
         extra = {name: tensor.to(place, non_blocking=True) for name, tensor in read.extra.items()}
-        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths, extra=extra)
+        return Batch(**tensors, cu_seqlens=cu_seqlens, seq_lengths=read.seq_lengths, padding=padding, extra=extra)
 
 
 def _build(device: torch.device) -> Any:

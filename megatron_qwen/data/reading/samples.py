@@ -23,6 +23,7 @@ class Sample:
         loss_mask: weight of each label's loss, [s].
         starts: [n] positions at which independent sequences begin, the first is 0; they do not attend to one another.
         extra: the source's extra fields by name, [s] or [n].
+        padding: positions at the end that hold no token.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -30,6 +31,7 @@ class Sample:
     loss_mask: npt.NDArray[np.float32]
     starts: npt.NDArray[np.int64]
     extra: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
+    padding: int = 0
 
 
 class SampleSource(Protocol):
@@ -132,7 +134,7 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
         row[at:] = labels[at:] = row[at - 1]
         starts.append(at)
     _require_known(tokens, spans, row[:at], reading)
-    return Sample(row, labels, mask, _starts(starts, seq_length))
+    return Sample(row, labels, mask, _starts(starts, seq_length), padding=seq_length - at)
 
 
 def cut(sample: Sample, length: int) -> Sample:

@@ -37,10 +37,13 @@ class ExpertLoad(Callback):
                 if isinstance(module, TopKRouter):
                     module.register_forward_hook(self._count)
 
-    def _count(self, router: Any, inputs: object, outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _count(self, router: Any, inputs: tuple[Any, ...], outputs: tuple[torch.Tensor, torch.Tensor]) -> None:
         if not router.training:
             return
-        chosen = outputs[1].detach().sum(dim=0)
+        chosen = outputs[1].detach()
+        if len(inputs) > 1 and inputs[1] is not None:  # the mask of padding, [s, b]
+            chosen = chosen & ~inputs[1].reshape(-1, 1)
+        chosen = chosen.sum(dim=0)
         layer = int(router.layer_number) - 1
         self._counts[layer] = self._counts[layer] + chosen if layer in self._counts else chosen
 
