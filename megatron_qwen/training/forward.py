@@ -60,10 +60,9 @@ class ForwardStep:
             Hidden states, or at the end of the pipeline an ``ObjectiveResult``; and the function that turns the latter
             into what the schedule wants.
         """
-        loss_function = partial(_sums, self.metrics)
         batch = next(batches)
         if batch is None:
-            return chunk(None, None, None), loss_function
+            return chunk(None, None, None), partial(_sums, self.metrics, batch)
         output = chunk(
             batch.tokens,
             batch.position_ids,
@@ -74,7 +73,7 @@ class ForwardStep:
             output_processor=self._objective_result,
             output_processor_context=batch,
         )
-        return output, loss_function
+        return output, partial(_sums, self.metrics, batch)
 
     def _objective_result(
         self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Batch, **_: Any
@@ -99,13 +98,17 @@ def _sequences(batch: Batch) -> PackedSequences | None:
 
 
 def _sums(
-    metrics: tuple[str, ...], result: ObjectiveResult
+    metrics: tuple[str, ...], batch: Batch | None, result: ObjectiveResult
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss as a sum (a scalar), its weight (int), and [total, weight] of loss and metrics as a float32 tensor.
+    """The loss as a sum (a scalar), its weight (int), and, as a float64 tensor, the number of tokens and
+    [total, weight] of loss and metrics.
 
     megatron-core divides the gradients by the weight over all ranks, which it calls the number of tokens
     (calculate_per_token_loss), so the sum is returned and not a mean.
     """
     means = [result.loss, *(result.metrics[name] for name in metrics)]
-    report = torch.stack([part.detach().float() for mean in means for part in (mean.total, mean.weight)])
+    assert batch is not None  # only the last stage has a result
+    tokens = batch.tokens.new_full((), batch.tokens.numel()) if batch.padding is None else (~batch.padding).sum()
+    parts = [tokens, *(part for mean in means for part in (mean.total, mean.weight))]
+    report = torch.stack([part.detach().double() for part in parts])
     return result.loss.total, result.loss.weight.to(torch.int), {SUMS: report}

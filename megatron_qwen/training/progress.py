@@ -12,7 +12,7 @@ class TrainingProgress:
         iteration: optimizer steps taken or skipped.
         schedule_iteration: position in the learning-rate schedule; a skipped step does not move it.
         consumed_samples: data position, the index of the next sample.
-        consumed_tokens: tokens trained on.
+        consumed_tokens: tokens trained on, without padding.
         skipped_iterations: steps skipped because the loss or the gradient norm was not finite.
         consecutive_skips: how many of the latest steps in a row were skipped.
     """

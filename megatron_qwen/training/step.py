@@ -26,11 +26,13 @@ class BatchResult:
     Args:
         loss: mean of the objective's loss; in pretraining cross-entropy in nats per token.
         weight: what the mean is over: tokens that carried loss, or sequences.
+        tokens: tokens of the batch, without padding.
         metrics: means of the objective's metrics.
     """
 
     loss: float
     weight: int
+    tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -42,6 +44,7 @@ class StepResult:
         loss: mean of the objective's loss over the global batch; in pretraining cross-entropy in nats per token.
         grad_norm: global gradient norm before clipping.
         weight: what the mean is over: tokens that carried loss, or sequences.
+        tokens: tokens of the batch, without padding.
         skipped: whether the update was skipped because the loss or the gradient norm was not finite.
         metrics: further figures of the objective.
     """
@@ -49,6 +52,7 @@ class StepResult:
     loss: float
     grad_norm: float
     weight: int
+    tokens: int
     skipped: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
 
@@ -86,7 +90,7 @@ def train_step(
     optimizer.prepare_grads()
     grad_norm = float(optimizer.get_grad_norm())
     skipped = not (math.isfinite(grad_norm) and math.isfinite(done.loss))
-    result = StepResult(done.loss, grad_norm, done.weight, skipped, done.metrics)
+    result = StepResult(done.loss, grad_norm, done.weight, done.tokens, skipped, done.metrics)
     if skipped:
         return result
     before_update()
@@ -152,21 +156,22 @@ def _means(
 ) -> BatchResult:
     """Means of loss and metrics over the global batch.
 
-    Each report is [total, weight] of the loss and of each metric, of one micro-batch; only the last pipeline stage has
-    any. A mean is total / weight over the whole global batch, not the mean of the ranks' means: with masked tokens each
-    rank has another weight, and a mean of means would depend on the layout.
+    Each report is the number of tokens, then [total, weight] of the loss and of each metric, of one micro-batch; only
+    the last pipeline stage has any. A mean is total / weight over the whole global batch, not the mean of the ranks'
+    means: with masked tokens each rank has another weight, and a mean of means would depend on the layout.
 
     One all-reduce over the world does it, since the ranks that hold the same numbers are made to count once: ranks of
     other pipeline stages add zero because they have no reports, and of a tensor-parallel group only rank 0 counts.
     Data-parallel and context-parallel ranks hold different tokens and all count. float64, because a float32 sum loses
     single tokens above 2**24 of them.
     """
-    sums = torch.zeros(2 + 2 * len(metrics), dtype=torch.float64, device=device)
+    sums = torch.zeros(3 + 2 * len(metrics), dtype=torch.float64, device=device)
     for report in reports:
         sums += report[SUMS]
     if groups.tp.rank() > 0:
         sums.zero_()  # tensor-parallel ranks all report the same
     dist.all_reduce(sums)
-    (loss, weight), *others = batched(sums.tolist(), 2)
+    tokens, *pairs = sums.tolist()
+    (loss, weight), *others = batched(pairs, 2)
     means = {name: total / max(count, 1.0) for name, (total, count) in zip(metrics, others, strict=True)}
-    return BatchResult(loss / max(weight, 1.0), int(weight), means)
+    return BatchResult(loss / max(weight, 1.0), int(weight), int(tokens), means)

@@ -103,7 +103,7 @@ class Trainer:
         elapsed = time.perf_counter() - started
         progress.iteration += 1
         progress.consumed_samples += batch
-        progress.consumed_tokens += batch * reader.seq_length
+        progress.consumed_tokens += result.tokens
         components.data.forget(progress.consumed_samples)
         if result.skipped:
             progress.skipped_iterations += 1

@@ -51,7 +51,7 @@ def padded_step(config: RunConfig, length: int) -> dict[str, float]:
     )
     record = StepRecord(1, result, 1e-3, SAMPLES, 1.0, data_wait_s=0.0, stage="", config=config)
     load.after_step(trainer, record)
-    return {"loss": result.loss, "grad_norm": result.grad_norm, **record.extra}
+    return {"tokens": result.tokens, "loss": result.loss, "grad_norm": result.grad_norm, **record.extra}
 
 
 def config_of(tokens: Path, kind: str, layout: dict[str, Any], *, micro_batch: int = 1) -> RunConfig:
@@ -74,6 +74,7 @@ def test_equal_to_the_tokens_without_padding(kind, layout, pool, tokens):
     config = config_of(tokens, kind, change)
     plain, *padded = [pool[ranks].run(padded_step, config, length)[0] for length in LENGTHS]
     assert plain["load_balancing_loss"] > 1
+    assert plain["tokens"] == SAMPLES * TOKENS
     for one in padded:
         assert one == pytest.approx(plain, rel=1e-6)
 

@@ -49,7 +49,7 @@ class Metrics(Callback):
     def _content(self, trainer: TrainerInterface, record: StepRecord) -> dict[str, Any]:
         progress, result, world = trainer.components.progress, record.result, dist.get_world_size()
         config = record.config
-        speed = record.global_batch_size * config.data.seq_length / record.step_time_s
+        speed = result.tokens / record.step_time_s
         tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length) / 1e12
         return {
             **result.metrics,  # first, so that none of an objective replaces a figure of the step

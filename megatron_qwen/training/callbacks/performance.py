@@ -57,7 +57,7 @@ class Performance(Callback):
         self._seconds["skipped_s" if record.result.skipped else "steps_s"] += seconds
         self._seconds["data_wait_s"] += record.data_wait_s
         if record.iteration - self.resumed_at > _WARM_UP_STEPS:
-            tokens = record.global_batch_size * record.config.data.seq_length / record.step_time_s
+            tokens = record.result.tokens / record.step_time_s
             flops = training_flops_per_token(record.config.model, record.config.data.seq_length)
             self._speeds.append((tokens / dist.get_world_size(), flops))
         if time.time() - self._written > _WRITE_INTERVAL_S:

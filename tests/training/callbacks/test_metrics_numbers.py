@@ -68,7 +68,7 @@ def shown(monkeypatch, config, *, seconds=0.5, ranks=4, device="NVIDIA H100 80GB
     monkeypatch.setattr(metrics.device, "peak_memory_bytes", lambda: 3 * 2**29)
     progress = TrainingProgress(iteration=7, schedule_iteration=6, consumed_samples=56, consumed_tokens=3584)
     trainer = SimpleNamespace(components=SimpleNamespace(config=config, progress=progress))
-    done = StepResult(**{"loss": 2.5, "grad_norm": 0.75, "weight": 500, "skipped": False, **result})
+    done = StepResult(**{"loss": 2.5, "grad_norm": 0.75, "weight": 500, "tokens": 512, "skipped": False, **result})
     record = StepRecord(7, done, 3e-4, 8, seconds, 0.125, "text", config, {"validation_loss": 2.625})
     kept, console = Kept(), io.StringIO()
     callback = Metrics([kept], attempt=2, console=ProgressLine(console))
@@ -97,6 +97,14 @@ def test_speed_flops_mfu_and_memory_of_a_step(monkeypatch):
     assert line == (
         "step 7/10  loss 2.5000  grad 0.75  lr 3.00e-04  1,024 tokens/s  MFU 0.0%  2 s left  | validation loss 2.6250\n"
     )
+
+
+def test_padding_is_not_counted(monkeypatch):
+    """Of 512 positions 128 hold tokens: a quarter of the speed and of the FLOPs."""
+    config = RECIPES["tiny_dense"]().with_section("precision", dtype="bf16")
+    full, padded = (shown(monkeypatch, config, tokens=tokens)[0] for tokens in (512, 128))
+    for name in ("tokens_per_second", "tokens_per_second_per_device", "model_tflops_per_device", "mfu"):
+        assert padded[name] == full[name] / 4
 
 
 def test_a_device_or_format_whose_peak_is_not_known_has_no_mfu(monkeypatch):
