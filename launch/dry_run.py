@@ -51,7 +51,12 @@ def _memory(prediction: RunPrediction) -> str:
 
 
 def show(request: SubmitRequest, found: Preflight) -> None:
-    """Prints configuration, script, figures and findings."""
+    """Prints findings, configuration, script and figures: what has to be acted on is read first."""
+    count = len(found.findings)
+    print(f"# preflight: {count} finding{'' if count == 1 else 's'}")
+    for finding in found.findings:
+        print(finding)
+    print()
     print(f"# {request.run_dir}/run.yaml")
     print(to_yaml(request.config))
     if request.cluster.scheduler == "slurm":
@@ -67,10 +72,6 @@ def show(request: SubmitRequest, found: Preflight) -> None:
         for choice in found.prediction.choices:
             if not choice.forced:
                 print(choice)
-    if found.findings:
-        print(f"\n# preflight: {len(found.findings)} finding{'s' if len(found.findings) > 1 else ''}")
-        for finding in found.findings:
-            print(finding)
 
 
 def as_json(request: SubmitRequest, found: Preflight) -> str:

@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--run-dir", required=True, type=Path, help="directory of the run: all its files are written there"
     )
+    parser.add_argument("--verbose", action="store_true", help="show every choice of the preset with its reason")
     parser.add_argument("--nproc", type=int, help="local ranks; default: the layout's size")
     return parser
 
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str]) -> int:
     """Trains and returns the exit code."""
     options, overrides = parser().parse_known_args(arguments)
     config = absolute_paths(resolve(options.source, overrides, RECIPES))
+    if options.verbose:
+        os.environ["MQ_VERBOSE"] = "1"  # for the ranks
     rank = _outer_rank()
     if rank is not None:
         return _as_rank(config, options.run_dir, rank)

@@ -64,6 +64,10 @@ if __name__ == "__main__":
     logging.basicConfig(
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
     )
+    # Of this project all is logged, and the terminal shows what is not a detail; keep_log keeps the rest.
+    logging.getLogger("megatron_qwen").setLevel(logging.DEBUG)
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.DEBUG if os.environ.get("MQ_VERBOSE") else logging.INFO)
     from megatron_qwen.resilience.exits import exit_code_of
 
     directory = Path(sys.argv[1])

@@ -19,7 +19,7 @@ from megatron_qwen.training.build import build_components
 from megatron_qwen.training.callbacks.build import build_callbacks
 from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded
 from megatron_qwen.training.resume import resume
-from megatron_qwen.training.start_log import keep_log, log_data
+from megatron_qwen.training.start_log import keep_log, log_choices, log_data
 from megatron_qwen.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,7 @@ def run_attempt(
     if dist.get_rank() == 0:
         if not controlled:  # a controller already keeps the output of every rank
             keep_log(directory.logs(attempt) / "rank_0.log")
+        log_choices(components.config, components.choices, card=directory.performance)
         log_data(components)
     heartbeat = None
     if dist.get_rank() == 0:

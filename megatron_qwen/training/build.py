@@ -57,7 +57,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
     optimizer = build_optimizer(config, model, groups)
     install_schedule_hooks(model, optimizer, groups)
     if dist.get_rank() == 0:
-        log_build(config, choices, backend, adam=adam_in_use())
+        log_build(backend, adam=adam_in_use())
     require_legal_stages(data, world_size=dist.get_world_size())
     require_packed_support(data, backend)
     batch_slice = BatchSlice(groups.dp.rank(), groups.dp.size(), groups.cp.rank(), groups.cp.size(), place)

@@ -18,28 +18,37 @@ _LISTED_SOURCES = 12
 
 
 def keep_log(path: Path) -> None:
-    """Writes the log of this rank to a file as well as to the terminal."""
+    """Writes the log of this rank to a file as well as to the terminal, and to the file all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logging.getLogger("megatron_qwen").addHandler(handler)
 
 
-def log_build(config: RunConfig, choices: Sequence[PresetChoice], backend: Backend, *, adam: str) -> None:
-    """Backend, optimizer, device and every choice of the preset with its reason.
+def log_build(backend: Backend, *, adam: str) -> None:
+    """Backend, optimizer and device.
 
     Args:
-        config: with every choice made.
-        choices: of the preset.
         backend: whose kernels compute.
         adam: name of the optimizer's implementation.
     """
     if foreign_apex_is_here():
         log.info("the installed package apex is not NVIDIA apex (PyPI's is another project); it is not used")
     log.info("backend %s (%s); optimizer: %s; device: %s", backend.name, backend.reason, adam, device.device_name())
-    log.info("performance: output layer and cross-entropy fused, in chunks of %d tokens", loss_chunk_tokens(config))
+
+
+def log_choices(config: RunConfig, choices: Sequence[PresetChoice], *, card: Path) -> None:
+    """The choices of the preset in a line; each with its reason where all is shown.
+
+    Args:
+        config: with every choice made.
+        choices: of the preset.
+        card: file that has them too.
+    """
+    log.info("performance: the preset chose %d values; %s has the reasons, --verbose shows them", len(choices), card)
+    log.debug("performance: output layer and cross-entropy fused, in chunks of %d tokens", loss_chunk_tokens(config))
     for choice in choices:
-        log.info("performance: %s", choice)
+        log.debug("performance: %s", choice)
 
 
 def log_data(components: TrainingComponents) -> None:
