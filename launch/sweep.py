@@ -11,7 +11,7 @@ from typing import Any
 from launch.sweeps.arguments import NODES, RUNS, parser
 from megatron_qwen.cli import run_program
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.estimate.hardware_file import find_hardware
 from megatron_qwen.estimate.speed import why_not
 from megatron_qwen.recipes.registry import RECIPES
@@ -143,11 +143,17 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
         raise ConfigError(problems)
     from launch.sweeps import results
     from tools.scaling import fit_file
+    from tools.scaling.csv_table import column_names
     from tools.scaling.fit import Settings, fit
+    from tools.scaling.observations import COLUMNS
 
-    found = results.read(options.source)
+    found = results.read(options.source, column_names(options.columns, COLUMNS))
     settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
-    content = fit_file.document(fit(found.observations, settings), source=str(options.source.absolute()))
+    fitted = fit(found.observations, settings)
+    if fitted.surface is None and fitted.basin is None:
+        fix = f"determine no law: {'; '.join(fitted.notes)}."
+        raise DataError(Problem(str(options.source), f"{len(found.observations)} observations", fix))
+    content = fit_file.document(fitted, source=str(options.source.absolute()))
     content["notes"] = [*found.notes, *content["notes"]]
     fit_file.write(output, content)
     if options.json:
@@ -176,11 +182,12 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
         raise ConfigError(problems)
     from launch.sweeps import results
     from tools.scaling import fit_file
+    from tools.scaling.csv_table import column_names
     from tools.scaling.fit import Settings, fit
-    from tools.scaling.observations import DONE
+    from tools.scaling.observations import COLUMNS, DONE
     from tools.scaling.report import content, write
 
-    found = results.read(options.source)
+    found = results.read(options.source, column_names(options.columns, COLUMNS))
     settings = fit_file.FitFile(fit_json).settings if fit_json.is_file() else Settings()
     fitted, document = None, {}
     notes = [*found.notes, "no cell is done yet: there is nothing to fit"]
@@ -217,7 +224,10 @@ def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
     from tools.scaling.prescribe import Wish, prescribe
 
     wish = Wish(base, options.params, options.tokens, options.gpu_hours, options.gpus, device, options.refuse_factor)
-    found = prescribe(FitFile(options.fit), wish)
+    fit = FitFile(options.fit)
+    if fit.surface is None and fit.basin is None:
+        raise DataError(Problem(str(options.fit), None, "holds no law: nothing follows from it; fit more runs."))
+    found = prescribe(fit, wish)
     text = found.yaml()
     if options.output is not None:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -67,6 +67,7 @@ def _add_fitting(actions: Any) -> None:
         help="the directory of a study, or a CSV with params, tokens, loss, and as far as known learning_rate, "
         "batch_tokens, status, embedding_params, total_params, granularity, name",
     )
+    _add_columns(fit)
     fit.add_argument("--output", type=Path, help="where the fit is written; default: next to the CSV as NAME.fit.json")
     fit.add_argument(
         "--embeddings", choices=["out", "in"], default="out", help="whether N counts embeddings (%(default)s)"
@@ -85,6 +86,7 @@ def _add_fitting(actions: Any) -> None:
         help="a page of a study",
     )
     report.add_argument("source", type=Path, help="the directory of a study, or a CSV as for fit")
+    _add_columns(report)
     report.add_argument("--output", type=Path, help="the page; report.html of the study, NAME.report.html for a CSV")
     report.add_argument("--figures", type=Path, help="folder of charts and data; figures of the study, NAME.figures")
     report.add_argument(
@@ -92,6 +94,16 @@ def _add_fitting(actions: Any) -> None:
     )
     report.add_argument(
         "--standalone", action="store_true", help="no links to runs: for a page that is published without them"
+    )
+
+
+def _add_columns(parser: Any) -> None:
+    parser.add_argument(
+        "--columns",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="what a column of the CSV is, such as params=N,tokens=D,loss=val_loss; names count in any case",
     )
 
 

@@ -1,5 +1,6 @@
 """The results of a study, or of a CSV: read here, and handed to what fits and reports them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from launch.sweeps.database import Database, RunRow
@@ -7,18 +8,21 @@ from launch.sweeps.look import look
 from launch.sweeps.observe import measured, observed
 from launch.sweeps.spent import spent
 from launch.sweeps.study_directory import StudyDirectory
+from tools.scaling.doubts import doubts
 from tools.scaling.observations import read_csv, write_csv
 from tools.scaling.study_results import StudyResults
 
 
-def read(source: Path) -> StudyResults:
+def read(source: Path, columns: Mapping[str, str] | None = None) -> StudyResults:
     """Reads a CSV, or the runs of a study, whose observations are also written next to its plan as a CSV.
 
     Args:
         source: the CSV or the directory of the study.
+        columns: the CSV's names of columns, where they differ from those of an observation.
     """
     if not source.is_dir():
-        return StudyResults(source.absolute().stem, read_csv(source))
+        observations = read_csv(source, columns)
+        return StudyResults(source.absolute().stem, observations, notes=list(doubts(observations)))
     study = StudyDirectory(source)
     plan = study.plan()
     # Without the scheduler: whoever fits may sit at a machine that has none, and what is under way counts for nothing.

@@ -3,7 +3,7 @@
 import contextlib
 import csv
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TextIO
@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_qwen.errors import DataError, Problem
+from tools.scaling.csv_table import read_table
 
 Array = NDArray[np.float64]
 Chosen = NDArray[np.bool_] | NDArray[np.int_]
@@ -19,6 +20,7 @@ DONE, DIVERGED, FAILED, UNFINISHED = "done", "diverged", "failed", "unfinished"
 STATUSES = (DONE, DIVERGED, FAILED, UNFINISHED)
 _NEEDED = ("params", "tokens", "loss")
 _NUMBERS = (*_NEEDED, "learning_rate", "batch_tokens", "embedding_params", "total_params", "granularity")
+COLUMNS = (*_NUMBERS, "status", "name")
 # Beyond it products of a size and its tokens overflow; far above anything that is trained.
 _LARGEST = 1e30
 _SHOWN_PROBLEMS = 20
@@ -53,32 +55,19 @@ class Observation:
     name: str = ""
 
 
-def read_csv(path: Path) -> list[Observation]:
+def read_csv(path: Path, columns: Mapping[str, str] | None = None) -> list[Observation]:
     """Reads observations; columns beyond those of ``Observation`` are left alone.
+
+    Args:
+        path: the file.
+        columns: its names of columns, by the names that they have here, where they differ.
 
     Raises:
         DataError: with every line that cannot be used.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(Problem(str(path), None, f"cannot be read as text ({error}).")) from None
-    reader = csv.DictReader(text.splitlines())
-    try:
-        columns = [name.strip() for name in reader.fieldnames or []]
-        rows = list(reader)
-    except csv.Error as error:
-        raise DataError(Problem(f"{path}:{reader.line_num}", None, f"is not a line of a CSV ({error}).")) from None
-    if twice := sorted({name for name in columns if columns.count(name) > 1}):
-        raise DataError(Problem(str(path), ", ".join(twice), "is the name of two columns; keep one."))
-    if missing := [name for name in _NEEDED if name not in columns]:
-        fix = f"lacks the column{'s' if len(missing) > 1 else ''} {', '.join(missing)}; the first line names them."
-        raise DataError(Problem(str(path), ",".join(columns) or None, fix))
+    rows = read_table(path, needed=_NEEDED, known=COLUMNS, columns=columns or {})
     found, problems = [], []
-    for number, row in enumerate(rows, start=2):
-        cells = {
-            str(name).strip(): (value or "").strip() for name, value in row.items() if isinstance(value, str | None)
-        }
+    for number, cells in rows:
         wrong = list(_problems(f"{path}:{number}", cells))
         problems += wrong
         if not wrong:
