@@ -7,16 +7,19 @@ moments: 12 bytes per parameter, against 2 of a bf16 weight).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import orjson
 import xxhash
 
-from megatron_qwen.checkpoint.paths import MANIFEST
+from megatron_qwen.checkpoint.paths import GENERATORS, MANIFEST, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.errors import Problem
 
 _CHUNK = 1 << 22
+# What a reader of checkpoints takes, besides the tokenizer: ours, torch's, megatron-core's.
+_SHARDS = (".distcp", ".safetensors")
+_NAMES = (RUN_YAML, STATE, GENERATORS, ".metadata", "metadata.json", "common.pt")
 
 
 @dataclass(frozen=True)
@@ -138,12 +141,22 @@ def damage(directory: Path, names: Iterable[str] | None = None) -> list[Problem]
 
 
 def unknown_files(directory: Path, entries: dict[str, FileEntry]) -> list[Problem]:
-    """Files in a checkpoint directory that its manifest does not list."""
+    """Files of a checkpoint's kind that its manifest does not list: another writer was there.
+
+    What nothing reads is left alone: a note, or what file systems and desktops leave (.nfs0001, .DS_Store).
+    """
     return [
         Problem(str(directory / name), None, "is not in the manifest.")
         for name in files_in(directory)
-        if name not in entries
+        if name not in entries and _would_be_read(name)
     ]
+
+
+def _would_be_read(name: str) -> bool:
+    path = PurePath(name)
+    if path.parts[0] == TOKENIZER:
+        return not path.name.startswith(".")
+    return path.suffix in _SHARDS or name in _NAMES
 
 
 def _file_damage(path: Path, entry: FileEntry) -> list[Problem]:

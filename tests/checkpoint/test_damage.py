@@ -43,6 +43,23 @@ def test_undamaged_is_the_newest(root, caplog):
     assert not caplog.text
 
 
+@pytest.mark.parametrize("name", [".DS_Store", ".nfs000000", "notes.txt", "._metadata", "README.md", "view/plot.png"])
+def test_a_file_that_nothing_reads_is_no_damage(name, root, caplog):
+    path = iteration_dir(root, 8) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("a note")
+    assert find.newest_good(find.resolve(root), strict=True).iteration == 8
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("name", ["__9_0.distcp", "more.safetensors", "common.pt", "tokenizer/vocab.json"])
+def test_a_file_that_would_be_read_is_damage(name, root, caplog):
+    path = iteration_dir(root, 8) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("{}")
+    assert_passed_over(root, path, caplog)
+
+
 def test_every_bit_flip_is_found(root, caplog):
     tried = 0
     for path in all_files(iteration_dir(root, 8)):

@@ -89,7 +89,11 @@ CHECKPOINT: dict[str, tuple[Callable[[Path], Any], str]] = {
         "cut off",
     ),
     "missing shard": (lambda path: (path / "__0_0.distcp").unlink(), "is missing"),
-    "file that is not noted": (lambda path: (path / "more").write_text(""), "not in the manifest"),
+    "shard that is not noted": (lambda path: (path / "__7_0.distcp").write_text(""), "not in the manifest"),
+    "tokenizer that is not noted": (
+        lambda path: ((path / "tokenizer").mkdir(exist_ok=True), (path / "tokenizer/merges.txt").write_text("")),
+        "not in the manifest",
+    ),
     "no manifest": (lambda path: (path / "manifest.json").unlink(), "never committed"),
     "no metadata": (lambda path: ((path / ".metadata").unlink(), sign(path)), ".metadata"),
 }
