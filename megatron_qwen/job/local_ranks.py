@@ -164,7 +164,11 @@ class LocalRanks:
         failed = self.ends()
         if not failed:
             return 0
-        first = next((end for end in failed if end.code not in _CONSEQUENCES), failed[0])
+        # Ranks that end within one look are in the order of their numbers, not of time. Those that this process killed
+        # are not among them: one that SIGKILL ended is why the others lost a peer.
+        causes = [end for end in failed if end.code not in _CONSEQUENCES]
+        killed = [end for end in failed if end.code == -signal.SIGKILL]
+        first = [*causes, *killed, *failed][0]
         log = self.log_dir / f"rank_{first.rank}.log"
         said_by_rank_0 = any(end.rank == 0 and end.code == first.code for end in failed)
         if first.rank and log.is_file() and not said_by_rank_0:

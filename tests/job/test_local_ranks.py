@@ -47,3 +47,35 @@ def test_a_signal_during_the_start_reaches_every_rank(size, handlers, tmp_path: 
     ranks = Signalled(tmp_path, world_size=size, log_dir=tmp_path / "logs")
     assert ranks.run() == 75
     assert sorted(end.code for end in ranks.ends()) == [75] * size
+
+
+class Ended(LocalRanks):
+    """Ranks that have ended in given ways before anybody looks."""
+
+    ways: tuple[str, ...] = ()
+
+    def _start(self, rank: int, port: int, output: IO[bytes] | None) -> "subprocess.Popen[bytes]":
+        process = subprocess.Popen([sys.executable, "-c", f"import os, signal; {self.ways[rank]}"])
+        process.wait()
+        return process
+
+
+LOST, KILLED, FAILED = "os._exit(76)", "os.kill(os.getpid(), signal.SIGKILL)", "os._exit(3)"
+
+
+@pytest.mark.parametrize(
+    ("ways", "code", "told"),
+    [
+        ((LOST, KILLED), 76, "rank 1 was killed by SIGKILL"),  # the others lost it
+        ((KILLED, LOST, LOST), 76, "rank 0 was killed by SIGKILL"),
+        ((LOST, KILLED, FAILED), 3, ""),  # its own error is the cause
+        ((LOST, LOST), 76, ""),
+    ],
+)
+def test_the_cause_is_told_whoever_is_looked_at_first(ways, code, told, handlers, tmp_path, capsys):
+    ranks = Ended(tmp_path, world_size=len(ways), log_dir=tmp_path / "logs")
+    ranks.ways = ways
+    assert ranks.run() == code
+    said = capsys.readouterr().err
+    assert ("was killed by" in said) is bool(told)
+    assert told in said
