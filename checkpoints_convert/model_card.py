@@ -1,6 +1,7 @@
 """README.md of an exported model: what it is, what it was trained on, where it comes from."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def model_card(
     ]
     proof = (
         "`manifest.json` holds the SHA-256 of every file and a hash of every tensor; "
-        f"`mq convert verify {name} {name}/manifest.json` compares them."
+        f"`mq convert verify {shlex.quote(name)} {shlex.quote(f'{name}/manifest.json')}` compares them."
     )
     return "\n".join([*front, "---", "", f"# {name}", "", *table, "", *use, "", proof, ""])
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -61,7 +62,8 @@ def _submit(options: argparse.Namespace, overrides: list[str]) -> int:
         print(submit.as_json([submitted]))
         return 0
     print(f"submitted {submitted.name} as job {', '.join(submitted.jobs)}", *submitted.notes, sep="\n  ")
-    print(f"  status: mq launch status {submitted.run_dir}\n  logs:   mq launch logs {submitted.run_dir} --follow")
+    where = shlex.quote(str(submitted.run_dir))
+    print(f"  status: mq launch status {where}\n  logs:   mq launch logs {where} --follow")
     return 0
 
 
@@ -98,7 +100,7 @@ def _array(options: argparse.Namespace, overrides: list[str]) -> int:
     else:
         for item in submitted:
             print(f"submitted {item.name} as job {', '.join(item.jobs)}")
-        print(f"  status: mq launch status {base.run_dir.parent}")
+        print(f"  status: mq launch status {shlex.quote(str(base.run_dir.parent))}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import shutil
 import stat
 from collections.abc import Iterator
@@ -117,7 +118,7 @@ def _run_directory(request: SubmitRequest) -> Iterator[Finding]:
         elif found.st_uid != os.getuid():
             yield error(Problem("--run-dir", path, "belongs to another user; choose another name."))
         elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            fix = f"is writable by others, who could make the job run their code; chmod 700 {path}."
+            fix = f"is writable by others, who could make the job run their code; chmod 700 {shlex.quote(str(path))}."
             yield error(Problem("--run-dir", path, fix))
     for parent in path.parents:
         if parent.is_dir():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -153,9 +154,9 @@ def _with_scheduler(
     held = [queue[job] for job in jobs if job in queue and queue[job].is_held]
     if held:
         command = f"scontrol release {' '.join(job.job_id for job in held)}"
-        return "held", held[0].reason, f"{command}   (or: mq launch requeue {run.path})"
+        return "held", held[0].reason, f"{command}   (or: mq launch requeue {shlex.quote(str(run.path))})"
     if not unfinished:
-        return state, reason, f"mq launch requeue {run.path}" if state == RunState.STOPPED else ""
+        return state, reason, f"mq launch requeue {shlex.quote(str(run.path))}" if state == RunState.STOPPED else ""
     waiting = [queue[job] for job in jobs if job in queue and queue[job].state == "PENDING"]
     if waiting and len(waiting) == len(jobs):
         return (state if state == RunState.REQUEUED else RunState.QUEUED), f"waits: {waiting[0].reason}", ""
@@ -164,7 +165,7 @@ def _with_scheduler(
             queue[job].state for job in newest.jobs if job in queue
         }
         how = f"Slurm reports {', '.join(sorted(ends))}" if ends else "its job is gone"
-        return "lost", f"{how}, and no end was recorded", f"mq launch requeue {run.path}"
+        return "lost", f"{how}, and no end was recorded", f"mq launch requeue {shlex.quote(str(run.path))}"
     return RunState.RUNNING, "" if state != RunState.RUNNING else reason, ""
 
 

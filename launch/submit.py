@@ -1,6 +1,7 @@
 """``mq launch submit``: preflight, freeze, hand over; and the same for many runs as one array."""
 
 import json
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -73,9 +74,8 @@ def _in_the_way(request: SubmitRequest, directory: RunDirectory, digest: str | N
         raise ConfigError(problems)
     queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
     if jobs := run_jobs.active(directory, queue):
-        fix = (
-            f"is already in progress as job {', '.join(jobs)}; see `mq launch status {request.run_dir}`, or cancel it."
-        )
+        status = f"mq launch status {shlex.quote(str(request.run_dir))}"
+        fix = f"is already in progress as job {', '.join(jobs)}; see `{status}`, or cancel it."
         raise ConfigError(Problem("run", request.name, fix))
     if directory.state() is RunState.DONE and directory.run_yaml.is_file():
         there = resolve(str(directory.run_yaml), [], RECIPES)
