@@ -66,6 +66,7 @@ def mq(checkout: Path, *arguments: str, cwd: Path | None = None, script: Path | 
         [str(script or checkout / "mq"), *arguments],
         capture_output=True,
         text=True,
+        encoding="utf-8",
         cwd=cwd,
         env=environment(**more),
         timeout=300,
@@ -116,6 +117,19 @@ def test_sets_up_again_when_constraints_change(ready):
     (checkout / "constraints.txt").write_text("# changed\n")
     assert "setting up" in mq(checkout, "recipes").stderr
     assert mq(checkout, "recipes").stderr == ""
+
+
+@pytest.mark.parametrize("locale", ["C", "POSIX", "en_US.ISO-8859-1"])
+def test_text_is_utf8_whatever_the_locale_says(locale, ready):
+    checkout, _ = ready
+    program = checkout / "tools" / "recipes.py"
+    kept = program.read_text()
+    program.write_text("import os, sys\nprint(sys.argv[1], sys.stdout.encoding, os.fsencode(sys.argv[1]))\n")
+    try:
+        done = mq(checkout, "recipes", "你好", LC_ALL=locale, LANG=locale, PYTHONIOENCODING="", PYTHONUTF8="0")
+    finally:
+        program.write_text(kept)
+    assert done.stdout == f"你好 utf-8 {'你好'.encode()}\n"
 
 
 def installer(checkout: Path, package: str) -> str:
