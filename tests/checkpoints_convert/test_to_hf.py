@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 import xxhash
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -184,3 +186,41 @@ def test_manifest_and_model_card(finished_run, tmp_path):
     card = (tmp_path / "hf" / "README.md").read_text()
     for text in ("license: apache-2.0", "`Qwen2ForCausalLM`", "| Tokens seen | 2,048 |", f"{loss:.4f} nats", "189,504"):
         assert text in card, text
+
+
+def test_a_sentencepiece_tokenizer_is_released_in_a_form_that_others_load(finished_run, corpus, tmp_path):
+    """transformers would build Qwen2's own tokenizer from the model type, which gives other ids."""
+    known = set("abcdefghijklmnopqrstuvwxyz ():+=")  # few letters: the model has room for 320 pieces
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    lines = [json.dumps({"text": "".join(filter(known.__contains__, text.lower()))}) for text in texts]
+    (tmp_path / "few.jsonl").write_text("\n".join(lines))
+    words = ["--kind", "sentencepiece", "--vocab-size", 320, "--output", tmp_path / "tok", tmp_path / "few.jsonl"]
+    run("tools.data", "tokenizer", "train", *words, check=True)
+    export = ["to-hf", finished_run, tmp_path / "hf", "--tokenizer", tmp_path / "tok"]
+    done = run("checkpoints_convert.convert", *export, check=True)
+    assert "AutoTokenizer does not load this tokenizer rightly" in done.stderr
+    card = (tmp_path / "hf/README.md").read_text()
+    assert "from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast" in card
+    (named,) = re.findall(r"tokenizer = (\w+)\.from_pretrained", card)
+    text = "def f(x):\n    return x + 10  # naïve  你好\n"
+    ids = load_tokenizer(tmp_path / "tok").encode_batch([text])[0]
+    loaded = getattr(transformers, named).from_pretrained(tmp_path / "hf")
+    assert loaded(text, add_special_tokens=False)["input_ids"] == ids
+    assert loaded.decode(ids) == text
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf")(text)["input_ids"] != ids
+    assert (tmp_path / "hf/tokenizer.model").read_bytes() == (tmp_path / "tok/tokenizer.model").read_bytes()
+    prompt = ["--prompt", "def f", "--max-new-tokens", 3, "--json"]
+    assert json.loads(run("tools.generate", tmp_path / "hf", *prompt, check=True).stdout)[0]["prompt"] == "def f"
+    # A second attempt finds the first one's work complete: the files are a function of the run.
+    run("checkpoints_convert.convert", *export, check=True)
+
+
+def test_verify_compares_the_tokenizers(finished_run, tmp_path):
+    export_run(finished_run, tmp_path / "hf")
+    path = tmp_path / "hf/tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content))
+    done = run("checkpoints_convert.convert", "verify", finished_run, tmp_path / "hf")
+    assert done.returncode == 1
+    assert "tokenizer tokenizer.json: differs" in done.stdout
