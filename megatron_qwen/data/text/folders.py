@@ -1,5 +1,6 @@
 """What lies below a folder, and what a pattern matches. Links are followed, each place is entered once."""
 
+import glob
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,6 +52,8 @@ def matches(pattern: str) -> Iterator[Path]:
     for part in path.relative_to(path.anchor).parts:
         if part == "**":
             bases = [folder for base in bases for folder in _folders_below(base)]
+        elif not glob.has_magic(part):  # also ..
+            bases = [base / part for base in bases if os.path.lexists(base / part)]
         else:
             bases = [
                 found

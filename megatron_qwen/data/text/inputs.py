@@ -137,14 +137,14 @@ class _Search:
 
     def _several(self, name: str, find: Callable[[], Iterable[tuple[Path, Path]]], none: str) -> None:
         """Files below a folder, or that a pattern matches."""
-        files, left_out = len(self.found.files), len(self.found.left_out)
+        files, left_out, problems = len(self.found.files), len(self.found.left_out), len(self.problems)
         try:
             for path, inside in find():
                 self._consider(name, path, inside)
         except OSError as error:
             self.problems.append(Problem(str(error.filename or name), None, f"cannot be read ({error.strerror})."))
             return
-        if len(self.found.files) == files and not any(item.value == name for item in self.problems):
+        if len(self.found.files) == files and len(self.problems) == problems:
             there = Inputs(left_out=self.found.left_out[left_out:])
             told = f"; {'; '.join(str(there).splitlines())}" if there.left_out else ""
             self.problems.append(Problem(name, None, f"{none}{told}."))

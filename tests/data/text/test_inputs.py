@@ -169,6 +169,8 @@ def test_relative_patterns(tmp_path, monkeypatch):
     put(tmp_path / "a/x.jsonl")
     monkeypatch.chdir(tmp_path)
     assert [file.path for file in find_inputs(["**/*.jsonl"]).files] == [Path("a/x.jsonl")]
+    monkeypatch.chdir(tmp_path / "a")
+    assert [file.path for file in find_inputs(["../*/*.jsonl"]).files] == [Path("../a/x.jsonl")]
 
 
 def test_lists(tmp_path):
