@@ -72,7 +72,7 @@ def _if_of(content: dict[str, Any], architecture: Architecture) -> dict[str, Any
 
 
 # What no reader should have to guess, and what older versions of transformers know by this name alone.
-_ALWAYS = ("model_type", "architectures", "torch_dtype", "rope_theta", *IDS)
+_ALWAYS = ("model_type", "architectures", "torch_dtype", "rope_theta", "num_experts", *IDS)
 # By training: positions with the sequence length, the others with the run's configuration.
 _MAY_CHANGE = (
     "max_position_embeddings",

@@ -16,29 +16,29 @@ def optional_packages(request: SubmitRequest) -> Iterator[Finding]:
     """What is missing. Jobs run in this environment; what a container holds is not known here."""
     if request.cluster.container is not None:
         return
-    for field, value, module, extra in _needs(request.config):
+    # Without the values, which may be secrets that other checks refuse.
+    for field, module, extra in _needs(request.config):
         if not _is_there(module):
             fix = f"needs the package {module}, which is not installed: pip install 'megatron_qwen[{extra}]'."
-            yield error(Problem(field, value, fix))
-    project = request.config.metrics.wandb_project
-    if project is not None and _is_there("wandb") and not _has_key(request):
+            yield error(Problem(field, None, fix))
+    if request.config.metrics.wandb_project is not None and _is_there("wandb") and not _has_key(request):
         fix = (
             "needs a key in the job, and there is none: pass WANDB_API_KEY (pass_environment of the cluster), run "
             "`wandb login`, or set WANDB_MODE=offline in environment of the cluster."
         )
-        yield warning(Problem("metrics.wandb_project", project, fix))
+        yield warning(Problem("metrics.wandb_project", None, fix))
 
 
-def _needs(config: RunConfig) -> Iterator[tuple[str, str, str, str]]:
-    """Field, value, module and the extra of this project that installs it."""
+def _needs(config: RunConfig) -> Iterator[tuple[str, str, str]]:
+    """Field, module and the extra of this project that installs it."""
     if config.metrics.wandb_project is not None:
-        yield "metrics.wandb_project", config.metrics.wandb_project, "wandb", "wandb"
+        yield "metrics.wandb_project", "wandb", "wandb"
     if config.data.loader == "dali":
-        yield "data.loader", "dali", "nvidia.dali", "dali"
+        yield "data.loader", "nvidia.dali", "dali"
     if config.precision.backend == "te":
-        yield "precision.backend", "te", "transformer_engine", "gpu"
+        yield "precision.backend", "transformer_engine", "gpu"
     if config.data.path is not None and "://" in config.data.path:
-        yield "data.path", config.data.path, "multistorageclient", "object-store"
+        yield "data.path", "multistorageclient", "object-store"
 
 
 def _is_there(module: str) -> bool:

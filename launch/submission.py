@@ -39,7 +39,8 @@ def setup_lines(request: SubmitRequest) -> list[str]:
         lines += ["type module >/dev/null 2>&1 || . /etc/profile"]
         lines += [f"module load {shlex.quote(name)}" for name in cluster.modules]
     lines += cluster.setup
-    lines += ["export PYTHONUTF8=1  # as mq does, whatever locale a node has"]
+    # UTF-8 as mq has it, whatever the node's locale. No comment in the line: the local executor joins lines by &&.
+    lines += ["export PYTHONUTF8=1"]
     lines += [f"export PYTHONPATH={shlex.quote(str(RunDirectory(request.run_dir).code))}"]
     return lines
 

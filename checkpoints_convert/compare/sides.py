@@ -17,7 +17,7 @@ from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.data.tokenizers.release import released_files
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
-from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.errors import ConversionError, DataError, Problem
 from megatron_qwen.hf.config import hf_config
 
 
@@ -102,13 +102,21 @@ def _checkpoint_side(path: Path, iteration: int | None, config: str | None, over
         source.path,
         "checkpoint",
         source.config.architecture,
-        exported_config(source, dtype=""),
+        _exported(source),
         _described(weights),
         weights,
         files,
         directory,
         checkpoint=source,
     )
+
+
+def _exported(source: CheckpointSource) -> dict[str, Any] | None:
+    """config.json of an export; None where there can be none, which is no fault of a comparison."""
+    try:
+        return exported_config(source, dtype="")
+    except (ConversionError, DataError):
+        return None
 
 
 def _described(source: TensorSet) -> dict[str, tuple[tuple[int, ...], str, str | None]]:

@@ -87,11 +87,12 @@ def test_every_truncation_is_found(root, caplog):
 def test_a_missing_file_is_found(root, caplog):
     for path in all_files(iteration_dir(root, 8)):
         if path.name != MANIFEST:
-            path.rename(path.with_name("away"))
+            away = path.with_name("away.distcp")
+            path.rename(away)
             found = manifest.damage(iteration_dir(root, 8))
             assert [path.name in str(problem) for problem in found].count(True) == 1
-            assert any("away" in str(problem) for problem in found), "an extra file goes unnoticed"
-            path.with_name("away").rename(path)
+            assert any(away.name in str(problem) for problem in found), "an extra shard goes unnoticed"
+            away.rename(path)
 
 
 def test_without_a_manifest_it_was_never_committed(root):

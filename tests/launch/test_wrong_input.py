@@ -232,7 +232,7 @@ def test_tokenizer_that_does_not_match_the_data(tokens, corpus, tmp_path):
         ("number.jsonl", b'{"text": 5}\n', ["number.jsonl:1"]),
         ("half.jsonl", b'{"text": "a\\ud800b"}\n', ["half.jsonl:1", "surrogate"]),
         ("deep.jsonl", b"[" * 100_000 + b"\n", ["deep.jsonl:1", "not JSON"]),
-        ("page.pdf", b"%PDF", ["page.pdf", ".jsonl, .txt"]),
+        ("page.pdf", b"%PDF", ["page.pdf", ".jsonl, .ndjson, .json, .txt, .parquet"]),
     ],
 )
 def test_unreadable_or_empty_text(name, content, named, tokenizer, tmp_path):

@@ -147,7 +147,10 @@ class _SpoiltLoss:
         def reduced(result: Any) -> tuple[Any, Any, dict[str, Any]]:
             loss, weight, report = reduce(result)
             if self.spoilt("loss"):
-                report = {name: value.new_tensor([float("nan"), float(value[1])]) for name, value in report.items()}
+                report = {
+                    name: value.new_tensor([float(value[0]), float("nan"), float(value[2])])
+                    for name, value in report.items()
+                }
             return loss, weight, report
 
         return output, reduced

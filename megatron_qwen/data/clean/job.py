@@ -16,7 +16,8 @@ from megatron_qwen.data.clean.duplicates import ExactDuplicates, NearDuplicates,
 from megatron_qwen.data.clean.filters import Contamination, Filter, LengthAndCharacters, Quality
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
 from megatron_qwen.data.text.blocks import ReadOptions, as_text
-from megatron_qwen.data.text.inputs import InputFile, LeftOut
+from megatron_qwen.data.text.formats import InputFile
+from megatron_qwen.data.text.inputs import LeftOut
 from megatron_qwen.data.text.records import FileSpan, read_span
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads
 from megatron_qwen.errors import ConfigError, DataError, Problem

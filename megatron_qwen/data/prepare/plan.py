@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.data.text.blocks import ReadOptions
-from megatron_qwen.data.text.formats import Compression, FileFormat
-from megatron_qwen.data.text.inputs import InputFile, LeftOut
+from megatron_qwen.data.text.formats import Compression, FileFormat, InputFile
+from megatron_qwen.data.text.inputs import LeftOut
 from megatron_qwen.data.text.records import FileSpan
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, document_encoding
 

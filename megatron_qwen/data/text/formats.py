@@ -1,7 +1,8 @@
 """Formats of input files, as their names tell them."""
 
+from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 
 class FileFormat(StrEnum):
@@ -20,6 +21,23 @@ class Compression(StrEnum):
     ZSTD = "zstd"
     BZIP2 = "bzip2"
     XZ = "xz"
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file of documents.
+
+    Args:
+        path: of the file.
+        format: how documents are stored in it.
+        compression: how it is compressed.
+        size: bytes on disk.
+    """
+
+    path: Path
+    format: FileFormat
+    compression: Compression
+    size: int
 
 
 # Corpora are published under all of these: C4 and RedPajama as .json.gz, The Pile as .jsonl.zst, others as .ndjson.

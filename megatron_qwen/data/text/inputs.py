@@ -13,31 +13,16 @@ from megatron_qwen.data.text.formats import (
     KNOWN_ENDINGS,
     Compression,
     FileFormat,
+    InputFile,
     format_of,
     may_be_one_value,
     why_no_data,
 )
+from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
 
 _FIRST_BYTES = 1 << 16
 _NAMED = 5
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file of documents.
-
-    Args:
-        path: of the file.
-        format: how documents are stored in it.
-        compression: how it is compressed.
-        size: bytes on disk.
-    """
-
-    path: Path
-    format: FileFormat
-    compression: Compression
-    size: int
 
 
 @dataclass(frozen=True)
@@ -241,8 +226,6 @@ def _listed(path: Path, problems: list[Problem]) -> Iterator[str]:
 
 def _first_bytes(file: InputFile) -> bytes:
     """The beginning of a file's content; less, or nothing, where it is damaged: reading it all will tell."""
-    from megatron_qwen.data.text.unpack import unpacked
-
     found = b""
     try:
         for piece in unpacked(file, lambda _: None):

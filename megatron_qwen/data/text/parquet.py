@@ -8,7 +8,7 @@ import pyarrow.parquet
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take
 from megatron_qwen.data.text.filters import lookup
-from megatron_qwen.data.text.inputs import InputFile
+from megatron_qwen.data.text.formats import InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _ROWS = 256

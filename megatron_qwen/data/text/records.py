@@ -9,8 +9,7 @@ import orjson
 
 from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take
 from megatron_qwen.data.text.filters import lookup
-from megatron_qwen.data.text.formats import Compression, FileFormat
-from megatron_qwen.data.text.inputs import InputFile
+from megatron_qwen.data.text.formats import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem

@@ -8,8 +8,7 @@ from typing import Any
 
 import zstandard
 
-from megatron_qwen.data.text.formats import Compression
-from megatron_qwen.data.text.inputs import InputFile
+from megatron_qwen.data.text.formats import Compression, InputFile
 from megatron_qwen.errors import DataError, Problem
 
 _PLAIN_BYTES = 1 << 22
