@@ -256,8 +256,10 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def _configurations(a: Side, b: Side) -> list[Difference]:
     ours, theirs = a.config(), b.config()
     if a.stated is not None and b.stated is not None:
-        ours |= {**keys_with_effect(a.stated), **{name: a.stated.get(name) for name in IDS}}
-        theirs |= {**keys_with_effect(b.stated), **{name: b.stated.get(name) for name in IDS}}
+        # An id that one side leaves open is no difference: an export takes it from the tokenizer.
+        ids = [name for name in IDS if a.stated.get(name) is not None and b.stated.get(name) is not None]
+        ours |= {**keys_with_effect(a.stated), **{name: a.stated[name] for name in ids}}
+        theirs |= {**keys_with_effect(b.stated), **{name: b.stated[name] for name in ids}}
     return [
         Difference("configuration", name, f"is {ours.get(name)!r} and {theirs.get(name)!r}")
         for name in sorted(ours.keys() | theirs.keys())
