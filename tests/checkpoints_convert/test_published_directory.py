@@ -116,8 +116,11 @@ def test_where_the_directory_was_made_is_not_repeated(hf, tmp_path):
 def test_verify_notices_other_ids(hf, tmp_path):
     other = shutil.copytree(hf, tmp_path / "other")
     config = json.loads((hf / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": 5}))
+    for directory, index in ((hf, 4), (other, 5)):
+        (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": index}))
     assert "eos_token_id" in convert("verify", hf, other, exit_code=1)
+    (other / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    convert("verify", hf, other)
 
 
 def test_the_ids_go_along_with_the_tokenizer(tmp_path, tokenizer):
