@@ -116,13 +116,16 @@ def test_branches_begin_where_their_stem_was(finished):
             assert steps == list(range(cell["from"] + 1, cell["iterations"] + 1))
 
 
-def test_fit_reads_the_study(finished, tmp_path):
+def test_fit_reads_the_study_and_refuses_what_determines_no_law(finished):
     study, _, _ = finished
-    content = json.loads(run("launch.sweep", "fit", study, "--draws", "20", "--json", check=True).stdout)
-    assert content["counts"] == {"done": 3, "diverged": 2, "failed": 1, "unfinished": 0}
-    assert any("losses are mean of the last" in note or "losses are validation" in note for note in content["notes"])
+    (study / "fit.json").unlink(missing_ok=True)
+    done = run("launch.sweep", "fit", study, "--draws", "20", "--json")
+    assert done.returncode == 3
+    assert "6 observations: determine no law: " in done.stderr
+    assert "2 diverged, not fitted" in done.stderr
+    assert "1 failed, not fitted" in done.stderr
     assert (study / "observations.csv").is_file()
-    assert (study / "fit.json").is_file()
+    assert not (study / "fit.json").exists()
 
 
 def test_report(finished):
@@ -130,6 +133,9 @@ def test_report(finished):
     done = run("launch.sweep", "report", study, check=True)
     page = (study / "report.html").read_text()
     assert f"written: {study / 'report.html'}" in done.stdout
+    content = json.loads((study / "fit.json").read_text())
+    assert content["counts"] == {"done": 3, "diverged": 2, "failed": 1, "unfinished": 0}
+    assert any("losses are mean of the last" in note or "losses are validation" in note for note in content["notes"])
     for name, row in rows(study).items():
         if row[1] == "cell":
             assert name in page
