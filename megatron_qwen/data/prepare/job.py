@@ -114,12 +114,17 @@ def _make(
         # Loaded while the workers run already: their parts are used only if the comparison with the tokenizer succeeds.
         tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
         dtype = token_dtype(tokenizer.vocab_size)
+        ordinary = [text for text in PROBES if not encoders.spells_control(text, tokenizer)]
         if not isinstance(encoder, TokenizerEncoder):
-            _prove(encoder, tokenizer, plan.documents)
+            _prove(encoder, tokenizer, plan.documents, ordinary)
+        unproven = not isinstance(encoder, TokenizerEncoder)  # for texts that spell control tokens
         for message in messages:
             if isinstance(message, EncodingProgress):
                 on_progress(message)
                 continue
+            if message.spelled and unproven:
+                unproven = False
+                _prove(encoder, tokenizer, plan.documents, PROBES)
             _compare(message, tokenizer, plan.documents)
             message.samples.clear()
             parts[message.key] = message
@@ -146,8 +151,8 @@ def _append_ready(writer: ShardWriter, parts: dict[str, Part], old: frozenset[st
     return len(writer.parts) == len(units)
 
 
-def _prove(encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions) -> None:
-    if (text := encoders.difference(encoder, tokenizer, PROBES, options)) is not None:
+def _prove(encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions, texts: Sequence[str]) -> None:
+    if (text := encoders.difference(encoder, tokenizer, texts, options)) is not None:
         raise _OtherIds(text)
 
 

@@ -80,3 +80,21 @@ def test_documents_end_as_asked(tokenizer, tmp_path):
     noted = make(tokenizer, tmp_path / "out", source, end_token="<|im_end|>")
     assert noted.end_of_text == noted.control_tokens["<|im_end|>"]
     assert {ids[-1] for ids in ids_of(tmp_path / "out", noted)} == {noted.end_of_text}
+
+
+class LyingAboutControl(encoders.GigatokenEncoder):
+    """A fast encoder that is wrong where a text spells a control token, and nowhere else."""
+
+    def encode(self, text):
+        yield from super().encode(text.replace("<|im_start|>", "<|im_star|>"))
+
+
+@pytest.mark.parametrize("documents", [SPELLED, ["plain", "<|endoftext|>"]])
+def test_an_encoder_that_is_wrong_about_spelled_tokens_is_not_used(documents, tokenizer, tmp_path, monkeypatch):
+    """It is tried on them as soon as one document spells any; the probes have the others."""
+    source = write_jsonl(tmp_path / "a.jsonl", documents)
+    right = make(tokenizer, tmp_path / "right", source)
+    monkeypatch.setattr(encoders, "GigatokenEncoder", LyingAboutControl)
+    noted = make(tokenizer, tmp_path / "out", source)
+    assert "gigatoken gives other ids for" in noted.encoder
+    assert noted.bin_xxh3_128 == right.bin_xxh3_128
