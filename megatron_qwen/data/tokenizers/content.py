@@ -48,11 +48,11 @@ class TokenizerContent:
             content = orjson.loads(path.read_bytes() if data is None else data)
             self.model: dict[str, Any] = content["model"]
             self.added: list[dict[str, Any]] = content.get("added_tokens") or []
-            unknown = self.model.get("unk_token"), self.model.get("unk_id")  # the model gives it for what it lacks
+            unknown = self.model.get("unk_token"), self.model.get("unk_id")
             self.control = {
                 str(token["content"]): int(token["id"])
                 for token in self.added
-                if _is_control(token) and token["content"] != unknown[0] and token["id"] != unknown[1]
+                if _is_control(token) and not _is_given_for_unknown(token, *unknown)
             }
             self.added_ids = {str(token["content"]): int(token["id"]) for token in self.added}
         except OSError as error:
@@ -155,6 +155,13 @@ class TokenizerContent:
         ]
         deciding = [model, self.normalizer, self.pre_tokenizer, added]
         return hashlib.sha256(orjson.dumps(deciding, option=orjson.OPT_SORT_KEYS)).hexdigest()
+
+
+def _is_given_for_unknown(token: Mapping[str, Any], name: object, index: object) -> bool:
+    """Whether a model gives a token for what it lacks, so that a text has it without spelling it. Byte-level models lack
+    nothing: some files name their <|endoftext|> as unknown token all the same.
+    """
+    return (token["content"] == name or token["id"] == index) and not token["content"].startswith("<|")
 
 
 def _is_control(token: Mapping[str, Any]) -> bool:

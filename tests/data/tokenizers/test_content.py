@@ -147,6 +147,14 @@ def test_added_words_that_are_no_control_tokens_stay_words(tokenizer, tmp_path):
         assert word in ours.encode_batch(["a megatron b<|im_start|>"], control_as_text=as_text)[0]
 
 
+def test_an_end_token_that_a_file_calls_unknown_is_still_one_that_texts_spell(tokenizer, tmp_path):
+    """As files of GPT-2's kind do; the model gives it for nothing, because it has all bytes."""
+    other = changed(tokenizer, tmp_path / "a", lambda content: content["model"].update(unk_token="<|endoftext|>"))
+    assert "<|endoftext|>" in TokenizerContent(other / "tokenizer.json").control
+    (ids,) = load_tokenizer(other).encode_batch(["a<|endoftext|>b"], control_as_text=True)
+    assert load_tokenizer(other).end_of_text not in ids
+
+
 def test_control_tokens_of_qwen_that_its_files_do_not_call_special(tokenizer, tmp_path):
     def change(content: dict[str, Any]) -> None:
         last = copy.deepcopy(content["added_tokens"][-1])
