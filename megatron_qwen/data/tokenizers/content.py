@@ -158,8 +158,9 @@ class TokenizerContent:
 
 
 def _is_given_for_unknown(token: Mapping[str, Any], name: object, index: object) -> bool:
-    """Whether a model gives a token for what it lacks, so that a text has it without spelling it. Byte-level models lack
-    nothing: some files name their <|endoftext|> as unknown token all the same.
+    """Whether a model gives a token for what it lacks, so that a text has it without spelling it.
+
+    Byte-level models lack nothing: some files name their <|endoftext|> as unknown token all the same.
     """
     return (token["content"] == name or token["id"] == index) and not token["content"].startswith("<|")
 

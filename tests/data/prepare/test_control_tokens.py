@@ -11,7 +11,7 @@ from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.tokenizers import encoder as encoders
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, load_tokenizer
 from tests.conftest import run
-from tests.data.prepare.test_prepare import write_jsonl
+from tests.data.prepare.test_prepare import lying, write_jsonl
 
 SPELLED = ["a <|endoftext|> b <|im_start|>user hi<|im_end|>", "plain", "<|endoftext|>" * 3, "x" * 100]
 
@@ -82,19 +82,12 @@ def test_documents_end_as_asked(tokenizer, tmp_path):
     assert {ids[-1] for ids in ids_of(tmp_path / "out", noted)} == {noted.end_of_text}
 
 
-class LyingAboutControl(encoders.GigatokenEncoder):
-    """A fast encoder that is wrong where a text spells a control token, and nowhere else."""
-
-    def encode(self, text):
-        yield from super().encode(text.replace("<|im_start|>", "<|im_star|>"))
-
-
 @pytest.mark.parametrize("documents", [SPELLED, ["plain", "<|endoftext|>"]])
 def test_an_encoder_that_is_wrong_about_spelled_tokens_is_not_used(documents, tokenizer, tmp_path, monkeypatch):
     """It is tried on them as soon as one document spells any; the probes have the others."""
     source = write_jsonl(tmp_path / "a.jsonl", documents)
     right = make(tokenizer, tmp_path / "right", source)
-    monkeypatch.setattr(encoders, "GigatokenEncoder", LyingAboutControl)
+    monkeypatch.setattr(encoders, "GigatokenEncoder", lying("<|im_start|>", "<|im_star|>"))
     noted = make(tokenizer, tmp_path / "out", source)
     assert "gigatoken gives other ids for" in noted.encoder
     assert noted.bin_xxh3_128 == right.bin_xxh3_128

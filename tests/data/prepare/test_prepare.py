@@ -173,17 +173,20 @@ def test_documents_of_a_text_file_by_separator(tokenizer, tmp_path):
     assert (noted.read, noted.empty) == (4, 1)
 
 
-class Lying(encoders.GigatokenEncoder):
-    """A fast encoder that is wrong about one letter."""
+def lying(said: str, heard: str) -> type[encoders.GigatokenEncoder]:
+    """A fast encoder that is wrong about one text."""
 
-    def encode(self, text):
-        yield from super().encode(text.replace("q", "k"))
+    class Lying(encoders.GigatokenEncoder):
+        def encode(self, text):
+            yield from super().encode(text.replace(said, heard))
+
+    return Lying
 
 
 def test_an_encoder_that_is_wrong_is_not_used(tokenizer, tmp_path, monkeypatch, caplog):
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     right = make(tokenizer, tmp_path / "right", source)
-    monkeypatch.setattr(encoders, "GigatokenEncoder", Lying)
+    monkeypatch.setattr(encoders, "GigatokenEncoder", lying("q", "k"))
     noted = make(tokenizer, tmp_path / "out", source)
     assert "gigatoken gives other ids for" in noted.encoder
     assert "slower" in caplog.text
@@ -193,7 +196,7 @@ def test_an_encoder_that_is_wrong_is_not_used(tokenizer, tmp_path, monkeypatch, 
 def test_a_sample_of_every_unit_is_compared(tokenizer, tmp_path, monkeypatch):
     """Wrong ids that no probe shows are found in the data."""
     monkeypatch.setattr("megatron_qwen.data.prepare.job.PROBES", ())
-    monkeypatch.setattr(encoders, "GigatokenEncoder", Lying)
+    monkeypatch.setattr(encoders, "GigatokenEncoder", lying("q", "k"))
     noted = make(tokenizer, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["quick question"] * 50))
     assert "gigatoken gives other ids for 'q'" in noted.encoder
     assert texts_of(tmp_path / "out", tokenizer) == ["quick question"] * 50
@@ -268,7 +271,7 @@ def test_a_bad_record_in_the_last_shard_keeps_the_others(tokenizer, tmp_path):
 
 def test_a_slow_encoder_stays_chosen(tokenizer, tmp_path, monkeypatch):
     """After a mismatch another attempt does not begin anew once more."""
-    monkeypatch.setattr(encoders, "GigatokenEncoder", Lying)
+    monkeypatch.setattr(encoders, "GigatokenEncoder", lying("q", "k"))
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     assert make(tokenizer, tmp_path / "out", source, task=ShardTask(0, 2), shard_bytes=60_000) is None
     first = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("out_*.bin")}
