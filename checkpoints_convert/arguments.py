@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 
+from checkpoints_convert.quantize.arguments import quantize_parser
 from megatron_qwen.cli import Parser
 from megatron_qwen.errors import ConfigError, Problem
 
@@ -16,7 +17,7 @@ _DTYPES = ["bf16", "fp16", "fp32"]
 _CONFIG_HELP = (
     "recipe or run.yaml, for a checkpoint of Megatron-LM or Megatron-Bridge; followed by section.field=value overrides"
 )
-TAKES_OVERRIDES = ("to-hf", "verify", "diff", "upcycle")
+TAKES_OVERRIDES = ("to-hf", "verify", "diff", "upcycle", "quantize")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     _inspect_parser(actions)
     _diff_parser(actions)
     _upcycle_parser(actions)
+    _writing_options(quantize_parser(actions), default=_SHARD_SIZE)
     return parser
 
 
@@ -91,7 +93,8 @@ def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "verify",
         help="compare two models",
         description="Compares every tensor (shape, format, bits), the configuration and the tokenizer of A and B, each "
-        "a checkpoint, a Hugging Face directory or a manifest.json. Exit code 1 where anything differs.",
+        "a checkpoint, a Hugging Face directory or a manifest.json. A quantized directory is compared with the "
+        "original by what rounding to nearest would give on its own grid. Exit code 1 where anything differs.",
         examples=[
             "mq convert verify runs/first out/first-hf",
             "mq convert verify out/first-hf out/first-hf/manifest.json",
@@ -120,12 +123,14 @@ def _verify_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
 def _inspect_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser = actions.add_parser(
         "inspect",
-        help="what is in a checkpoint",
-        description="Lists tensors, sizes, parts of the model, iteration and the layout that wrote a checkpoint; reads "
-        "no weights.",
+        help="what is in a checkpoint or a Hugging Face directory",
+        description="Lists tensors, sizes and parts of the model; of a checkpoint, the iteration and the layout that "
+        "wrote it; of a Hugging Face directory, bits a weight and how it is quantized. Reads no weights.",
         examples=["mq convert inspect runs/first", "mq convert inspect megatron/iter_0005000 --json"],
     )
-    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
+    parser.add_argument(
+        "checkpoint", type=Path, help="a run directory, a checkpoint root, one iteration, or a Hugging Face directory"
+    )
     parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import xxhash
 
+from checkpoints_convert.unexpected_file import what_it_is
 from megatron_qwen.checkpoint import find, manifest
 from megatron_qwen.checkpoint.common_state import read_common_state
 from megatron_qwen.checkpoint.manifest import FileEntry
@@ -16,6 +17,7 @@ from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
+from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import CheckpointError, ConfigError, ConversionError, DataError, Problem
 from megatron_qwen.recipes.registry import RECIPES
 
@@ -263,6 +265,9 @@ def _tokenizer(directory: Path, config: RunConfig, asked: Path | None) -> Path |
     if asked is not None:
         if not asked.is_dir():
             raise DataError(Problem("--tokenizer", asked, "is not a directory."))
+        told = [(asked / name, what_it_is(asked / name)) for name in TOKENIZER_FILES]
+        if problems := [Problem(str(path), None, what) for path, what in told if what is not None]:
+            raise DataError(problems)
         return asked
     if (directory / TOKENIZER).is_dir():
         return directory / TOKENIZER

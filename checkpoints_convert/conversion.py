@@ -1,6 +1,6 @@
 """What every conversion has in common: formats, what it will need, what it did."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +8,15 @@ from typing import Any
 import torch
 
 from checkpoints_convert import work
-from checkpoints_convert.file_writer import LARGEST_BLOCK
+from checkpoints_convert.file_writer import LARGEST_BLOCK, Digest
 from checkpoints_convert.output import OutputFile
-from checkpoints_convert.progress import ConversionPrediction, free_bytes, peak_resident_bytes, trial_write_rate
+from checkpoints_convert.progress import (
+    ConversionPrediction,
+    digest_rate,
+    free_bytes,
+    peak_resident_bytes,
+    trial_write_rate,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 # Blocks of memory per worker. A worker uses a few: read, converted, written. The rest is what the allocator keeps of
@@ -21,10 +27,11 @@ _BLOCKS_IN_FLIGHT = 26
 _RETURNED = 32 << 20
 # Copies of larger rows: 3.4 were measured for a weight of 224 MiB in fp32 that was rounded to int8, packed and turned.
 _COPIES = 8
-# What a core reads, hashes and writes in a second to memory: 1.26 GB/s were measured for two. Slower disks decide.
+# What a core reads, converts and writes in a second to memory: 1.26 GB/s were measured for two, with a hash of 10 GB/s.
+# Slower disks decide.
 _MOVED_PER_SECOND = 0.6e9
-# Below this, a trial of the disk takes longer than what it predicts.
-_WORTH_A_TRIAL = 2_000_000_000
+# Below this it takes less than two seconds at the rate above, and a file too small for a trial tells nothing.
+_WORTH_A_TRIAL = 256_000_000
 
 
 @dataclass(frozen=True)
@@ -61,13 +68,23 @@ class Converted:
         }
 
 
-def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers: int) -> ConversionPrediction:
-    """What is needed, from what is known before the first byte."""
+def predict(
+    task: work.Work, files: Sequence[OutputFile], out: Path, *, new_digest: Callable[[], Digest], workers: int
+) -> ConversionPrediction:
+    """What is needed, from what is known before the first byte.
+
+    Args:
+        task: the work.
+        files: what is to be written.
+        out: the directory that will have them.
+        new_digest: begins the hash of a file: SHA-256 costs more than all else where the CPU has no instruction for it.
+        workers: files that are written at a time.
+    """
     left = task.left_to_write(files)
-    rate = trial_write_rate(task.notes) if left > _WORTH_A_TRIAL else None
-    seconds = left / _MOVED_PER_SECOND / min(workers, len(files))
+    rate = trial_write_rate(task.notes, left) if left > _WORTH_A_TRIAL else None
+    seconds = left * (1 / _MOVED_PER_SECOND + 1 / digest_rate(new_digest)) / min(workers, len(files))
     return ConversionPrediction(
-        peak_memory_bytes=peak_resident_bytes() + workers * _worker_bytes(files),
+        peak_memory_bytes=peak_resident_bytes() + workers * worker_bytes(files),
         disk_bytes=left,
         free_bytes=free_bytes(out.absolute().parent),
         seconds=max(seconds, left / rate) if rate else seconds,
@@ -75,7 +92,9 @@ def predict(task: work.Work, files: Sequence[OutputFile], out: Path, *, workers:
     )
 
 
-def _worker_bytes(files: Sequence[OutputFile]) -> int:
+def worker_bytes(files: Sequence[OutputFile]) -> int:
     """Memory of a worker: blocks, which are larger where an encoding needs more rows at once."""
-    rows = max(output.unit_bytes for file in files for output in file.tensors)
-    return max(_BLOCKS_IN_FLIGHT * min(max(LARGEST_BLOCK, rows), _RETURNED), _COPIES * rows)
+    outputs = [output for file in files for output in file.tensors]
+    rows = max((output.unit_bytes for output in outputs if not output.held_bytes), default=0)
+    held = max(output.held_bytes for output in outputs)
+    return max(_BLOCKS_IN_FLIGHT * min(max(LARGEST_BLOCK, rows), _RETURNED), _COPIES * rows) + held

@@ -54,12 +54,13 @@ def _from_hf(options: argparse.Namespace) -> int:
 
 def _verify(options: argparse.Namespace) -> int:
     from checkpoints_convert.compare.sides import open_side
-    from checkpoints_convert.compare.verify import Difference, compare_logits, verify
+    from checkpoints_convert.compare.tensor_difference import Difference
+    from checkpoints_convert.compare.verify import compare_logits, verify
 
     if not 0 <= options.tolerance < 1:
         raise ConfigError(Problem("--tolerance", options.tolerance, "must be at least 0 and below 1."))
     how = {"iteration": options.iteration, "config": options.config, "overrides": options.overrides}
-    a, b = open_side(options.a, **how), open_side(options.b, **how)
+    a, b = open_side(options.a, **how, quantized=True), open_side(options.b, **how, quantized=True)
     verdict = verify(a, b, tolerance=options.tolerance, workers=options.workers, quiet=options.json)
     if options.logits:
         verdict.logits = compare_logits(a, b, prompts=options.prompt, dtype=options.dtype, quiet=options.json)
@@ -70,6 +71,15 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    if (options.checkpoint / "config.json").is_file():
+        from checkpoints_convert.compare.directory_inspection import inspect_directory
+
+        if options.iteration is not None:
+            fix = f"{options.checkpoint} is a Hugging Face directory, which has no iterations; omit this option."
+            raise ConfigError(Problem("--iteration", options.iteration, fix))
+        directory = inspect_directory(options.checkpoint)
+        print(json.dumps(directory.as_json()) if options.json else directory)
+        return 0
     from checkpoints_convert.compare.inspection import inspect
 
     found = inspect(options.checkpoint, iteration=options.iteration)
@@ -128,6 +138,12 @@ def _upcycle(options: argparse.Namespace) -> int:
     return 0
 
 
+def _quantize(options: argparse.Namespace) -> int:
+    from checkpoints_convert.quantize.command import run
+
+    return run(options)
+
+
 def _say(done: "Converted", source: str, *, as_json: bool) -> int:
     from checkpoints_convert.progress import gb
 
@@ -149,13 +165,14 @@ _ACTIONS = {
     "inspect": _inspect,
     "diff": _diff,
     "upcycle": _upcycle,
+    "quantize": _quantize,
 }
 
 
 def main(arguments: Sequence[str]) -> int:
     """Converts."""
     options, words = parser().parse_known_args(arguments)
-    if words and options.action not in TAKES_OVERRIDES:
+    if any(word.startswith("-") for word in words) or (words and options.action not in TAKES_OVERRIDES):
         parser().error(f"unrecognized arguments: {' '.join(words)}")
     options.overrides = words
     if getattr(options, "workers", 1) < 1:

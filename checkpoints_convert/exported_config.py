@@ -1,14 +1,15 @@
 """config.json of an export: the architecture, and what the directory says that the model came from."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource
+from checkpoints_convert.exported_ids import has_other_tokenizer, ids_fit, token_ids
 from megatron_qwen.config.run import Architecture
-from megatron_qwen.data.tokenizers.tokenizer import SOURCE_CONFIG, special_ids
-from megatron_qwen.errors import ConversionError, DataError
+from megatron_qwen.data.tokenizers.tokenizer import SOURCE_CONFIG
+from megatron_qwen.errors import ConversionError
 from megatron_qwen.hf.config import architecture_from_hf, hf_config
 from megatron_qwen.hf.kept import IDS, in_spelling_of, kept_keys
 
@@ -24,30 +25,44 @@ def exported_config(source: CheckpointSource, *, dtype: str) -> dict[str, Any]:
 
     Raises:
         ConversionError: no class of the family can express the architecture.
-        DataError: the tokenizer names no end of text.
+        DataError: the tokenizer cannot be read.
     """
     architecture = source.config.architecture
     said = list(_source_configs(source))
-    ids = _token_ids(source, said)
+    with_ids = [content for content, of_tokenizer in said if _has_our_ids(content, source, of_tokenizer=of_tokenizer)]
+    ids = token_ids(source, with_ids)
     config = hf_config(architecture, eos_token_id=ids["eos_token_id"], bos_token_id=ids["bos_token_id"], dtype=dtype)
     config |= ids
-    for content in said:
+    for content, _ in said:
         if (before := _if_of(content, architecture)) is not None:
             # What the source leaves to transformers' defaults, the export leaves to them too.
             defaults = {name for name in config if name not in content and before.get(name) == config[name]}
-            config = {name: value for name, value in config.items() if name not in defaults or name in _ALWAYS}
-            return in_spelling_of({**config, **kept_keys(content), **ids}, content)
+            defaults -= {name for name in _ALWAYS if config.get(name) is not None}
+            config = {name: value for name, value in config.items() if name not in defaults}
+            kept = {name: value for name, value in kept_keys(content).items() if name not in IDS or content in with_ids}
+            return in_spelling_of({**config, **kept, **{name: config[name] for name in ids if name in config}}, content)
     return config
 
 
-def _source_configs(source: CheckpointSource) -> Iterator[dict[str, Any]]:
-    """config.json of the directory that the tokenizer of the run came from, and of the one that the model came from."""
+def _source_configs(source: CheckpointSource) -> Iterator[tuple[dict[str, Any], bool]]:
+    """config.json of the directory that the tokenizer of the run came from, and of the one that the model came from;
+    each with whether it is the tokenizer's.
+    """
     for name in (SOURCE_CONFIG, _CONFIG) if source.tokenizer is not None else ():
         if (content := _read(Path(source.tokenizer or ""), name)) is not None:
-            yield content
+            yield content, True
     noted = source.state.get("converted_from")
     if isinstance(noted, dict) and isinstance(noted.get(_CONFIG), dict):
-        yield noted[_CONFIG]
+        yield noted[_CONFIG], False
+
+
+def _has_our_ids(content: dict[str, Any], source: CheckpointSource, *, of_tokenizer: bool) -> bool:
+    """Whether the token ids of a config.json are those of the tokenizer that goes into the export."""
+    if not of_tokenizer:
+        return not has_other_tokenizer(source)
+    # Next to a tokenizer may lie the config.json of another model, or of one with another tokenizer.
+    fits = ids_fit(content, source.config.model.vocab_size)
+    return fits and _if_of(content, source.config.architecture) is not None
 
 
 def _read(directory: Path, name: str) -> dict[str, Any] | None:
@@ -71,7 +86,8 @@ def _if_of(content: dict[str, Any], architecture: Architecture) -> dict[str, Any
     return theirs if same else None
 
 
-# What no reader should have to guess, and what older versions of transformers know by this name alone.
+# What no reader should have to guess (an id that is null says nothing), and what older versions of transformers know
+# by this name alone.
 _ALWAYS = ("model_type", "architectures", "torch_dtype", "rope_theta", "num_experts", *IDS)
 # By training: positions with the sequence length, the others with the run's configuration.
 _MAY_CHANGE = (
@@ -81,19 +97,3 @@ _MAY_CHANGE = (
     "attention_dropout",
     "router_aux_loss_coef",
 )
-
-
-def _token_ids(source: CheckpointSource, said: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """eos, bos and, where the source has one, pad: as the source's config.json has them, else from the tokenizer."""
-    for content in said:
-        if content.get("eos_token_id") is not None:
-            return {name: content.get(name) for name in IDS if name in content or name != "pad_token_id"}
-    if source.tokenizer is None:
-        return {"eos_token_id": None, "bos_token_id": None}
-    try:
-        eos, bos = special_ids(source.tokenizer)
-    except DataError:
-        if not said:
-            raise
-        return {"eos_token_id": None, "bos_token_id": None}
-    return {"eos_token_id": eos, "bos_token_id": bos}

@@ -46,6 +46,8 @@ def convert(hf_dir: Path, out: Path, options: ImportOptions) -> Converted:
     source = HfDirectory(hf_dir, mixed=options.dtype is not None)
     for one in source.passed_over:
         log.warning("%s: not converted: %s", hf_dir, one)
+    for one in source.read_as:
+        log.warning("%s: %s", hf_dir, one)
     if effects := keys_with_effect(source.config or {}):
         fix = "is not computed here. An export keeps it"
         log.warning("%s: %s: %s", hf_dir / "config.json", ", ".join(effects), fix)

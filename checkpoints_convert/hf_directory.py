@@ -21,7 +21,8 @@ from megatron_qwen.hf.config import architecture_from_hf
 from megatron_qwen.hf.mapping import count_hf_tensors, hf_tensors
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-GENERATION = "generation_config.json"
+GENERATION, ADAPTER = "generation_config.json", "adapter_config.json"
+QUANTIZATION = "quantization_config"
 # Bound on what is parsed at once, so that a crafted file cannot fill the memory: the index of 18,867 tensors (a
 # Qwen3-30B) takes less than 2 MB.
 _LARGEST_JSON = 64 << 20
@@ -41,6 +42,7 @@ class HfDirectory:
     Attributes:
         generation: generation_config.json; None if there is none.
         passed_over: what lies in the directory and is not part of the model; for people.
+        read_as: tensors that are taken under another name than they have; for people.
 
     Raises:
         ConversionError: with everything that is wrong with it.
@@ -57,19 +59,26 @@ class HfDirectory:
             raise ConversionError(Problem(str(path / "snapshots"), None, fix))
         self.config = self._config(problems)
         has_generation = (path / GENERATION).is_file() and self._outside(path / GENERATION) is None
-        self.generation = _read_json(path / GENERATION, problems) if has_generation else None
+        self.generation = read_json(path / GENERATION, problems) if has_generation else None
         self._architecture: Architecture | None = None
         try:
             if self.config is not None:
-                self._architecture = architecture_from_hf(self.config, where=str(path / CONFIG))
+                self._architecture = architecture_from_hf(self._plain_config(), where=str(path / CONFIG))
         except ConversionError as error:
             problems += error.problems
+        problems += self._tokenizer_problems()
         self.passed_over: list[str] = []
+        self.read_as: list[str] = []
         self._files: dict[str, Path] = {}
         self._entries: dict[str, StoredEntry] = {}
         self._collect(problems)
         if self._architecture is not None and self._entries:
-            problems += self._misfits(self._architecture.model, mixed=mixed)
+            model = self._architecture.model
+            if faults := self._far_off(model):
+                problems += faults
+            else:
+                self._find_quantized(model, problems)
+                problems += self._misfits(model, mixed=mixed)
         if problems:
             raise ConversionError(problems)
         self.tensors: dict[str, TensorInfo] = {
@@ -121,25 +130,38 @@ class HfDirectory:
         return found
 
     def tokenizer_files(self) -> list[str]:
-        """Names of the tokenizer's files that are there.
+        """Names of the tokenizer's files that are there."""
+        return [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
 
-        Raises:
-            ConversionError: one of them is a link that leads out of the directory.
-        """
-        names = [name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-        faults = [(name, self._outside(self.path / name)) for name in names]
-        if any(fault for _, fault in faults):
-            raise ConversionError([Problem(str(self.path / name), None, fault) for name, fault in faults if fault])
-        return names
+    def _tokenizer_problems(self) -> list[Problem]:
+        """What is wrong with the tokenizer's files: an export has them as they are, and so have its users."""
+        problems: list[Problem] = []
+        for path in (self.path / name for name in TOKENIZER_FILES):
+            if not _is_there(path):
+                continue
+            if (fault := self._outside(path) or what_it_is(path)) is not None:
+                problems.append(Problem(str(path), None, fault))
+            elif path.suffix == ".json" and path.name != GENERATION:  # that has been read already
+                read_json(path, problems)
+        return problems
 
     def _config(self, problems: list[Problem]) -> dict[str, Any] | None:
-        if (self.path / CONFIG).exists() and (fault := self._outside(self.path / CONFIG)):
+        if _is_there(self.path / CONFIG) and (fault := self._outside(self.path / CONFIG)):
             problems.append(Problem(str(self.path / CONFIG), None, fault))
             return None
-        return _read_json(self.path / CONFIG, problems)
+        return read_json(self.path / CONFIG, problems)
 
     def _collect(self, problems: list[Problem]) -> None:
-        if (self.path / INDEX).exists():
+        if (self.path / ADAPTER).is_file():
+            fix = (
+                "is next to the weights: where peft is installed, transformers applies the adapter to them, or loads "
+                "its base model instead. Merge it into the weights (peft's merge_and_unload), or move it away."
+            )
+            problems.append(Problem(str(self.path / ADAPTER), None, fix))
+        if _is_there(self.path / INDEX):
+            if fault := self._outside(self.path / INDEX):
+                problems.append(Problem(str(self.path / INDEX), None, fault))
+                return
             files = self._indexed(problems)
             if (self.path / SINGLE).exists() and files and SINGLE not in files:
                 fix = (
@@ -147,7 +169,7 @@ class HfDirectory:
                     "remove the set that is not meant."
                 )
                 problems.append(Problem(str(self.path / SINGLE), None, fix))
-        elif (self.path / SINGLE).exists() or (self.path / SINGLE).is_symlink():
+        elif _is_there(self.path / SINGLE):
             files = {SINGLE: None}
         else:
             pickled = sorted(item.name for item in self.path.iterdir() if item.suffix in (".bin", ".pt", ".pth"))
@@ -177,11 +199,11 @@ class HfDirectory:
             if name not in self._entries and not may_be_surplus(name)
         ]
         if missing and not problems:
-            problems.append(_many(self.path / INDEX, missing, "tensors of the index are in no file"))
+            problems.append(many(self.path / INDEX, missing, "tensors of the index are in no file"))
 
     def _indexed(self, problems: list[Problem]) -> dict[str, set[str] | None]:
         """By file, the tensors that the index says it holds."""
-        content = _read_json(self.path / INDEX, problems)
+        content = read_json(self.path / INDEX, problems)
         weight_map = None if content is None else content.get("weight_map")
         if not isinstance(weight_map, dict):
             if content is not None:
@@ -220,25 +242,49 @@ class HfDirectory:
             if expected is not None and entry.name not in expected and not may_be_surplus(entry.name)
         ]
         if twice:
-            problems.append(_many(path, twice, "tensors are in another file too"))
+            problems.append(many(path, twice, "tensors are in another file too"))
         if strangers:
-            problems.append(_many(path, strangers, "tensors are not in the index, or are there for another file"))
+            problems.append(many(path, strangers, "tensors are not in the index, or are there for another file"))
         for entry in entries:
             self._entries.setdefault(entry.name, entry)
             self._files.setdefault(entry.name, path)
 
-    def _misfits(self, model: ModelConfig, *, mixed: bool) -> list[Problem]:
-        """How the tensors differ from those that config.json names."""
+    def _plain_config(self) -> dict[str, Any]:
+        """config.json without ``quantization_config``: quantized weights are refused unless a subclass reads them."""
+        assert self.config is not None
+        if (told := self.config.get(QUANTIZATION)) is not None:
+            kind = told.get("quant_method") if isinstance(told, dict) else told
+            fix = (
+                "is not supported here: the weights are quantized, and what they were before is lost. Name the "
+                "directory or checkpoint they were made from; mq convert verify and inspect read quantized ones."
+            )
+            raise ConversionError(Problem(f"{self.path / CONFIG}: {QUANTIZATION}", kind, fix))
+        return self.config
+
+    def _find_quantized(self, model: ModelConfig, problems: list[Problem]) -> None:
+        """Where weights may be quantized, gathers the tensors that make one up; here there are none."""
+
+    def _far_off(self, model: ModelConfig) -> list[Problem]:
+        """Whether config.json names so many more tensors than there are that listing them would fill the memory."""
         named = count_hf_tensors(model)
         if named > len(self._entries) + _MOST_MISSING:
             fix = f"config.json names {named:,} tensors, the files hold {len(self._entries):,}: they do not match."
             return [Problem(str(self.path), None, fix)]
+        return []
+
+    def _misfits(self, model: ModelConfig, *, mixed: bool) -> list[Problem]:
+        """How the tensors differ from those that config.json names."""
         expected = {item.name: item.shape for item in hf_tensors(model)}
+        if model.share_embeddings_and_output_weights and EMBEDDING not in self._entries and HEAD in self._entries:
+            # safetensors' save_model keeps one name of a tensor that has two; transformers ties the other to it.
+            self._entries[EMBEDDING] = self._entries.pop(HEAD)
+            self._files[EMBEDDING] = self._files.pop(HEAD)
+            self.read_as.append(f"{HEAD} is read as {EMBEDDING}, to which it is tied: only one of them is stored")
         found = self._without_surplus(expected)
         if missing := sorted(expected.keys() - self._entries.keys()):
-            found.append(_many(self.path, missing, "tensors that config.json names are missing"))
+            found.append(many(self.path, missing, "tensors that config.json names are missing"))
         if extra := sorted(self._entries.keys() - expected.keys()):
-            found.append(_many(self.path, extra, "tensors do not belong to the model that config.json names"))
+            found.append(many(self.path, extra, "tensors do not belong to the model that config.json names"))
         for name in sorted(expected.keys() & self._entries.keys()):
             entry = self._entries[name]
             if entry.shape != expected[name]:
@@ -252,13 +298,13 @@ class HfDirectory:
             rarest = min(formats, key=lambda dtype: formats[dtype])
             names = [name for name, entry in self._entries.items() if entry.dtype == rarest]
             fix = f"tensors have the dtype {rarest} and others do not; give --dtype to convert all to one"
-            found.append(_many(self.path, names, fix))
+            found.append(many(self.path, names, fix))
         return found
 
     def _without_surplus(self, expected: Mapping[str, object]) -> list[Problem]:
         """Leaves out tensors that change nothing, and returns what is wrong with those that would."""
         extra = [(name, entry.shape) for name, entry in self._entries.items() if name not in expected]
-        if EMBEDDING not in self._entries:
+        if EMBEDDING not in self._entries:  # there is nothing to compare it with
             extra = [(name, shape) for name, shape in extra if name != HEAD]
         left_out, found = [], []
         for name, fault in surplus_faults(self, extra, self.architecture):
@@ -274,17 +320,24 @@ class HfDirectory:
         return found
 
 
+def _is_there(path: Path) -> bool:
+    """Whether a directory has an entry of a name, be it a link to nothing."""
+    return path.exists() or path.is_symlink()
+
+
 def _bare(name: str) -> bool:
     return bool(name) and Path(name).name == name and not set(name) & {"\0", "\\", "/"} and name not in (".", "..")
 
 
-def _many(where: Path, names: Iterable[str], fix: str) -> Problem:
+def many(where: Path, names: Iterable[str], fix: str) -> Problem:
+    """One problem of many tensors: their number, what is wrong with them, and the names of the first."""
     names = list(names)
     shown = ", ".join(name[:120] for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
     return Problem(str(where), f"{len(names)}", f"{fix}: {shown}.")
 
 
-def _read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+def read_json(path: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """A JSON object of at most 64 MiB; None, and a problem, where a file holds none."""
     try:
         with path.open("rb") as file:
             data = file.read(_LARGEST_JSON + 1)

@@ -42,8 +42,8 @@ def model_card(
     front = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     front.append(f"license: {license_}" if license_ else "license: other  # to be decided by whoever releases this")
     rows = [
-        ("Architecture", f"`{architecture}`, {_shape(config.model, config.rope)}"),
-        ("Parameters", _parameters(config.model)),
+        ("Architecture", f"`{architecture}`, {shape_text(config.model, config.rope)}"),
+        ("Parameters", parameters_text(config.model)),
         ("Weights", dtype),
         ("Tokens seen", _tokens(source)),
         ("Iteration", f"{source.iteration:,}"),
@@ -51,8 +51,8 @@ def model_card(
         ("Data", _data(data)),
         ("Validation loss", _validation_loss(source)),
         ("Checkpoint", _checkpoint(checkpoint)),
-        ("Training code", _commit(source.state.get("code"))),
-        ("Conversion code", _commit(code_version())),
+        ("Training code", commit_text(source.state.get("code"))),
+        ("Conversion code", commit_text(code_version())),
     ]
     table = ["| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)]
     use = [
@@ -70,7 +70,8 @@ def model_card(
     return "\n".join([*front, "---", "", f"# {name}", "", *table, "", *use, "", proof, ""])
 
 
-def _shape(model: ModelConfig, rope: RopeConfig) -> str:
+def shape_text(model: ModelConfig, rope: RopeConfig) -> str:
+    """The sizes of a model in a line."""
     parts = [
         f"{model.num_layers} layers",
         f"hidden size {model.hidden_size:,}",
@@ -88,7 +89,8 @@ def _shape(model: ModelConfig, rope: RopeConfig) -> str:
     return ", ".join([*parts, f"RoPE base {rope.base:,.0f}", f"{model.max_position_embeddings:,} positions"])
 
 
-def _parameters(model: ModelConfig) -> str:
+def parameters_text(model: ModelConfig) -> str:
+    """Its parameters in a line."""
     count = count_parameters(model)
     active = f", {count.active:,} active" if model.is_moe else ""
     return f"{count.total:,}{active} ({count.without_embeddings:,} without embeddings)"
@@ -136,7 +138,8 @@ def _validation_loss(source: CheckpointSource) -> str:
     return _UNKNOWN if newest is None else f"{newest[1]:.4f} nats per token (iteration {newest[0]:,})"
 
 
-def _commit(code: object) -> str:
+def commit_text(code: object) -> str:
+    """Version and commit of code that made something."""
     if not isinstance(code, dict):
         return _UNKNOWN
     commit = f" `{code['commit']}`" if code.get("commit") else ""

@@ -36,9 +36,10 @@ from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.manifest import FileEntry
 from megatron_qwen.checkpoint.paths import LATEST, RUN_YAML, STATE, TOKENIZER, iteration_dir
 from megatron_qwen.checkpoint.torch_file import Envelope, envelope
+from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import Architecture, RunConfig
-from megatron_qwen.config.sections import CheckpointConfig, DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
+from megatron_qwen.config.sections import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
@@ -124,7 +125,7 @@ def write_checkpoint(checkpoint: NewCheckpoint, *, workers: int, restart: bool, 
         return Converted(out, total, total, 0.0, True, None)
     with work.begin(out, checkpoint.identity, restart=restart) as task:
         task.require_room(files)
-        prediction = predict(task, files, out, workers=workers)
+        prediction = predict(task, files, out, new_digest=xxhash.xxh3_128, workers=workers)
         log.info("%s", prediction)
         progress = ByteProgress(total, quiet=quiet)
         try:

@@ -7,6 +7,7 @@ from typing import Any
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.run import RunConfig, as_dict, with_paths
+from megatron_qwen.hf.kept import is_local_path
 
 
 def checkpoint_origin(source: CheckpointSource, *, local_paths: bool) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def local_path_in(tokenizer: Path) -> str | None:
     except (OSError, ValueError, RecursionError):
         return None
     named = content.get("name_or_path") if isinstance(content, dict) else None
-    return named if isinstance(named, str) and named.startswith(("/", "~")) else None
+    return named if isinstance(named, str) and is_local_path(named) else None
 
 
 def _named(name: str, path: str, known: dict[str, Any], *, local_paths: bool) -> dict[str, Any]:

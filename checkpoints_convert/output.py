@@ -46,6 +46,8 @@ class OutputTensor:
         part: which of the encoding's tensors it is.
         before: bytes of the file format in front of the values.
         after: bytes of the file format behind them.
+        held_bytes: memory that one read of its rows takes where those come from a whole that is made first, beside the
+            blocks that this is made of; 0 where rows are read.
     """
 
     name: str
@@ -56,6 +58,7 @@ class OutputTensor:
     part: str = SAME_NAME
     before: bytes = b""
     after: bytes = b""
+    held_bytes: int = 0
 
     @property
     def value_bytes(self) -> int:

@@ -18,6 +18,7 @@ from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import DTYPES, Converted, predict
 from checkpoints_convert.encoding import Cast, Encoding
 from checkpoints_convert.exported_config import exported_config
+from checkpoints_convert.exported_ids import does_not_stop, new_generation
 from checkpoints_convert.hf_directory import CONFIG, GENERATION, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
@@ -27,7 +28,7 @@ from checkpoints_convert.release import NotedTensor, is_complete, write_manifest
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.data.tokenizers.release import AUTO, NOT_TRIED, Loader, LoaderSearch
-from megatron_qwen.errors import CheckpointError
+from megatron_qwen.errors import CheckpointError, ConversionError, DataError, Problem
 from megatron_qwen.hf.kept import keys_with_effect
 from megatron_qwen.hf.mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
@@ -90,7 +91,12 @@ def _export(
         "data": data_origin(source, local_paths=options.local_paths),
         "configuration": published_configuration(source.config, local_paths=options.local_paths),
     }
-    texts = _texts(source, files, options, config=config, loader=loaders.expected, name=out.name, origin=origin)
+
+    def texts_for(loader: Loader) -> dict[str, str]:
+        return _texts(source, files, options, config=config, loader=loader, name=out.name, origin=origin)
+
+    _tell(source, config, loaders, local_paths=options.local_paths)
+    texts = texts_for(loaders.expected)
     identity = _identity(source, options, texts, loaders.files, origin)
     total = sum(output.value_bytes for file in files for output in file.tensors)
     if is_complete(out, identity):
@@ -99,7 +105,7 @@ def _export(
     with work.begin(out, identity, restart=options.restart) as task:
         task.require_room(files)
         loaders.begin()
-        prediction = predict(task, files, out, workers=options.workers)
+        prediction = predict(task, files, out, new_digest=hashlib.sha256, workers=options.workers)
         log.info("%s", prediction)
         unread = source.unread_parts() if options.check_everything else []
         progress = ByteProgress(total + sum(length for _, _, length, _ in unread), quiet=options.quiet)
@@ -111,16 +117,20 @@ def _export(
             raise damaged(source.path, error) from None
         finally:
             progress.close()
-        loaders.confirm()
-        for name, text in texts.items():
-            (task.directory / name).write_text(text)
+        if (loader := confirmed_loader(loaders)) != loaders.expected:
+            # The identity stays that of the expected class: which is found depends on the version of transformers.
+            texts = texts_for(loader)
+            _tell_of_loader(loader)
         for name, content in loaders.files.items():
             (task.directory / name).write_bytes(content)
+        # The later ones win: a generation_config.json next to the tokenizer may be of another model.
+        for name, text in texts.items():
+            (task.directory / name).write_text(text)
         write_manifest(
             task.directory,
             files={name: done.digest for name, done in written.items()},
             tensors={
-                output.name: _noted(output, file.name, written[file.name].tensors[output.name])
+                output.name: noted_tensor(output, file.name, written[file.name].tensors[output.name])
                 for file in files
                 for output in file.tensors
             },
@@ -208,11 +218,9 @@ def _texts(
     origin: dict[str, Any],
 ) -> dict[str, str]:
     """The text files next to the weights, by name; the tokenizer's are not among them."""
-    _tell(source, config, loader, local_paths=options.local_paths)
     texts = {CONFIG: _dump(config)}
-    if source.tokenizer is None or not (source.tokenizer / GENERATION).is_file():
-        ids = {name: config[name] for name in ("bos_token_id", "eos_token_id")}
-        texts[GENERATION] = _dump(_converted_from(source).get(GENERATION) or {**ids, "max_new_tokens": 256})
+    if (generation := new_generation(source, config)) is not None:
+        texts[GENERATION] = _dump(generation)
     texts["README.md"] = model_card(
         source,
         name=name,
@@ -224,11 +232,24 @@ def _texts(
         data=origin["data"],
     )
     if [file.name for file in files] != [SINGLE]:
-        texts[INDEX] = _index(files)
+        texts[INDEX] = index_text(files)
     return texts
 
 
-def _tell(source: CheckpointSource, config: dict[str, Any], loader: Loader, *, local_paths: bool) -> None:
+def confirmed_loader(loaders: LoaderSearch) -> Loader:
+    """The class that loads the tokenizer.
+
+    Raises:
+        UnfinishedError: there is none; the weights are right all the same, and stay.
+    """
+    try:
+        return loaders.confirm()
+    except (ConversionError, DataError) as error:
+        kept = Problem("weights", None, "are written and kept; the same command resumes, --restart discards them.")
+        raise work.UnfinishedError([*error.problems, kept]) from None
+
+
+def _tell(source: CheckpointSource, config: dict[str, Any], loaders: LoaderSearch, *, local_paths: bool) -> None:
     """Says what whoever releases the directory has to know."""
     if effects := keys_with_effect(config):
         fix = "kept in config.json, and not computed in training: what they change was not trained"
@@ -236,9 +257,22 @@ def _tell(source: CheckpointSource, config: dict[str, Any], loader: Loader, *, l
     if source.tokenizer is None:
         log.warning("the run names no tokenizer (data.tokenizer): the export has none")
         return
+    if GENERATION in loaders.files and new_generation(source, config) is not None:
+        fix = "is of another model: it has token ids that the vocabulary does not have. The export has one of its own"
+        log.warning("%s next to the tokenizer %s", GENERATION, fix)
+    if (why := does_not_stop(source, config)) is not None:
+        log.warning("%s", why)
     if not local_paths and (told := local_path_in(source.tokenizer)):
         fix = "its files are exported byte for byte. Name a copy without it (--tokenizer) before you publish"
         log.warning("tokenizer_config.json holds the local path %s, and %s", told, fix)
+    written = source.tokenizer / "tokenizer.json"
+    if written.is_file() and loaders.files[written.name] != written.read_bytes():
+        fix = "is switched off in the export, as it is when data are prepared: with it, ids differ from call to call"
+        log.warning("dropout of merges in %s %s", written.name, fix)
+    _tell_of_loader(loaders.expected)
+
+
+def _tell_of_loader(loader: Loader) -> None:
     if loader.name is None:
         log.warning("the tokenizer was not loaded as users of the release will load it: %s", NOT_TRIED)
     elif loader.passed_over is not None:
@@ -246,7 +280,8 @@ def _tell(source: CheckpointSource, config: dict[str, Any], loader: Loader, *, l
         log.warning("%s: load it with %s, as the model card and `mq generate` do", fix, loader.name)
 
 
-def _index(files: Sequence[OutputFile]) -> str:
+def index_text(files: Sequence[OutputFile]) -> str:
+    """model.safetensors.index.json of some files."""
     outputs = [(output, file.name) for file in files for output in file.tensors]
     metadata = {
         "total_parameters": sum(torch.Size(output.shape).numel() for output, _ in outputs),
@@ -274,7 +309,8 @@ def _identity(
     }
 
 
-def _noted(output: OutputTensor, file: str, digest: str) -> NotedTensor:
+def noted_tensor(output: OutputTensor, file: str, digest: str) -> NotedTensor:
+    """What a manifest says of a tensor."""
     return NotedTensor(str(output.dtype).removeprefix("torch."), output.shape, digest, file)
 
 

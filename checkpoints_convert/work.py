@@ -32,6 +32,10 @@ class OccupiedError(ConversionError):
     """The output directory already exists (exit 3)."""
 
 
+class UnfinishedError(ConversionError):
+    """What is written is right and stays for the next attempt; something else is missing to finish (exit 3)."""
+
+
 class Work:
     """The directory of a conversion under way. Made by ``begin``.
 
@@ -158,8 +162,8 @@ def begin(out: Path, identity: dict[str, Any], *, restart: bool) -> Iterator[Wor
             yield Work(directory, out)
         except (CheckpointError, ConversionError, DataError) as error:
             # The source is unusable, so what was copied from it must not be resumed. OccupiedError is about ``out``:
-            # the work is complete and stays.
-            if not isinstance(error, OccupiedError):
+            # the work is complete and stays. UnfinishedError says that it stays.
+            if not isinstance(error, OccupiedError | UnfinishedError):
                 _clear(directory)
                 directory.rmdir()
             raise

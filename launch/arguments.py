@@ -7,6 +7,7 @@ from megatron_qwen.cli import Parser
 
 TAKES_OVERRIDES = ("submit", "dry-run", "array", "freeze")
 DEFAULT_RUNS = Path("runs")
+_NEW_CODE = "replace what the run was submitted with, its code and its packages, by what is here now"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -30,6 +31,7 @@ def parser() -> argparse.ArgumentParser:
     _status_parser(actions)
     _logs_parser(actions)
     _steering_parsers(actions)
+    _nodes_parser(actions)
     _site_parsers(actions)
     return parser
 
@@ -50,6 +52,9 @@ def _run_options(parser: argparse.ArgumentParser) -> None:
 
 def _job_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, default=1, help="of a job (%(default)s)")
+    parser.add_argument(
+        "--spares", type=int, default=0, help="further nodes of a job that replace those that fail (%(default)s)"
+    )
     parser.add_argument("--cluster", help="name of a file in launch/clusters, or a path")
     parser.add_argument("--ranks-per-node", type=int, help="default: the cluster's, one per GPU")
     parser.add_argument("--time-limit", help="of a job, D-HH:MM:SS; default: the cluster's")
@@ -70,7 +75,7 @@ def _submit_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         ],
     )
     _run_options(parser)
-    parser.add_argument("--new-code", action="store_true", help="replace the run's snapshot by the current code")
+    parser.add_argument("--new-code", action="store_true", help=_NEW_CODE)
     parser.add_argument("--json", action="store_true")
 
 
@@ -92,7 +97,7 @@ def _array_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
         "array",
         help="submit many runs as one job array",
         description="FILE is YAML: `recipe`, `overrides` of all runs, and `runs`: names, each with overrides of its "
-        "own. Every run gets a directory of its own in the run root and is seen through for itself.",
+        "own. Every run gets a directory, attempts and requeues of its own in the run root.",
         examples=["mq launch array sweep.yaml --cluster ours --nodes 1 --at-once 4"],
     )
     parser.add_argument("file", type=Path)
@@ -112,10 +117,17 @@ def _status_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
             "mq launch status",
             "mq launch status runs/7b-first runs/7b-second --json",
             "mq launch status --watch",
+            "mq launch status --check    only what needs a hand, for monitoring: 1 if anything does, else 0",
         ],
     )
     parser.add_argument("runs", nargs="*", type=Path, help=f"run directories, or directories of them ({DEFAULT_RUNS})")
     parser.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="repeat the table")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only runs that need a hand (stopped, lost, held, suspended, unknown, waiting for storage); ends with 1 "
+        "if there are any",
+    )
     parser.add_argument("--json", action="store_true")
 
 
@@ -142,7 +154,7 @@ def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
         ("cancel", "Ends the jobs of runs, after they have saved."),
         (
             "requeue",
-            "Have runs go on: releases held jobs, requeues running ones, and submits again what has stopped; its "
+            "Resumes runs: releases held jobs, requeues running ones, and submits again what has stopped; its "
             "restarts are counted from zero again then.",
         ),
     ):
@@ -153,6 +165,36 @@ def _steering_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:
             examples=[f"mq launch {name} runs/7b-first"],
         )
         parser.add_argument("runs", nargs="+", type=Path, help="run directories")
+        if name == "requeue":
+            parser.add_argument("--new-code", action="store_true", help=f"{_NEW_CODE}; for runs without a job")
+
+
+def _nodes_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "nodes",
+        help="nodes that runs avoid, and how to set them free",
+        description="Nodes in quarantine: those that failed runs of this run root, or that a person has put there. New "
+        "submissions and requeued jobs avoid them as long as enough others are left. A quarantine ends by itself "
+        "(quarantine_hours of the cluster file). --drain asks Slurm to give a node to nobody, which needs the rights "
+        "of an operator. Names may be written as Slurm does: n[3-5].",
+        examples=[
+            "mq launch nodes",
+            "mq launch nodes --cluster ours --json",
+            "mq launch nodes --lift n3,n4",
+            'mq launch nodes --add n3 --hours 48 --why "link errors on mlx5_2"',
+            "mq launch nodes --drain n3",
+        ],
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--cluster", help="name of a file in launch/clusters, or a path: its run_root")
+    where.add_argument("--run-root", type=Path, help=f"directory of runs ({DEFAULT_RUNS})")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--lift", metavar="NODES", help="set these nodes free; failures before do not count any more")
+    what.add_argument("--add", metavar="NODES", help="put these nodes into quarantine")
+    what.add_argument("--drain", metavar="NODES", help="ask Slurm to drain these nodes (scontrol)")
+    parser.add_argument("--hours", type=float, help="of --add; default: the cluster's quarantine_hours, or 24")
+    parser.add_argument("--why", help="of --add and --drain: one line; required for --add")
+    parser.add_argument("--json", action="store_true")
 
 
 def _site_parsers(actions: "argparse._SubParsersAction[Parser]") -> None:

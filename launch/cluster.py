@@ -10,6 +10,8 @@ from megatron_qwen.config.fields import Form, bound_problems, field_infos, setti
 from megatron_qwen.config.strict_yaml import read_mapping
 from megatron_qwen.config.typed_yaml import YamlReader
 from megatron_qwen.errors import ConfigError, Problem, did_you_mean
+from megatron_qwen.job.settings import EVENTS, Event
+from megatron_qwen.resilience.quarantine import NAME as QUARANTINE
 from megatron_qwen.slurm import minutes
 
 CLUSTERS = Path(__file__).parent / "clusters"
@@ -80,14 +82,45 @@ class Cluster:
         (), doc="Its options, such as --min-disk-gib 20, --loop (see slurm/healthcheck.sh --help)."
     )
     mean_hours_between_faults: float | None = setting(
-        None, doc="Of one node, where known; preflight uses it to advise on the save interval.", above=0
+        None, doc="Of one node, where known; preflight and the run advise on the save interval by it.", above=0
     )
+    quarantine_hours: float = setting(
+        24.0,
+        doc="For how long runs avoid a node that failed (mq launch nodes); 0 shares no such nodes between runs.",
+        minimum=0,
+    )
+    metrics_directory: str | None = setting(
+        None, doc="Directory of node_exporter's textfile collector on the nodes; jobs write their metrics there too."
+    )
+    metrics_port: int | None = setting(
+        None,
+        doc="Port on which the controller of a job serves its metrics; null serves none.",
+        minimum=1,
+        maximum=65535,
+    )
+    metrics_address: str = setting(
+        "127.0.0.1", doc="Address on which it listens; 0.0.0.0 answers other machines, without authentication."
+    )
+    alert_command: tuple[str, ...] = setting(
+        (), doc="Program and arguments that the controller calls with each event, as JSON on its standard input."
+    )
+    alert_webhook_variable: str | None = setting(
+        None,
+        doc="Name of the variable with the URL to which the controller posts each event. The job takes it from the "
+        "submitting shell, as pass_environment does: such URLs often are secrets.",
+    )
+    alert_on: tuple[Event, ...] = setting(EVENTS[:4], doc="Events that are told.")
     sbatch: Mapping[str, Words] = setting(factory=dict, doc="Further sbatch parameters, such as {switches: 1}.")
 
     @property
     def ranks(self) -> int:
         """Ranks of a node."""
         return self.ranks_per_node or self.gpus_per_node or 1
+
+    @property
+    def quarantine(self) -> Path:
+        """Directory of the nodes that the runs of this cluster avoid."""
+        return Path(self.run_root).absolute() / QUARANTINE
 
     @property
     def time_limit_minutes(self) -> int:
@@ -169,7 +202,8 @@ def _problems(cluster: Cluster, origin: str) -> Iterator[Problem]:
         yield Problem(f"{origin}: time_limit", cluster.time_limit, "must be a time as Slurm writes it (D-HH:MM:SS).")
     elif cluster.signal_delay_s >= cluster.time_limit_minutes * 60:
         yield Problem(f"{origin}: signal_delay_s", cluster.signal_delay_s, "must be shorter than time_limit.")
-    for name in [*cluster.environment, *cluster.pass_environment]:
+    webhook = [cluster.alert_webhook_variable] if cluster.alert_webhook_variable is not None else []
+    for name in [*cluster.environment, *cluster.pass_environment, *webhook]:
         if not (name.isidentifier() and name.isascii()):
             yield Problem(f"{origin}: environment", name, "is not a name of an environment variable.")
     for name in cluster.sbatch:

@@ -17,7 +17,7 @@ def draft(partition: str | None = None) -> str:
     """
     partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
     name = partition or next((key for key, part in partitions.items() if part.get("Default") == "YES"), None)
-    name = name or next(iter(partitions), None)
+    name = name or next((key for key, part in partitions.items() if part.get("Hidden") != "YES"), None)
     if name is None or name not in partitions:
         raise ConfigError(Problem("--partition", name, f"no such partition; there are {', '.join(partitions)}."))
     members = [node for node in nodes.values() if name in node.get("Partitions", "").split(",")]

@@ -144,7 +144,7 @@ def _slurm() -> Iterator[Examined]:
         return
     try:
         ping = slurm.ask("scontrol", "ping", timeout_s=30)
-        settings = slurm.ask("scontrol", "show", "config", timeout_s=30)
+        values = slurm.show_config()
         partitions, nodes = slurm.show_partitions(), slurm.show_nodes()
     except UserError as error:
         yield Examined(
@@ -156,16 +156,17 @@ def _slurm() -> Iterator[Examined]:
         return
     up = "is UP" in ping
     yield Examined("slurmctld", "ok" if up else "lacks", ping.strip().splitlines()[0], "" if up else "start slurmctld.")
-    config = dict(line.split("=", 1) for line in settings.splitlines() if "=" in line)
-    values = {name.strip(): value.strip() for name, value in config.items()}
     yield Examined("Slurm version", "ok", values.get("SLURM_VERSION", "unknown"))
     yield from _settings(values)
     for name, partition in partitions.items():
         members = [node for node in nodes.values() if name in node.get("Partitions", "").split(",")]
         usable = sum(slurm.is_usable(node) for node in members)
         state = partition.get("State", "unknown")
-        right = state == "UP" and usable > 0
-        found = f"{state}, {usable} of {len(members)} nodes usable, time limit {partition.get('MaxTime')}"
+        unseen = slurm.unseen_nodes(partition, len(members))
+        right = state == "UP" and usable + unseen > 0
+        powered_down = f" ({unseen} not shown: may be powered down)" if unseen else ""
+        found = f"{state}, {usable} of {len(members) + unseen} nodes usable{powered_down}"
+        found += f", time limit {partition.get('MaxTime')}"
         yield Examined(f"partition {name}", "ok" if right else "note", found)
     for name, node in nodes.items():
         if not slurm.is_usable(node):
@@ -214,7 +215,7 @@ def _containers() -> Iterator[Examined]:
 
 def _run(command: Sequence[str]) -> str | None:
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

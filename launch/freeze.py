@@ -1,10 +1,11 @@
-"""Makes the run directory a job can start from: configuration, code, job settings, and the note of every submission."""
+"""Makes the run directory a job can start from: configuration, code, packages, job settings; notes submissions."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,46 @@ from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.files import publish
+from megatron_qwen.job import environment
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.rundir import RunDirectory
 
 _OURS = ("PYTHONPATH", "MQ_ATTEMPT", "MASTER_ADDR", "MASTER_PORT")
 # What slurm/train.sbatch sources: the lines that submitit's script has.
 SETUP = "job.setup.sh"
+_KNOWS_SPARES = "megatron_qwen/job/node_choice.py"
 
 
 def freeze(request: SubmitRequest, *, data_digest: str | None, new_code: bool) -> list[str]:
-    """Writes run.yaml, code/ and job.json; what is there already and agrees stays.
+    """Writes run.yaml, code/, environment.json and job.json; what is there already and agrees stays.
 
     Args:
         request: what is submitted.
         data_digest: hash of the token file, where it is known.
-        new_code: take the present code where the run has a snapshot already.
+        new_code: take the present code and packages where the run has a snapshot already.
 
     Returns:
         What a person should know, a line each.
 
     Raises:
         ConfigError: the directory belongs to another configuration.
+        EnvironmentChangedError: the packages are not those of the first submission.
     """
     directory = RunDirectory(request.run_dir)
     if directory.code.exists() and not new_code:
         _require_readable(request, directory)
+        if request.spares and not (directory.code / _KNOWS_SPARES).is_file():
+            fix = "needs code that knows spare nodes, which the run's frozen code does not; --new-code replaces it."
+            raise ConfigError(Problem("--spares", request.spares, fix))
+    settings = job_settings(request)
+    if directory.code.exists() and not new_code:
+        environment.require_unchanged(directory.path, settings, wait=False)
     directory.claim(request.config, data_digest=data_digest)
     directory.path.chmod(0o700)
     said = _freeze_code(request, directory, new_code=new_code)
-    job_settings(request).write(directory.path)
+    if new_code or not (directory.path / environment.NAME).is_file():
+        environment.record(directory.path, settings)
+    settings.write(directory.path)
     (directory.path / SETUP).write_text("\n".join(setup_lines(request)) + "\n")
     return said
 
@@ -55,9 +67,9 @@ def _require_readable(request: SubmitRequest, directory: RunDirectory) -> None:
     probe = directory.path / ".run.probe.yaml"
     probe.write_text(to_yaml(request.config))
     command = [sys.executable, "-P", "-m", "tools.config", "show", str(probe)]
-    environment = {**os.environ, "PYTHONPATH": str(directory.code)}
+    own = {**os.environ, "PYTHONPATH": str(directory.code)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=own, timeout=60, check=False)
     finally:
         probe.unlink()
     if done.returncode:
@@ -120,6 +132,16 @@ def job_settings(request: SubmitRequest) -> JobSettings:
         srun_arguments=srun_arguments,
         rank_prefix=prefix,
         health_check=health,
+        mean_hours_between_faults=cluster.mean_hours_between_faults,
+        quarantine=str(cluster.quarantine) if cluster.scheduler == "slurm" and cluster.quarantine_hours else None,
+        quarantine_hours=cluster.quarantine_hours,
+        spares=request.spares,
+        metrics_directory=cluster.metrics_directory,
+        metrics_port=cluster.metrics_port,
+        metrics_address=cluster.metrics_address,
+        alert_command=cluster.alert_command,
+        alert_webhook_variable=cluster.alert_webhook_variable,
+        alert_on=tuple(cluster.alert_on),
     )
 
 
@@ -140,24 +162,35 @@ def _mounted(request: SubmitRequest) -> list[Path]:
     return list(dict.fromkeys(wanted))
 
 
-def note_jobs(request: SubmitRequest, jobs: list[str]) -> None:
-    """Adds a submission to jobs.jsonl."""
-    directory, cluster = RunDirectory(request.run_dir), request.cluster_name
+def note_jobs(request: SubmitRequest, jobs: list[str], *, exclude: Sequence[str] = ()) -> None:
+    """Adds a submission to jobs.jsonl.
+
+    Args:
+        request: what was submitted.
+        jobs: ids.
+        exclude: nodes in quarantine that Slurm was told to keep the jobs from.
+    """
+    entry = {**submission_of(request), "jobs": jobs, "exclude": list(exclude)}
+    with RunDirectory(request.run_dir).jobs.open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+
+
+def submission_of(request: SubmitRequest) -> dict[str, Any]:
+    """A line of jobs.jsonl, without the jobs."""
+    cluster = request.cluster_name
     if cluster.endswith((".yaml", ".yml")):
         cluster = str(Path(cluster).absolute())
-    entry = {
+    return {
         "time": now(),
-        "jobs": jobs,
         "scheduler": request.cluster.scheduler,
         "cluster": cluster,
         "nodes": request.nodes,
+        "spares": request.spares,
         "ranks_per_node": request.cluster.ranks_per_node,
         "time_limit": request.cluster.time_limit,
         "chain": request.chain,
         "host": os.uname().nodename,
     }
-    with directory.jobs.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def remove_unused(path: Path, *, existed: bool) -> None:

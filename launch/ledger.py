@@ -1,4 +1,4 @@
-"""Whether a run that is under way can go on with the data that is asked for now; asked before anything is replaced."""
+"""Whether a run can continue with the data that is asked for now; asked before anything is replaced."""
 
 import json
 
@@ -24,6 +24,6 @@ def require_continues(data: TrainingData, directory: RunDirectory) -> None:
         newest = find.resolve(directory.checkpoints)[0]
         saved = json.loads((newest.path / STATE).read_text())
     except (CheckpointError, OSError, ValueError):
-        return  # nothing to go on from, or nothing that can be read: the ranks say what follows from that
+        return  # nothing to resume from, or nothing that can be read: the ranks say what follows from that
     if "data" in saved:
         data.resume(saved["data"])

@@ -7,23 +7,27 @@ import shutil
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from launch.cluster_limits import cluster_limits
 from launch.estimates import RunPrediction, predict
 from launch.finding import Finding, error, warning
+from launch.local_checkpoints import local_findings
 from launch.optional_packages import optional_packages
 from launch.request import SubmitRequest
-from launch.text import control_character, is_secret_name, secret_in
-from megatron_qwen.checkpoint.paths import RUN_YAML, STATE, committed
+from launch.text import control_character
+from megatron_qwen.checkpoint.paths import MANIFEST, RUN_YAML, STATE, committed
 from megatron_qwen.config import checks
 from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.run import SECTION_TYPES, as_dict
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import EXIT_CONFIG, EXIT_DATA, DataError, Problem, UserError
+from megatron_qwen.estimate.save_interval import advise, seconds_between_faults
 from megatron_qwen.optim.schedule_change import schedule_changes
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.secret_text import is_secret_name, secret_in
 
 # What a parallel file system takes from one node, for the time a save needs.
 _ASSUMED_WRITE_BYTES_PER_S = 1e9
@@ -64,7 +68,7 @@ def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """
     findings = [error(problem) for problem in checks.problems(request.config, world_size=request.world_size)]
     legal = not findings
-    for rule in (_texts, _secrets, _run_directory, optional_packages, _schedule):
+    for rule in (_texts, _secrets, _alerts, _run_directory, optional_packages, _schedule):
         findings += rule(request)
     found, digest = _data(request)
     findings += found
@@ -72,7 +76,7 @@ def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     broken = request.config.data.blend is not None and any(one.severity == "error" for one in found)
     if legal and not broken:
         prediction = predict(request)
-        for sized in (_memory, _intervals):
+        for sized in (_memory, _intervals, local_findings):
             findings += sized(request, prediction)
         findings += _disk(request, prediction) if on_site else []
     if on_site and request.cluster.scheduler == "slurm":
@@ -106,6 +110,14 @@ def _secrets(request: SubmitRequest) -> Iterator[Finding]:
     for name in (*request.cluster.environment, *request.cluster.sbatch):
         if is_secret_name(name):
             yield error(Problem(f"cluster: {name}", None, f"is named like a secret, which {fix}"))
+
+
+def _alerts(request: SubmitRequest) -> Iterator[Finding]:
+    """What a job tells must have somewhere to go."""
+    variable = request.cluster.alert_webhook_variable
+    if variable is not None and not request.environ.get(variable):
+        fix = "is not set in this shell, so no event of the run will be posted; set it, or remove the field."
+        yield warning(Problem("cluster: alert_webhook_variable", variable, fix))
 
 
 def _run_directory(request: SubmitRequest) -> Iterator[Finding]:
@@ -158,18 +170,30 @@ def _data(request: SubmitRequest) -> tuple[list[Finding], str | None]:
 
 
 def _schedule(request: SubmitRequest) -> Iterator[Finding]:
-    """What a changed length does to a run that has begun."""
-    done = committed(RunDirectory(request.run_dir).checkpoints)
-    if not done:
+    """What a changed length, batch or schedule does to a run that resumes, or that branches from another."""
+    newest = _resumes_from(request)
+    if newest is None:
         return
-    newest = done[0][1]
     try:
         before = resolve(str(newest / RUN_YAML), [], RECIPES)
-        steps = int(json.loads((newest / STATE).read_text())["progress"]["schedule_iteration"])
+        progress = json.loads((newest / STATE).read_text())["progress"]
+        steps, consumed = int(progress["schedule_iteration"]), int(progress["consumed_samples"])
     except (UserError, OSError, ValueError, KeyError, TypeError):
         return  # an older version's, or damaged, which the run itself finds out
-    for change in schedule_changes(before, request.config, steps=steps):
+    for change in schedule_changes(before, request.config, steps=steps, consumed=consumed):
         yield warning(Problem("schedule", None, change))
+
+
+def _resumes_from(request: SubmitRequest) -> Path | None:
+    """The checkpoint whose schedule the run continues, chosen as ``training.resume`` does, without torch."""
+    if done := committed(RunDirectory(request.run_dir).checkpoints):
+        return done[0][1]
+    if request.config.checkpoint.branch_from is None:
+        return None
+    path = Path(request.config.checkpoint.branch_from)
+    if (path / MANIFEST).is_file():
+        return path
+    return next((found[0][1] for root in (path / "checkpoints", path) if (found := committed(root))), None)
 
 
 def _memory(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Finding]:
@@ -221,6 +245,8 @@ def _intervals(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Fi
         )
         yield warning(Problem("signal_delay_s", cluster.signal_delay_s, fix))
     interval = config.checkpoint.save_interval
+    if interval is None:  # the run chooses it
+        return
     if interval == 0 or interval * speed.step_s > limit_s:
         fix = (
             f"means no save within a job of {cluster.time_limit}: a step takes about {speed.step_s:.1f} s, so a job "
@@ -228,8 +254,11 @@ def _intervals(request: SubmitRequest, prediction: RunPrediction) -> Iterator[Fi
         )
         yield warning(Problem("checkpoint.save_interval", interval, fix))
     elif cluster.mean_hours_between_faults is not None:
-        faults_s = cluster.mean_hours_between_faults * 3600 / request.nodes
-        best = max(1, round((2 * max(save_s, 1.0) * faults_s) ** 0.5 / speed.step_s))
+        faults_s = seconds_between_faults(nodes=request.nodes, hours_of_a_node=cluster.mean_hours_between_faults)
+        best = advise(None, cost_s=max(save_s, 1.0), step_s=speed.step_s, fault_s=faults_s).best
         if not best / 3 <= interval <= best * 3:
-            fix = f"with a fault every {faults_s / 3600:.1f} h about {best} loses the least time (Young and Daly)."
+            fix = (
+                f"with a fault every {faults_s / 3600:.1f} h about {best} loses the least time (Young and Daly); null "
+                "has the run choose it."
+            )
             yield warning(Problem("checkpoint.save_interval", interval, fix))

@@ -26,10 +26,11 @@ class SubmitRequest:
         config: resolved.
         cluster: as its file says, with what the command line changes.
         cluster_name: how it was named.
-        nodes: of a job.
+        nodes: of a job that run ranks.
         run_dir: the run directory.
         chain: jobs that follow one another; None for one that requeues itself until the run is done.
         environ: the submitting shell's variables.
+        spares: further nodes of a job, for those that fail.
     """
 
     name: str
@@ -40,6 +41,7 @@ class SubmitRequest:
     run_dir: Path
     chain: int | None
     environ: dict[str, str]
+    spares: int = 0
 
     @property
     def ranks_per_node(self) -> int:
@@ -54,6 +56,11 @@ class SubmitRequest:
         """Ranks of the run."""
         return self.nodes * self.ranks_per_node
 
+    @property
+    def job_nodes(self) -> int:
+        """Nodes that a job asks for."""
+        return self.nodes + self.spares
+
 
 def make(
     source: str,
@@ -66,6 +73,7 @@ def make(
     time_limit: str | None = None,
     ranks_per_node: int | None = None,
     chain: int | None = None,
+    spares: int = 0,
     dry: bool = False,
 ) -> SubmitRequest:
     """Reads what was asked for.
@@ -80,6 +88,7 @@ def make(
         time_limit: instead of the cluster's.
         ranks_per_node: instead of the cluster's.
         chain: number of jobs in a row.
+        spares: further nodes of a job.
         dry: nothing will be submitted: without Slurm, and without a cluster, the example cluster serves.
 
     Raises:
@@ -88,6 +97,8 @@ def make(
     problems: list[Problem] = []
     if nodes < 1:
         problems.append(Problem("--nodes", nodes, "must be at least 1."))
+    if spares < 0:
+        problems.append(Problem("--spares", spares, "must be at least 0."))
     if chain is not None and chain < 1:
         problems.append(Problem("--chain", chain, "must be at least 1."))
     named = name or (source if source in RECIPES else Path(source).resolve().parent.name)
@@ -113,12 +124,14 @@ def make(
         )
     if described is not None and described.scheduler == "local" and chain is not None:
         problems.append(Problem("--chain", chain, f"cluster {chosen} has no queue for waiting jobs."))
+    if described is not None and described.scheduler == "local" and spares:
+        problems.append(Problem("--spares", spares, f"the cluster {chosen} is one machine; leave it out."))
     if problems:
         raise ConfigError(problems)
     assert described is not None
     assert config is not None
     where = run_dir if run_dir is not None else Path(described.run_root) / named
-    return SubmitRequest(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ))
+    return SubmitRequest(named, config, described, chosen, nodes, where.absolute(), chain, dict(os.environ), spares)
 
 
 def chosen_cluster(named: str | None, *, dry: bool = False) -> str:

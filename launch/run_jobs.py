@@ -2,12 +2,15 @@
 
 import json
 import os
+import shlex
 import signal
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_qwen import slurm
+from megatron_qwen.errors import ConfigError, Problem, UserError
 from megatron_qwen.rundir import RunDirectory, RunState
 
 _CONTROLLER = "submitit.core._submit"
@@ -23,11 +26,12 @@ class Submission:
         jobs: ids: Slurm's, or the process number of a local controller.
         scheduler: slurm or local.
         cluster: name or path of the cluster file.
-        nodes: of a job.
+        nodes: of a job that run ranks.
         ranks_per_node: as given, or None.
         time_limit: of a job.
         chain: jobs in a row, or None.
         host: machine it was submitted on; the one that a local controller runs on.
+        spares: further nodes of a job.
     """
 
     jobs: tuple[str, ...]
@@ -38,6 +42,7 @@ class Submission:
     time_limit: str | None = None
     chain: int | None = None
     host: str | None = None
+    spares: int = 0
 
     @property
     def elsewhere(self) -> str | None:
@@ -61,6 +66,7 @@ def submissions(directory: RunDirectory) -> list[Submission]:
                     entry.get("time_limit"),
                     entry.get("chain"),
                     entry.get("host"),
+                    int(entry.get("spares") or 0),
                 )
             )
         except (ValueError, KeyError, TypeError):
@@ -95,9 +101,58 @@ def active(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[s
     if newest[0].scheduler == "local":
         return [job for job in newest[0].jobs if is_local_job(job, directory)]
     # A job that is being cleaned up after the run's end is over; one that is requeued looks the same to Slurm.
-    over = directory.state() in (RunState.DONE, RunState.STOPPED, RunState.CANCELLED)
-    gone = slurm.ENDED | {"COMPLETING"} if over else slurm.ENDED
-    return [job for job in newest[0].jobs if job in queue and queue[job].state not in gone]
+    over = directory.state() in (RunState.DONE, RunState.STOPPED)
+    return [
+        job
+        for job in newest[0].jobs
+        if job in queue
+        and queue[job].state not in slurm.ENDED
+        and not (queue[job].state == "COMPLETING" and (over or directory.is_cancelled(job)))
+    ]
+
+
+def known(runs: Iterable[RunDirectory]) -> dict[str, slurm.QueuedJob]:
+    """What Slurm knows of the newest jobs of runs, in one question; nothing is asked where none has any.
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
+    newest = [found[-1] for run in runs if (found := submissions(run))]
+    return slurm.jobs([job for one in newest if one.scheduler == "slurm" for job in one.jobs])
+
+
+def ending(directory: RunDirectory, queue: dict[str, slurm.QueuedJob]) -> list[str]:
+    """Ids of the run's jobs that have been ended and may still save."""
+    newest = submissions(directory)[-1:]
+    jobs = newest[0].jobs if newest and newest[0].scheduler == "slurm" else ()
+    return [job for job in jobs if job in queue and queue[job].state == "COMPLETING"]
+
+
+def require_none(directory: RunDirectory) -> None:
+    """Raises ConfigError if a job of the run waits or runs: a second start would take the run from it."""
+    newest = submissions(directory)[-1:]
+    if not newest or os.environ.get("SLURM_JOB_ID") in newest[0].jobs:
+        return
+    where = str(directory.path)
+    if newest[0].scheduler == "slurm" and not slurm.is_there():
+        if _has_moved(directory):
+            fix = (
+                "is in use by a job of a cluster that this machine cannot ask, as its files of the last half hour "
+                "tell; cancel the job there, or use another --run-dir."
+            )
+            raise ConfigError(Problem("--run-dir", where, fix))
+        return
+    try:
+        queue = known([directory])
+    except UserError as error:
+        fix = f"has had job {', '.join(newest[0].jobs)}, and whether it still runs cannot be asked: {error.problems[0]}"
+        raise ConfigError(Problem("--run-dir", where, fix)) from None
+    if jobs := [*active(directory, queue), *ending(directory, queue)]:
+        fix = (
+            f"is in use by job {', '.join(dict.fromkeys(jobs))}. To see it: mq launch status {shlex.quote(where)}; to "
+            f"end it: mq launch cancel {shlex.quote(where)}; or use another --run-dir."
+        )
+        raise ConfigError(Problem("--run-dir", where, fix))
 
 
 def _has_moved(directory: RunDirectory) -> bool:

@@ -11,10 +11,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.text import secret_in
 from megatron_qwen.attempts import now
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.files import publish
+from megatron_qwen.secret_text import secret_in
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE, DIFF = "snapshot.json", "uncommitted.diff"

@@ -8,10 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import freeze, run_jobs, submission
+from launch import by_hand, freeze, open_files, orphans, refusals, run_jobs, submission
 from launch.cluster_limits import array_limit
 from launch.finding import Finding
 from launch.preflight import Preflight, check
+from launch.quarantined import ToAvoid, to_avoid
 from launch.request import SubmitRequest, absolute_paths, with_name
 from megatron_qwen import slurm
 from megatron_qwen.attempts import AttemptLog
@@ -30,7 +31,7 @@ class Submitted:
 
     Args:
         name: of the run.
-        run_dir: where it lies.
+        run_dir: its directory.
         jobs: ids.
         notes: what a person should know.
     """
@@ -54,13 +55,15 @@ def submit(request: SubmitRequest, *, new_code: bool) -> tuple[Submitted | None,
         print(f"nothing was submitted: {_counted(found.findings)}", file=sys.stderr)
         return None, code
     directory = RunDirectory(request.run_dir)
-    with _alone(request.run_dir):
+    with alone(request.run_dir):
+        orphans.settle(directory)
         if (done := _in_the_way(request, directory, found.data_digest)) is not None:
             print(done)
             return None, 0
         notes = _prepare(request, found, new_code=new_code)
         forgive = directory.state() in (RunState.STOPPED, RunState.CANCELLED)
-        jobs = hand_over(request, directory, forgive=forgive)
+        after = run_jobs.ending(directory, run_jobs.known([directory]))
+        jobs = hand_over(request, directory, forgive=forgive, after=after, say=notes.append)
     return Submitted(request.name, request.run_dir, tuple(jobs), tuple(notes)), 0
 
 
@@ -72,11 +75,12 @@ def _in_the_way(request: SubmitRequest, directory: RunDirectory, digest: str | N
     """
     if problems := directory.foreign_problems(request.config, data_digest=digest):
         raise ConfigError(problems)
-    queue = slurm.queue() if request.cluster.scheduler == "slurm" else {}
+    queue = run_jobs.known([directory])
     if jobs := run_jobs.active(directory, queue):
         status = f"mq launch status {shlex.quote(str(request.run_dir))}"
         fix = f"is already in progress as job {', '.join(jobs)}; see `{status}`, or cancel it."
         raise ConfigError(Problem("run", request.name, fix))
+    by_hand.require_nobody(directory)
     if directory.state() is RunState.DONE and directory.run_yaml.is_file():
         there = resolve(str(directory.run_yaml), [], RECIPES)
         if there.training.train_iters >= request.config.training.train_iters:
@@ -94,49 +98,87 @@ def _prepare(request: SubmitRequest, found: Preflight, *, new_code: bool) -> lis
         raise
 
 
-def hand_over(request: SubmitRequest, directory: RunDirectory, *, forgive: bool) -> list[str]:
+def hand_over(
+    request: SubmitRequest,
+    directory: RunDirectory,
+    *,
+    forgive: bool,
+    after: Sequence[str] = (),
+    say: Callable[[str], object] | None = None,
+) -> list[str]:
     """Submits the run's job or chain and notes it; the run's state is as before where Slurm refuses.
+
+    Where it is not known whether Slurm has the job, the run stays queued and announced, and ``orphans`` looks for it.
 
     Args:
         request: what is submitted.
         directory: of the run, frozen.
-        forgive: whether what has gone wrong so far is forgotten: a person wants the run to go on.
+        forgive: whether what has gone wrong so far is forgotten: a person wants the run to continue.
+        after: jobs that must have ended before: they may still save.
+        say: is told about nodes in quarantine; None prints it to stderr.
     """
     jobs: list[str] = []
+    avoid = to_avoid(request)
+    about = freeze.submission_of(request)
+    orphans.announce(directory, about, name=request.name, folder=directory.submission, index=None)
     with _queued([directory], forgive=forgive):
         try:
-            for _ in range(request.chain or 1):
-                jobs.append(submission.submit(request, after=jobs[-1] if jobs else None))
-        except UserError:
-            if jobs:
+            first, avoid = _avoiding(avoid, lambda nodes: [submission.submit(request, after=after, exclude=nodes)])
+            jobs += first
+            for _ in range(1, request.chain or 1):
+                jobs.append(submission.submit(request, after=jobs[-1:], exclude=avoid.nodes))
+        except UserError as error:
+            if jobs and not refusals.may_have_taken(error):
                 slurm.ask("scancel", *jobs)
             raise
-    freeze.note_jobs(request, jobs)
+    freeze.note_jobs(request, jobs, exclude=avoid.nodes)
+    orphans.withdraw(directory)
+    for note in avoid.notes:
+        if say is None:
+            print(note, file=sys.stderr)
+        else:
+            say(note)
     return jobs
+
+
+def _avoiding(avoid: ToAvoid, send: Callable[[Sequence[str]], list[str]]) -> tuple[list[str], ToAvoid]:
+    """Jobs that keep off the nodes in quarantine; off none where Slurm refuses them for want of nodes.
+
+    Too few others may fit the job in a way that only Slurm knows. Bad nodes are better than none.
+    """
+    try:
+        return send(avoid.nodes), avoid
+    except UserError as error:
+        if not avoid.nodes or not refusals.refuses_nodes(error):
+            raise
+        why = "; ".join(map(str, error.problems))
+        return send(()), ToAvoid((), (f"nodes in quarantine are not avoided, Slurm refuses the job then ({why})",))
 
 
 @contextmanager
 def _queued(directories: Sequence[RunDirectory], *, forgive: bool) -> Iterator[None]:
-    """Runs are queued from here on; as before where Slurm refuses them."""
+    """Announced runs are queued from here on; as before, and not announced, where Slurm refuses them."""
     before = [directory.status.read_text() if directory.status.is_file() else None for directory in directories]
     for directory in directories:
         directory.write_status(RunState.QUEUED)
+        if forgive:  # before: nothing would do it for a submission that is killed when Slurm has the job
+            AttemptLog(directory.attempts).forgive()
     try:
         yield
-    except UserError:
+    except UserError as error:
+        if refusals.may_have_taken(error):
+            raise refusals.not_known(error, [directory.path for directory in directories]) from None
         for directory, text in zip(directories, before, strict=True):
+            orphans.withdraw(directory)
             if text is None:
                 directory.status.unlink()
             else:
                 atomic_write(directory.status, text)
         raise
-    if forgive:
-        for directory in directories:
-            AttemptLog(directory.attempts).forgive()
 
 
 @contextmanager
-def _alone(run_dir: Path) -> Iterator[None]:
+def alone(run_dir: Path) -> Iterator[None]:
     """Keeps two submissions of one run apart, from the first look to the note of its jobs.
 
     Raises:
@@ -187,26 +229,70 @@ def submit_array(
     for request in requests:
         between()
         checked.append(check(request, on_site=not checked))
-    queue = slurm.queue()
-    for request, found in zip(requests, checked, strict=True):
-        wrong = [item.problem for item in found.findings if item.severity != "warning"]
-        wrong += RunDirectory(request.run_dir).foreign_problems(request.config, data_digest=found.data_digest)
-        problems += [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
-        if run_jobs.active(RunDirectory(request.run_dir), queue):
-            problems.append(Problem("run", request.name, "is already in progress."))
-    if problems:
-        raise ConfigError(problems)
     directories = [RunDirectory(request.run_dir) for request in requests]
-    for request, found in zip(requests, checked, strict=True):
-        between()
-        _prepare(request, found, new_code=False)
+    open_files.allow(len(requests))  # a lock each
+    with ExitStack() as stack:
+        for request in requests:
+            stack.enter_context(alone(request.run_dir))
+        for directory in directories:
+            orphans.settle(directory)
+        queue = run_jobs.known(directories)
+        for request, found in zip(requests, checked, strict=True):
+            problems += _against(request, found, queue)
+        if problems:
+            raise ConfigError(problems)
+        for request, found in zip(requests, checked, strict=True):
+            between()
+            _prepare(request, found, new_code=False)
+        after = [job for directory in directories for job in run_jobs.ending(directory, queue)]
+        jobs, avoid = _hand_over_array(requests, directories, at_once=at_once, name=name or base.name, after=after)
+    return [
+        Submitted(request.name, request.run_dir, (job,), avoid.notes)
+        for request, job in zip(requests, jobs, strict=True)
+    ]
+
+
+def _against(request: SubmitRequest, found: Preflight, queue: dict[str, slurm.QueuedJob]) -> list[Problem]:
+    """What prevents that a run of an array is submitted."""
+    directory = RunDirectory(request.run_dir)
+    wrong = [item.problem for item in found.findings if item.severity != "warning"]
+    wrong += directory.foreign_problems(request.config, data_digest=found.data_digest)
+    problems = [Problem(f"run {request.name}: {item.where}", item.value, item.fix) for item in wrong]
+    if run_jobs.active(directory, queue):
+        problems.append(Problem("run", request.name, "is already in progress."))
+    try:
+        by_hand.require_nobody(directory)
+    except ConfigError as error:
+        problems += error.problems
+    return problems
+
+
+def _hand_over_array(
+    requests: Sequence[SubmitRequest],
+    directories: Sequence[RunDirectory],
+    *,
+    at_once: int,
+    name: str,
+    after: Sequence[str],
+) -> tuple[list[str], ToAvoid]:
+    """The same as ``hand_over`` for runs that are frozen."""
+    # In the first run's directory, which nobody else can write: pickles are read from there.
+    folder = directories[0].submission
+    avoid = to_avoid(requests[0])
+    for index, (request, directory) in enumerate(zip(requests, directories, strict=True)):
+        task = index if len(requests) > 1 else None
+        orphans.announce(directory, freeze.submission_of(request), name=name, folder=folder, index=task)
     with _queued(directories, forgive=True):
-        # In the first run's directory, which nobody else can write: pickles are read from there.
-        folder = directories[0].submission
-        jobs = submission.submit_array(requests, folder, at_once=at_once, name=name or base.name)
-    for request, job in zip(requests, jobs, strict=True):
-        freeze.note_jobs(request, [job])
-    return [Submitted(request.name, request.run_dir, (job,), ()) for request, job in zip(requests, jobs, strict=True)]
+        jobs, avoid = _avoiding(
+            avoid,
+            lambda nodes: submission.submit_array(
+                requests, folder, at_once=at_once, name=name, after=after, exclude=nodes
+            ),
+        )
+    for request, directory, job in zip(requests, directories, jobs, strict=True):
+        freeze.note_jobs(request, [job], exclude=avoid.nodes)
+        orphans.withdraw(directory)
+    return jobs, avoid
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -150,7 +150,7 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     found = results.read(options.source, column_names(options.columns, COLUMNS))
     settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
     fitted = fit(found.observations, settings)
-    if fitted.surface is None and fitted.basin is None:
+    if not _has_law(fitted):
         fix = f"determine no law: {'; '.join(fitted.notes)}."
         raise DataError(Problem(str(options.source), f"{len(found.observations)} observations", fix))
     content = fit_file.document(fitted, source=str(options.source.absolute()))
@@ -163,13 +163,18 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
     return 0
 
 
+def _has_law(fit: Any) -> bool:
+    """Whether something follows from a fit, or from its file."""
+    return fit.surface is not None or fit.basin is not None
+
+
 def _beside(source: Path, name: str) -> Path:
     """The path in a study directory, or next to a CSV with its name as prefix."""
     return source / name if source.is_dir() else source.with_suffix(f".{name}")
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
-    """Fits again with the settings of the existing fit, so that page and fit agree."""
+    """Fits again with the settings of the existing fit, so that page and fit agree. Without a law no fit is written."""
     page = options.output or _beside(options.source, "report.html")
     figures = options.figures or _beside(options.source, "figures")
     fit_json = options.fit or _beside(options.source, "fit.json")
@@ -194,16 +199,24 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     if any(one.status == DONE for one in found.observations):
         fitted = fit(found.observations, settings)
         document = fit_file.document(fitted, source=str(options.source.absolute()))
-        document["notes"] = notes = [*found.notes, *document["notes"]]
-        fit_file.write(fit_json, document)
+        no_law = [] if _has_law(fitted) else [_no_law(fit_json)]
+        document["notes"] = notes = [*found.notes, *no_law, *document["notes"]]
+        if not no_law:
+            fit_file.write(fit_json, document)
     links = {} if options.standalone else content.links(found, page)
     shown = content.Content(found, fitted, document, notes, links)
     written = write.write(shown, page, figures)
     if document:
         print(fit_file.table(document))
-        written.append(fit_json)
+        written += [fit_json] if _has_law(fitted) else []
     print("\n".join(f"written: {path}" for path in written))
     return 0
+
+
+def _no_law(fit_json: Path) -> str:
+    """Says in page and output that there is no law, and that no run can be prescribed from this report."""
+    kept = f"; {fit_json.name}, of an earlier fit, is left as it was" if fit_json.is_file() else ""
+    return f"the observations determine no law, and no fit is written{kept}"
 
 
 def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
@@ -225,7 +238,7 @@ def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
 
     wish = Wish(base, options.params, options.tokens, options.gpu_hours, options.gpus, device, options.refuse_factor)
     fit = FitFile(options.fit)
-    if fit.surface is None and fit.basin is None:
+    if not _has_law(fit):
         raise DataError(Problem(str(options.fit), None, "holds no law: nothing follows from it; fit more runs."))
     found = prescribe(fit, wish)
     text = found.yaml()

@@ -7,6 +7,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch import by_hand, orphans, run_jobs
+from launch.replay import replay_of
 from launch.request import absolute_paths, smallest_world
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.blend import SINGLE
@@ -33,21 +35,38 @@ def parser() -> argparse.ArgumentParser:
             "mq train demo data.path=data/corpus data.tokenizer=tok --run-dir runs/demo --nproc 2",
             "mq train qwen2_5_7b data.path=/data/corpus --run-dir runs/7b --nproc 8",
             "mq train runs/first/run.yaml training.train_iters=200 --run-dir runs/first",
+            "mq train --replay 1200 --run-dir runs/first",
             "mq config reference     all fields",
         ],
     )
-    parser.add_argument("source", help="a recipe (mq recipes) or a run.yaml; then section.field=value overrides")
+    parser.add_argument(
+        "source", nargs="?", help="a recipe (mq recipes) or a run.yaml; then section.field=value overrides"
+    )
     parser.add_argument(
         "--run-dir", required=True, type=Path, help="directory of the run: all its files are written there"
     )
     parser.add_argument("--verbose", action="store_true", help="show every choice of the preset with its reason")
     parser.add_argument("--nproc", type=int, help="local ranks; default: the layout's size")
+    parser.add_argument(
+        "--replay",
+        type=int,
+        metavar="STEP",
+        help="take the steps from the newest checkpoint before STEP up to STEP again, compare loss and gradient norm "
+        "with metrics.jsonl, and print hashes of the weights; writes nothing into the run. Exit 0: equal, 1: different",
+    )
+    parser.add_argument("--json", action="store_true", help="of --replay")
     return parser
 
 
 def main(arguments: Sequence[str]) -> int:
     """Trains and returns the exit code."""
     options, overrides = parser().parse_known_args(arguments)
+    if options.replay is not None:
+        return replay_of(options, overrides, outer_world=None if _outer_rank() is None else _outer_world())
+    if options.source is None:
+        raise ConfigError("a recipe or a run.yaml is required (mq recipes lists the recipes).")
+    if options.json:
+        raise ConfigError("--json requires --replay.")
     config = absolute_paths(resolve(options.source, overrides, RECIPES))
     if options.verbose:
         os.environ["MQ_VERBOSE"] = "1"  # for the ranks
@@ -60,6 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     world_size = options.nproc or smallest_world(config)
     require_legal(config, world_size=world_size)
     directory = RunDirectory(options.run_dir)
+    orphans.settle_where_possible(directory)
+    run_jobs.require_none(directory)
+    by_hand.require_nobody(directory)
     digest = _require_data(config, world_size, directory)
     directory.claim(config, data_digest=digest)
     logs = directory.logs(directory.newest_attempt() + 1)
@@ -79,12 +101,20 @@ def _outer_rank() -> int | None:
     return None
 
 
+def _outer_world() -> int:
+    """World size given by torchrun or srun."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
+
+
 def _as_rank(config: RunConfig, run_dir: Path, rank: int) -> int:
     """Becomes a rank; rank 0 claims the directory first and the others wait for its run.yaml."""
-    world_size = int(os.environ.get("WORLD_SIZE") or os.environ["SLURM_NTASKS"])
+    world_size = _outer_world()
     require_legal(config, world_size=world_size)
     directory = RunDirectory(run_dir)
     if rank == 0:
+        orphans.settle_where_possible(directory)
+        run_jobs.require_none(directory)
+        by_hand.require_nobody(directory, elsewhere=False)  # whoever starts ranks on many nodes starts them again
         directory.claim(config, data_digest=_require_data(config, world_size, directory))
     else:
         _await(directory.run_yaml, to_yaml(directory.owned(config)))

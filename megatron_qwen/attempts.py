@@ -5,10 +5,11 @@ the file is read, and the next append starts a new line after it.
 """
 
 import datetime
+import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +43,10 @@ class Attempt:
         saved: newest committed iteration at its end.
         failed_nodes: nodes to blame for its end.
         error: signature of the exception that ended it, None if there was none.
-        action: what the controller decided: none, requeue or stop.
+        action: what the controller decided: none, restart (inside the allocation), requeue or stop.
+        evidence: of its first failure, as ``resilience.evidence`` writes it; None where none was kept.
+        fault: whose it was: program, node, storage, network or unknown; None where nothing failed, or none was kept.
+        exclude: nodes that Slurm was asked to keep the job from after it.
     """
 
     number: int
@@ -61,6 +65,9 @@ class Attempt:
     failed_nodes: tuple[str, ...] = ()
     error: str | None = None
     action: str | None = None
+    evidence: dict[str, Any] | None = None
+    fault: str | None = None
+    exclude: tuple[str, ...] = ()
 
     @property
     def wall_s(self) -> float | None:
@@ -105,6 +112,14 @@ class AttemptLog:
             (entry["attempt"] for entry in _lines(self.path) if isinstance(entry.get("attempt"), int)), default=0
         )
 
+    def run_id(self) -> str | None:
+        """What tells the run from another that was in this directory before: hash of its first attempt's beginning.
+
+        None before the first attempt.
+        """
+        first = next((entry for entry in _lines(self.path) if "started" in entry), None)
+        return None if first is None else hashlib.sha256(json.dumps(first, sort_keys=True).encode()).hexdigest()[:16]
+
     def since_forgiven(self) -> list[Attempt]:
         """Attempts since a person last resumed the run (``mq launch requeue``): only these count as restarts."""
         through = [entry["forgiven_through"] for entry in _lines(self.path) if "forgiven_through" in entry]
@@ -113,6 +128,15 @@ class AttemptLog:
     def forgive(self) -> None:
         """Makes the policy ignore all attempts so far, so that a stopped run can be resumed; nothing is deleted."""
         self._append({"forgiven_through": self.newest(), "time": now()})
+
+    def asked_to_exclude(self) -> set[str]:
+        """Nodes that the scheduler was ever asked to keep the run's jobs from."""
+        lists = [entry["excluded"] for entry in _lines(self.path) if isinstance(entry.get("excluded"), list)]
+        return {str(node) for nodes in lists for node in nodes}
+
+    def note_excluded(self, nodes: Iterable[str]) -> None:
+        """Records that the scheduler is asked to keep the run's jobs from nodes."""
+        self._append({"excluded": sorted(nodes), "time": now()})
 
     def begin(self, **facts: Any) -> int:
         """Records a new attempt and returns its number, from 1. From now on no earlier attempt commits a checkpoint."""
@@ -177,4 +201,7 @@ def _attempt(number: int, begin: dict[str, Any], end: dict[str, Any]) -> Attempt
         failed_nodes=tuple(map(str, end.get("failed_nodes") or ())),
         error=text(end.get("error")),
         action=text(end.get("action")),
+        evidence=found if isinstance(found := end.get("evidence"), dict) else None,
+        fault=text(end.get("fault")),
+        exclude=tuple(map(str, end.get("exclude") or ())),
     )

@@ -2,6 +2,8 @@
 
 import os
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,6 +62,16 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_cuda() else "CPU"
 
 
+def library_versions() -> dict[str, str]:
+    """Versions of what computes: torch, and with a GPU CUDA, cuDNN and NCCL; on a CPU the instructions that it uses."""
+    found = {"torch": torch.__version__, "cpu instructions": torch.backends.cpu.get_cpu_capability()}
+    if has_cuda():
+        found["cuda"] = str(torch.version.cuda)
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    return found
+
+
 def compute_capability() -> tuple[int, int]:
     """CUDA compute capability, (0, 0) without a GPU."""
     return torch.cuda.get_device_capability() if has_cuda() else (0, 0)
@@ -69,6 +81,20 @@ def synchronize() -> None:
     """Waits until all queued work of the device has finished."""
     if has_cuda():
         torch.cuda.synchronize()
+
+
+def elapsed_s(work: Callable[[], object]) -> float:
+    """Seconds that work takes: of its kernels on a GPU, once those queued before have finished; else of the call."""
+    if not has_cuda():
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    work()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3
 
 
 def peak_memory_bytes() -> int:

@@ -112,3 +112,19 @@ class NumericsError(UserError):
 
     exit_code = EXIT_NUMERICS
     kind = "numerics error"
+
+
+class SilentCorruptionError(UserError):
+    """Weights, optimizer state or results of a rank are not what they should be (exit 76: go back and avoid it).
+
+    Args:
+        problems: what was found.
+        suspects: ranks that it points to; empty where none can be named.
+    """
+
+    exit_code = EXIT_LOST_PEER
+    kind = "silent corruption"
+
+    def __init__(self, problems: str | Problem | Sequence[Problem], *, suspects: Sequence[int] = ()) -> None:
+        super().__init__(problems)
+        self.suspects = tuple(suspects)

@@ -49,6 +49,7 @@ class RunDirectory:
         self.path = Path(path).absolute()
         self.run_yaml = self.path / "run.yaml"
         self.metrics = self.path / "metrics.jsonl"
+        self.stragglers = self.path / "stragglers.jsonl"
         self.performance = self.path / "performance.json"
         self.attempts = self.path / "attempts.jsonl"
         self.status = self.path / "status.json"
@@ -59,9 +60,11 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.heartbeat = self.path / "heartbeat.json"
+        self.metrics_text = self.path / "metrics.prom"
         self.code = self.path / "code"
         self.submission = self.path / "submission"
         self.jobs = self.path / "jobs.jsonl"
+        self.submitting = self.path / "submitting.json"
         self.controller_log = self.path / "logs" / "controller.log"
 
     def logs(self, attempt: int) -> Path:
@@ -183,12 +186,30 @@ class RunDirectory:
         """Number of the newest attempt, 0 before the first."""
         return AttemptLog(self.attempts).newest()
 
+    def is_superseded(self, number: int) -> bool:
+        """Whether a newer attempt has begun. Where attempts.jsonl is not to be seen, none is known."""
+        return self.newest_attempt() > number
+
     def state(self) -> RunState | None:
         """The state in status.json; None if there is no readable status.json."""
         try:
             return RunState(str(json.loads(self.status.read_text())["state"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    def is_cancelled(self, job_id: str | None) -> bool:
+        """Whether a person cancelled a job of the run.
+
+        Args:
+            job_id: the job. A run that was submitted again has a newer one, which a word about the old one does not
+                concern, whenever that word is written.
+        """
+        try:
+            noted = json.loads(self.status.read_text())
+            of = {*map(str, noted.get("jobs") or ()), *([str(noted["job_id"])] if noted.get("job_id") else [])}
+            return noted["state"] == RunState.CANCELLED and (not of or job_id is None or job_id in of)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
 
     def write_status(self, state: RunState, **facts: Any) -> None:
         """Replaces status.json."""

@@ -3,6 +3,7 @@
 The state of jobs comes from ``squeue`` and ``scontrol show``, because ``sacct`` fails without an accounting database.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from megatron_qwen.errors import Problem, UserError
 _TIMEOUT_S = 60.0
 _CONFIGURATIONS = ("/etc/slurm/slurm.conf", "/etc/slurm-llnl/slurm.conf", "/run/slurm/conf/slurm.conf")
 _PAIR = re.compile(r"(\S+?)=(.*?)(?=\s+[A-Z][\w/:]*=|\s*$)")
-_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%L", "%N", "%S", "%j", "%Q")
+_QUEUE_FIELDS = ("%i", "%T", "%r", "%M", "%L", "%N", "%S", "%j", "%Q", "%x", "%k")
 _LOST = ("DOWN", "FAIL", "NOT_RESPONDING", "POWERED_DOWN")
 # Words of a node's state (scontrol show node): a base state and flags, joined by +. A node that power saving has
 # switched off (POWERED_DOWN, POWERING_DOWN) is not among them: Slurm starts it when a job needs it.
@@ -28,6 +29,7 @@ _UNUSABLE = frozenset(
         *("DRAIN", "DRAINED", "DRAINING", "REBOOT", "REBOOT_ISSUED", "REBOOT_REQUESTED", "BLOCKED"),
     )
 )
+_IDS_AT_ONCE = 1000  # a command line may have 128 KiB an argument
 _MARKS = "$@^~#!%-"  # sinfo appends one of these to a state that a flag describes
 
 
@@ -66,8 +68,15 @@ def ask(*command: str, timeout_s: float = _TIMEOUT_S) -> str:
         SlurmError: the program is not installed, failed, or did not answer in time.
     """
     try:
+        # People write Reason= and Comment= in any encoding, and no answer is lost for one of their letters.
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout_s, env=_plain_environment(), check=False
+            command,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            env=_plain_environment(),
+            check=False,
         )
     except FileNotFoundError:
         fix = "is not on PATH; load the site's Slurm module, or run this on a login node."
@@ -106,25 +115,51 @@ def show_job(job_id: str) -> dict[str, str]:
 
 
 def show_nodes(names: Sequence[str] = ()) -> dict[str, dict[str, str]]:
-    """Fields of nodes by node name; of all nodes if none is named."""
-    lines = ask("scontrol", "show", "node", "-o", *([",".join(names)] if names else [])).splitlines()
+    """Fields of nodes by node name; of all nodes if none is named.
+
+    Cloud nodes that are powered down are missing unless slurm.conf has PrivateData=cloud.
+    """
+    # -a: without it nodes that are only in hidden partitions are left out.
+    lines = ask("scontrol", "-a", "show", "node", "-o", *([",".join(names)] if names else [])).splitlines()
     shown = [fields(line) for line in lines if line.strip()]
     return {node["NodeName"]: node for node in shown if "NodeName" in node}
 
 
 def show_partitions() -> dict[str, dict[str, str]]:
-    """Fields of partitions by partition name."""
-    shown = [fields(line) for line in ask("scontrol", "show", "partition", "-o").splitlines() if line.strip()]
+    """Fields of partitions by partition name, hidden ones included."""
+    shown = [fields(line) for line in ask("scontrol", "-a", "show", "partition", "-o").splitlines() if line.strip()]
     return {partition["PartitionName"]: partition for partition in shown if "PartitionName" in partition}
 
 
+def unseen_nodes(partition: dict[str, str], shown: int) -> int:
+    """Nodes of a partition that Slurm counts and does not show.
+
+    Args:
+        partition: its fields.
+        shown: nodes of it that ``show_nodes`` has.
+    """
+    total = partition.get("TotalNodes", "")
+    return max(0, int(total) - shown) if total.isdecimal() else 0
+
+
+def show_config() -> dict[str, str]:
+    """The settings of the cluster by their names in slurm.conf."""
+    pairs = (line.partition("=") for line in ask("scontrol", "show", "config").splitlines())
+    return {name.strip(): value.strip() for name, sign, value in pairs if sign}
+
+
 def largest_array() -> int | None:
-    """Tasks that an array may have (MaxArraySize is one more than the largest index); None where Slurm does not say."""
-    for line in ask("scontrol", "show", "config").splitlines():
-        name, _, value = line.partition("=")
-        if name.strip() == "MaxArraySize" and value.strip().isdecimal():
-            return int(value)
-    return None
+    """Tasks that an array may have; None where Slurm does not say.
+
+    MaxArraySize is one more than the largest index; 0 turns arrays off.
+    """
+    value = show_config().get("MaxArraySize", "")
+    return int(value) if value.isdecimal() else None
+
+
+def enforces_limits_of_all_partitions() -> bool:
+    """Whether sbatch refuses a job that exceeds a limit of any partition of its list (EnforcePartLimits=ALL)."""
+    return show_config().get("EnforcePartLimits", "").upper() == "ALL"
 
 
 def is_usable(node: dict[str, str]) -> bool:
@@ -208,6 +243,8 @@ class QueuedJob:
         start: when it starts or started.
         name: job name.
         priority: 0 for a held one.
+        excluded: node list that it is kept from.
+        comment: what ``scontrol update`` has noted with it.
     """
 
     job_id: str
@@ -219,6 +256,8 @@ class QueuedJob:
     start: str
     name: str
     priority: str
+    excluded: str = ""
+    comment: str = ""
 
     @property
     def is_held(self) -> bool:
@@ -229,8 +268,50 @@ class QueuedJob:
 
 def queue() -> dict[str, QueuedJob]:
     """This user's jobs by id; every task of an array is a job."""
-    lines = ask("squeue", "--me", "-h", "-r", "-t", "all", "-o", "|".join(_QUEUE_FIELDS)).splitlines()
-    jobs = [QueuedJob(*line.split("|")) for line in lines if line.count("|") == len(_QUEUE_FIELDS) - 1]
+    return _queued("--me")
+
+
+def named(name: str, *, user: int) -> dict[str, QueuedJob]:
+    """A user's jobs of a name by id, those too that have ended lately."""
+    return _queued(f"--name={name}", f"--user={user}")
+
+
+def jobs(job_ids: Sequence[str]) -> dict[str, QueuedJob]:
+    """Those of the jobs that Slurm knows, whoever's they are; it forgets a job some minutes after its end (MinJobAge).
+
+    A cluster may hide other users' jobs (PrivateData=jobs); those are not among them either.
+    """
+    found: dict[str, QueuedJob] = {}
+    for some in itertools.batched(dict.fromkeys(job_ids), _IDS_AT_ONCE):
+        try:
+            found |= _queued("-j", ",".join(some))
+        except SlurmError as error:
+            if "Invalid job id" not in str(error):  # what Slurm says of a single one that it has forgotten
+                raise
+    return found
+
+
+def steps(job_id: str, names: Sequence[str]) -> list[str]:
+    """Steps of a job that have one of these names and have not ended, as JOB.STEP."""
+    pairs = (line.split(maxsplit=1) for line in ask("squeue", "-h", "-s", "-j", job_id, "-o", "%i %j").splitlines())
+    return [pair[0] for pair in pairs if len(pair) == 2 and pair[1].strip() in names]
+
+
+def hides_jobs() -> bool:
+    """Whether this cluster shows users their own jobs only; False where it does not say."""
+    try:
+        lines = ask("scontrol", "show", "config").splitlines()
+    except SlurmError:
+        return False
+    values = dict(line.partition("=")[::2] for line in lines)
+    return "jobs" in next((value for name, value in values.items() if name.strip() == "PrivateData"), "")
+
+
+def _queued(*which: str) -> dict[str, QueuedJob]:
+    lines = ask("squeue", *which, "-h", "-r", "-t", "all", "-o", "|".join(_QUEUE_FIELDS)).splitlines()
+    # The comment comes last: it is a person's text, and may have the sign as well.
+    last = len(_QUEUE_FIELDS) - 1
+    jobs = [QueuedJob(*line.split("|", last)) for line in lines if line.count("|") >= last]
     return {job.job_id: job for job in jobs}
 
 

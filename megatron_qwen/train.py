@@ -1,26 +1,41 @@
 """Entry of a rank: join, build, load, fit, leave. ``mq train`` starts it; so do srun and torchrun.
 
 python -m megatron_qwen.train RUN_DIR
+python -m megatron_qwen.train RUN_DIR --replay STEP [--json]
 """
 
 import logging
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
 from megatron_qwen import device
 from megatron_qwen.core_patches.install import prepare_process
-from megatron_qwen.resilience import stack_dump
+from megatron_qwen.errors import EXIT_FAILURE
+from megatron_qwen.log_lines import LogFormatter
+from megatron_qwen.resilience import dump_watch, stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 
+if TYPE_CHECKING:
+    from megatron_qwen.config.run import RunConfig
 
-def main(run_dir: str) -> int:
-    """Runs one rank of the run in ``run_dir`` and returns its exit code."""
+_OURS = "megatron_qwen"
+
+
+def main(run_dir: str, *options: str) -> int:
+    """Runs one rank of the run in ``run_dir`` and returns its exit code.
+
+    Args:
+        run_dir: the run.
+        options: --replay and a step: takes steps again up to this one and compares them, and writes nothing; --json.
+    """
     # Before the imports, which take seconds: a stop signal may arrive while they run.
     signals = StopSignals()
     signals.install()
@@ -31,6 +46,7 @@ def main(run_dir: str) -> int:
     prepare_process()
     from megatron_qwen.config.checks import require_legal
     from megatron_qwen.config.source import resolve
+    from megatron_qwen.distributed import flight_recorder
     from megatron_qwen.distributed.rank import RankInfo, join, leave
     from megatron_qwen.recipes.registry import RECIPES
     from megatron_qwen.resilience.parent import die_with_launcher
@@ -38,14 +54,38 @@ def main(run_dir: str) -> int:
 
     die_with_launcher()
     info = RankInfo.from_environment()
+    if (attempt := attempt_of_controller()) is not None:
+        logs = RunDirectory(run_dir).logs(attempt)
+        flight_recorder.prepare(logs)
+        dump_watch.DumpWatch(
+            logs,
+            local_rank=info.local_rank,
+            local_size=info.local_world_size,
+            nodes=info.world_size // info.local_world_size,
+            record=partial(flight_recorder.write, dump_watch.trace_file(logs, info.rank)),
+        ).start()
     config = resolve(str(Path(run_dir) / "run.yaml"), [], RECIPES)
     require_legal(config, world_size=info.world_size)
     device.set_threads(config.performance.threads_per_rank or device.fair_threads(info.local_world_size))
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
-    code = run_attempt(config, info, signals, Path(run_dir), started=psutil.Process().create_time())
+    if "--replay" in options:
+        code = _replay(config, Path(run_dir), options)
+    else:
+        code = run_attempt(config, info, signals, Path(run_dir), started=psutil.Process().create_time())
     # Only after a normal end: destroying the group would wait for peers that are still inside a collective.
     leave()
     return code
+
+
+def _replay(config: "RunConfig", run_dir: Path, options: Sequence[str]) -> int:
+    """Replays on this rank; rank 0 prints the report. Exit code 1 if a step differs from what the run recorded."""
+    from megatron_qwen.distributed.rank import RankInfo
+    from megatron_qwen.training.replay import describe, replay
+
+    steps, hashes = replay(config, run_dir, int(options[options.index("--replay") + 1]))
+    if RankInfo.from_environment().rank == 0:
+        print(describe(steps, hashes, as_json="--json" in options), flush=True)
+    return EXIT_FAILURE if any(step.equal is False for step in steps) else 0
 
 
 def report_end(run_dir: Path, exit_code: int, error: BaseException | None) -> None:
@@ -60,15 +100,30 @@ def report_end(run_dir: Path, exit_code: int, error: BaseException | None) -> No
         print(f"the end of rank {rank} could not be recorded: {failure}", file=sys.stderr)
 
 
+def set_up_log(stream: TextIO, environ: Mapping[str, str] = os.environ) -> None:
+    """Logs to the terminal, or to the file that a controller has made of this rank's output.
+
+    Args:
+        stream: the output of this rank.
+        environ: MQ_VERBOSE shows details on a terminal. A controller's ranks log them always: their output is the only
+            log that is kept (without one, ``keep_log`` writes a file with all of it).
+    """
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(LogFormatter())
+    details = bool(environ.get("MQ_VERBOSE")) or attempt_of_controller(environ) is not None
+    # Details of this project only: libraries have thousands of them.
+    handler.addFilter(lambda record: record.levelno >= logging.INFO or (details and _is_ours(record)))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger(_OURS).setLevel(logging.DEBUG)
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    return record.name.partition(".")[0] == _OURS
+
+
 if __name__ == "__main__":
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%Y-%m-%d %H:%M:%S", stream=sys.stderr
-    )
-    # Of this project all is logged, and the terminal shows what is not a detail; keep_log keeps the rest.
-    logging.getLogger("megatron_qwen").setLevel(logging.DEBUG)
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.DEBUG if os.environ.get("MQ_VERBOSE") else logging.INFO)
+    set_up_log(sys.stderr)
     from megatron_qwen.resilience.exits import exit_code_of
 
     directory = Path(sys.argv[1])
-    sys.exit(exit_code_of(lambda: main(sys.argv[1]), report=partial(report_end, directory)))
+    sys.exit(exit_code_of(lambda: main(*sys.argv[1:]), report=partial(report_end, directory)))

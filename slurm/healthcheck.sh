@@ -3,7 +3,7 @@
 # with 0 or 1. A job's controller runs it on every node before the ranks and has the job avoid the nodes that fail.
 set -uo pipefail
 
-gpus=0 min_gpu_free_gib=0 min_memory_gib=0 disk='' min_disk_gib=1 clock='' max_skew_s=30 max_gpu_temperature=0 loop=0
+gpus=0 min_gpu_free_gib=0 min_memory_gib=0 disk='' min_disk_gib=1 clock='' max_skew_s=30 max_gpu_temperature=0 loop=0 counters=0
 
 usage() {
     cat <<'TEXT'
@@ -16,6 +16,7 @@ usage: healthcheck.sh [options]
   --min-disk-gib N       room that it must have (1)
   --clock SECONDS        the time as the caller's clock had it (date +%s)
   --max-skew-s N         largest difference to it, the start of this script included (30)
+  --counters             print what slurm/counters.sh counts on this node as well
   --loop                 add up a tensor over all nodes of the job (NCCL, or gloo without GPUs); needs srun
 Looked at besides: uncorrected ECC errors, GPUs that fell off the bus (Xid), clocks slowed down by heat or power.
 TEXT
@@ -32,6 +33,7 @@ while [ $# -gt 0 ]; do
         --clock) clock=$2; shift 2 ;;
         --max-skew-s) max_skew_s=$2; shift 2 ;;
         --loop) loop=1; shift ;;
+        --counters) counters=1; shift ;;
         -h | --help) usage; exit 0 ;;
         *) echo "healthcheck.sh: no such option: $1" >&2; usage >&2; exit 2 ;;
     esac
@@ -113,6 +115,7 @@ if [ "$min_memory_gib" -gt 0 ]; then check_memory; fi
 if [ -n "$disk" ]; then check_disk; fi
 if [ -n "$clock" ]; then check_clock; fi
 if [ "$loop" = 1 ]; then check_loop; fi
+if [ "$counters" = 1 ]; then bash "$(dirname "$0")/counters.sh"; fi
 
 if [ "${#wrong[@]}" -gt 0 ]; then
     text=$(printf '%s; ' "${wrong[@]}")

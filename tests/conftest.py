@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from launch.demo import standard_library
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
 ROOT = Path(__file__).parent.parent
+# For mutation runs: looking for the smallest example that fails takes minutes, and nobody reads it.
+hypothesis.settings.register_profile(
+    "first_failure", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate], database=None
+)
 _FORK_SERVER = ForkServer()
 
 
@@ -61,6 +66,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     return Schedule(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of several processes may fail once. Those that do are listed at the end: each is a defect to mend."""
+    from tests.schedule import may_be_repeated
+
+    for item in items:
+        if may_be_repeated(item.nodeid):
+            item.add_marker(pytest.mark.flaky(reruns=1))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Where the time went, above pytest's closing line."""
@@ -73,6 +87,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 seconds[report.nodeid] = seconds.get(report.nodeid, 0.0) + report.duration
     for line in table(seconds):
         terminalreporter.write_line(line)
+    for report in terminalreporter.stats.get("rerun", ()):
+        terminalreporter.write_line(f"failed at its first try: {report.nodeid}")
+        terminalreporter.write_line(report.longreprtext)
 
 
 @pytest.fixture

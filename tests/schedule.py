@@ -39,6 +39,11 @@ _LONG = (
     "tests/objectives/test_cross_entropy_kernels.py",
     "tests/data",
 )
+# Tests whose steps several processes take beside one another, on a machine that others may load.
+_OF_SEVERAL_PROCESSES = (
+    *("tests/slurm", "tests/launch", "tests/e2e", "tests/distributed", "tests/docs"),
+    "tests/resilience/test_dump_watch.py",
+)
 # Their tests share nothing but the cluster.
 _ONE_BY_ONE = ("tests/slurm/test_faults.py", "tests/slurm/test_run.py", "tests/slurm/test_stops.py")
 
@@ -62,6 +67,11 @@ def _kind(scope: str) -> int:
 
 def _place(scope: str) -> int:
     return next((place for place, name in enumerate(_LONG) if scope.startswith(name)), len(_LONG))
+
+
+def may_be_repeated(test: str) -> bool:
+    """Whether a failure of a test may have been the machine's: it gets a second try then."""
+    return test.startswith(_OF_SEVERAL_PROCESSES)
 
 
 def table(seconds: dict[str, float]) -> Sequence[str]:

@@ -22,6 +22,7 @@ ONE_FILE = {
     "submitit": "launch/submission.py",
     "fcntl": "megatron_qwen/files.py",
     "mkdocs": "tools/docs.py",
+    "prometheus_client": "job/prometheus.py",
 }
 RENAMES_AND_SYNCS = {
     "os.rename", "os.renames", "os.replace", "shutil.move", "os.fsync", "os.fdatasync", "fcntl.flock", "fcntl.lockf"

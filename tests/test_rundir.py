@@ -91,3 +91,14 @@ def test_a_folder_with_other_files_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="is not empty and has no run"):
         found.claim(resolve("demo", [], RECIPES))
     assert [path.name for path in found.path.iterdir()] == ["notes.txt"]
+
+
+def test_a_newer_attempt_supersedes(tmp_path):
+    """A directory that cannot be seen, as its file system is not mounted, says nothing of the kind."""
+    run = RunDirectory(tmp_path / "run")
+    assert not run.is_superseded(1), "it is not there"
+    run.path.mkdir()
+    first = run.begin_attempt(world_size=1)
+    assert not run.is_superseded(first)
+    run.begin_attempt(world_size=1)
+    assert run.is_superseded(first)

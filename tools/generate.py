@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwen.cli import Parser, run_program
-from megatron_qwen.errors import ConfigError, ConversionError, Problem
+from megatron_qwen.errors import ConfigError, ConversionError, DataError, Problem
 
 
 def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperature: float, seed: int) -> list[str]:
@@ -20,16 +20,22 @@ def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperatur
         temperature: 0 is greedy decoding (argmax).
         seed: of the sampling.
     """
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError:
+        raise ConversionError(
+            Problem("mq generate", None, "needs transformers: pip install 'megatron_qwen[hf]'.")
+        ) from None
     import torch
-    import transformers
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+
+    from megatron_qwen.data.tokenizers.release import load_with
 
     logging.disable_progress_bar()
     try:
-        tokenizer = getattr(transformers, _tokenizer_class(directory)).from_pretrained(directory)
+        tokenizer = load_with(_tokenizer_class(directory), directory)
         model = AutoModelForCausalLM.from_pretrained(directory)
-    except ConversionError:
+    except (ConversionError, DataError):
         raise
     except Exception as error:  # whatever a damaged directory makes transformers raise
         reason = str(error).splitlines()[0][:200]
@@ -53,7 +59,10 @@ def _tokenizer_class(directory: Path) -> str:
 
     if not (directory / "tokenizer.json").is_file():
         return AUTO
-    return loader_of(directory, load_tokenizer(directory), where=directory).name or AUTO
+    refusal = "cannot be used, because no class of transformers does what the tokenizer's files say"
+    way_out = "Another version of transformers may; or export the model again with another tokenizer (--tokenizer)."
+    reference = load_tokenizer(directory)
+    return loader_of(directory, reference, where=directory, refusal=refusal, way_out=way_out).name or AUTO
 
 
 def main(arguments: Sequence[str]) -> int:

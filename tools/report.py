@@ -21,6 +21,7 @@ from megatron_qwen.rundir import RunDirectory
 from tools.recipes import layout_name
 from tools.report_card import STYLE as CARD_STYLE
 from tools.report_card import card_html, read_card
+from tools.report_ranks import draw, ranks_html, read_history
 from tools.run_records import read_metrics
 
 _STYLE = """
@@ -70,6 +71,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         f"<figure>{loss_figure(records)}</figure>",
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
+        *_ranks(directory, records),
         *(["<h2>Performance card</h2>", card_html(card)] if card is not None else []),
         *(f"<h2>{html.escape(section.title)}</h2>{section.body}" for section in sections),
         "<h2>Attempts</h2>",
@@ -186,16 +188,26 @@ def step_figure(records: list[dict[str, Any]]) -> str:
     return _svg(figure)
 
 
+def _ranks(directory: RunDirectory, records: list[dict[str, Any]]) -> list[str]:
+    history = read_history(directory.stragglers)
+    if history is None:
+        return []
+    figure, axis = _figure(1)
+    draw(history, figure, axis)
+    return ["<h2>Ranks</h2>", ranks_html(history, records, _svg(figure))]
+
+
 def _attempts(attempts: Sequence[Attempt]) -> str:
     def shown(value: object) -> str:
         return "" if value is None else html.escape(str(value))
 
     def row(item: Attempt) -> str:
         reason = item.reason or ("still running, or killed" if item.ended is None else None)
-        cells = (item.number, reason, item.detail, ", ".join(item.nodes), item.exit_code, item.gained)
+        nodes = ", ".join(item.nodes)
+        cells = (item.number, reason, item.detail, item.fault, nodes, item.exit_code, item.gained, item.action)
         return "<tr>" + "".join(f"<td>{shown(cell)}</td>" for cell in cells) + "</tr>"
 
-    heads = ("attempt", "ended", "cause", "nodes", "exit code", "iterations gained")
+    heads = ("attempt", "ended", "cause", "fault", "nodes", "exit code", "iterations gained", "action")
     head = "".join(f"<th>{name}</th>" for name in heads)
     return f"<table><tr>{head}</tr>{''.join(row(item) for item in attempts)}</table>"
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.estimate.save_interval import SaveInterval
 from megatron_qwen.metrics.console import duration
 
 STYLE = """
@@ -48,10 +49,19 @@ def card_html(card: dict[str, Any]) -> str:
         (
             _reached(card),
             _share_bar("Where the time went", card.get("goodput") or {}, _GOODPUT, duration),
+            _saving(card.get("saving")),
             _share_bar("Memory of the fullest rank", card.get("memory") or {}, _MEMORY, "{:.2f} GiB".format),
             _choices(card.get("choices") or {}),
         )
     )
+
+
+def _saving(saving: dict[str, Any] | None) -> str:
+    """What the interval of checkpoints loses, and which would lose the least."""
+    try:
+        return "" if saving is None else f'<p class="note">Predicted: {html.escape(str(SaveInterval(**saving)))}.</p>'
+    except TypeError:  # of another version
+        return ""
 
 
 def _reached(card: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """``mq convert verify``: whether two things are the same model, tensor by tensor."""
 
+import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,40 +12,29 @@ from typing import Any
 import torch
 
 from checkpoints_convert.checkpoint_source import damaged
-from checkpoints_convert.compare.layered import LayeredModel
+from checkpoints_convert.compare.gguf_weights import GgufComparison, GgufSummary, tokenizer_differences
+from checkpoints_convert.compare.grid_error import GridError
 from checkpoints_convert.compare.logits import LogitComparison, compare, prompt_tokens
+from checkpoints_convert.compare.quantized_limits import largest_divergence
+from checkpoints_convert.compare.quantized_weights import WeightComparison, WeightSummary
 from checkpoints_convert.compare.sides import Side
+from checkpoints_convert.compare.tensor_difference import Difference, value_difference
+from checkpoints_convert.hf_directory import GENERATION
+from checkpoints_convert.layerwise.layered import LayeredModel
 from checkpoints_convert.progress import ByteProgress, gb
 from checkpoints_convert.release import MANIFEST
 from checkpoints_convert.source_check import require_whole
-from checkpoints_convert.tensor_set import TensorSet, blocks, digest
-from megatron_qwen.data.tokenizers.release import loader_of
+from checkpoints_convert.tensor_set import digest
+from megatron_qwen.data.tokenizers.release import NOT_TRIED, loader_of
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import CheckpointError, ConversionError, DataError, Problem
 from megatron_qwen.hf.kept import IDS, keys_with_effect
 
+log = logging.getLogger(__name__)
 WORST = 10
 # Of config.json, what does not change what a model computes.
 _NOT_COMPUTED = ("initializer_range", "router_aux_loss_coef", "torch_dtype", "architectures", "use_cache")
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Difference:
-    """One thing that differs.
-
-    Args:
-        kind: ``tensor``, ``configuration``, ``tokenizer``, ``file`` or ``logits``.
-        name: of what.
-        detail: how.
-        size: how far apart: of a tensor, the largest difference in units of its largest value; inf where that says
-            nothing.
-    """
-
-    kind: str
-    name: str
-    detail: str
-    size: float = float("inf")
 
 
 @dataclass
@@ -52,11 +43,14 @@ class VerifyResult:
 
     Args:
         tensors: how many were compared.
-        equal_tensors: of these, how many have equal bits.
+        equal_tensors: of these, how many have equal bits; of a model and its quantized release, those that are not
+            quantized and are equal but for a change of dtype.
         bytes_compared: on one side.
         tolerance: largest relative difference that passes; 0 wants equal bits.
         differences: everything that differs.
         logits: of both models, where asked for.
+        sizes: of each side that has weights: its path, bytes and weights.
+        quantized: of a model and its quantized release.
     """
 
     tensors: int = 0
@@ -65,6 +59,8 @@ class VerifyResult:
     tolerance: float = 0.0
     differences: list[Difference] = field(default_factory=list)
     logits: LogitComparison | None = None
+    sizes: list[tuple[str, int, int]] = field(default_factory=list)
+    quantized: WeightSummary | GgufSummary | None = None
 
     @property
     def same(self) -> bool:
@@ -81,6 +77,8 @@ class VerifyResult:
         lines += [f"  {item.kind} {item.name}: {item.detail}" for item in self.worst()]
         if len(self.differences) > WORST:
             lines.append(f"  and {len(self.differences) - WORST:,} more")
+        if self.quantized is not None:
+            lines += [str(self.quantized), *(f"{path}: {_size(*size)}" for path, *size in self.sizes)]
         if self.logits is not None:
             lines.append(str(self.logits))
         return "\n".join(lines)
@@ -102,11 +100,22 @@ class VerifyResult:
                 {**asdict(item), "size": None if item.size == float("inf") else item.size} for item in self.worst()
             ],
             "logits": None if self.logits is None else self.logits.as_json(),
+            "sides": [
+                {"path": path, "bytes": size, "weights": values, "bits_per_weight": 8 * size / max(1, values)}
+                for path, size, values in self.sizes
+            ],
+            "quantized": None if self.quantized is None else self.quantized.as_json(),
         }
+
+
+def _size(size: int, values: int) -> str:
+    return f"{gb(size)}, {8 * size / max(1, values):.2f} bits a weight"
 
 
 def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet: bool = False) -> VerifyResult:
     """Compares tensors, configuration and tokenizer of two sides.
+
+    Where one is quantized and the other is not, its weights are compared on their own grid (``quantized_weights``).
 
     Args:
         a: the reference.
@@ -119,7 +128,11 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     Raises:
         CheckpointError: a checkpoint is damaged.
     """
-    verdict = VerifyResult(tolerance=tolerance)
+    if a.manifest is not None or b.manifest is not None:
+        a, b = a.as_stored(), b.as_stored()
+    verdict = VerifyResult(
+        tolerance=tolerance, sizes=[(str(side.path), side.weight_bytes, side.values) for side in (a, b)]
+    )
     verdict.differences += _configurations(a, b) + _tokenizers(a, b) + _files(a, b) + _files(b, a)
     for name in sorted(a.described.keys() ^ b.described.keys()):
         where = a.path if name in a.described else b.path
@@ -131,20 +144,32 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     others = sum(length for _, parts in unread for _, _, length, _ in parts)
     progress = ByteProgress(sum(sizes.values()) + others, quiet=quiet)
 
-    def one(name: str) -> tuple[str, Difference | None]:
-        found = _tensor(a, b, name, tolerance)
-        progress.add(sizes[name])
-        return name, found
+    release, file = _release(a, b, tolerance), _gguf(a, b)
+    verdict.quantized = release.summary if release is not None else None if file is None else file.summary
+
+    def one(group: list[str]) -> list[tuple[str, GridError | None, Difference | None]]:
+        found = []
+        for name in group:
+            if release is not None:
+                found.append((name, *release.compare(name)))
+            else:
+                found.append((name, None, _tensor(a, b, name, tolerance) if file is None else file.compare(name)))
+            progress.add(sizes[name])
+        return found
 
     try:
         for checkpoint, parts in unread:
             require_whole(checkpoint, parts, workers=workers, progress=progress)
         with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
-            for name, difference in pool.map(one, names):
+            groups = [[name] for name in names] if release is None else release.groups(names)
+            for name, measured, difference in itertools.chain.from_iterable(pool.map(one, groups)):
                 verdict.tensors += 1
                 verdict.bytes_compared += sizes[name]
-                verdict.equal_tensors += difference is None
-                if difference is not None and (not tolerance or difference.size > tolerance):
+                verdict.equal_tensors += difference is None and measured is None
+                if release is not None and measured is not None:
+                    release.summary.errors.append(measured)
+                own_limits = release is not None or file is not None
+                if difference is not None and (own_limits or not tolerance or difference.size > tolerance):
                     verdict.differences.append(difference)
     except CheckpointError as met:
         error = met
@@ -157,8 +182,30 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     return verdict
 
 
+def _release(a: Side, b: Side, tolerance: float) -> WeightComparison | None:
+    """Compares a model with its quantized release; None where not exactly one side is quantized."""
+    for reference, other in ((a, b), (b, a)):
+        if reference.tensors is not None and reference.quantized is None and other.quantized is not None:
+            return WeightComparison(reference.tensors, other.quantized, reference.model, tolerance=tolerance)
+    return None
+
+
+def _gguf(a: Side, b: Side) -> GgufComparison | None:
+    """Compares a model with a GGUF file of it; None where not exactly one side is one."""
+    for reference, other in ((a, b), (b, a)):
+        if reference.tensors is not None and reference.gguf is None and other.gguf is not None:
+            if reference.quantized is not None:
+                fix = "is quantized too: compare each with the model that both were made of."
+                raise ConversionError(Problem(str(reference.path), None, fix))
+            return GgufComparison(reference.tensors, other.gguf)
+    return None
+
+
 def compare_logits(a: Side, b: Side, *, prompts: Sequence[str], dtype: str, quiet: bool = False) -> LogitComparison:
     """Runs both models on prompts, each by its own implementation, layer by layer.
+
+    A quantized side runs with dequantized weights in the dtype of the comparison; inputs of layers are not rounded.
+    Where a side is quantized, the mean KL divergence decides, by a limit of its precision (``quantized_limits``).
 
     Args:
         a: the reference.
@@ -186,7 +233,10 @@ def compare_logits(a: Side, b: Side, *, prompts: Sequence[str], dtype: str, quie
             end = "\n" if index + 1 == a.model.num_layers else ""
             print(f"\rlayer {index + 1} of {a.model.num_layers}", end=end, file=sys.stderr, flush=True)
 
-    return compare(first, second, tokens, dtype=dtype, on_layer=show)
+    precisions = [side.quantized.scheme.precision for side in (a, b) if side.quantized is not None]
+    precisions += [stored.type.name for side in (a, b) if side.gguf is not None for stored in side.gguf.stored.values()]
+    limit = largest_divergence(precisions) if precisions else None
+    return compare(first, second, tokens, dtype=dtype, kl_tolerance=limit, on_layer=show)
 
 
 def _layers(side: Side, dtype: str) -> LayeredModel:
@@ -196,14 +246,15 @@ def _layers(side: Side, dtype: str) -> LayeredModel:
         from megatron_qwen.core_patches.install import prepare_process
 
         prepare_process()
-        from checkpoints_convert.compare.layered_core import CoreLayers
+        from checkpoints_convert.layerwise.layered_core import CoreLayers
 
         return CoreLayers(side.checkpoint.weights, side.architecture.rope, dtype=_DTYPES[dtype], place=device.current())
-    from checkpoints_convert.compare.layered_hf import HfLayers
-    from checkpoints_convert.hf_directory import HfDirectory
+    from checkpoints_convert.layerwise.layered_hf import HfLayers
 
-    assert isinstance(side.tensors, HfDirectory)
-    return HfLayers(side.tensors, dtype=_DTYPES[dtype], place=device.current())
+    # A quantized directory is one too: its rows are dequantized, a layer at a time.
+    assert side.tensors is not None
+    assert side.stated is not None
+    return HfLayers(side.tensors, side.stated, dtype=_DTYPES[dtype], place=device.current())
 
 
 def _bytes(side: Side, name: str) -> int:
@@ -223,34 +274,7 @@ def _tensor(a: Side, b: Side, name: str, tolerance: float) -> Difference | None:
         first = noted if a.tensors is None else digest(a.tensors, name)
         second = other_noted if b.tensors is None else digest(b.tensors, name)
         return None if first == second else Difference("tensor", name, "differs from the hash in its manifest")
-    return _values(a.tensors, b.tensors, name)
-
-
-def _values(a: TensorSet, b: TensorSet, name: str) -> Difference | None:
-    largest = scale = 0.0
-    count = different = 0
-    for ours, theirs in blocks([a, b], name):
-        count += ours.numel()
-        if ours.dtype == theirs.dtype and torch.equal(_bits(ours), _bits(theirs)):
-            scale = max(scale, float(ours.abs().max().float()))
-            continue
-        one, other = ours.float(), theirs.float()
-        unequal = _bits(one) != _bits(other)
-        different += int(unequal.sum())
-        apart = (one - other).abs().where(unequal, 0.0)
-        largest = max(largest, float(apart.nan_to_num(nan=torch.inf).max()))
-        scale = max(scale, float(one.abs().max()))
-    if not different:
-        return None
-    size = largest / scale if scale and largest != float("inf") else float("inf")
-    detail = f"differs in {different:,} of {count:,} values, by {largest:.3e} at most ({size:.2e} of its largest value)"
-    return Difference("tensor", name, detail, size)
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    """Values as integers of their bits, so that -0 is not 0 and NaN is itself."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.dtype.itemsize])
+    return value_difference(a.tensors, b.tensors, name)
 
 
 def _configurations(a: Side, b: Side) -> list[Difference]:
@@ -260,6 +284,10 @@ def _configurations(a: Side, b: Side) -> list[Difference]:
         ids = [name for name in IDS if a.stated.get(name) is not None and b.stated.get(name) is not None]
         ours |= {**keys_with_effect(a.stated), **{name: a.stated[name] for name in ids}}
         theirs |= {**keys_with_effect(b.stated), **{name: b.stated[name] for name in ids}}
+    if a.generation is not None and b.generation is not None:
+        for name in IDS:
+            told = f"{GENERATION}: {name}"
+            ours[told], theirs[told] = _set_of(a.generation.get(name)), _set_of(b.generation.get(name))
     return [
         Difference("configuration", name, f"is {ours.get(name)!r} and {theirs.get(name)!r}")
         for name in sorted(ours.keys() | theirs.keys())
@@ -267,7 +295,15 @@ def _configurations(a: Side, b: Side) -> list[Difference]:
     ]
 
 
+def _set_of(ids: Any) -> Any:
+    """Ids that end a text, of which the order says nothing, nor whether one of them is a list."""
+    return sorted(ids, key=str) if isinstance(ids, list) else ids if ids is None else [ids]
+
+
 def _tokenizers(a: Side, b: Side) -> list[Difference]:
+    for side, other in ((a, b), (b, a)):
+        if side.gguf is not None:
+            return [] if other.tokenizer_dir is None else tokenizer_differences(side.gguf, other.tokenizer_dir)
     found = []
     # Hugging Face directories have a generation_config.json even where the run's tokenizer has none.
     for name in sorted((a.tokenizer.keys() | b.tokenizer.keys()) - {"generation_config.json"}):
@@ -285,11 +321,23 @@ def _loaded(side: Side, other: Side) -> list[Difference]:
     """Whether the tokenizer of a Hugging Face directory, as its users load it, gives the ids of the other side's."""
     if side.kind != "huggingface" or side.tokenizer_dir is None or other.tokenizer_dir is None:
         return []
+    if other.kind == "huggingface" and _loads_alike(side, other):
+        return []
+    refusal = f"as transformers loads it, the tokenizer does not do what that of {other.path} does"
     try:
-        loader_of(side.path, load_tokenizer(other.tokenizer_dir), where=side.path)
+        reference = load_tokenizer(other.tokenizer_dir)
+        loader = loader_of(side.path, reference, where=side.path, refusal=refusal, way_out="")
     except (ConversionError, DataError) as error:
         return [Difference("tokenizer", str(side.path), problem.fix) for problem in error.problems]
+    if loader.name is None:
+        log.warning("%s: the tokenizer was not loaded as its users will load it: %s", side.path, NOT_TRIED)
     return []
+
+
+def _loads_alike(side: Side, other: Side) -> bool:
+    """Whether transformers makes the same tokenizer of two directories with equal tokenizer files."""
+    ours, theirs = side.stated or {}, other.stated or {}
+    return all(ours.get(name) == theirs.get(name) for name in ("model_type", "tokenizer_class", "auto_map"))
 
 
 def _files(manifest: Side, other: Side) -> list[Difference]:

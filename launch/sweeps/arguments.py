@@ -103,7 +103,8 @@ def _add_columns(parser: Any) -> None:
         action="append",
         default=[],
         metavar="NAME=COLUMN",
-        help="what a column of the CSV is, such as params=N,tokens=D,loss=val_loss; names count in any case",
+        help="what a column of the CSV is, such as params=N,tokens=D,loss=val_loss; case counts only where the CSV has "
+        "two columns that differ in nothing else",
     )
 
 

@@ -74,7 +74,9 @@ class HandOver:
             largest = slurm.largest_array() if self.as_arrays else None
         except slurm.SlurmError:  # it does not answer now; it will refuse what is too large
             largest = None
-        return self.at_once if largest is None else largest
+        if largest is None:
+            return self.at_once
+        return max(1, largest)  # a group of one is a job without an array, which MaxArraySize=0 allows too
 
     def groups(self, runs: Sequence[StudyRun]) -> list[list[StudyRun]]:
         """Runs that are submitted together, in the order of their first."""

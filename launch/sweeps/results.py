@@ -8,6 +8,7 @@ from launch.sweeps.look import look
 from launch.sweeps.observe import measured, observed
 from launch.sweeps.spent import spent
 from launch.sweeps.study_directory import StudyDirectory
+from megatron_qwen.errors import ConfigError, Problem
 from tools.scaling.doubts import doubts
 from tools.scaling.observations import read_csv, write_csv
 from tools.scaling.study_results import StudyResults
@@ -19,10 +20,17 @@ def read(source: Path, columns: Mapping[str, str] | None = None) -> StudyResults
     Args:
         source: the CSV or the directory of the study.
         columns: the CSV's names of columns, where they differ from those of an observation.
+
+    Raises:
+        ConfigError: columns are named for a study.
     """
     if not source.is_dir():
         observations = read_csv(source, columns)
         return StudyResults(source.absolute().stem, observations, notes=list(doubts(observations)))
+    if columns:
+        typed = ",".join(f"{here}={there}" for here, there in columns.items())
+        fix = f"names columns of a CSV, and {source} is a study, whose observations have none to name; leave it out."
+        raise ConfigError(Problem("--columns", typed, fix))
     study = StudyDirectory(source)
     plan = study.plan()
     # Without the scheduler: whoever fits may sit at a machine that has none, and what is under way counts for nothing.

@@ -21,6 +21,7 @@ from megatron_qwen.checkpoint.metadata import plain_objects_only, read_metadata
 from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
+from megatron_qwen.distributed.environment import environment_of_attempt
 from megatron_qwen.models.sharding import sharded_state_dict
 from megatron_qwen.models.te_backend import fp8_weights
 from megatron_qwen.provenance import code_version
@@ -130,6 +131,7 @@ def write_small_files(
             "backend": device.backend(),
             "torch": torch.__version__,
             "code": code_version(),
+            "environment": environment_of_attempt(),
         }
         (directory / RUN_YAML).write_text(run_yaml)
         (directory / STATE).write_text(json.dumps(content, indent=2))

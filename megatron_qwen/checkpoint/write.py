@@ -88,6 +88,7 @@ class CheckpointWriter:
     ) -> None:
         self.root, self.attempt, self.attempts = root, attempt, attempts
         self.keep_last, self.keep_every, self.keep_at = keep_last, keep_every, keep_at
+        self.newest: int | None = None  # iteration of the newest checkpoint that this attempt has committed
         self._pending: _Pending | None = None
         self._results = results_queue.apply()
 
@@ -105,7 +106,7 @@ class CheckpointWriter:
         Raises:
             SaveError: the disk is full or a write failed, on any rank; earlier checkpoints are untouched.
         """
-        self.finish(wait=True)
+        self.finish()
         directory = temporary_dir(self.root, iteration, self.attempt)
         started = time.monotonic()
         _drain(self._results)
@@ -123,10 +124,15 @@ class CheckpointWriter:
             write()
         self._pending = pending
         if not background:
-            self.finish(wait=True)
+            self.finish()
 
-    def finish(self, *, wait: bool) -> Path | None:
-        """Commits the pending checkpoint if all ranks have written their part; with ``wait``, waits for it.
+    def is_written(self) -> bool:
+        """Whether there is a pending checkpoint of which all ranks have written their part: only the commit is left."""
+        pending = self._pending
+        return pending is not None and _all_agree(pending.thread is None or not pending.thread.is_alive())
+
+    def finish(self) -> Path | None:
+        """Commits the pending checkpoint, if there is one; waits until all ranks have written their part.
 
         Returns:
             The committed directory, or None.
@@ -135,10 +141,7 @@ class CheckpointWriter:
         if pending is None:
             return None
         if pending.thread is not None:
-            if wait:
-                pending.thread.join()
-            elif not _all_agree(not pending.thread.is_alive()):
-                return None
+            pending.thread.join()
         self._pending = None
         self._together(lambda: _reraise(pending.failure), pending.directory)
         self._together(lambda: _finalize(pending.request), pending.directory)
@@ -178,10 +181,10 @@ class CheckpointWriter:
             action()
         except (Exception, CheckpointException) as error:  # torch's CheckpointException derives from BaseException
             failure = f"rank {dist.get_rank()}: {error}"
+        if _all_agree(not failure):
+            return
         failures: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(failures, failure)
-        if not any(failures):
-            return
         raise self._failure(next(text for text in failures if text), directory)
 
     def _failure(self, cause: str, directory: Path) -> SaveError:
@@ -223,6 +226,7 @@ class CheckpointWriter:
             self._prune(pending.iteration)
 
         self._together(commit, directory)
+        self.newest = pending.iteration
         if dist.get_rank() == 0:
             size = sum(entry.size for entry in entries.values())
             log.info("saved %s, %.1f MiB in %.1f s", final, size / 2**20, time.monotonic() - pending.started)
@@ -323,9 +327,10 @@ def _announce_failure() -> None:
 
 
 def _all_agree(flag: bool) -> bool:
-    answers: list[bool] = [False] * dist.get_world_size()
-    dist.all_gather_object(answers, flag)
-    return all(answers)
+    """Whether it is true on every rank; asked in every step while a save is written in the background."""
+    agreed = torch.tensor([int(flag)], dtype=torch.int32, device=device.current())
+    dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
+    return bool(agreed)
 
 
 def _size(directory: Path) -> int:

@@ -5,6 +5,7 @@ A rule that depends on the number of ranks is asked only where that number is kn
 
 from collections.abc import Iterator
 
+from megatron_qwen.config.checkpoint_checks import checkpoint_problems
 from megatron_qwen.config.fields import bound_problems
 from megatron_qwen.config.pipeline import StageSplitError, layers_per_stage
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig
@@ -23,7 +24,8 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
     if found:
         return found  # the rules divide by sizes that must be positive
     for rule in (
-        _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _checkpoint, _recompute,
+        _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute,
+        checkpoint_problems,
     ):  # fmt: skip
         found += rule(config)
     if world_size is not None:
@@ -281,15 +283,6 @@ def _precision(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "precision.emulate_fp8", "true", "requires the torch backend; set precision.backend=torch or auto."
         )
-
-
-def _checkpoint(config: RunConfig) -> Iterator[Problem]:
-    checkpoint = config.checkpoint
-    if checkpoint.load is not None and checkpoint.branch_from is not None:
-        fix = "cannot be combined with checkpoint.load; set one of them to null."
-        yield Problem("checkpoint.branch_from", checkpoint.branch_from, fix)
-    if wrong := [iteration for iteration in checkpoint.save_at if iteration < 1]:
-        yield Problem("checkpoint.save_at", wrong, "must hold iterations of at least 1; remove the others.")
 
 
 def _optimizer(config: RunConfig) -> Iterator[Problem]:

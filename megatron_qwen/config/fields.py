@@ -62,6 +62,7 @@ def setting(
     minimum: float | None = None,
     maximum: float | None = None,
     above: float | None = None,
+    below: float | None = None,
 ) -> Any:
     """Declares one configuration field.
 
@@ -72,8 +73,9 @@ def setting(
         minimum: least allowed number.
         maximum: greatest allowed number.
         above: the number must be greater than this.
+        below: the number must be less than this.
     """
-    metadata = {"doc": doc, "bounds": Bounds(minimum, maximum, above)}
+    metadata = {"doc": doc, "bounds": Bounds(minimum, maximum, above, below)}
     return (
         field(default=default, metadata=metadata)
         if factory is None

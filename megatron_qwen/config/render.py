@@ -35,7 +35,7 @@ def reference_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from the dataclasses in `megatron_qwen/config/sections.py`; a test keeps it so:",
+        "Generated from the dataclasses in `megatron_qwen/config/`; a test keeps it so:",
         "`./mq config reference > docs/configuration.md`.",
         "",
         "A run is a recipe (`mq recipes`) or a `run.yaml`, followed by overrides `section.field=value` or",

@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.config.fields import FieldInfo, field_infos
+from megatron_qwen.config.resilience import ResilienceConfig
 from megatron_qwen.config.sections import (
-    CheckpointConfig,
     DataConfig,
     MetricsConfig,
     ModelConfig,
@@ -15,7 +16,6 @@ from megatron_qwen.config.sections import (
     ParallelConfig,
     PerformanceConfig,
     PrecisionConfig,
-    ResilienceConfig,
     RopeConfig,
     TrainingConfig,
 )

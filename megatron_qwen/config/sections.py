@@ -274,34 +274,6 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-    """When checkpoints are written, which are kept, and how they are loaded."""
-
-    save_interval: int = setting(500, doc="Iterations between checkpoints; 0 saves at the end only.", minimum=0)
-    async_save: bool = setting(
-        False, doc="Write checkpoints in the background; training waits only for a copy in host memory."
-    )
-    keep_last: int = setting(3, doc="Number of newest checkpoints to keep.", minimum=1)
-    keep_every: int | None = setting(
-        None, doc="Keep checkpoints at multiples of this many iterations permanently; null is none.", minimum=1
-    )
-    save_at: tuple[int, ...] = setting(
-        (), doc="Additional iterations after which a checkpoint is written and kept permanently."
-    )
-    branch_from: str | None = setting(
-        None,
-        doc="Checkpoint of another run to resume from if the run directory has none: weights, optimizer, iteration, "
-        "data position and random states. Schedule and length are those of this run.",
-    )
-    load: str | None = setting(
-        None, doc="Checkpoint to start from if the run directory has none: weights and optimizer, at iteration 0."
-    )
-    strict: bool = setting(
-        False, doc="Refuse to start if the newest checkpoint is damaged, instead of resuming from an older one."
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class MetricsConfig:
     """Where metrics are written. metrics.jsonl is always written, one line per step."""
 
@@ -312,29 +284,6 @@ class MetricsConfig:
     wandb_project: str | None = setting(None, doc="Weights & Biases project; null is off.")
     profile_start: int | None = setting(None, doc="First iteration of a torch profiler window; null is off.", minimum=1)
     profile_iters: int = setting(3, doc="Iterations of the profiler window.", minimum=1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ResilienceConfig:
-    """When a run stops, or is restarted."""
-
-    max_consecutive_skips: int = setting(
-        5,
-        doc="Consecutive steps with a loss or gradient that is not finite, after which the run stops with exit 17.",
-        minimum=1,
-    )
-    max_restarts_without_progress: int = setting(
-        3, doc="Consecutive restarts without a newer checkpoint, after which a job stops restarting the run.", minimum=1
-    )
-    hang_timeout_s: float = setting(
-        900.0,
-        doc="Seconds without a finished step after which a job considers the run hung, dumps all stacks and restarts. "
-        "Set it longer than the longest step, validation or save.",
-        above=0,
-    )
-    startup_timeout_s: float = setting(
-        1800.0, doc="The same timeout before the first step: imports, rendezvous, loading, compilation.", above=0
-    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,8 +20,10 @@ from megatron_qwen.core_patches import (
     group_step_adam,
     lazy_jit,
     lone_collectives,
+    padded_routing,
     shared_gloo_device,
     state_gather,
+    timed_waits,
     uneven_collectives,
 )
 
@@ -46,6 +48,7 @@ def _before_core(*, gpu: bool) -> None:
     cuda_tensors.apply()
     uneven_collectives.apply()
     lone_collectives.apply()
+    timed_waits.apply()
 
 
 def _after_core(*, gpu: bool) -> None:
@@ -53,6 +56,7 @@ def _after_core(*, gpu: bool) -> None:
     if not gpu:
         expert_splits.apply()
     expert_bias.apply()
+    padded_routing.apply()
     group_step_adam.apply()
     gradient_clipping.apply()
     state_gather.apply()

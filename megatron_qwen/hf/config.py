@@ -211,9 +211,16 @@ def _rope_base(content: dict[str, Any], where: str, problems: list[Problem]) -> 
     parameters = content.get("rope_parameters")
     if not isinstance(parameters, dict):
         return _value(content, "rope_theta", float, where, problems, required=True)
-    if (kind := parameters.get("rope_type", "default")) != "default":
-        fix = "is not supported; convert the model without a RoPE extension."
-        problems.append(Problem(f"{where}: rope_parameters.rope_type", kind, fix))
+    for name in ("rope_type", "type"):  # the second is what transformers before 4.45 called it, and is read to this day
+        if (kind := parameters.get(name, "default")) != "default":
+            fix = "is not supported; convert the model without a RoPE extension."
+            problems.append(Problem(f"{where}: rope_parameters.{name}", kind, fix))
+    inner, outer = parameters.get("rope_theta"), content.get("rope_theta")
+    if inner is None and outer is not None:  # transformers takes it from there
+        return _value(content, "rope_theta", float, where, problems, required=True)
+    if inner is not None and outer is not None and inner != outer:
+        fix = f"differs from rope_parameters.rope_theta = {inner!r}: keep the one that the model was trained with."
+        problems.append(Problem(f"{where}: rope_theta", outer, fix))
     return _value(parameters, "rope_theta", float, f"{where}: rope_parameters", problems, required=True)
 
 
@@ -225,8 +232,16 @@ def _not_computed(content: dict[str, Any], where: str) -> list[Problem]:
     ]
     if content.get("hidden_act") != "silu":
         found.append(Problem(f"{where}: hidden_act", content.get("hidden_act"), "is required, and must be silu."))
+    if content["model_type"].startswith("qwen3"):
+        # Qwen3's classes have neither; a published Qwen3-Coder says so. With another value the model is another.
+        found += [
+            Problem(f"{where}: {name}", content[name], f"is not supported in a Qwen3 model; must be {none!r}.")
+            for name, none in (("qkv_bias", False), ("shared_expert_intermediate_size", 0))
+            if content.get(name) not in (None, none)
+        ]
     layer_types = content.get("layer_types")
-    if layer_types is not None and (not isinstance(layer_types, list) or set(layer_types) != {"full_attention"}):
+    full = isinstance(layer_types, list) and layer_types and all(one == "full_attention" for one in layer_types)
+    if layer_types is not None and not full:
         found.append(
             Problem(f"{where}: layer_types", layer_types, "is not supported; every layer must have full_attention.")
         )

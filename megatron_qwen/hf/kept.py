@@ -1,5 +1,6 @@
 """Keys of a config.json beside the architecture: they are kept as they were, and named if they may have an effect."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,21 @@ _NO_EFFECT = frozenset(
         *("output_scores", "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id"),
         *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
         *("tf_legacy_loss", "unsloth_version", "unsloth_fixed", "pretraining_tp", "keys_to_ignore_at_inference"),
+        *("_attn_implementation_autoset", "_experts_implementation", "_from_model_config", "model_max_length"),
+        "gradient_checkpointing",
     )
 )
 # Others that have no effect with these values.
-_NO_EFFECT_AS: Mapping[str, tuple[Any, ...]] = {"use_mrope": (False, None), "mlp_bias": (False, None)}
+_NO_EFFECT_AS: dict[str, tuple[Any, ...]] = {"use_mrope": (False, None), "mlp_bias": (False, None)}
+# A name on the hub: a model, or OWNER/MODEL.
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Relative paths that would be a name on the hub otherwise: where trainers write, such as OUTPUT/checkpoint-500.
+_OUTPUT = re.compile(r"(output|result|run|model|checkpoint)s?/.*|(.*/)?checkpoint[-_]?\d+", re.IGNORECASE)
+
+
+def is_local_path(name: str) -> bool:
+    """Whether a name that transformers noted of a model is a path of the machine where it was loaded or saved."""
+    return bool(name) and (_HUB_NAME.fullmatch(name) is None or _OUTPUT.fullmatch(name) is not None)
 
 
 def kept_keys(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,20 +55,18 @@ def kept_keys(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in content.items()
-        if name not in _DECIDED
-        and not (name == "_name_or_path" and isinstance(value, str) and value.startswith(("/", "~", ".")))
+        if name not in _DECIDED and not (name == "_name_or_path" and isinstance(value, str) and is_local_path(value))
     }
 
 
 def keys_with_effect(content: Mapping[str, Any]) -> dict[str, Any]:
     """Of these, what may change what a model computes and is not computed here."""
+    # Some programs that convert models note it; Qwen3's classes normalise queries and keys, Qwen2's do not.
+    without = _NO_EFFECT_AS | {"use_qk_norm": (str(content.get("model_type")).startswith("qwen3"),)}
     return {
         name: value
         for name, value in kept_keys(content).items()
-        if name not in _NO_EFFECT
-        and name not in IDS
-        and value is not None
-        and not (name in _NO_EFFECT_AS and value in _NO_EFFECT_AS[name])
+        if name not in _NO_EFFECT and name not in IDS and value is not None and value not in without.get(name, ())
     }
 
 
@@ -68,15 +78,15 @@ def in_spelling_of(config: dict[str, Any], content: Mapping[str, Any]) -> dict[s
         content: config.json of the source.
     """
     config = dict(config)
-    if "dtype" in content and "torch_dtype" not in content:
-        config["dtype"] = config.pop("torch_dtype")
+    if "dtype" in content:
+        config["dtype"] = config["torch_dtype"] if "torch_dtype" in content else config.pop("torch_dtype")
     if isinstance(content.get("rope_parameters"), dict):
-        config["rope_parameters"] = {**content["rope_parameters"], "rope_theta": config["rope_theta"]}
+        base = {"rope_theta": config["rope_theta"]} if "rope_theta" in content["rope_parameters"] else {}
+        config["rope_parameters"] = content["rope_parameters"] | base
     if "num_local_experts" in content and "num_experts" in config:
         config["num_local_experts"] = config["num_experts"]
-    for name in ("head_dim", "layer_types", "rope_scaling", "attention_bias", "quantization_config"):
-        # These were accepted only with the value that the architecture has.
-        if name in content and name not in config:
-            config[name] = content[name]
+    # The others were accepted only with the value that the architecture has, or the class of the model has no use for
+    # them, such as qkv_bias in Qwen3.
+    config |= {name: value for name, value in content.items() if name in _DECIDED and name not in config}
     first = [name for name in content if name in config]
     return {name: config[name] for name in [*first, *(name for name in config if name not in first)]}

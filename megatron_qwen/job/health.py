@@ -1,17 +1,21 @@
 """slurm/healthcheck.sh on every node before the ranks start."""
 
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from megatron_qwen.job.ranks import HEALTH_STEP
+from megatron_qwen.job.step_output import output_of
+
 # More than the longest check of slurm/healthcheck.sh, the loop over all nodes (240 s).
 _TIMEOUT_S = 300.0
 _FAILED = re.compile(r"^(?:\d+: )?healthcheck (\S+): FAIL (.*)$", re.MULTILINE)
 _DONE = re.compile(r"^(?:\d+: )?healthcheck (\S+): (?:ok|FAIL)", re.MULTILINE)
+_STORAGE = re.compile(r".+ is not there|.+ cannot be written|\d+ GiB free on .+, \d+ wanted")
 SCRIPT = "slurm/healthcheck.sh"
+LOG = "health.log"
 
 
 class HealthCheckError(Exception):
@@ -19,16 +23,23 @@ class HealthCheckError(Exception):
 
 
 def failures(
-    nodes: Sequence[str], *, script: Path, arguments: Sequence[str], logs: Path, environment: Mapping[str, str]
+    nodes: Sequence[str],
+    *,
+    script: Path,
+    arguments: Sequence[str],
+    logs: Path,
+    environment: Mapping[str, str],
+    step_nodes: Sequence[str] = (),
 ) -> dict[str, str]:
     """Runs the check once on each node of the job.
 
     Args:
-        nodes: of the job.
+        nodes: to check.
         script: the check, on a file system that the nodes share.
         arguments: its arguments.
         logs: where its output is kept, as health.log.
         environment: of the check; ``--loop`` finds the rendezvous of the nodes there.
+        step_nodes: arguments of srun that name the nodes, where the job has others.
 
     Returns:
         What is wrong, by node. A node that does not answer in time has failed.
@@ -38,24 +49,24 @@ def failures(
     """
     command = [
         "srun",
+        f"--job-name={HEALTH_STEP}",
         f"--nodes={len(nodes)}",
         f"--ntasks={len(nodes)}",
         "--ntasks-per-node=1",
         "--export=ALL",
         "--kill-on-bad-exit=0",
+        *step_nodes,
         "bash",
         str(script),
         "--clock",
         str(round(time.time())),
+        "--counters",
         *arguments,
     ]
     own = {**environment, "MQ_LOOP_PYTHON": sys.executable}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=own, check=False)
-        text, code = done.stdout + done.stderr, done.returncode
-    except subprocess.TimeoutExpired as error:
-        text, code = _text(error.stdout) + _text(error.stderr), 1
-    (logs / "health.log").write_text(text)
+    done = output_of(command, environment=own, timeout_s=_TIMEOUT_S)
+    text, code = done.stdout + done.stderr, 1 if done.code is None else done.code
+    (logs / LOG).write_text(text)
     found = dict(_FAILED.findall(text))
     heard = set(_DONE.findall(text))
     if code and not heard:
@@ -66,5 +77,6 @@ def failures(
     return {node: why for node, why in found.items() if node in nodes}
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+def is_of_storage(why: str) -> bool:
+    """Whether what is wrong with a node is the file system of the run, and nothing else."""
+    return all(_STORAGE.fullmatch(part) for part in why.split("; "))

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -42,6 +42,7 @@ class LocalRanks:
         python: their interpreter.
         environment: of the ranks, without the variables that number them.
         quiet: rank 0 writes to a file as well.
+        options: further words of a rank's command line.
     """
 
     def __init__(
@@ -53,9 +54,10 @@ class LocalRanks:
         python: str = sys.executable,
         environment: Mapping[str, str] = os.environ,
         quiet: bool = False,
+        options: Sequence[str] = (),
     ) -> None:
         self.run_dir, self.world_size, self.log_dir = run_dir, world_size, log_dir
-        self._python, self._environment, self._quiet = python, environment, quiet
+        self._python, self._environment, self._quiet, self._options = python, environment, quiet, options
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: list[TaskEnd] = []
         self._deadline: float | None = None
@@ -102,7 +104,7 @@ class LocalRanks:
             "MASTER_PORT": str(port),
             "MQ_LAUNCHER_PID": str(os.getpid()),
         }
-        command = [self._python, "-P", "-m", "megatron_qwen.train", str(self.run_dir)]
+        command = [self._python, "-P", "-m", "megatron_qwen.train", str(self.run_dir), *self._options]
         return subprocess.Popen(
             command,
             env=environment,

@@ -29,6 +29,8 @@ _TASK_LINE = re.compile(
 )
 _NODE_LINE = re.compile(r"srun: error: Node failure on (\S+)")
 _KILL_TIMEOUT_S = 60.0
+# Names of the steps of a job that are the controller's: a person may have others there, to look at a process.
+RANKS_STEP, HEALTH_STEP = "mq_ranks", "mq_health"
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,7 @@ class SrunRanks:
         self._said = logs / "srun.log"
         own = (
             "srun",
+            f"--job-name={RANKS_STEP}",
             "--kill-on-bad-exit=1",
             "--wait=60",
             "--export=ALL",
@@ -137,13 +140,16 @@ class SrunRanks:
             self._srun.wait()
 
     def _step_id(self) -> str:
-        """The newest numbered step of the job: earlier ones, such as a health check, have ended."""
-        command = ["squeue", "-h", "-s", "-j", self._job_id, "-o", "%i"]
+        """The newest step of the job that has ranks."""
+        command = ["squeue", "-h", "-s", "-j", self._job_id, "-o", "%i %j"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                command, capture_output=True, encoding="utf-8", errors="replace", timeout=60, check=False
+            )
         except (OSError, subprocess.TimeoutExpired):
             return "0"
-        numbers = [int(step) for line in done.stdout.split() if (step := line.rpartition(".")[2]).isdecimal()]
+        own = [line.split()[0] for line in done.stdout.splitlines() if line.split()[1:] == [RANKS_STEP]]
+        numbers = [int(step) for name in own if (step := name.rpartition(".")[2]).isdecimal()]
         return str(max(numbers, default=0))
 
     def ends(self) -> list[TaskEnd]:
@@ -171,12 +177,12 @@ def parse_task_ends(text: str) -> list[TaskEnd]:
             code = _SIGNALS_BY_CODE.get(int(match["code"]), int(match["code"]))
         else:
             code = -int(_SIGNALS_BY_TEXT.get(match["signal"], signal.SIGKILL))
-        for rank in _numbers(match["tasks"]):
+        for rank in ranks_of_line(match["tasks"]):
             found.setdefault(rank, TaskEnd(rank, match["node"], code))
     return list(found.values())
 
 
-def _numbers(text: str) -> list[int]:
+def ranks_of_line(text: str) -> list[int]:
     """``0-2,5`` as [0, 1, 2, 5]."""
     numbers: list[int] = []
     for part in text.split(","):
@@ -193,7 +199,8 @@ def placement(nodes: Sequence[str], tasks: Sequence[int]) -> dict[int, str]:
 
 def environment_of_ranks(own: Mapping[str, str], *, address: str, port: int, attempt: int) -> dict[str, str]:
     """The controller's environment plus the rendezvous, without variables that would mislead the ranks."""
-    mislead = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_EXPORT_ENV", "SBATCH_EXPORT"}
+    mislead = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"}
+    mislead |= {"SLURM_EXPORT_ENV", "SBATCH_EXPORT", "SLURM_NO_KILL"}  # options of sbatch that srun would take too
     kept = {name: value for name, value in own.items() if name not in mislead and not name.startswith("SUBMITIT_")}
     if "SLURM_CPUS_PER_TASK" in own:
         kept["SRUN_CPUS_PER_TASK"] = own["SLURM_CPUS_PER_TASK"]  # srun no longer takes it from sbatch (Slurm 22.05)

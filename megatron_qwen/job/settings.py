@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.files import atomic_write_json
 
 NAME = "job.json"
+# What ``job.alerts`` can tell of a run.
+Event = Literal["stopped", "lost", "hang", "node_excluded", "requeued", "done", "cancelled"]
+EVENTS: tuple[Event, ...] = get_args(Event)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,16 @@ class JobSettings:
         srun_arguments: further arguments of srun, such as those of a pyxis container.
         rank_prefix: command that wraps the ranks' command, such as ``apptainer exec``.
         health_check: arguments of slurm/healthcheck.sh; None skips the check.
+        mean_hours_between_faults: of one node, where the cluster file says; the ranks read it.
+        quarantine: directory of the nodes that the runs of the cluster avoid; None shares none.
+        quarantine_hours: for how long a failure speaks against a node; 0 is as long as the run lasts.
+        spares: nodes of the job that run no ranks until one of the others fails.
+        metrics_directory: where node_exporter reads metrics of its node; None writes them to the run directory only.
+        metrics_port: where the controller serves them; None serves none.
+        metrics_address: address it listens on.
+        alert_command: called with an event on its stdin; empty calls none.
+        alert_webhook_variable: variable that holds a URL to which events are posted; None posts none.
+        alert_on: events that are told.
     """
 
     scheduler: Literal["slurm", "local"]
@@ -32,6 +45,16 @@ class JobSettings:
     srun_arguments: tuple[str, ...] = ()
     rank_prefix: tuple[str, ...] = ()
     health_check: tuple[str, ...] | None = None
+    mean_hours_between_faults: float | None = None
+    quarantine: str | None = None
+    quarantine_hours: float = 24.0
+    spares: int = 0
+    metrics_directory: str | None = None
+    metrics_port: int | None = None
+    metrics_address: str = "127.0.0.1"
+    alert_command: tuple[str, ...] = ()
+    alert_webhook_variable: str | None = None
+    alert_on: tuple[str, ...] = ()
 
     def write(self, run_dir: Path) -> None:
         """Writes job.json."""

@@ -3,9 +3,9 @@
 from dataclasses import replace
 from typing import Any
 
+from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import (
-    CheckpointConfig,
     DataConfig,
     MetricsConfig,
     ModelConfig,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from megatron_qwen.errors import SilentCorruptionError
 from megatron_qwen.files import atomic_write_json
 
 # Set by the controller for its ranks.
@@ -34,6 +35,7 @@ class RankEnd:
         error: signature of an exception: its type and where it was raised. Empty where none was.
         time: Unix time, to find the rank that failed first.
         hardware: whether the message reports broken hardware, so that the node is to blame and not the program.
+        suspects: ranks that silent corruption points to, empty where none can be named; None: no corruption was found.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class RankEnd:
     error: str
     time: float
     hardware: bool = False
+    suspects: tuple[int, ...] | None = None
 
     def write(self, directory: Path) -> None:
         """Writes the record into the log directory of the attempt."""
@@ -59,7 +62,8 @@ def rank_end(rank: int, *, exit_code: int, error: BaseException | None, message:
     kind = type(error).__name__
     first_line = next(iter(str(error).strip().splitlines()), "")
     said = message or f"{kind}: {first_line}"
-    return RankEnd(rank, exit_code, said, f"{kind}{where}", time.time(), is_hardware_failure(str(error)))
+    suspects = error.suspects if isinstance(error, SilentCorruptionError) else None
+    return RankEnd(rank, exit_code, said, f"{kind}{where}", time.time(), is_hardware_failure(str(error)), suspects)
 
 
 def is_hardware_failure(text: str) -> bool:
@@ -72,8 +76,11 @@ def read_rank_ends(directory: Path) -> list[RankEnd]:
     ends = []
     for path in directory.glob(_PATTERN):
         try:
-            ends.append(RankEnd(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError):
+            content = json.loads(path.read_text())
+            if content.get("suspects") is not None:
+                content["suspects"] = tuple(content["suspects"])  # JSON has lists only
+            ends.append(RankEnd(**content))
+        except (OSError, ValueError, TypeError, AttributeError):
             continue  # the rank was killed while it wrote
     return sorted(ends, key=lambda end: end.time)
 

@@ -12,12 +12,14 @@ from megatron_qwen.distributed.placement import placement_report
 from megatron_qwen.distributed.rank import RankInfo
 from megatron_qwen.errors import Problem, UserError
 from megatron_qwen.resilience.heartbeat import Heartbeat
+from megatron_qwen.resilience.phase_timeouts import PhaseTimeouts
 from megatron_qwen.resilience.rank_end import attempt_of_controller
 from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.build import build_components
-from megatron_qwen.training.callbacks.build import build_callbacks
+from megatron_qwen.training.callbacks.build import build_callbacks, build_guard
 from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded
+from megatron_qwen.training.environment_log import ENVIRONMENT, record_environment
 from megatron_qwen.training.resume import resume
 from megatron_qwen.training.start_log import keep_log, log_choices, log_data
 from megatron_qwen.training.trainer import Trainer
@@ -48,6 +50,7 @@ def run_attempt(
     resumed_at = resume(components, directory)
     controlled = attempt_of_controller() is not None
     attempt = _begin(directory)
+    record_environment(directory.logs(attempt) / ENVIRONMENT)
     if dist.get_rank() == 0:
         if not controlled:  # a controller already keeps the output of every rank
             keep_log(directory.logs(attempt) / "rank_0.log")
@@ -55,14 +58,22 @@ def run_attempt(
         log_data(components)
     heartbeat = None
     if dist.get_rank() == 0:
-        heartbeat = Heartbeat(directory.heartbeat, attempt=attempt, resumed_at=resumed_at)
+        heartbeat = Heartbeat(
+            directory.heartbeat,
+            attempt=attempt,
+            resumed_at=resumed_at,
+            world_size=info.world_size,
+            age_s=time.time() - started,
+            timeouts=PhaseTimeouts(config.resilience.startup_timeout_s, config.resilience.hang_timeout_s),
+        )
         heartbeat.beat("starting", resumed_at)
     code, reason = 1, "error"
     try:
         callbacks = build_callbacks(
             components, directory, signals, attempt=attempt, started=started, resumed_at=resumed_at, heartbeat=heartbeat
         )
-        code = Trainer(components, callbacks).fit()
+        guard = build_guard(components, directory, callbacks)
+        code = Trainer(components, callbacks, guard=guard).fit()
         reason = "finished" if code == 0 else f"stopped by {signals.received.name if signals.received else 'a signal'}"
     except UserError as error:
         code, reason = error.exit_code, error.kind
@@ -87,7 +98,7 @@ def _begin(directory: RunDirectory) -> int:
     number = [attempt_of_controller() or 0]
     if dist.get_rank() == 0:
         number[0] = number[0] or directory.begin_attempt(world_size=dist.get_world_size())
-        if directory.newest_attempt() != number[0]:
+        if directory.is_superseded(number[0]):
             raise AttemptSuperseded(
                 Problem("attempt", number[0], "was superseded by a newer attempt before it could start.")
             )

@@ -15,20 +15,30 @@ from megatron_qwen.optim.schedule_change import schedule_changes
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.environment_log import log_changes
+from megatron_qwen.training.local_resume import resume_local
 
 log = logging.getLogger(__name__)
 
 
-def resume(components: TrainingComponents, directory: RunDirectory) -> int:
+def resume(components: TrainingComponents, directory: RunDirectory, *, before: int | None = None) -> int:
     """Loads the newest valid checkpoint of the run, else the one to branch or to start from, else nothing.
+
+    A local checkpoint that is newer than all of them comes first.
+
+    Args:
+        components: to be filled.
+        directory: of the run.
+        before: only checkpoints of earlier iterations than this; None takes all.
 
     Returns:
         The iteration training resumes from.
     """
     settings = components.config.checkpoint
-    try:
-        candidates, continues = find.resolve(directory.checkpoints), True
-    except CheckpointError:
+    if before is None and settings.local_interval is not None and resume_local(components, directory):
+        return components.progress.iteration
+    candidates, continues = _own(directory, before), True
+    if not candidates:
         beginning = settings.branch_from or settings.load
         if beginning is None:
             return 0
@@ -68,9 +78,19 @@ def resume(components: TrainingComponents, directory: RunDirectory) -> int:
     if dist.get_rank() == 0:
         log.info("resumed from %s at iteration %d", chosen.path, components.progress.iteration)
         _tell_of_schedule(chosen.path / RUN_YAML, components)
+        log_changes(saved.get("environment"), of=str(chosen.path))
         if not restored:
             log.info("the parallel layout changed, so dropout generators were reseeded")
     return components.progress.iteration
+
+
+def _own(directory: RunDirectory, before: int | None) -> list[find.CheckpointCandidate]:
+    """The run's own checkpoints, newest first."""
+    try:
+        found = find.resolve(directory.checkpoints)
+    except CheckpointError:
+        return []
+    return [candidate for candidate in found if before is None or candidate.iteration < before]
 
 
 def _tell_of_schedule(run_yaml: Path, components: TrainingComponents) -> None:
@@ -79,5 +99,6 @@ def _tell_of_schedule(run_yaml: Path, components: TrainingComponents) -> None:
         before = resolve(str(run_yaml), [], RECIPES)
     except UserError:  # an older version's, which this one cannot read whole
         return
-    for change in schedule_changes(before, components.config, steps=components.progress.schedule_iteration):
+    steps, consumed = components.progress.schedule_iteration, components.progress.consumed_samples
+    for change in schedule_changes(before, components.config, steps=steps, consumed=consumed):
         log.warning("%s", change)

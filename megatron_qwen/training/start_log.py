@@ -8,6 +8,7 @@ from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.reading.reading_plan import plan, warnings
 from megatron_qwen.estimate.choices import PresetChoice
+from megatron_qwen.log_lines import LogFormatter
 from megatron_qwen.models.apex_kernels import foreign_apex_is_here
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.training.components import TrainingComponents
@@ -21,7 +22,7 @@ def keep_log(path: Path) -> None:
     """Writes the log of this rank to a file as well as to the terminal, and to the file all of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.setFormatter(LogFormatter())
     logging.getLogger("megatron_qwen").addHandler(handler)
 
 

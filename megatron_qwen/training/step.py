@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import batched
 
 import torch
@@ -57,6 +58,10 @@ class StepResult:
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
+# Gradients of a rank's batches; what compute_gradients does once it knows the run.
+Compute = Callable[[Sequence[Batch]], StepResult]
+
+
 def train_step(
     config: RunConfig,
     model: Model,
@@ -66,6 +71,7 @@ def train_step(
     batches: Sequence[Batch],
     *,
     before_update: Callable[[], None] = lambda: None,
+    examine: Callable[[StepResult, Compute], StepResult] | None = None,
 ) -> StepResult:
     """Forward and backward over a global batch, then the update; called by all ranks together.
 
@@ -82,16 +88,14 @@ def train_step(
         forward_step: called by the schedule for every micro-batch and model chunk.
         batches: the micro-batches of this rank.
         before_update: called when the gradients are reduced and known to be finite, before they are clipped.
+        examine: called with the gradients reduced; may compute them again, of the same batches or of others, and
+            decides whether the step is skipped.
     """
-    for chunk in model.chunks:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    done = run_batch(config, model, groups, forward_step, batches, forward_only=False)
-    optimizer.prepare_grads()
-    grad_norm = float(optimizer.get_grad_norm())
-    skipped = not (math.isfinite(grad_norm) and math.isfinite(done.loss))
-    result = StepResult(done.loss, grad_norm, done.weight, done.tokens, skipped, done.metrics)
-    if skipped:
+    compute = partial(compute_gradients, config, model, optimizer, groups, forward_step)
+    result = compute(batches)
+    if examine is not None:
+        result = examine(result, compute)
+    if result.skipped:
         return result
     before_update()
     if config.optim.clip_grad:
@@ -100,13 +104,36 @@ def train_step(
                 clip_grad_by_total_norm_fp32(
                     parameters,
                     config.optim.clip_grad,
-                    grad_norm,
+                    result.grad_norm,
                     # Where this is true, megatron-core put the gradients into param.decoupled_grad: their dtype is not
                     # the parameter's, and torch refuses them in param.grad while param.grad_dtype has its default.
                     use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
                 )
     optimizer.step_with_ready_grads()
     return result
+
+
+def compute_gradients(
+    config: RunConfig,
+    model: Model,
+    optimizer: ChainedOptimizer,
+    groups: ProcessGroupCollection,
+    forward_step: ForwardStep,
+    batches: Sequence[Batch],
+) -> StepResult:
+    """Forward and backward over a global batch, up to reduced gradients; changes no weight, so it can be repeated.
+
+    Returns:
+        The step, with ``skipped`` where loss or gradient norm is not finite.
+    """
+    for chunk in model.chunks:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    done = run_batch(config, model, groups, forward_step, batches, forward_only=False)
+    optimizer.prepare_grads()
+    grad_norm = float(optimizer.get_grad_norm())
+    skipped = not (math.isfinite(grad_norm) and math.isfinite(done.loss))
+    return StepResult(done.loss, grad_norm, done.weight, done.tokens, skipped, done.metrics)
 
 
 def run_batch(

@@ -21,6 +21,9 @@ class StepRecord:
         stage: name of the data stage.
         config: the configuration in force for the step.
         extra: further metrics, added by callbacks.
+        communication_s: the part of step_time_s in which this rank waited for others; 0 on a GPU, where it is not
+            known.
+        queued_s: the part of step_time_s in which this rank was ready to run and had no core.
     """
 
     iteration: int
@@ -32,3 +35,5 @@ class StepRecord:
     stage: str
     config: RunConfig
     extra: dict[str, Any] = field(default_factory=dict)
+    communication_s: float = 0.0
+    queued_s: float = 0.0

@@ -1,20 +1,25 @@
 """The training loop: takes steps, counts them, and calls the callbacks."""
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from megatron_qwen import device
 from megatron_qwen.config.batch_size import global_batch_size
 from megatron_qwen.data.loaders.batches import BatchRequest
 from megatron_qwen.data.reading.training_data import StageReader
-from megatron_qwen.errors import NumericsError
+from megatron_qwen.errors import NumericsError, SilentCorruptionError, UserError
 from megatron_qwen.optim.build import set_learning_rate
 from megatron_qwen.optim.schedule import learning_rate
-from megatron_qwen.training.callbacks.base import Callback, TimedAs
+from megatron_qwen.training.callbacks.base import Callback, CallbackPhase, TimedAs
 from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.integrity.rerun import Guard, StepInputs
 from megatron_qwen.training.step import train_step
+from megatron_qwen.training.step_clock import StepClock
 from megatron_qwen.training.step_record import StepRecord
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -23,17 +28,28 @@ class Trainer:
     Args:
         components: what a step needs.
         callbacks: features, called in this order.
+        guard: looks at gradients before the update, and may compute them again; None takes every step as it is.
     """
 
-    def __init__(self, components: TrainingComponents, callbacks: Sequence[Callback]) -> None:
-        self.components, self.callbacks = components, callbacks
+    def __init__(
+        self, components: TrainingComponents, callbacks: Sequence[Callback], *, guard: Guard | None = None
+    ) -> None:
+        self.components, self.callbacks, self.guard = components, callbacks, guard
         self.exit_code: int | None = None
+        self._phase: CallbackPhase | None = None
+        self._step_clock = StepClock()
         # Seconds spent in callbacks so far, by their ``timed_as``.
         self.callback_seconds: dict[TimedAs, float] = {}
 
     def stop(self, exit_code: int) -> None:
         """Ends the loop after this step; the process exits with this code. The first caller decides."""
         self.exit_code = exit_code if self.exit_code is None else self.exit_code
+
+    def enter(self, phase: CallbackPhase) -> None:
+        """Tells every callback what one of them begins."""
+        self._phase = phase
+        for callback in self.callbacks:
+            callback.on_phase(self, phase)
 
     def fit(self) -> int:
         """Trains.
@@ -50,9 +66,14 @@ class Trainer:
             for callback in self.callbacks:
                 with self._clock(callback):
                     callback.after_training(self)
-        except NumericsError:
+        except (NumericsError, SilentCorruptionError) as error:
+            with suppress(UserError):  # a superseded attempt: the commit says so on all ranks
+                self.enter("saving")
             for callback in self.callbacks:
-                callback.on_numerics_error()
+                try:
+                    callback.on_numerics_error(error)
+                except Exception as later:  # the first error tells the cause, and decides the exit code
+                    log.error("while the run ended with an error: %s", later)
             raise
         finally:
             self.components.loader.close()
@@ -75,6 +96,10 @@ class Trainer:
             if (name := callback.timed_as) is not None:
                 taken = time.perf_counter() - started
                 self.callback_seconds[name] = self.callback_seconds.get(name, 0.0) + taken
+        if self._phase is not None:
+            self._phase = None
+            for other in self.callbacks:
+                other.on_phase(self, None)
 
     def step(self) -> StepRecord:
         """Takes one step and updates the progress; does not call the callbacks."""
@@ -87,8 +112,14 @@ class Trainer:
         )
         set_learning_rate(components.optimizer, rate, weight_decay=config.optim.weight_decay)
         started = time.perf_counter()
-        batches = components.loader.load(reader, self._request(progress.consumed_samples, reader), self._upcoming)
+        request = self._request(progress.consumed_samples, reader)
+        batches = components.loader.load(reader, request, self._upcoming)
         waited = time.perf_counter() - started
+        guard = self.guard
+        if guard is not None:
+            guard.before_step(StepInputs(batches, reader, request))
+        # After the batches are there: the wait for them is measured by itself.
+        before = self._step_clock.read()
         result = train_step(
             reader.config,
             components.model,
@@ -97,10 +128,11 @@ class Trainer:
             components.forward_step,
             batches,
             before_update=self._before_update,
+            examine=None if guard is None else guard.examine,
         )
         # For step_time_s alone: the step has read loss and gradient norm, so only the update is left to wait for.
         device.synchronize()
-        elapsed = time.perf_counter() - started
+        elapsed, waits = time.perf_counter() - started, self._step_clock.read().since(before)
         progress.iteration += 1
         progress.consumed_samples += batch
         progress.consumed_tokens += result.tokens
@@ -120,6 +152,9 @@ class Trainer:
             data_wait_s=waited,
             stage=reader.stage.name,
             config=reader.config,
+            communication_s=waits.communication_s,
+            queued_s=waits.queued_s,
+            extra={} if guard is None else dict(guard.finding),
         )
 
     def _before_update(self) -> None:

@@ -27,8 +27,8 @@ def write_until_followed(config: RunConfig, root: Path) -> int:
     for number in range(1, 400):
         components.progress.iteration = number
         try:
-            Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=bool(number % 2))
-            writer.finish(wait=True)
+            Checkpointing(writer, saved=0, tokenizer=None).save(components, background=bool(number % 2))
+            writer.finish()
         except SaveError as error:
             if "was superseded by a newer attempt and must not commit" not in error.render():
                 raise

@@ -33,7 +33,7 @@ def save_as(config: RunConfig, root: Path, log: type[AttemptLog] = AttemptLog) -
     attempts = log(attempts_beside(root).path)
     writer = CheckpointWriter(root, attempt=3, attempts=attempts, keep_last=2, keep_every=None)
     try:
-        Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=False)
+        Checkpointing(writer, saved=0, tokenizer=None).save(components, background=False)
     except SaveError as error:
         return error.render()
     return ""
@@ -92,11 +92,11 @@ def save_in_background(config: RunConfig, root: Path) -> dict[str, Any]:
     writer = CheckpointWriter(root, attempt=0, attempts=attempts_beside(root), keep_last=2, keep_every=None)
     for _ in range(2):
         jobs.step(components)
-    Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=True)
+    Checkpointing(writer, saved=0, tokenizer=None).save(components, background=True)
     before = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
     for _ in range(2):
         jobs.step(components)
-    writer.finish(wait=True)
+    writer.finish()
     return {"committed before": before}
 
 

@@ -72,6 +72,26 @@ _QWEN3_MOE: dict[str, Any] = _QWEN3 | {
     "router_aux_loss_coef": 0.001,
     **_EXPERTS,
 }
+# It has keys that Qwen3's classes do not read, and neither attention_bias nor a bos.
+_QWEN3_CODER: dict[str, Any] = {
+    **{name: value for name, value in _QWEN3_MOE.items() if name not in ("attention_bias", "bos_token_id")},
+    "max_position_embeddings": 262144,
+    "max_window_layers": 28,
+    "qkv_bias": False,
+    "rope_theta": 10000000,
+    "router_aux_loss_coef": 0.0,
+    "shared_expert_intermediate_size": 0,
+    "transformers_version": "4.52.3",
+    "use_qk_norm": True,
+}
+# Published with YaRN, which is refused.
+_R1_0528: dict[str, Any] = _QWEN3 | {"max_position_embeddings": 131072}
+R1_0528_ROPE = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32768,
+    "attn_factor": 0.8782488562869419,
+}
 # As transformers 5 writes the same.
 _WRITTEN_BY_5: dict[str, Any] = {
     **{name: value for name, value in _QWEN2_5.items() if name not in ("torch_dtype", "rope_theta")},
@@ -109,6 +129,15 @@ _R1_GENERATION = {
     "temperature": 0.6,
     "top_p": 0.95,
     "transformers_version": "4.39.3",
+}
+_CODER_GENERATION = {
+    "pad_token_id": 151643,
+    "do_sample": True,
+    "eos_token_id": [151645, 151643],
+    "repetition_penalty": 1.05,
+    "temperature": 0.7,
+    "top_p": 0.8,
+    "top_k": 20,
 }
 _QWEN3_GENERATION = _INSTRUCT_GENERATION | {"temperature": 0.6, "top_p": 0.95, "transformers_version": "4.51.0"}
 
@@ -165,5 +194,7 @@ MODELS: dict[str, Published] = {
         _QWEN3_MOE | {"max_position_embeddings": 262144, "rope_theta": 10000000},
         _QWEN3_GENERATION,
     ),
+    "Qwen3-Coder-30B-A3B-Instruct": (_QWEN3_CODER, _CODER_GENERATION),
+    "DeepSeek-R1-0528-Qwen3-8B, without YaRN": (_R1_0528, None),
     "Qwen2.5-1.5B, saved by transformers 5": (_WRITTEN_BY_5 | {"tie_word_embeddings": True}, _BASE_GENERATION),
 }

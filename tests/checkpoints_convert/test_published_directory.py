@@ -12,10 +12,12 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from checkpoints_convert.hf_directory import HfDirectory
+from megatron_qwen.data.tokenizers.sentencepiece_form import as_tokenizer_json
 from megatron_qwen.data.tokenizers.tokenizer import SOURCE_CONFIG, copy_tokenizer
-from megatron_qwen.hf.kept import keys_with_effect
+from megatron_qwen.errors import ConversionError
+from megatron_qwen.hf.kept import kept_keys, keys_with_effect
 from tests.checkpoints_convert.models import make
-from tests.checkpoints_convert.published import MODELS
+from tests.checkpoints_convert.published import MODELS, R1_0528_ROPE
 from tests.checkpoints_convert.refusal import assert_untouched, refused
 from tests.conftest import run
 
@@ -92,6 +94,16 @@ def test_only_one_published_key_has_an_effect_that_is_not_computed():
     assert found == {"Qwen2.5-7B-Instruct-1M": ["dual_chunk_attention_config"]}
 
 
+def test_a_published_model_with_yarn_is_refused(tmp_path):
+    """The one of the table that has it, with it."""
+    source = published("DeepSeek-R1-0528-Qwen3-8B, without YaRN", tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": R1_0528_ROPE}))
+    told = refused("from-hf", source, tmp_path / "out")
+    assert "rope_scaling" in told
+    assert "yarn" in told
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("use_mrope", True), ("attn_logit_softcapping", 50.0), ("auto_map", {"AutoModel": "modeling_x.X"}), ("new", 1)],
@@ -113,6 +125,21 @@ def test_where_the_directory_was_made_is_not_repeated(hf, tmp_path):
     assert "_name_or_path" not in json.loads((there_and_back(hf, tmp_path)[0] / "config.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        *((name, True) for name in ("Qwen/Qwen2.5-0.5B", "gpt2", "org/model-checkpoint-7b", "")),
+        *((name, False) for name in ("C:\\models\\qwen", "D:/models/qwen", "\\\\server\\share", "..\\qwen", "~/qwen")),
+        *(
+            (name, False)
+            for name in ("./qwen", "../qwen", "a/b/c", "models/qwen", "sft/checkpoint-500", "checkpoint-500")
+        ),
+    ],
+)
+def test_which_names_of_a_source_are_repeated(name, kept):
+    assert ("_name_or_path" in kept_keys({"_name_or_path": name})) == kept
+
+
 def test_verify_notices_other_ids(hf, tmp_path):
     other = shutil.copytree(hf, tmp_path / "other")
     config = json.loads((hf / "config.json").read_text())
@@ -120,6 +147,13 @@ def test_verify_notices_other_ids(hf, tmp_path):
         (directory / "config.json").write_text(json.dumps(config | {"eos_token_id": index}))
     assert "eos_token_id" in convert("verify", hf, other, exit_code=1)
     (other / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    convert("verify", hf, other)
+    for directory, ids in ((hf, [4, 5]), (other, [5, 4])):
+        (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": ids, "temperature": 0.6}))
+    convert("verify", hf, other)
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": 4}))
+    assert "generation_config.json: eos_token_id: is [4, 5] and [4]" in convert("verify", hf, other, exit_code=1)
+    (other / "generation_config.json").unlink()
     convert("verify", hf, other)
 
 
@@ -165,6 +199,36 @@ def as_cache(flat: Path, cache: Path, *, absolute: bool = False) -> Path:
 def test_a_snapshot_of_a_download_cache(absolute, hf, tmp_path):
     snapshot = as_cache(hf, tmp_path / "models--org--name", absolute=absolute)
     assert weights(there_and_back(snapshot, tmp_path)[0]).keys() == weights(hf).keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "nothing", "told"),
+    [
+        (INDEX, False, "is a link that leads out of the directory"),
+        (INDEX, True, "is a link to nothing"),
+        ("config.json", True, "is a link to nothing"),
+        ("tokenizer.json", True, "is a link to nothing"),
+        ("generation_config.json", False, "is a link that leads out of the directory"),
+    ],
+)
+def test_links_of_other_files(name, nothing, told, hf, tmp_path):
+    elsewhere = tmp_path / "elsewhere.json"
+    (hf / name).rename(elsewhere) if (hf / name).exists() else elsewhere.write_text("{}")
+    (hf / name).symlink_to(elsewhere)
+    if nothing:
+        elsewhere.unlink()
+    said = refused("from-hf", hf, tmp_path / "out")
+    assert f"{name}: {told}" in said
+    assert_untouched(tmp_path)
+
+
+def test_an_adapter_beside_the_weights(hf, tmp_path):
+    """transformers would load another model than the weights, if peft is installed."""
+    save_file({"x": torch.ones(2)}, hf / "adapter_model.safetensors")
+    (hf / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    assert "adapter_config.json: is next to the weights" in refused("from-hf", hf, tmp_path / "out")
+    (hf / "adapter_config.json").unlink()
+    assert "does not read: adapter_model.safetensors" in convert("from-hf", hf, tmp_path / "out")
 
 
 def test_a_link_to_a_snapshot(hf, tmp_path):
@@ -213,6 +277,31 @@ def test_says_what_lies_in_the_place_of_a_file(name, content, told, hf_source, t
     assert name in said
 
 
+@pytest.mark.parametrize("content", [POINTER, b"<!DOCTYPE html><html>404</html>", bytes(4096)])
+def test_every_tokenizer_file_that_is_something_else(content, hf, tmp_path):
+    """All at once; a checkpoint would have them as they are."""
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "generation_config.json")
+    for name in names:
+        (hf / name).write_bytes(content)
+    (hf / "tokenizer_config.json").write_text("{")
+    told = refused("from-hf", hf, tmp_path / "out")
+    what = {POINTER: "is a git-lfs pointer", bytes(4096): "begins with zeros"}.get(content, "is a page of HTML")
+    assert told.count(what) >= len(names)
+    assert all(f"{name}: {what}" in told for name in names)
+    assert "tokenizer_config.json: is not a JSON object" in told
+    assert_untouched(tmp_path)
+
+
+@pytest.mark.parametrize("content", [POINTER, b"", b"\x12\x00"])
+def test_a_tokenizer_model_that_is_none(content, finished_run, tmp_path):
+    (tmp_path / "tok").mkdir()
+    (tmp_path / "tok/tokenizer.model").write_bytes(content)
+    told = refused("to-hf", finished_run, tmp_path / "out", "--tokenizer", tmp_path / "tok")
+    assert "is a git-lfs pointer" in told if content == POINTER else "not a SentencePiece model" in told
+    with pytest.raises(ConversionError, match="is not a SentencePiece model"):
+        as_tokenizer_json(tmp_path / "tok/tokenizer.model")
+
+
 @pytest.fixture(scope="module")
 def tied(tmp_path_factory) -> Path:
     return make("qwen3 even tied", tmp_path_factory.mktemp("tied") / "hf")
@@ -227,6 +316,20 @@ def test_a_tied_model_that_stores_its_head(tied, tmp_path):
     back, said = there_and_back(source, tmp_path)
     assert weights(back).keys() == weights(tied).keys()
     assert "tensors that change nothing: lm_head.weight" in said
+
+
+def test_a_tied_model_that_stores_only_its_head(tied, tmp_path):
+    """As safetensors' save_model does, which keeps one name of a tensor with two."""
+
+    def only_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+
+    source = with_tensors(tied, tmp_path / "hf", only_head)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(source).get_input_embeddings().weight
+    back, said = there_and_back(source, tmp_path)
+    assert weights(back).keys() == weights(tied).keys()
+    assert torch.equal(weights(back)["model.embed_tokens.weight"], theirs)
+    assert "lm_head.weight is read as model.embed_tokens.weight" in said
 
 
 @pytest.mark.parametrize("change", [lambda head: head + 1, lambda head: head[:-1], lambda head: head.float()])

@@ -125,7 +125,8 @@ def test_killed_at_random_moments(conversion):
         while process.poll() is None and not conversion.out.with_name(".out.partial").exists():
             time.sleep(0.001)
         time.sleep(conversion.answer["seconds"] * dice.uniform(0, 1.1))
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
         if process.returncode == 0:
             shutil.rmtree(conversion.out)

@@ -42,7 +42,7 @@ def save(components: Any, root: Path) -> None:
 
     outside_of_runs = AttemptLog(Path(tempfile.mkdtemp()) / "attempts.jsonl")
     writer = CheckpointWriter(root, attempt=0, attempts=outside_of_runs, keep_last=9, keep_every=None)
-    Checkpointing(writer, resumed_at=0, tokenizer=None).save(components, background=False)
+    Checkpointing(writer, saved=0, tokenizer=None).save(components, background=False)
 
 
 def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:

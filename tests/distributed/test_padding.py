@@ -11,16 +11,28 @@ from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
 from tests.distributed.layouts import MOE
 
-TOKENS, SAMPLES = 32, 4
-# Of a row, the share that is padding: none, a half, nine tenths.
-LENGTHS = [TOKENS, 2 * TOKENS, 10 * TOKENS]
+TOKENS = 32
+# Of a row, the share that is padding: a half, nine tenths.
+ROWS = [2 * TOKENS, 10 * TOKENS]
+SAME, UNEQUAL = [TOKENS] * 4, [TOKENS, 4, 12, 20]
 LAYOUTS = {"one rank": (1, {}), **{name: MOE[name] for name in ("TP2+SP", "CP2", "PP2", "PP2xVPP2", "EP2")}}
 LAYOUTS |= {name: MOE[name] for name in ("full recompute", "EP2 full recompute")}
 KINDS = ["aux_loss", "seq_aux_loss", "global_aux_loss"]
+CASES = [("aux_loss", layout) for layout in LAYOUTS]
+CASES += [(kind, layout) for kind in KINDS[1:] for layout in ("one rank", "TP2+SP", "CP2", "EP2")]
 
 
-def padded_step(config: RunConfig, length: int) -> dict[str, float]:
-    """One step over rows that hold TOKENS tokens and, up to ``length``, other ids that are padding."""
+def step(config: RunConfig, lengths: list[int], row: int | None) -> dict[str, float]:
+    """One step over samples of some lengths.
+
+    Args:
+        config: of the run.
+        lengths: tokens of each sample.
+        row: positions of each sample; what follows its tokens is other ids, which are padding. None: as many as it has
+            tokens, and the model is told of no padding.
+    """
+    import dataclasses
+
     import numpy as np
 
     from megatron_qwen.data.loaders.batches import BatchRequest, collate
@@ -31,25 +43,28 @@ def padded_step(config: RunConfig, length: int) -> dict[str, float]:
     from megatron_qwen.training.step_record import StepRecord
 
     def sample(index: int) -> Sample:
+        tokens, positions = lengths[index], row or lengths[index]
         chance, other = np.random.default_rng(index), np.random.default_rng(100 + index)
-        row = np.concatenate([chance.integers(320, size=TOKENS + 1), other.integers(320, size=length - TOKENS)])
-        mask = (np.arange(length) < TOKENS).astype(np.float32)
-        starts = np.asarray([0, TOKENS][: 1 + (length > TOKENS)])
-        return Sample(row[:length], row[1 : length + 1], mask, starts, padding=length - TOKENS)
+        ids = np.concatenate([chance.integers(320, size=tokens + 1), other.integers(320, size=positions - tokens)])
+        mask = (np.arange(positions) < tokens).astype(np.float32)
+        starts = np.asarray([0, tokens][: 1 + (positions > tokens)])
+        return Sample(ids[:positions], ids[1 : positions + 1], mask, starts, padding=positions - tokens)
 
-    config = config.with_section("data", seq_length=length)  # of what pipeline stages send each other
+    config = config.with_section("data", seq_length=row or TOKENS)  # of what pipeline stages send each other
     components = build_components(config)
     load, trainer = ExpertLoad(), SimpleNamespace(components=components)
     load.before_training(trainer)
-    request = BatchRequest(0, SAMPLES, config.training.micro_batch_size)
+    request = BatchRequest(0, len(lengths), config.training.micro_batch_size)
     batches = [
         collate([sample(index) for index in indices], components.batch_slice, packed=True)
         for indices in request.indices(components.batch_slice)
     ]
+    if row is None:
+        batches = [dataclasses.replace(batch, padding=None) for batch in batches]
     result = train_step(
         config, components.model, components.optimizer, components.groups, components.forward_step, batches
     )
-    record = StepRecord(1, result, 1e-3, SAMPLES, 1.0, data_wait_s=0.0, stage="", config=config)
+    record = StepRecord(1, result, 1e-3, len(lengths), 1.0, data_wait_s=0.0, stage="", config=config)
     load.after_step(trainer, record)
     return {"tokens": result.tokens, "loss": result.loss, "grad_norm": result.grad_norm, **record.extra}
 
@@ -61,27 +76,59 @@ def config_of(tokens: Path, kind: str, layout: dict[str, Any], *, micro_batch: i
     config = config.with_section(
         "model", moe_aux_loss_coeff=0.5, moe_z_loss_coeff=0.05, moe_router_load_balancing_type=kind
     )
-    config = config.with_section("training", micro_batch_size=micro_batch, global_batch_size=SAMPLES)
+    config = config.with_section("training", micro_batch_size=micro_batch, global_batch_size=4)
     return jobs.with_layout(config, layout)
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [*((kind, "one rank") for kind in KINDS), *(("aux_loss", layout) for layout in LAYOUTS if layout != "one rank")],
-)
+@pytest.mark.parametrize(("kind", "layout"), CASES)
 def test_equal_to_the_tokens_without_padding(kind, layout, pool, tokens):
+    """In the same layout, of which megatron-core is told no padding."""
     ranks, change = LAYOUTS[layout]
     config = config_of(tokens, kind, change)
-    plain, *padded = [pool[ranks].run(padded_step, config, length)[0] for length in LENGTHS]
+    plain = pool[ranks].run(step, config, SAME, None)[0]
     assert plain["load_balancing_loss"] > 1
-    assert plain["tokens"] == SAMPLES * TOKENS
-    for one in padded:
-        assert one == pytest.approx(plain, rel=1e-6)
+    assert plain["tokens"] == sum(SAME)
+    for row in [TOKENS, *ROWS]:
+        assert pool[ranks].run(step, config, SAME, row)[0] == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [case for case in CASES if case[0] != "global_aux_loss"])
+def test_rows_with_unequal_padding(kind, layout, pool, tokens):
+    """Under every layout as on one rank, where each sample is a row without padding."""
+    ranks, change = LAYOUTS[layout]
+    plain = pool[1].run(step, config_of(tokens, kind, {}), UNEQUAL, None)[0]
+    assert plain["tokens"] == sum(UNEQUAL)
+    assert pool[ranks].run(step, config_of(tokens, kind, change), UNEQUAL, ROWS[0])[0] == pytest.approx(plain, rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["one rank", "TP2+SP", "CP2", "EP2"])
+def test_the_global_loss_of_rows_with_unequal_padding(layout, pool, tokens):
+    """However much padding; tests/core_patches/test_padded_routing.py has the values."""
+    ranks, change = LAYOUTS[layout]
+    config = config_of(tokens, "global_aux_loss", change)
+    one, other = (pool[ranks].run(step, config, UNEQUAL, row)[0] for row in ROWS)
+    assert one == pytest.approx(other, rel=1e-6)
+    assert one["load_balancing_loss"] > 1
+
+
+def test_a_token_weighs_the_same_on_every_data_parallel_rank(pool, tokens):
+    """Two ranks with a sample each, against one with both in a micro-batch.
+
+    megatron-core's global loss is divided by the number of data-parallel ranks, so its coefficient is doubled here.
+    """
+    ranks, change = LAYOUTS["EP2"]
+    one = config_of(tokens, "global_aux_loss", {}, micro_batch=2).with_section("training", global_batch_size=2)
+    two = config_of(tokens, "global_aux_loss", change).with_section("training", global_batch_size=2)
+    two = two.with_section("model", moe_aux_loss_coeff=2 * one.model.moe_aux_loss_coeff)
+    wanted = pool[1].run(step, one, UNEQUAL[:2], ROWS[0])[0]
+    assert pool[ranks].run(step, two, UNEQUAL[:2], ROWS[0])[0] == pytest.approx(wanted, rel=1e-6)
 
 
 def test_several_samples_in_a_row(pool, tokens):
     """Padding lies between them."""
     config = config_of(tokens, "aux_loss", {}, micro_batch=2)
-    plain, *padded = [pool[1].run(padded_step, config, length)[0] for length in LENGTHS]
-    for one in padded:
-        assert one == pytest.approx(plain, rel=1e-6)
+    plain = pool[1].run(step, config, SAME, None)[0]
+    one, other = (pool[1].run(step, config, UNEQUAL, row)[0] for row in ROWS)
+    assert one == pytest.approx(other, rel=1e-6)
+    for row in ROWS:
+        assert pool[1].run(step, config, SAME, row)[0] == pytest.approx(plain, rel=1e-6)

@@ -4,7 +4,7 @@ import re
 
 from launch.cluster import known_clusters, reference
 from launch.submission import PASSED_ON
-from megatron_qwen.resilience.policy import table
+from megatron_qwen.resilience.rules import table
 from tests.conftest import ROOT, run
 
 PAGE = (ROOT / "docs/slurm.md").read_text()

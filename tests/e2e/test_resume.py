@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_qwen.checkpoint import manifest
@@ -39,6 +41,15 @@ def losses(run_dir: Path) -> list[float]:
     return [record["lm_loss"] for record in records]
 
 
+def wait_for_rows(process: subprocess.Popen[bytes], metrics: Path, count: int) -> None:
+    """Until a run has made so many steps."""
+    deadline = time.monotonic() + 120
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
     """All steps at a stretch."""
@@ -51,12 +62,7 @@ def test_killed_and_resumed_is_bit_equal(straight, tokens, tmp_path):
     run_dir = tmp_path / "run"
     arguments = command("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir)
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
-    metrics = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < HALF + 5:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_rows(process, run_dir / "metrics.jsonl", HALF + 5)
     os.kill(process.pid, signal.SIGKILL)  # the ranks die with their launcher
     process.wait()
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"iter_{HALF:07d}"
@@ -66,6 +72,27 @@ def test_killed_and_resumed_is_bit_equal(straight, tokens, tmp_path):
     assert f"resumed from {iteration_dir(run_dir / 'checkpoints', HALF)}" in again.stderr
     assert losses(run_dir) == losses(straight)
     assert final_hashes(run_dir) == final_hashes(straight)
+
+
+def test_a_killed_rank_costs_the_steps_since_the_last_local_checkpoint(straight, tokens, tmp_path):
+    """No checkpoint is committed before the end."""
+    run_dir = tmp_path / "run"
+    local = ["checkpoint.save_interval=0", "checkpoint.local_interval=2", f"checkpoint.local_dir={tmp_path}/local"]
+    words = ["launch.train", "tiny_dense", *overrides(tokens), *local, "--run-dir", run_dir]
+    process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL)
+    wait_for_rows(process, run_dir / "metrics.jsonl", HALF + 5)
+    ranks = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
+    assert len(ranks) == 2
+    ranks[1].kill()
+    assert process.wait() == 76
+    assert not list((run_dir / "checkpoints").glob("iter_*"))
+    again = run(*words, check=True)
+    (began,) = re.findall(r"resumed from a local checkpoint at iteration (\d+)\n", again.stderr)
+    reached = int(json.loads((run_dir / "performance.json").read_text())["attempts"][0]["iteration"])
+    assert reached - 2 * 2 < int(began) <= reached
+    assert losses(run_dir) == losses(straight)
+    assert final_hashes(run_dir) == final_hashes(straight)
+    assert not list((tmp_path / "local").rglob("*.safetensors"))
 
 
 VARIANTS = {

@@ -48,6 +48,15 @@ def test_a_laptop_overlaps_nothing():
     assert alone["performance.garbage_collection_interval"] == 0
 
 
+def test_saves_are_written_behind_a_gpu():
+    _, values = chosen(RECIPES["qwen2_5_7b"](), H200, world_size=8)
+    assert values["checkpoint.async_save"] is True
+    _, values = chosen(RECIPES["qwen2_5_0_5b"](), LAPTOP, world_size=2)
+    assert values["checkpoint.async_save"] is False
+    forced = RECIPES["qwen2_5_0_5b"]().with_section("checkpoint", async_save=True)
+    assert chosen(forced, LAPTOP, world_size=2)[1]["checkpoint.async_save"] is True
+
+
 def test_data_parallel_gpus_overlap():
     _, values = chosen(RECIPES["qwen2_5_7b"](), H200, world_size=8)
     assert values["parallel.overlap_grad_reduce"] is values["parallel.overlap_param_gather"] is True

@@ -1,11 +1,13 @@
 """config.json, byte for byte."""
 
 import json
+import re
 
 import pytest
 
 from megatron_qwen.errors import ConversionError
 from megatron_qwen.hf.config import architecture_from_hf, hf_config
+from megatron_qwen.hf.kept import in_spelling_of, keys_with_effect
 from megatron_qwen.recipes.registry import RECIPES
 
 # Written by hand from the recipe: its base is that of the first stage of pretraining.
@@ -50,3 +52,96 @@ def test_a_base_out_of_bounds():
     content = json.loads(QWEN2_5_0_5B) | {"rope_theta": 1}
     with pytest.raises(ConversionError, match=r"config\.json: rope\.base = 1\.0: must be greater than 1"):
         architecture_from_hf(content, where="config.json")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 5e5),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {}, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": None, "rope_theta": 5e5}, 5e5),
+        ({"rope_parameters": {"type": "default", "rope_theta": 5e5}, "rope_theta": 500_000}, 5e5),
+        ({"rope_parameters": {"type": "yarn", "factor": 4.0, "rope_theta": 5e5}}, "rope_parameters.type = yarn"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_parameters.rope_type = yarn"),
+        ({"rope_parameters": {"rope_type": "default", "type": "linear"}, "rope_theta": 5e5}, "type = linear"),
+        ({"rope_parameters": {"rope_theta": 5e5}, "rope_theta": 1e6}, "differs from rope_parameters.rope_theta"),
+        ({"rope_parameters": {"rope_type": "default"}}, "rope_theta: is missing"),
+    ],
+)
+def test_where_the_base_of_rope_is(fields, wanted):
+    content = {name: value for name, value in json.loads(QWEN2_5_0_5B).items() if name != "rope_theta"} | fields
+    if isinstance(wanted, float):
+        assert architecture_from_hf(content, where="config.json").rope.base == wanted
+    else:
+        with pytest.raises(ConversionError, match=re.escape(wanted)):
+            architecture_from_hf(content, where="config.json")
+
+
+def test_rope_keeps_its_spelling():
+    """Training may have changed the base, which stays where it was."""
+    trained = {"rope_theta": 1e6, "torch_dtype": "bfloat16"}
+    content = {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e4, "dtype": "float32"}
+    wanted = {"rope_parameters": {"rope_type": "default"}, "rope_theta": 1e6, "dtype": "bfloat16"}
+    assert in_spelling_of(trained, content) == wanted
+    content = {"rope_parameters": {"rope_theta": 1e4}, "torch_dtype": "float32", "dtype": "float32"}
+    told = in_spelling_of(trained, content)
+    assert told == trained | {"rope_parameters": {"rope_theta": 1e6}, "dtype": "bfloat16"}
+
+
+def qwen3(**fields: object) -> dict[str, object]:
+    own = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64, "attention_bias": False}
+    return json.loads(QWEN2_5_0_5B) | own | fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"layer_types": [["full_attention"]]},
+        {"layer_types": [{}]},
+        {"layer_types": []},
+        {"layer_types": "full_attention"},
+        {"qkv_bias": True},
+        {"shared_expert_intermediate_size": 40},
+    ],
+)
+def test_what_a_qwen3_model_cannot_have(fields):
+    ((name, _),) = fields.items()
+    with pytest.raises(ConversionError, match=rf"config\.json: {name} = .*is not supported"):
+        architecture_from_hf(qwen3(**fields), where="config.json")
+
+
+def test_what_a_qwen3_model_says_it_has_not():
+    content = qwen3(qkv_bias=False, shared_expert_intermediate_size=0, layer_types=["full_attention"] * 24)
+    model = architecture_from_hf(content, where="config.json").model
+    assert (model.add_qkv_bias, model.moe_shared_expert_intermediate_size) == (False, None)
+    config = hf_config(architecture_from_hf(content, where=""), eos_token_id=1, bos_token_id=0, dtype="bfloat16")
+    assert in_spelling_of(config, content) == content
+    assert list(in_spelling_of(config, content)) == list(content)
+
+
+BOOKKEEPING = {
+    "_attn_implementation_autoset": True,
+    "_experts_implementation": "grouped_mm",
+    "model_max_length": 32768,
+    "gradient_checkpointing": False,
+    "_from_model_config": True,
+}
+
+
+def test_bookkeeping_has_no_effect():
+    assert keys_with_effect({"model_type": "qwen2", **BOOKKEEPING}) == {}
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "effect"),
+    [
+        ("qwen3", True, False),
+        ("qwen3_moe", True, False),
+        ("qwen3", False, True),
+        ("qwen2", True, True),
+        ("qwen2", False, False),
+    ],
+)
+def test_norms_of_queries_and_keys_are_what_the_class_has(kind, value, effect):
+    assert ("use_qk_norm" in keys_with_effect({"model_type": kind, "use_qk_norm": value})) == effect

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qwen.job import health
 from tests.conftest import ROOT
 
 SCRIPT = ROOT / "slurm/healthcheck.sh"
@@ -69,3 +70,20 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path):
 
 def test_an_option_that_does_not_exist(tmp_path):
     assert check(tmp_path, "--gpu", 3)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("why", "storage"),
+    [
+        ("0 GiB free on /runs/a b, 1 wanted", True),
+        ("/runs/a is not there", True),
+        ("/runs/a cannot be written; 0 GiB free on /runs/a, 1 wanted", True),
+        ("GPU 3 has 2 uncorrected ECC errors", False),
+        ("GPU 3 has 2 GiB free", False),
+        ("2 GiB of host memory free, 4 wanted", False),
+        ("0 GiB free on /runs/a, 1 wanted; GPU 0 is 95 C hot", False),
+        ("the health check did not finish", False),
+    ],
+)
+def test_what_is_of_the_file_system(why, storage):
+    assert health.is_of_storage(why) is storage

@@ -4,7 +4,7 @@ import subprocess
 import sys
 import time
 
-from megatron_qwen.job.stacks import compare
+from megatron_qwen.job.stacks import _complete, compare
 from tests.conftest import ROOT
 
 DUMP = """Thread 0x00007f01 (most recent call first):
@@ -27,6 +27,15 @@ def test_a_rank_that_stands_elsewhere():
     assert found.odd == (2,)
     assert found.summary[0].startswith("3 of 4 ranks (rank 0 on n1, rank 1 on n1, rank 3 on n2) are at")
     assert "distributed.py:99 read < step.py:59 train_step" in found.summary[1]
+
+
+def test_the_thread_that_watches_for_requests_is_not_where_a_rank_is():
+    """faulthandler prints it before the main thread, and it was started from train.py."""
+    watch = DUMP.replace("in main", "in <lambda>").format(line=54, name="last_collectives")
+    assert not _complete(watch)
+    found = compare({rank: watch.replace("Current thread", "Thread") + dump() for rank in NODES}, NODES)
+    assert found.summary[0].startswith("4 of 4 ranks")
+    assert "distributed.py:10 all_reduce" in found.summary[0]
 
 
 def test_a_rank_without_a_stack():

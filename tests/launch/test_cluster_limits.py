@@ -69,6 +69,68 @@ def test_one_partition_of_a_list_that_takes_the_job_is_enough(names, nodes, told
 
 
 @pytest.mark.parametrize(
+    ("names", "nodes", "told"),
+    [
+        ("gpu,debug", 2, ["00:30:00 of partition debug"]),
+        ("small,gpu,short", 2, ["partition small allows 1", "01:00:00 of partition short"]),
+        ("debug,off", 2, ["00:30:00 of partition debug"]),
+        ("off,gpu", 2, []),  # sbatch queues a job for a partition that is DOWN
+        ("gpu,gpu", 2, []),
+    ],
+)
+def test_every_partition_of_a_list_must_take_the_job_where_slurm_enforces_it(names, nodes, told, answers):
+    answers["config"] = "EnforcePartLimits       = ALL\nMaxArraySize = 1001"
+    found = findings(names, nodes)
+    assert len(found) == len(told), found
+    for text, words in zip(found, told, strict=True):
+        assert words in text
+        assert text.startswith("ERROR")
+        assert "EnforcePartLimits=ALL" in text
+
+
+def test_any_partition_is_enough_with_the_other_values(answers):
+    for value in ("ANY", "YES", "NO"):
+        answers["config"] = f"EnforcePartLimits       = {value}"
+        assert findings("gpu,debug") == []
+
+
+@pytest.mark.parametrize(
+    ("total", "shown", "nodes", "told"),
+    [
+        (8, [], 2, "warning: --nodes = 2: Slurm shows 0 of the 8 nodes of partition cloud, and 0 of these"),
+        (
+            8,
+            [node("c0", "cloud")],
+            2,
+            "warning: --nodes = 2: Slurm shows 1 of the 8 nodes of partition cloud, and 1 of",
+        ),
+        (8, [node("c0", "cloud"), node("c1", "cloud")], 2, None),
+        (8, [], 9, "ERROR: --nodes = 9: partition cloud has 8 nodes."),
+        (2, [node("c0", "cloud", gpus=4)], 2, "ERROR: gpus_per_node = 8: 0 nodes of partition cloud have that many"),
+        (1, [node("c0", "cloud")], 2, "ERROR: --nodes = 2: partition cloud has 1 nodes."),
+    ],
+)
+def test_cloud_nodes_that_are_powered_down_are_not_shown_and_count(total, shown, nodes, told, answers):
+    answers["partition -o"] = partition("cloud", TotalNodes=str(total))
+    answers["node -o"] = "\n".join(shown)
+    found = findings("cloud", nodes)
+    assert len(found) == (told is not None), found
+    assert told is None or found[0].startswith(told)
+
+
+def test_hidden_partitions_are_asked_for(monkeypatch):
+    """scontrol shows hidden partitions, and nodes that are in no other, only with -a."""
+
+    def ask(*words: str) -> str:
+        if "-a" not in words:
+            return ""
+        return partition("secret", Hidden="YES") if "partition" in words else node("s0", "secret")
+
+    monkeypatch.setattr(slurm, "ask", ask)
+    assert findings("secret", 1) == []
+
+
+@pytest.mark.parametrize(
     ("state", "usable"),
     [
         ("IDLE", True),
@@ -115,6 +177,8 @@ def test_a_node_that_is_switched_off_during_a_job_is_lost():
         ("MaxJobCount = 10\nMaxArraySize = 1001\n", 1001, False),
         ("MaxJobCount = 10\n", 10_000, False),
         ("", 10_000, False),
+        ("MaxArraySize = 0\n", 1, False),  # one task is submitted without an array
+        ("MaxArraySize = 1\n", 1, False),
     ],
 )
 def test_the_size_of_an_array(said, tasks, refused, answers):
@@ -122,3 +186,19 @@ def test_the_size_of_an_array(said, tasks, refused, answers):
     found = array_limit(tasks)
     assert bool(found) is refused
     assert not found or "MaxArraySize allows 5" in str(found[0])
+
+
+def test_arrays_that_are_turned_off(answers):
+    answers["config"] = "MaxArraySize            = 0"
+    (found,) = array_limit(2)
+    assert str(found) == (
+        "runs = 2: need a job array, which this cluster has turned off (MaxArraySize=0); submit them one by one."
+    )
+
+
+def test_spare_nodes_count(answers):
+    """A job of two nodes and two spare ones does not fit on three."""
+    request = requests.make("qwen2_5_7b", [], nodes=2, cluster="h100_infiniband", spares=2, dry=True)
+    (found,) = cluster_limits(replace(request, cluster=replace(request.cluster, partition="gpu")))
+    assert "--nodes + --spares = 4: partition gpu has 3 nodes." in str(found)
+    assert cluster_limits(replace(request, spares=1, cluster=replace(request.cluster, partition="gpu"))) == []

@@ -50,3 +50,22 @@ def test_the_local_cluster_has_no_script():
     done = run("launch.command", "dry-run", "tiny_dense", "--cluster", "local", check=True)
     assert "#SBATCH" not in done.stdout
     assert "on this machine" in done.stdout
+
+
+def test_spare_nodes_are_asked_for_and_cost():
+    words = ("qwen2_5_7b", "--nodes", 4, "--cluster", "h200_efa", "--spares", 1)
+    shown = json.loads(run("launch.command", "dry-run", *words, "--json", check=True).stdout)
+    assert (shown["ranks"], shown["spares"]) == (32, 1)
+    for expected in ("#SBATCH --nodes=5", "#SBATCH --no-kill", "#SBATCH --requeue"):
+        assert expected in shown["sbatch"]
+    text = run("launch.command", "dry-run", *words, check=True).stdout
+    assert "1: 8 GPUs that wait for one of the others to fail, 20.0% of the job" in text
+    used = shown["predicted"]["gpu_hours"]
+    assert f"{used:,.0f}, and {used / 4:,.0f} of spare nodes" in text
+
+
+def test_spare_nodes_that_cannot_be():
+    few = run("launch.command", "dry-run", "qwen2_5_7b", "--spares", -1)
+    assert (few.returncode, "--spares = -1: must be at least 0." in few.stderr) == (2, True)
+    alone = run("launch.command", "dry-run", "tiny_dense", "--cluster", "local", "--spares", 1)
+    assert (alone.returncode, "is one machine; leave it out." in alone.stderr) == (2, True)

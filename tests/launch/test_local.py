@@ -6,6 +6,8 @@ import signal
 import time
 from pathlib import Path
 
+from prometheus_client.parser import text_string_to_metric_families
+
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint.paths import committed
 from tests.conftest import run
@@ -37,10 +39,35 @@ def launch(*arguments: object, check: bool = True):
     return run("launch.command", *arguments, check=check)
 
 
+def watched(tmp_path: Path) -> Path:
+    """A cluster file of this machine, where somebody watches the runs."""
+    path = tmp_path / "watched.yaml"
+    (tmp_path / "collected").mkdir()
+    content = {
+        "scheduler": "local",
+        "gpus_per_node": 0,
+        "metrics_directory": str(tmp_path / "collected"),
+        "alert_command": ["sh", "-c", f"cat >> {tmp_path}/told"],
+        "alert_on": ["done"],
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+def metrics(path: Path) -> dict[str, float]:
+    """The last value of every metric, by the name of its sample and its last label."""
+    families = text_string_to_metric_families(path.read_text())
+    return {
+        " ".join([sample.name, *[text for label, text in sample.labels.items() if label != "run"]]): sample.value
+        for family in families
+        for sample in family.samples
+    }
+
+
 def test_submit_status_logs(tokens, tokenizer, tmp_path):
     run_dir = tmp_path / "run"
     words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
-    where = ["--cluster", "local", "--run-dir", run_dir]
+    where = ["--cluster", watched(tmp_path), "--run-dir", run_dir]
     first = launch("submit", *words, *where, "--json")
     assert json.loads(first.stdout)[0]["run_dir"] == str(run_dir)
     refused = launch("submit", *words, *where, check=False)
@@ -55,7 +82,19 @@ def test_submit_status_logs(tokens, tokenizer, tmp_path):
     shown = launch("logs", run_dir, "--rank", 0).stdout
     assert "==> attempt 1" in shown
     assert "step 12/12" in shown
+    kept = (run_dir / "logs" / "attempt_001" / "rank_0.log").read_text()
+    assert "performance: parallel.overlap_grad_reduce=false: no overlap of communication with compute on a CPU" in kept
     assert "attempt 1 on this machine" in launch("logs", run_dir, "--controller").stdout
+    wait_for_no_job(run_dir)
+    (collected,) = (tmp_path / "collected").glob("mq_run_*.prom")
+    for path in (run_dir / "metrics.prom", collected):
+        found = metrics(path)
+        assert (found["mq_iteration"], found["mq_restarts_total"]) == (12, 0)
+        assert (found["mq_run_state done"], found["mq_run_state running"]) == (1, 0)
+        assert found["mq_loss"] == row["loss"]
+        assert 0 < found["mq_goodput_ratio"] < 1
+    told = json.loads((tmp_path / "told").read_text())
+    assert (told["event"], told["state"], told["iteration"], told["run_dir"]) == ("done", "done", 12, str(run_dir))
     again = launch("submit", *words, *where)
     assert "is already done" in again.stdout
     other = launch("submit", *words, "optim.learning_rate=0.5", *where, check=False)
@@ -84,7 +123,7 @@ def test_a_killed_rank_and_a_cancelled_run(tokens, tokenizer, tmp_path):
     assert "cancelled job" in launch("cancel", run_dir).stdout
     wait_for_state(run_dir, "cancelled")
     assert committed(run_dir / "checkpoints"), "it saved before it left"
-    assert "has no pending or running job" in launch("cancel", run_dir).stdout
+    wait_for_no_job(run_dir)
 
 
 def test_frozen_code_that_is_too_old_for_the_configuration(tokens, tokenizer, tmp_path):
@@ -92,7 +131,7 @@ def test_frozen_code_that_is_too_old_for_the_configuration(tokens, tokenizer, tm
     words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
     where = ["--cluster", "local", "--run-dir", run_dir]
     launch("freeze", *words, *where)
-    sections = run_dir / "code/megatron_qwen/config/sections.py"
+    sections = run_dir / "code/megatron_qwen/config/resilience.py"
     text = sections.read_text()
     assert "hang_timeout_s: float" in text
     sections.write_text(text.replace("hang_timeout_s: float", "older_name_s: float"))
@@ -129,6 +168,14 @@ def test_three_restarts_without_progress(tokens, tokenizer, tmp_path):
     wait_for_state(run_dir, "done")
 
 
+def wait_for_no_job(run_dir: Path, timeout_s: float = 60) -> None:
+    """Waits until a cancel finds no job: the controller lives on for a moment after it has written the last state."""
+    deadline = time.monotonic() + timeout_s
+    while "has no pending or running job" not in (said := launch("cancel", run_dir).stdout):
+        assert time.monotonic() < deadline, said
+        time.sleep(0.2)
+
+
 def rank_of(run_dir: Path, timeout_s: float = 60) -> int:
     """Process of the run's only rank, once it has made a step."""
     deadline = time.monotonic() + timeout_s
@@ -146,3 +193,27 @@ def rank_of(run_dir: Path, timeout_s: float = 60) -> int:
                     return int(path.parent.name)
         time.sleep(0.1)
     raise AssertionError("no rank")
+
+
+def test_other_packages_than_at_the_submission(tokens, tokenizer, tmp_path):
+    run_dir = tmp_path / "run"
+    words = ["tiny_dense", f"data.path={tokens}", f"data.tokenizer={tokenizer}", *WORDS]
+    where = ["--cluster", "local", "--run-dir", run_dir]
+    launch("freeze", *words, *where)
+    path = run_dir / "environment.json"
+    content = json.loads(path.read_text())
+    present = content["packages"]["numpy"]["version"]
+    content["packages"]["numpy"]["version"] = "1.0"
+    path.write_text(json.dumps(content))
+    refused = launch("submit", *words, *where, check=False)
+    assert refused.returncode == 2
+    assert f"numpy 1.0 -> {present}" in refused.stderr
+    assert "--new-code" in refused.stderr
+    assert not (run_dir / "jobs.jsonl").exists()
+    launch("submit", *words, *where, "--new-code")
+    assert json.loads(path.read_text())["packages"]["numpy"]["version"] == present
+    wait_for_state(run_dir, "done")
+    state = json.loads((committed(run_dir / "checkpoints")[0][1] / "state.json").read_text())
+    assert state["environment"]["packages"]["numpy"] == present
+    attempt = json.loads((run_dir / "logs/attempt_001/environment.json").read_text())
+    assert attempt["facts"] == state["environment"]["facts"]

@@ -8,6 +8,7 @@ import pytest
 from launch import request as requests
 from launch.cluster import load
 from launch.preflight import check
+from launch.submission import environment_of_job
 from tests.conftest import run
 
 
@@ -53,6 +54,25 @@ def test_intervals_against_the_time_limit():
     assert any("signal_delay_s = 10: is too short" in text for text in texts(short))
     often = make(recipe="qwen2_5_72b", nodes=128, mean_hours_between_faults=100.0)
     assert any("Young and Daly" in text for text in texts(often))
+
+
+def test_local_checkpoints():
+    """A 7B checkpoint has 14 bytes a parameter, 106.6 GB: on each of two nodes half of it, five times over."""
+    local = ("checkpoint.local_interval=10",)
+    assert not any("local" in text for text in texts(make(*local, memory_per_rank_gib=250.0)))
+    small = texts(make(*local, memory_per_rank_gib=32.0))
+    assert any("checkpoint.local_dir = /dev/shm: is memory: local checkpoints take 213." in text for text in small)
+    assert not any("local_dir" in text for text in texts(make(*local, "checkpoint.local_dir=/nvme/%n")))
+    alone = texts(make(*local, nodes=1))
+    assert any("local_interval = 10: keeps no copy" in text for text in alone)
+    request = make(*local, "checkpoint.local_dir=/runs")
+    inside = texts(replace(request, run_dir=Path("/runs/a")))
+    assert any("ERROR: checkpoint.local_dir = /runs: holds the run directory" in text for text in inside)
+
+
+def test_an_interval_that_the_run_chooses_is_not_judged():
+    chosen = make("checkpoint.save_interval=null", recipe="qwen2_5_72b", nodes=128, mean_hours_between_faults=100.0)
+    assert not any("save_interval" in text for text in texts(chosen))
 
 
 def test_data_that_is_missing_is_exit_3(tmp_path):
@@ -105,3 +125,12 @@ def test_run_roots_are_read_from_here():
     request = requests.make("tiny_dense", [], nodes=1, cluster="cpu", name="x")
     assert request.run_dir == Path.cwd() / "runs" / "x"
     assert load("cpu").run_root == "runs"
+
+
+def test_events_that_would_be_told_to_nobody():
+    request = make(alert_webhook_variable="ALERT_HOOK")
+    assert any("alert_webhook_variable = ALERT_HOOK: is not set in this shell" in text for text in texts(request))
+    there = replace(request, environ={**request.environ, "ALERT_HOOK": "https://example.org"})
+    assert not any("alert_webhook_variable" in text for text in texts(there))
+    assert environment_of_job(there)["ALERT_HOOK"] == "https://example.org"
+    assert "ALERT_HOOK" not in environment_of_job(make())

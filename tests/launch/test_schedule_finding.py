@@ -11,7 +11,7 @@ from launch.preflight import check
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["training.train_iters=16"], "To keep the old decay: optim.lr_decay_iters=8."),
+        (["training.train_iters=16"], "To keep the old schedule: optim.lr_decay_iters=8."),
         (["training.train_iters=16", "optim.lr_decay_iters=8"], None),
         ([], None),
     ],
@@ -23,3 +23,14 @@ def test_a_longer_run(words, told, finished_run):
     found = [str(item) for item in check(request, on_site=False).findings if "schedule" in str(item)]
     assert len(found) == (told is not None), found
     assert told is None or told in found[0]
+
+
+def test_a_branch_is_compared_with_the_checkpoint_that_it_starts_from(finished_run, tmp_path):
+    checkpoint = finished_run / "checkpoints" / "iter_0000008"
+    for path in (finished_run, finished_run / "checkpoints", checkpoint):
+        words = ["training.train_iters=16", f"checkpoint.branch_from={path}"]
+        request = requests.make(str(finished_run / "run.yaml"), words, nodes=1, cluster="cpu", dry=True)
+        request = replace(request, run_dir=tmp_path / "branch")
+        (found,) = [str(item) for item in check(request, on_site=False).findings if "schedule" in str(item)]
+        assert "the learning rate of step 9 is" in found
+        assert "training.train_iters=16 (before: 8)" in found

@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,8 +141,11 @@ def test_secrets_in_a_cluster_file_are_refused():
 
 def test_planted_secrets_are_nowhere_after_a_submission(tokens, tokenizer, tmp_path):
     """In scripts, logs, run.yaml, pickles, the frozen code, and what the command printed."""
-    planted = {"WANDB_API_KEY": CANARY, "HF_TOKEN": CANARY, "DB_PASSWORD": CANARY, "HARMLESS": CANARY}
-    run_dir = tmp_path / "run"
+    hook = f"http://127.0.0.1:9/{CANARY}"  # a port at which nothing listens, so that the failure is logged
+    planted = {"WANDB_API_KEY": CANARY, "HF_TOKEN": CANARY, "DB_PASSWORD": CANARY, "HARMLESS": CANARY, "HOOK": hook}
+    run_dir, cluster = tmp_path / "run", tmp_path / "watched.yaml"
+    watched = {"scheduler": "local", "gpus_per_node": 0, "alert_webhook_variable": "HOOK", "alert_on": ["done"]}
+    cluster.write_text(json.dumps(watched))
     words = [
         f"data.path={tokens}",
         f"data.tokenizer={tokenizer}",
@@ -149,7 +153,7 @@ def test_planted_secrets_are_nowhere_after_a_submission(tokens, tokenizer, tmp_p
         "metrics.tensorboard=false",
     ]
     done = subprocess.run(
-        command("launch.command", "submit", "tiny_dense", *words, "--cluster", "local", "--run-dir", run_dir),
+        command("launch.command", "submit", "tiny_dense", *words, "--cluster", cluster, "--run-dir", run_dir),
         env={**environment(), **planted},
         capture_output=True,
         text=True,
@@ -158,6 +162,10 @@ def test_planted_secrets_are_nowhere_after_a_submission(tokens, tokenizer, tmp_p
     assert done.returncode == 0, done.stderr
     wait_for_end(run_dir)
     assert json.loads((run_dir / "status.json").read_text())["state"] == "done"
+    log, deadline = run_dir / "logs/controller.log", time.monotonic() + 60
+    while "the webhook of $HOOK has not taken an event: Connection refused" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
     searched = [path for path in run_dir.rglob("*") if path.is_file()]
     assert any(path.suffix == ".pkl" for path in searched)
     assert [path for path in searched if CANARY.encode() in path.read_bytes()] == []

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.submit import ArrayFile, _alone, read_array
+from launch.submit import ArrayFile, alone, read_array
 from megatron_qwen.errors import ConfigError
 
 
@@ -31,11 +31,11 @@ def test_everything_wrong_with_one(tmp_path):
 
 
 def test_two_submissions_of_a_run(tmp_path):
-    with _alone(tmp_path / "run"):
-        with pytest.raises(ConfigError, match="is being submitted by another command"), _alone(tmp_path / "run"):
+    with alone(tmp_path / "run"):
+        with pytest.raises(ConfigError, match="is being submitted by another command"), alone(tmp_path / "run"):
             pass
-        with _alone(tmp_path / "other"):
+        with alone(tmp_path / "other"):
             pass
-    with _alone(tmp_path / "run"):
+    with alone(tmp_path / "run"):
         pass
     assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_qwen.attempts import Attempt, AttemptLog
 from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.json_lines import objects
 from tests.conftest import command, environment, run
 from tests.distributed import jobs
 from tests.slurm.cluster import SlurmCluster
@@ -96,12 +97,15 @@ class Runs:
             cluster: changes of the cluster file.
         """
         where = ("--cluster", self.cluster_file(**cluster), "--nodes", nodes, "--name", name)
-        code = self.root / name / "code"
-        if patch and not code.exists():
-            self.mq("freeze", *self.words(*overrides), *where)
-            self._patch(code / "megatron_qwen/training/trainer.py", patch)
+        if patch and not (self.root / name / "code").exists():
+            self.freeze_with(name, patch, *self.words(*overrides), *where)
         answer = json.loads(self.mq("submit", *self.words(*overrides), *where, *options, "--json"))
         return ClusterRun(self.cluster, Path(answer[0]["run_dir"]), answer[0]["jobs"])
+
+    def freeze_with(self, name: str, patch: str, *words: object) -> None:
+        """Freezes a run with a change of its code; ``words`` are those of its submission."""
+        self.mq("freeze", *words)
+        self._patch(self.root / name / "code/megatron_qwen/training/trainer.py", patch)
 
     def _patch(self, trainer: Path, patch: str) -> None:
         text = trainer.read_text()
@@ -147,8 +151,8 @@ class ClusterRun:
     def iteration(self) -> int:
         """Last finished iteration."""
         path = self.path / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.is_file() else []
-        return int(json.loads(lines[-1])["iteration"]) if lines else 0
+        records = list(objects(path.read_bytes().splitlines() if path.is_file() else []))  # a full disk cuts lines off
+        return int(records[-1]["iteration"]) if records else 0
 
     def wait_for_step(self, iteration: int, *, timeout_s: float = 90) -> None:
         """Waits until the run has come so far."""
@@ -219,8 +223,8 @@ def lost_iterations(path: Path) -> int:
     """Iterations that were done more than once, at most in one restart."""
     counts: dict[int, int] = {}
     superseded = path / "metrics.superseded.jsonl"
-    for line in superseded.read_text().splitlines() if superseded.is_file() else []:
-        attempt = int(json.loads(line)["attempt"])
+    for record in objects(superseded.read_bytes().splitlines() if superseded.is_file() else []):
+        attempt = int(record["attempt"])
         counts[attempt] = counts.get(attempt, 0) + 1
     return max(counts.values(), default=0)
 

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 
+import psutil
 import pytest
 
 from megatron_qwen.slurm import accounting as accounting_of
@@ -24,14 +25,16 @@ def accounted(tokens, tokenizer, tmp_path_factory):
         yield Runs(cluster, tokens, tokenizer, tmp_path_factory.mktemp("accounted_runs"))
 
 
-def test_a_run_whose_controller_is_killed(accounted, monkeypatch):
-    """Its controller is killed, and the job with it; sacct says how that ended."""
+def test_a_run_whose_batch_script_is_killed(accounted, monkeypatch):
+    """With the script that would requeue it; sacct says how the job ended."""
     short = ("training.train_iters=10", "checkpoint.save_interval=0")
     run = accounted.submit("done", *short, nodes=1)
     run.wait_for_end()
     ran = accounted.submit("gone", "training.train_iters=100000", nodes=1)
     ran.wait_for_step(2)
-    kill(ran.controller_process(), signal.SIGKILL)
+    controller = ran.controller_process()
+    kill(psutil.Process(controller).ppid(), signal.SIGKILL)
+    kill(controller, signal.SIGKILL)
     ran.wait(lambda: shown(accounted, ran)["state"] == "lost", "word that it is lost", timeout_s=60)
     row = shown(accounted, ran)
     assert "Slurm reports FAILED" in row["reason"]

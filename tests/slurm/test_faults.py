@@ -7,7 +7,8 @@ import json
 import signal
 import time
 
-from tests.slurm.runs import SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_iterations
+from megatron_qwen.slurm import fields
+from tests.slurm.runs import PAUSE, SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_iterations
 
 FAULT_AT = 25
 
@@ -82,12 +83,70 @@ def test_a_node_that_fails_twice_is_avoided(runs):
     kill(run.rank_processes()[1], signal.SIGKILL)
     run.wait(lambda: len(run.rank_processes()) == 2 and len(run.attempts()) == 2, "second attempt", timeout_s=90)
     run.wait_for_step(FAULT_AT + 8)
-    kill(run.rank_processes()[1], signal.SIGKILL)
+    # A second death of the same rank could be the program's, which is no matter of other runs.
+    runs.cluster.ask("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
     run.wait_for_end()
+    runs.cluster.ask("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)  # its slurmd may have done so
+    runs.cluster.wait_until_idle()
     first, second, third = run.attempts()
     assert first.failed_nodes == second.failed_nodes == ("n2",)
     assert "n2" not in third.nodes
     assert run.hashes() == runs.undisturbed(2, *TP2)
+    assert (second.fault, second.exclude) == ("node", ("n2",))
+    assert first.evidence is not None
+    assert (first.evidence["rank"], first.evidence["node"], first.evidence["signal"]) == (1, "n2", "SIGKILL")
+    assert (first.reason, second.reason) == ("lost peer", "lost node")
+    assert "excluded nodes: n2" in run.end_of_story()
+    check_that_others_avoid(runs, "n2", because_of=run)
+
+
+def check_that_others_avoid(runs: Runs, node: str, *, because_of: ClusterRun) -> None:
+    """A run that is submitted later is kept from the node, until a person lifts that."""
+    where = ("--run-root", runs.root)
+    (known,) = json.loads(runs.mq("nodes", *where, "--json"))
+    assert (known["node"], known["by"], known["runs"]) == (node, "controller", [str(because_of.path)])
+    assert [one["attempt"] for one in known["evidence"]] == [1, 2]
+    other = runs.submit("other", *TP2, options=("--chain", 2), patch="")
+    assert [excluded_by_slurm(runs, job) for job in other.jobs] == [node, node]
+    (row,) = json.loads(runs.mq("status", other.path, "--json"))
+    assert row["avoids"] == [node]
+    runs.mq("cancel", other.path)
+    file = runs.cluster_file()
+    wide = runs.mq(
+        "submit", *runs.words("training.global_batch_size=4"), "--cluster", file, "--nodes", 4, "--name", "wide"
+    )
+    assert f"does not avoid {node}, in quarantine: the job needs 4 nodes" in wide
+    runs.mq("cancel", runs.root / "wide")
+    runs.mq("nodes", *where, "--lift", node)
+    assert json.loads(runs.mq("nodes", *where, "--json")) == []
+    free = runs.submit("free", *TP2, patch="")
+    assert excluded_by_slurm(runs, free.job) == ""
+
+
+def excluded_by_slurm(runs: Runs, job: str) -> str:
+    shown = fields(runs.cluster.ask("scontrol", "show", "job", "-o", job))
+    return shown.get("ExcNodeList", "").replace("(null)", "")
+
+
+def test_a_program_that_kills_its_rank_costs_no_node(runs):
+    """Rank 1 is killed wherever it runs, as the out-of-memory killer does, and saves in between."""
+    deaths = 'os.environ["SLURM_PROCID"] == "1" and (attempt, iteration) in (("1", 14), ("2", 33))'
+    run = runs.submit("program", *TP2, patch=f"{PAUSE}\nif {deaths}: os.kill(os.getpid(), 9)")
+    run.wait_for_step(3)
+    # The node goes on with what it runs, and is given to no other start: rank 1 is somewhere else then.
+    runs.cluster.ask("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+    check(run, runs, "lost peer", "lost peer")
+    first, second, _ = run.attempts()
+    assert (first.fault, second.fault) == ("unknown", "program")
+    assert first.failed_nodes == ("n2",)
+    assert second.failed_nodes == second.nodes[1:] != ("n2",)
+    assert (first.exclude, second.exclude) == ((), ())
+    assert (
+        f"the program is suspected: rank 1 was killed by SIGKILL 2 times on n2 and {second.nodes[1]}"
+        in run.end_of_story()
+    )
+    assert excluded_by_slurm(runs, run.job) == ""
+    assert json.loads(runs.mq("nodes", "--run-root", runs.root, "--json")) == []
 
 
 def test_two_killed_slurmd(runs):

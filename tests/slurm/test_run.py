@@ -96,7 +96,7 @@ def test_cancelled_runs_save_and_stay_so(runs):
 
 def test_a_chain_goes_on_in_its_next_job(runs):
     """Three jobs that may not requeue: a fault in the first, the rest in the second, nothing left for the third."""
-    run = runs.submit("chain", *TP2, options=("--chain", 3))
+    run = runs.submit("chain", *TP2, "resilience.restart_in_job=false", options=("--chain", 3))
     assert len(run.jobs) == 3
     run.wait_for_step(12)
     os.kill(run.rank_processes()[1], signal.SIGKILL)

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.source import resolve
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
@@ -66,3 +67,22 @@ def test_tiles_by_hand(tiles):
 def test_shares_of_time_are_of_the_sum(tiles):
     assert "steps that count 5 s (62.5%)" in tiles[1]
     assert "other 3 s (37.5%)" in tiles[1]
+
+
+def test_what_followed_each_attempt(tmp_path):
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(resolve("tiny_dense", ["data.path=/nowhere/text"], RECIPES))
+    log = AttemptLog(directory.attempts)
+    ended = {"reason": "lost peer", "detail": "rank 1 was killed", "fault": "program", "action": "restart"}
+    log.end(log.begin(nodes=["n1", "n2"]), exit_code=76, iterations_gained=12, **ended)
+    log.begin(nodes=["n1", "n3"])
+    directory.metrics.write_text(json.dumps(record(1, seconds=1.0, speed=10.0)) + "\n")
+    write_report(directory.path, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    table = page[page.index("<tr><th>attempt</th>") :]
+    rows = [re.findall("<t[hd]>(.*?)</t[hd]>", row) for row in re.findall("<tr>(.*?)</tr>", table)]
+    assert rows[:3] == [
+        ["attempt", "ended", "cause", "fault", "nodes", "exit code", "iterations gained", "action"],
+        ["1", "lost peer", "rank 1 was killed", "program", "n1, n2", "76", "12", "restart"],
+        ["2", "still running, or killed", "", "", "n1, n3", "", "", ""],
+    ]

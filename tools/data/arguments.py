@@ -6,7 +6,10 @@ from typing import Any
 
 from megatron_qwen.cli import Parser
 
-_FILES = "files, folders, patterns, or @list (a file with one a line); .jsonl, .txt, .parquet, also compressed"
+_FILES = (
+    "files, folders, patterns, or @list (a file with one a line); .jsonl, .ndjson, .json, .txt, .parquet, "
+    "also compressed"
+)
 
 
 def parser() -> argparse.ArgumentParser:

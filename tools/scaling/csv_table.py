@@ -7,6 +7,7 @@ from pathlib import Path
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _SEPARATORS = ",;\t|"
+_SHOWN_PROBLEMS = 20
 
 
 def column_names(words: Iterable[str], known: Sequence[str]) -> dict[str, str]:
@@ -17,16 +18,24 @@ def column_names(words: Iterable[str], known: Sequence[str]) -> dict[str, str]:
         known: the names here.
 
     Raises:
-        ConfigError: with every word that is none.
+        ConfigError: with every word that is none, and every name that is given twice.
     """
-    found, problems = {}, []
+    found: dict[str, str] = {}
+    problems = []
     for word in (part.strip() for text in words for part in text.split(",")):
-        here, sign, there = word.partition("=")
-        if not sign or not there.strip() or here.strip() not in known:
+        left, sign, there = (part.strip() for part in word.partition("="))
+        here = left.lower()
+        if not sign or not there or here not in known:
             fix = f"must be NAME=COLUMN with a NAME of {', '.join(known)}."
             problems.append(Problem("--columns", word, fix))
+        elif here in found:
+            fix = f"gives {here} a second time, after {here}={found[here]}; keep one."
+            problems.append(Problem("--columns", word, fix))
+        elif there in found.values():
+            fix = f"uses the column {there} a second time; a column can be one thing only."
+            problems.append(Problem("--columns", word, fix))
         else:
-            found[here.strip()] = there.strip()
+            found[here] = there
     if problems:
         raise ConfigError(problems)
     return found
@@ -44,16 +53,18 @@ def read_table(
         columns: the file's names of columns, where they are not those of ``known`` in any case.
 
     Raises:
-        DataError: it is no table, or lacks a column.
+        ConfigError: ``columns`` names a column that the file does not have.
+        DataError: it is no table, lacks a column, or has lines with more cells than its header.
     """
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(Problem(str(path), None, f"cannot be read as text ({error}).")) from None
-    separator = max(_SEPARATORS, key=(lines[0] if lines else "").count)
+    first = next((line for line in lines if line.strip()), "")
+    separator = max(_SEPARATORS, key=first.count)
     reader = csv.reader(lines, delimiter=separator)
     try:
-        header, *rows = [(reader.line_num, row) for row in reader if row] or [(1, [])]
+        header, *rows = [(reader.line_num, row) for row in reader if any(cell.strip() for cell in row)] or [(1, [])]
     except csv.Error as error:
         raise DataError(Problem(f"{path}:{reader.line_num}", None, f"is not a line of a CSV ({error}).")) from None
     names = _names(path, [name.strip() for name in header[1]], known, columns)
@@ -63,18 +74,37 @@ def read_table(
             "--columns loss=COLUMN says which is meant."
         )
         raise DataError(Problem(str(path), ",".join(header[1]) or None, fix))
+    _require_no_more_cells(path, rows, _used(header[1]))
     return [
         (number, {name: cell.strip() for name, cell in zip(names, row, strict=False) if name is not None})
         for number, row in rows
     ]
 
 
+def _require_no_more_cells(path: Path, rows: Sequence[tuple[int, Sequence[str]]], columns: int) -> None:
+    """Refuses lines that do not fit the header: cells would be taken for those of other columns."""
+    problems = []
+    for number, row in rows:
+        if (used := _used(row)) > columns:
+            fix = (
+                f"are more than the {columns} of the header. Write decimals with a point, not a comma, and put cells "
+                "that hold a separator in quotation marks."
+            )
+            problems.append(Problem(f"{path}:{number}", f"{used} cells", fix))
+    if rest := problems[_SHOWN_PROBLEMS:]:
+        problems = [*problems[:_SHOWN_PROBLEMS], Problem(str(path), None, f"and {len(rest)} more lines like these.")]
+    if problems:
+        raise DataError(problems)
+
+
+def _used(row: Sequence[str]) -> int:
+    """Cells of a line up to the last that is not empty."""
+    return max((place for place, cell in enumerate(row, start=1) if cell.strip()), default=0)
+
+
 def _names(path: Path, header: Sequence[str], known: Sequence[str], columns: Mapping[str, str]) -> list[str | None]:
     """For each column its name here; None for one that is not used."""
-    if absent := [there for there in columns.values() if there not in header]:
-        fix = f"is not a column of {path}; it has {', '.join(header)}."
-        raise ConfigError([Problem("--columns", there, fix) for there in absent])
-    given = {there: here for here, there in columns.items()}
+    given = _given(path, header, columns)
     names: list[str | None] = []
     for there in header:
         own = there.lower() if there.lower() in known and there.lower() not in columns else None
@@ -83,3 +113,25 @@ def _names(path: Path, header: Sequence[str], known: Sequence[str], columns: Map
     if twice:
         raise DataError(Problem(str(path), ", ".join(twice), "is the name of two columns; keep one."))
     return names
+
+
+def _given(path: Path, header: Sequence[str], columns: Mapping[str, str]) -> dict[str, str]:
+    """Names here of the columns that were typed, by the file's spelling; case counts only where it decides."""
+    found: dict[str, str] = {}
+    problems = []
+    for here, there in columns.items():
+        alike = [name for name in dict.fromkeys(header) if name.lower() == there.lower()]
+        spelled = there if there in alike else alike[0] if len(alike) == 1 else None
+        if spelled is None:
+            fix = f"is not a column of {path}; it has {', '.join(header)}."
+            if alike:
+                fix = f"may be {' or '.join(alike)} of {path}; write it as the file does."
+            problems.append(Problem("--columns", there, fix))
+        elif spelled in found:
+            fix = f"is already {found[spelled]}, and cannot be {here} too."
+            problems.append(Problem("--columns", there, fix))
+        else:
+            found[spelled] = here
+    if problems:
+        raise ConfigError(problems)
+    return found

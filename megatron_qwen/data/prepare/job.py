@@ -16,7 +16,7 @@ from megatron_qwen.data.prepare.workers import EncodingProgress, Workers
 from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, read_manifest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers import encoder as encoders
-from megatron_qwen.data.tokenizers.encoder import PROBES, Encoder, TokenizerEncoder
+from megatron_qwen.data.tokenizers.encoder import Encoder, TokenizerEncoder
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
@@ -114,19 +114,14 @@ def _make(
         # Loaded while the workers run already: their parts are used only if the comparison with the tokenizer succeeds.
         tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
         dtype = token_dtype(tokenizer.vocab_size)
-        ordinary = [text for text in PROBES if not encoders.spells_control(text, tokenizer)]
-        if not isinstance(encoder, TokenizerEncoder):
-            _prove(encoder, tokenizer, plan.documents, ordinary)
-        unproven = not isinstance(encoder, TokenizerEncoder)  # for texts that spell control tokens
+        proof = _Proof(encoder, tokenizer, plan.documents)
+        for key in old:
+            proof.of(parts[key])  # whoever made it may have been killed before it did this
         for message in messages:
             if isinstance(message, EncodingProgress):
                 on_progress(message)
                 continue
-            if message.spelled and unproven:
-                unproven = False
-                _prove(encoder, tokenizer, plan.documents, PROBES)
-            _compare(message, tokenizer, plan.documents)
-            message.samples.clear()
+            proof.of(message)
             parts[message.key] = message
             while current is not None and _append_ready(current, parts, old):
                 current.commit(tokenizer, encoder.name, dtype)
@@ -151,16 +146,37 @@ def _append_ready(writer: ShardWriter, parts: dict[str, Part], old: frozenset[st
     return len(writer.parts) == len(units)
 
 
-def _prove(encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions, texts: Sequence[str]) -> None:
-    if (text := encoders.difference(encoder, tokenizer, texts, options)) is not None:
-        raise _OtherIds(text)
+class _Proof:
+    """Compares the ids of an encoder with those of the tokenizer's own library; raises _OtherIds if any differs.
 
+    Args:
+        encoder: what made the parts.
+        tokenizer: the reference.
+        options: how documents become ids.
+    """
 
-def _compare(part: Part, tokenizer: Tokenizer, options: DocumentOptions) -> None:
-    """Encodes the part's samples again with the tokenizer's own library; raises _OtherIds if any id differs."""
-    texts = [text for text, _ in part.samples]
-    for (text, found), ids in zip(part.samples, encoders.reference_ids(tokenizer, texts, options), strict=True):
-        if found != ids:
+    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions) -> None:
+        self._encoder, self._tokenizer, self._options = encoder, tokenizer, options
+        self._fast = not isinstance(encoder, TokenizerEncoder)
+        self._unproven = self._fast  # for texts that spell control tokens
+        if self._fast:
+            self._prove(control=False)
+
+    def of(self, part: Part) -> None:
+        """Encodes the samples of a part again, and frees them."""
+        if part.spelled and self._unproven:
+            self._unproven = False
+            self._prove(control=True)
+        texts = [text for text, _ in part.samples]
+        wanted = encoders.reference_ids(self._tokenizer, texts, self._options)
+        for (text, found), ids in zip(part.samples, wanted, strict=True):
+            if found != ids:
+                raise _OtherIds(text)
+        part.samples.clear()
+
+    def _prove(self, *, control: bool) -> None:
+        texts = encoders.probes(self._tokenizer, control=control)
+        if (text := encoders.difference(self._encoder, self._tokenizer, texts, self._options)) is not None:
             raise _OtherIds(text)
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Part:
         mask_xxh3_128: hash of its loss mask; empty without one.
         mask: whether the preparation writes a loss mask (documents with prompts).
         spelled: how often documents spell a control token, by its id.
-        samples: some texts and their ids, for comparison with the tokenizer; not stored on disk.
+        samples: some texts and their ids, for comparison with the tokenizer.
     """
 
     key: str
@@ -70,10 +70,11 @@ def read_part(work: Path, key: str) -> Part | None:
     try:
         content: dict[str, Any] = json.loads(part_path(work, key, "json").read_text())
         part = Part(**content)
+        part.samples = [(text, ids) for text, ids in part.samples]
         sizes = [part_path(work, key, ending).stat().st_size for ending in ("bin", "len")]
     except (OSError, ValueError, TypeError):
         return None
-    if set(content) != {item.name for item in fields(Part)} - {"samples"} or sizes[1] != 4 * part.documents:
+    if set(content) != {item.name for item in fields(Part)} or sizes[1] != 4 * part.documents:
         return None
     return part
 
@@ -101,7 +102,11 @@ def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress
                 if block.bad and not plan.skip_bad:
                     raise DataError([bad.problem() for bad in block.bad[:_REPORTED]])
                 documents, tokens = out.part.documents, out.part.tokens
-                out.add(block)
+                try:
+                    out.add(block)
+                except DataError as error:  # a document that this tokenizer cannot encode as it is asked to
+                    there = [replace(one, fix=f"in {span.file.path}: {one.fix}") for one in error.problems]
+                    raise DataError(there) from None
                 on_progress(read[0], block.bytes, out.part.documents - documents, out.part.tokens - tokens)
                 read[0] = 0
         on_progress(read[0], 0, 0, 0)
@@ -204,8 +209,7 @@ class _PartWriter:
             file.close()
         for ending, path in self._temporary.items():
             publish(path, self._paths[ending])
-        noted = {name: value for name, value in asdict(self.part).items() if name != "samples"}
-        atomic_write_json(self._done, noted, indent=None)
+        atomic_write_json(self._done, asdict(self.part), indent=None)
         return self.part
 
 

@@ -15,8 +15,8 @@ class SourceShare:
     Args:
         name: of the source.
         weight: its share of the samples.
-        tokens: that it gives in the stage.
-        epochs: how often the stage reads it.
+        tokens: that it gives in the stage; padding of packed rows is a part of them.
+        epochs: how often the stage reads it, without padding.
         epochs_so_far: how often it has been read at the end of the stage.
     """
 
@@ -66,7 +66,7 @@ def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
         used[entry.stage] = used.get(entry.stage, 0) + entry.samples * entry.seq_length
         for name, count in entry.counts.items():
             if name in read:
-                read[name] += count * entry.seq_length / data.sources[name].stop
+                read[name] += count * data.tokens_per_sample(name, entry.seq_length) / data.sources[name].stop
     names = [stage.name for stage in data.blend.stages]
     first = names.index(data.at(data.consumed).stage.name) if iteration else 0
     found, consumed = [], data.consumed
@@ -83,7 +83,9 @@ def plan(data: TrainingData, *, iteration: int = 0) -> list[StagePlan]:
         tokens = samples * config.data.seq_length
         shares = []
         for name, weight in stage.weights.items():
-            epochs = tokens * weight / data.sources[name].stop
+            # Positions fill the stage, and tokens use up the source: rows of whole documents have fewer tokens.
+            own = samples * weight * data.tokens_per_sample(name, config.data.seq_length)
+            epochs = own / data.sources[name].stop
             read[name] += epochs
             shares.append(SourceShare(name, weight, round(tokens * weight), epochs, read[name]))
         found.append(

@@ -4,6 +4,7 @@ import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 from megatron_qwen.errors import ConfigError, Problem
@@ -37,12 +38,12 @@ class Condition:
         if found is None:
             return False
         if self.sign in _ORDER:
-            if isinstance(found, bool) or not isinstance(found, int | float):
+            if isinstance(found, bool) or not isinstance(found, int | float | Decimal):
                 return False
             return _ORDER[self.sign](found, float(self.value))
         if isinstance(found, bool):
             same = str(found).lower() == self.value.lower()
-        elif isinstance(found, int | float):
+        elif isinstance(found, int | float | Decimal):
             same = _number(self.value) == found
         else:
             same = str(found) == self.value
@@ -59,8 +60,8 @@ def lookup(record: Any, field: str, missing: Any = None) -> Any:
     """
     if isinstance(record, dict) and field in record:
         return record[field]
-    for part in field.split("."):
-        if record is None:
+    for depth, part in enumerate(field.split(".")):
+        if record is None and depth:
             return None  # a null has no fields, and no other value either
         if not isinstance(record, dict) or part not in record:
             return missing

@@ -81,13 +81,7 @@ def format_of(path: PurePath) -> tuple[FileFormat, Compression] | None:
 
 
 def why_no_data(path: PurePath) -> str | None:
-    """Why a file of a known format below a folder is not part of its data; None if it is.
-
-    Args:
-        path: relative to the folder that was named.
-    """
-    if any(part.startswith(".") for part in path.parts):
-        return "hidden"
+    """Why a file of a known format below a folder is not part of its data, by its name; None if it is."""
     stem = path.name.lower().split(".")[0]
     if stem in _ABOUT_DATA and (kind := format_of(path)) is not None and kind[0] is FileFormat.TXT:
         return "about the data, by its name"

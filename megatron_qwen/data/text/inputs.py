@@ -8,6 +8,7 @@ from pathlib import Path
 
 import orjson
 
+from megatron_qwen.data.text.filters import lookup
 from megatron_qwen.data.text.folders import LINK_TO_NOTHING, NO_FILE, files_below, matches
 from megatron_qwen.data.text.formats import (
     KNOWN_ENDINGS,
@@ -21,8 +22,10 @@ from megatron_qwen.data.text.formats import (
 from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.errors import DataError, Problem
 
-_FIRST_BYTES = 1 << 16
+_MISSING = object()
+_LONGEST_FIRST_LINE = 64 << 20  # what is longer passes, and reading it will tell
 _NAMED = 5
+_SHOWN = 80  # characters of a name that cannot be one
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,19 @@ class _Search:
     def __init__(self, text_field: str) -> None:
         self.found, self.problems = Inputs(), list[Problem]()
         self._text_field = text_field
+        self._left_out: set[Path] = set()
         self._by: dict[str, tuple[str, Path]] = {}  # of a file's real path: the name that it was found by, its own name
 
     def add(self, name: str, *, in_list: str | None = None) -> None:
         """Finds what one name stands for."""
+        try:
+            self._add(name, in_list=in_list)
+        except (OSError, ValueError) as error:  # too long for a name, or with a NUL in it
+            why = error.strerror if isinstance(error, OSError) else error
+            shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+            self.problems.append(Problem(shown, None, f"cannot be the name of a file ({why})."))
+
+    def _add(self, name: str, *, in_list: str | None) -> None:
         path = Path(name)
         if name.startswith("@"):
             if in_list is not None:
@@ -96,7 +108,9 @@ class _Search:
             for line in _listed(Path(name[1:]), self.problems):
                 self.add(line, in_list=name)
         elif path.is_dir():
-            self._several(name, lambda: self._below(path), f"contains no file that can be read: {KNOWN_ENDINGS}")
+            self._several(
+                name, lambda: files_below(path, self._leave_out), f"contains no file that can be read: {KNOWN_ENDINGS}"
+            )
         elif path.is_file():
             self._one(name, path)
         elif path.exists():
@@ -120,12 +134,12 @@ class _Search:
             return
         self._take(name, path, kind)
 
-    def _several(self, name: str, find: Callable[[], Iterable[tuple[Path, Path]]], none: str) -> None:
+    def _several(self, name: str, find: Callable[[], Iterable[Path]], none: str) -> None:
         """Files below a folder, or that a pattern matches."""
         files, left_out, problems = len(self.found.files), len(self.found.left_out), len(self.problems)
         try:
-            for path, inside in find():
-                self._consider(name, path, inside)
+            for path in find():
+                self._consider(name, path)
         except OSError as error:
             self.problems.append(Problem(str(error.filename or name), None, f"cannot be read ({error.strerror})."))
             return
@@ -134,25 +148,20 @@ class _Search:
             told = f"; {'; '.join(str(there).splitlines())}" if there.left_out else ""
             self.problems.append(Problem(name, None, f"{none}{told}."))
 
-    def _below(self, folder: Path) -> Iterator[tuple[Path, Path]]:
-        """Files below a folder, and where in it they lie."""
-        return ((path, path.relative_to(folder)) for path in files_below(folder, self._leave_out))
-
-    def _matching(self, pattern: str) -> Iterator[tuple[Path, Path]]:
-        met: set[str] = set()  # of data/**/*, files are matched, and lie in folders that are
+    def _matching(self, pattern: str) -> Iterator[Path]:
+        met: set[Path] = set()  # of data/**/*, files are matched, and lie in folders that are
         for match in matches(pattern):
-            files = self._below(match) if match.is_dir() else [(match, Path(match.name.lstrip(".")))]
-            for path, inside in files:
-                if (real := os.path.realpath(path)) not in met:
-                    met.add(real)
-                    yield path, inside
+            for path in files_below(match, self._leave_out) if match.is_dir() else [match]:
+                if path not in met:
+                    met.add(path)
+                    yield path
 
-    def _consider(self, name: str, path: Path, inside: Path) -> None:
+    def _consider(self, name: str, path: Path) -> None:
         if not path.is_file():
             self._leave_out(path, LINK_TO_NOTHING if path.is_symlink() else NO_FILE)
         elif (kind := format_of(path)) is None:
             self._leave_out(path, f"unknown ending {path.suffix}" if path.suffix else "no ending")
-        elif (why := why_no_data(inside) or self._no_documents(path, kind, others_fields=False)) is not None:
+        elif (why := why_no_data(path) or self._no_documents(path, kind, others_fields=False)) is not None:
             self._leave_out(path, why)
         elif (before := self._by.get(os.path.realpath(path))) is not None and before[0] == name:
             self._leave_out(path, f"the same file as {before[1]}")
@@ -160,6 +169,9 @@ class _Search:
             self._take(name, path, kind)
 
     def _leave_out(self, path: Path, why: str) -> None:
+        if path in self._left_out:  # of a pattern whose matches lie in one another
+            return
+        self._left_out.add(path)
         if why == LINK_TO_NOTHING and format_of(path) is not None:
             self.problems.append(Problem(str(path), None, "is a link to nothing; restore the file or remove the link."))
         self.found.left_out.append(LeftOut(path, why))
@@ -186,17 +198,18 @@ class _Search:
             return "is empty"
         if not may_be_one_value(path):
             return None
-        first = _first_bytes(InputFile(path, *kind, size)).removeprefix(b"\xef\xbb\xbf").lstrip()
+        first, whole = _first_line(InputFile(path, *kind, size))
         if first.startswith(b"["):
             return "is one JSON array, not JSON lines; `jq -c '.[]' FILE > FILE.jsonl` makes lines of it"
-        line = first.split(b"\n", 1)[0].rstrip()
-        if line.endswith((b"{", b"[", b",")):
+        if not whole:
+            return None  # a very long line, or damaged, which reading it will tell
+        if first.endswith((b"{", b"[", b",")):
             return "is one JSON value over several lines, not JSON lines"
         try:
-            record = orjson.loads(line)
+            record = orjson.loads(first)
         except orjson.JSONDecodeError:
-            return None  # longer than what was read, or damaged, which reading it will tell
-        if not others_fields and isinstance(record, dict) and self._text_field.split(".")[0] not in record:
+            return None
+        if not others_fields and lookup(record, self._text_field, _MISSING) is _MISSING:
             return f"no field {self._text_field!r} in its first record"
         return None
 
@@ -210,8 +223,12 @@ def _by_reason(left_out: Iterable[LeftOut]) -> dict[str, list[Path]]:
 
 def _listed(path: Path, problems: list[Problem]) -> Iterator[str]:
     """The names in a list."""
+    if (kind := format_of(path)) is not None and kind[0] is not FileFormat.TXT:
+        fix = f"is a file of documents, not a list of files; without the @ it is read: {path}"
+        problems.append(Problem(f"@{path}", None, fix))
+        return
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         problems.append(Problem(f"@{path}", None, f"the list cannot be read ({error.strerror})."))
         return
@@ -224,14 +241,16 @@ def _listed(path: Path, problems: list[Problem]) -> Iterator[str]:
     yield from names
 
 
-def _first_bytes(file: InputFile) -> bytes:
-    """The beginning of a file's content; less, or nothing, where it is damaged: reading it all will tell."""
-    found = b""
+def _first_line(file: InputFile) -> tuple[bytes, bool]:
+    """The first line of a file's content that is not blank, and whether it is whole; damage ends it."""
+    found = bytearray()
     try:
         for piece in unpacked(file, lambda _: None):
-            found += piece
-            if len(found) >= _FIRST_BYTES:
-                break
+            found += piece if found else piece.removeprefix(b"\xef\xbb\xbf").lstrip()
+            if (end := found.find(b"\n", len(found) - len(piece) if len(found) > len(piece) else 0)) >= 0:
+                return bytes(found[:end]).rstrip(), True
+            if len(found) > _LONGEST_FIRST_LINE:
+                return bytes(found), False
     except (DataError, OSError):
-        pass
-    return found[:_FIRST_BYTES]
+        return bytes(found), False
+    return bytes(found).rstrip(), True

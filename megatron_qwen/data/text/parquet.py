@@ -50,7 +50,7 @@ def parquet_blocks(
         for group in groups:
             try:
                 for batch in source.iter_batches(_ROWS, row_groups=[group], columns=columns):
-                    yield _block(batch.to_pylist(), f"{file.path}#", row, options)
+                    yield _block(_rows(batch), f"{file.path}#", row, options)
                     row += batch.num_rows
             except pyarrow.ArrowNotImplementedError as error:
                 fix = f"uses what pyarrow {pyarrow.__version__} cannot read ({str(error)[:100]}); write it anew."
@@ -99,9 +99,37 @@ def _has(schema: pyarrow.Schema, field: str) -> bool:
     return True
 
 
-def _block(rows: list[dict[str, Any]], where: str, first: int, options: ReadOptions) -> Block:
+def _rows(batch: Any) -> list[dict[str, Any] | str]:
+    """The rows of a batch; of a row that cannot be given, why."""
+    for index, column in enumerate(batch.schema):
+        if pyarrow.types.is_timestamp(column.type) and column.type.unit == "ns":  # Python's times have microseconds
+            batch = batch.set_column(
+                index, column.name, batch.column(index).cast(pyarrow.timestamp("us", column.type.tz), safe=False)
+            )
+    try:
+        found: list[dict[str, Any] | str] = batch.to_pylist()
+        return found
+    except ValueError:
+        return [_row(batch.slice(index, 1)) for index in range(batch.num_rows)]
+
+
+def _row(one: Any) -> dict[str, Any] | str:
+    try:
+        (row,) = one.to_pylist()
+    except UnicodeDecodeError:
+        return "is not UTF-8 text."
+    except ValueError as error:
+        return f"cannot be read ({str(error)[:100]})."
+    found: dict[str, Any] = row
+    return found
+
+
+def _block(rows: list[dict[str, Any] | str], where: str, first: int, options: ReadOptions) -> Block:
     block = Block(read=len(rows))
     for index, row in enumerate(rows):
+        if isinstance(row, str):
+            block.bad.append(BadRecord(f"{where}{first + index}", None, row))
+            continue
         text = lookup(row, options.field)
         if isinstance(text, bytes):
             try:

@@ -31,7 +31,8 @@ class Manifest:
         vocab_size: one more than the largest id of the tokenizer.
         end_of_text: id after every document.
         control_tokens: ids of the added tokens by name.
-        control_tokens_in_text: ``text`` or ``tokens``: what became of control tokens that documents spell.
+        control_tokens_in_text: ``text`` or ``tokens``: what became of control tokens that documents spell; of merged
+            files that differ in it ``text and tokens``.
         spelled_control_tokens: how often documents spell them, by name.
         tokenizer_sha256: of what decides the ids; in older manifests of the tokenizer's file.
         encoder: library that made the ids.

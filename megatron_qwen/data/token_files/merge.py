@@ -85,6 +85,11 @@ def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -
     for file, manifest in zip(files[1:], noted[1:], strict=True):
         if manifest.tokenizer_sha256 != noted[0].tokenizer_sha256:
             fix = f"was made with another tokenizer than {files[0].prefix}; their ids have different meanings."
+            if (manifest.vocab_size, manifest.control_tokens) == (noted[0].vocab_size, noted[0].control_tokens):
+                fix += (
+                    " Or one of them was made by an older version, which noted the SHA-256 of the tokenizer's file:"
+                    " prepare that one again."
+                )
             problems.append(Problem(str(file.prefix), None, fix))
         elif manifest.end_of_text != noted[0].end_of_text:
             fix = f"ends documents with another token than {files[0].prefix} (id {noted[0].end_of_text})."
@@ -101,6 +106,7 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
     return replace(
         noted[0],
         **{name: sum(getattr(manifest, name) for manifest in noted) for name in _COUNTS},
+        control_tokens_in_text=" and ".join(sorted({manifest.control_tokens_in_text for manifest in noted})),
         encoder=", ".join(sorted({manifest.encoder for manifest in noted})),
         made_by=xxhash.xxh3_128("".join(manifest.made_by for manifest in noted).encode()).hexdigest(),
         idx_xxh3_128=None,

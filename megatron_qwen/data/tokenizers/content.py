@@ -47,12 +47,14 @@ class TokenizerContent:
         try:
             content = orjson.loads(path.read_bytes() if data is None else data)
             self.model: dict[str, Any] = content["model"]
+            _require_forms(content)
             self.added: list[dict[str, Any]] = content.get("added_tokens") or []
-            unknown = self.model.get("unk_token"), self.model.get("unk_id")
+            unknown = None if self._is_byte_level(content) else (self.model.get("unk_token"), self.model.get("unk_id"))
             self.control = {
                 str(token["content"]): int(token["id"])
                 for token in self.added
-                if _is_control(token) and not _is_given_for_unknown(token, *unknown)
+                # What a model gives for what it lacks, a text has without spelling it.
+                if _is_control(token) and (unknown is None or not {token["content"], token["id"]} & {*unknown})
             }
             self.added_ids = {str(token["content"]): int(token["id"]) for token in self.added}
         except OSError as error:
@@ -61,6 +63,13 @@ class TokenizerContent:
             why = f"no field {error}" if isinstance(error, KeyError) else error
             raise DataError(Problem(str(path), None, f"is not a tokenizer ({why}).")) from None
         self._content: dict[str, Any] = content
+
+    @staticmethod
+    def _is_byte_level(content: Mapping[str, Any]) -> bool:
+        """Whether the model has a token for every byte, so that it lacks nothing."""
+        found = content.get("pre_tokenizer") or {}
+        parts = [found, *(found.get("pretokenizers") or [])]
+        return any(part.get("type") == "ByteLevel" for part in parts)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token; None if there is none."""
@@ -119,23 +128,28 @@ class TokenizerContent:
         if self.model.get("dropout"):
             content["model"] = {**self.model, "dropout": None}
         if not control:
-            content["added_tokens"] = list(self._without_control())
+            content["model"], content["added_tokens"] = self._without_control(content.get("model", self.model))
         return orjson.dumps(content)
 
-    def _without_control(self) -> Iterator[dict[str, Any]]:
-        """The added tokens, control tokens under names that no text spells: without them the others' ids would move."""
-        for token in self.added:
-            if token["content"] not in self.control:
-                yield token
-            elif not self._is_ordinary(token["content"]):
-                yield {**token, "content": f"{_NO_TEXT} {token['id']}"}
+    def _without_control(self, model: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The model and the added tokens, control tokens under names that no text spells.
 
-    def _is_ordinary(self, token: str) -> bool:
-        """Whether the model's own vocabulary has a token, so that its id is kept without the added one."""
-        vocabulary = self.model.get("vocab")
+        Without them the others' ids would move. A token that merges make stays in a byte-pair model: a text that
+        spells it may become that id, which whoever encodes has to look for.
+        """
+        merged = {"".join(pair) for pair in _pairs(model.get("merges"))}
+        other = {name: f"{_NO_TEXT} {index}" for name, index in self.control.items() if name not in merged}
+        vocabulary = model["vocab"]
         if isinstance(vocabulary, list):
-            return any(piece == token for piece, _ in vocabulary)
-        return vocabulary is not None and token in vocabulary
+            renamed: Any = [[other.get(piece, piece), score] for piece, score in vocabulary]
+        else:
+            renamed = {other.get(name, name): index for name, index in vocabulary.items()}
+        added = [
+            {**token, "content": other.get(token["content"], token["content"])}
+            for token in self.added
+            if token["content"] not in self.control or token["content"] in other
+        ]
+        return {**model, "vocab": renamed}, added
 
     def function_sha256(self) -> str:
         """SHA-256 of what decides the ids of a text: vocabulary, merges, normaliser, pre-tokenizer and added tokens.
@@ -147,24 +161,66 @@ class TokenizerContent:
             name: value for name, value in self.model.items() if name not in _DEFAULTS or value not in _DEFAULTS[name]
         }
         model.pop("dropout", None)
-        if isinstance(merges := model.get("merges"), list):
-            model["merges"] = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else pair for pair in merges]
+        model.setdefault("type", _kind_of(model))  # older files leave it out
+        if "merges" in model:
+            model["merges"] = list(_pairs(model["merges"]))
         added = [
             [token["id"], token["content"], *(bool(token.get(flag)) for flag in _FLAGS)]
             for token in sorted(self.added, key=lambda token: int(token["id"]))
         ]
-        deciding = [model, self.normalizer, self.pre_tokenizer, added]
+        deciding = [model, self.normalizer, _spelled_out(self.pre_tokenizer), added]
         return hashlib.sha256(orjson.dumps(deciding, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
-def _is_given_for_unknown(token: Mapping[str, Any], name: object, index: object) -> bool:
-    """Whether a model gives a token for what it lacks, so that a text has it without spelling it.
+def _pairs(merges: Any) -> Iterator[list[str]]:
+    """The merges of a model, in either form: ``"a b"`` or ``["a", "b"]``."""
+    for pair in merges or ():
+        yield pair.split(" ", 1) if isinstance(pair, str) else pair
 
-    Byte-level models lack nothing: some files name their <|endoftext|> as unknown token all the same.
-    """
-    return (token["content"] == name or token["id"] == index) and not token["content"].startswith("<|")
+
+def _kind_of(model: Mapping[str, Any]) -> str:
+    """The type of a model by its fields, as the library tells them apart."""
+    if "merges" in model:
+        return "BPE"
+    if isinstance(model.get("vocab"), list):
+        return "Unigram"
+    return "WordPiece" if "max_input_chars_per_word" in model else "WordLevel"
+
+
+def _spelled_out(part: Any) -> Any:
+    """A pre-tokenizer with what older files leave to a default, as the library writes it today."""
+    if isinstance(part, list):
+        return [_spelled_out(item) for item in part]
+    if not isinstance(part, dict):
+        return part
+    found = {name: _spelled_out(value) for name, value in part.items()}
+    if found.get("type") == "ByteLevel":
+        found.setdefault("use_regex", True)
+    if found.get("type") == "Punctuation":
+        found.setdefault("behavior", "Isolated")
+    if found.get("type") == "Metaspace":
+        prefixed = found.pop("add_prefix_space", True)
+        found.pop("str_rep", None)
+        found.setdefault("prepend_scheme", "always" if prefixed else "never")
+        found.setdefault("split", True)
+    return found
+
+
+def _require_forms(content: Mapping[str, Any]) -> None:
+    """Raises TypeError where a field is not of the kind that it is in every tokenizer.json."""
+    vocabulary = content["model"].get("vocab")
+    pairs = vocabulary if isinstance(vocabulary, list) else []
+    if not isinstance(vocabulary, dict | list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise TypeError("model.vocab is no vocabulary")
+    for name in ("truncation", "padding", "normalizer", "pre_tokenizer"):
+        if not isinstance(content.get(name), dict | None):
+            raise TypeError(f"{name} is no object")
 
 
 def _is_control(token: Mapping[str, Any]) -> bool:
-    name = token["content"]
-    return bool(token.get("special")) or name in _CONTROL or (name.startswith("<|") and name.endswith("|>"))
+    return bool(token.get("special")) or names_control(token["content"])
+
+
+def names_control(token: str) -> bool:
+    """Whether a token is one of control by its name."""
+    return token in _CONTROL or (token.startswith("<|") and token.endswith("|>"))

@@ -3,7 +3,8 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -121,7 +122,7 @@ class GigatokenEncoder:
         self._normal = NFC()
         self._added: tuple[str, ...] = ()
         self._content: TokenizerContent | None = None
-        self._as_text = options.control_as_text
+        self._options, self._as_text = options, options.control_as_text
         self.spelled: Counter[int] = Counter()
         path = directory / "tokenizer.json"
         if path.is_file():
@@ -133,10 +134,13 @@ class GigatokenEncoder:
             self._added = tuple(content.added_ids)
             self.end_of_text = end_token(directory, content.id_of, asked=options.end_token).id
         else:
+            reference = load_tokenizer(directory, end=options.end_token)
+            if reference.spellable:
+                raise ValueError("a SentencePiece model with control tokens that a text can spell")
             self._library = gigatoken.Tokenizer.from_sentencepiece(directory / "tokenizer.model")
             self._cuts = self._normalizes = False
             self._control = _ControlIds({})
-            self.end_of_text = load_tokenizer(directory, end=options.end_token).end_of_text
+            self.end_of_text = reference.end_of_text
         self.vocab_size = int(self._library.vocab_size)
 
     def encode(self, text: str) -> Iterator[npt.NDArray[Any]]:
@@ -173,13 +177,22 @@ class GigatokenEncoder:
             ids = self._by_tokenizer(text, control_as_text=True)
         else:
             if self._plain is None:
-                import gigatoken
-
-                assert self._content is not None
-                self._plain = gigatoken.Tokenizer.from_json(self._content.for_documents(control=False))
-            ids = self._plain.encode(text)
+                self._plain = self._without_control()
+            ids = self._plain(text)
         self._control.require_none(ids, text)
         return ids
+
+    def _without_control(self) -> Callable[[str], npt.NDArray[Any]]:
+        import gigatoken
+
+        assert self._content is not None
+        try:
+            found: Callable[[str], npt.NDArray[Any]] = gigatoken.Tokenizer.from_json(
+                self._content.for_documents(control=False)
+            ).encode
+        except Exception:  # it supports the tokenizer, but not in this form
+            return partial(self._by_tokenizer, control_as_text=True)
+        return found
 
     def _encoded(self, text: str) -> npt.NDArray[Any]:
         if not self._normalizes or _in_one_normal_form(text):
@@ -211,7 +224,7 @@ class GigatokenEncoder:
 
     def _by_tokenizer(self, text: str, *, control_as_text: bool = False) -> npt.NDArray[Any]:
         if self._slow is None:
-            self._slow = load_tokenizer(self._directory)
+            self._slow = load_tokenizer(self._directory, end=self._options.end_token)
         return np.asarray(self._slow.encode_batch([text], control_as_text=control_as_text)[0], dtype=np.uint32)
 
 
@@ -239,9 +252,10 @@ class _ControlIds:
     def require_none(self, ids: npt.NDArray[Any], text: str) -> None:
         """Raises DataError if any is there, as with a vocabulary that has them among its ordinary tokens."""
         if self.are_in(ids):
-            names = [name for name, index in self._names.items() if index in ids and name in text]
+            names = [name for name, index in self._names.items() if index in ids]
+            spelled = [name for name in names if name in text] or names
             fix = "cannot be encoded as text by this tokenizer; remove it from the documents, or give --control-tokens"
-            raise DataError([Problem("--control-tokens", name, f"{fix} encode.") for name in names])
+            raise DataError([Problem("--control-tokens", name, f"{fix} encode.") for name in spelled])
 
 
 def _lines(text: str) -> Iterator[str]:
@@ -277,6 +291,17 @@ def open_encoder(directory: Path, options: DocumentOptions) -> Encoder:
         return TokenizerEncoder(load_tokenizer(directory, end=options.end_token), why, options)
 
 
+def probes(tokenizer: Tokenizer, *, control: bool) -> list[str]:
+    """Texts that reveal differences between two implementations of a tokenizer, its added tokens among them.
+
+    Args:
+        tokenizer: the reference.
+        control: whether texts that spell a control token are among them.
+    """
+    added = [f"a{name}b a {name} b{name}\n" for name in tokenizer.control_tokens]
+    return [text for text in (*PROBES, *added) if control or not spells_control(text, tokenizer)]
+
+
 def spells_control(text: str, tokenizer: Tokenizer) -> bool:
     """Whether a text contains the name of a control token."""
     return any(name in text for name in tokenizer.spellable)
@@ -289,7 +314,8 @@ def reference_ids(tokenizer: Tokenizer, texts: Sequence[str], options: DocumentO
     second.
     """
     ids = tokenizer.encode_batch(texts)
-    spelled = [index for index, text in enumerate(texts) if spells_control(text, tokenizer)]
+    control = set(tokenizer.spellable.values())  # a name may be spelled in another case, where the text is normalised
+    spelled = [index for index, found in enumerate(ids) if not control.isdisjoint(found)]
     if options.control_as_text and spelled:
         as_text = tokenizer.encode_batch([texts[index] for index in spelled], control_as_text=True)
         for index, own in zip(spelled, as_text, strict=True):

@@ -29,14 +29,17 @@ class EndToken:
     passed_over: str | None = None
 
 
-def end_token(directory: Path, id_of: Callable[[str], int | None], *, asked: str | None) -> EndToken:
+def end_token(
+    directory: Path, id_of: Callable[[str], int | None], *, asked: str | None, own: str = END_OF_TEXT
+) -> EndToken:
     """The token that ends a document.
 
     Args:
         directory: of the tokenizer.
         id_of: the id of a token; None if there is no such token.
         asked: the token to use; None takes the one that ``tokenizer_config.json`` or ``special_tokens_map.json`` names
-            as ``eos_token``, unless it ends a turn of a conversation; then, or where they name none, <|endoftext|>.
+            as ``eos_token``, unless it ends a turn of a conversation; then, or where they name none, ``own``.
+        own: what ends a document where no other file says so.
 
     Raises:
         DataError: the tokenizer has no such token.
@@ -44,7 +47,7 @@ def end_token(directory: Path, id_of: Callable[[str], int | None], *, asked: str
     named = _named(directory)
     passed_over = named if asked is None and named in _ENDS_A_TURN else None
     if asked is None:
-        asked = END_OF_TEXT if named is None or passed_over is not None else named
+        asked = own if named is None or passed_over is not None else named
     if (found := id_of(asked)) is None:
         said = f"names {named} as eos_token and" if named is not None else "names no eos_token and"
         fix = f"{said} has no token {asked}, which would mark the end of a document; name one with --end-token."

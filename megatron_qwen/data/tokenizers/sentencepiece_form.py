@@ -25,14 +25,20 @@ def as_tokenizer_json(path: Path) -> str:
         path: tokenizer.model.
 
     Raises:
-        ConversionError: the model is neither BPE nor Unigram.
+        ConversionError: it is not a model, or neither BPE nor Unigram.
     """
     from sentencepiece import sentencepiece_model_pb2
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
     model = sentencepiece_model_pb2.ModelProto()
-    model.ParseFromString(path.read_bytes())
+    try:
+        model.ParseFromString(path.read_bytes())
+    except Exception:  # DecodeError of protobuf, whose modules have no types
+        model.Clear()
+    if not any(piece.type == _UNKNOWN for piece in model.pieces):  # every model has one; other files may parse as empty
+        fix = "is not a SentencePiece model: damaged, or a download that did not happen; download it again."
+        raise ConversionError(Problem(str(path), None, fix))
     kind = model.trainer_spec.model_type
     if kind not in (_UNIGRAM, _BPE):
         raise ConversionError(

@@ -5,10 +5,11 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from megatron_qwen.data.tokenizers.end_token import END_OF_TEXT, end_token
+from megatron_qwen.data.tokenizers.end_token import END_OF_TEXT, EndToken, end_token
 from megatron_qwen.errors import DataError, Problem
 
 CONTROL_TOKENS = (END_OF_TEXT, "<|im_start|>", "<|im_end|>")
@@ -26,6 +27,7 @@ TOKENIZER_FILES = (
 )
 # Beside a tokenizer that came with a model: what the model's config.json said, for the export of what is made of it.
 SOURCE_CONFIG = "source_config.json"
+_CONTROL, _USER_DEFINED = 3, 4  # ModelProto.SentencePiece.Type of sentencepiece_model.proto
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Tokenizer(Protocol):
 
     @property
     def end_of_text(self) -> int:
-        """Id that ends a document."""
+        """Id that ends a document. Raises DataError if there is none: only who ends documents needs it."""
 
     @property
     def control_tokens(self) -> dict[str, int]:
@@ -88,11 +90,16 @@ class BpeTokenizer:
         size = int(self._library.get_vocab_size(with_added_tokens=True))
         dense = self._library.id_to_token(size - 1) is not None and self._library.id_to_token(size) is None
         self.vocab_size = size if dense else max(self._library.get_vocab(with_added_tokens=True).values()) + 1
-        self.end_of_text = end_token(path.parent, self._library.token_to_id, asked=end).id
+        self._path, self._end = path, end
         added = self._library.get_added_tokens_decoder()
         self.control_tokens = {token.content: index for index, token in sorted(added.items())}
         self.spellable = self._content.control
         self._plain: Any = None
+
+    @cached_property
+    def end_of_text(self) -> int:
+        """Id that ends a document."""
+        return end_token(self._path.parent, self._library.token_to_id, asked=self._end).id
 
     def encode_batch(self, texts: Sequence[str], *, control_as_text: bool = False) -> list[list[int]]:
         """Ids of texts, on all cores."""
@@ -111,42 +118,83 @@ class BpeTokenizer:
 
 
 class SentencePieceTokenizer:
-    """A SentencePiece model; its end-of-sentence piece ends documents.
+    """A SentencePiece model.
 
     Args:
         path: the model.
-        end: token that ends a document; None takes the model's own.
+        end: token that ends a document; None takes the tokenizer's own, or else the model's end-of-sentence piece.
+
+    Attributes:
+        never_taken: pieces that name control and that the model takes from no text.
 
     Raises:
-        DataError: it is no model, or has no such piece.
+        DataError: it is no model.
     """
-
-    spellable: ClassVar[dict[str, int]] = {}  # a model takes no piece of control from a text
 
     def __init__(self, path: Path, end: str | None = None) -> None:
         from sentencepiece import SentencePieceProcessor
 
+        from megatron_qwen.data.tokenizers.content import names_control
+
+        self._path, self._end = path, end
         try:
             self._library = SentencePieceProcessor(model_file=str(path))
         except Exception as error:
             raise DataError(Problem(str(path), None, f"is not a SentencePiece model ({error}).")) from None
         self.vocab_size = int(self._library.vocab_size())
-        self.end_of_text = int(self._library.eos_id()) if end is None else int(self._library.piece_to_id(end))
-        if self.end_of_text < 0 or (end is not None and self._library.id_to_piece(self.end_of_text) != end):
-            what = "end-of-sentence piece" if end is None else f"piece {end}"
-            fix = f"has no {what}, which would mark the end of a document; name one with --end-token."
-            raise DataError(Problem(str(path), None, fix))
-        self.control_tokens = {str(self._library.id_to_piece(self.end_of_text)): self.end_of_text}
+        pieces = self._library.id_to_piece(list(range(self.vocab_size)))
+        named = [index for index, piece in enumerate(pieces) if names_control(piece)]
+        # A model takes user-defined pieces from a text, and none of control.
+        taken = {index for index in named if not self._library.is_control(index)}
+        self.never_taken = [] if taken else [pieces[index] for index in named]
+        self.spellable: dict[str, int] = {}
+        self._plain = self._library
+        if taken:
+            control = [index for index in range(self.vocab_size) if index in taken or self._library.is_control(index)]
+            self.spellable = {pieces[index]: index for index in control}
+            # All of them or none, as transformers does.
+            self._library, self._plain = (self._with_control_as(kind) for kind in (_USER_DEFINED, _CONTROL))
+
+    @cached_property
+    def end_of_text(self) -> int:
+        """Id that ends a document."""
+        return self.ends.id
+
+    @property
+    def ends(self) -> EndToken:
+        """The piece that ends a document."""
+        eos = int(self._plain.eos_id())  # the other has it as a piece of text
+        own = END_OF_TEXT if eos < 0 else str(self._library.id_to_piece(eos))
+        return end_token(self._path.parent, self._id_of, asked=self._end, own=own)
+
+    @property
+    def control_tokens(self) -> dict[str, int]:
+        """Id of the piece that ends a document."""
+        return {str(self._library.id_to_piece(self.end_of_text)): self.end_of_text}
 
     def encode_batch(self, texts: Sequence[str], *, control_as_text: bool = False) -> list[list[int]]:
-        """Ids of texts, which are text in any case."""
-        ids: list[list[int]] = self._library.encode(list(texts))
+        """Ids of texts."""
+        ids: list[list[int]] = (self._plain if control_as_text else self._library).encode(list(texts))
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
         text: str = self._library.decode(list(ids))
         return text
+
+    def _id_of(self, piece: str) -> int | None:
+        found = int(self._library.piece_to_id(piece))
+        return found if found >= 0 and self._library.id_to_piece(found) == piece else None
+
+    def _with_control_as(self, kind: int) -> Any:
+        """The model, with the pieces that name control as pieces of a kind."""
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+        model = sentencepiece_model_pb2.ModelProto()
+        model.ParseFromString(self._path.read_bytes())
+        for index in self.spellable.values():
+            model.pieces[index].type = kind
+        return SentencePieceProcessor(model_proto=model.SerializeToString())
 
 
 def load_tokenizer(directory: str | Path, *, end: str | None = None) -> Tokenizer:
@@ -182,23 +230,31 @@ def document_encoding(directory: Path, options: DocumentOptions) -> DocumentEnco
     """How the tokenizer in a directory encodes documents, without loading it.
 
     Raises:
-        DataError: there is none, or not the token that is to end a document.
+        DataError: there is none, or not the token that is to end a document, or control tokens cannot be treated as
+            asked.
     """
     path = _deciding_file(directory)
     if path.suffix != ".json":
-        end = SentencePieceTokenizer(path, options.end_token).end_of_text
-        return DocumentEncoding(file_sha256(directory), end, [])
-    from megatron_qwen.data.tokenizers.content import TokenizerContent
+        decides, switched_off = file_sha256(directory), list[str]()
+        model = SentencePieceTokenizer(path, options.end_token)
+        ends = model.ends
+        if model.never_taken and not options.control_as_text:
+            piece = model.never_taken[0]
+            fix = f"is not possible: this SentencePiece model takes its pieces of control ({piece}) from no text."
+            raise DataError(Problem("--control-tokens", "encode", fix))
+    else:
+        from megatron_qwen.data.tokenizers.content import TokenizerContent
 
-    content = TokenizerContent(path)
-    ends = end_token(directory, content.id_of, asked=options.end_token)
-    notes = [f"{one} is switched off: documents are encoded whole, and always alike" for one in content.switched_off()]
+        content = TokenizerContent(path)
+        decides, switched_off = content.function_sha256(), content.switched_off()
+        ends = end_token(directory, content.id_of, asked=options.end_token)
+    notes = [f"{one} is switched off: documents are encoded whole, and always alike" for one in switched_off]
     if ends.passed_over is not None:
         notes.append(
             f"documents end with {ends.name}, not with {ends.passed_over}, which ends a turn of a conversation; "
             "--end-token names another"
         )
-    return DocumentEncoding(content.function_sha256(), ends.id, notes)
+    return DocumentEncoding(decides, ends.id, notes)
 
 
 def _deciding_file(directory: Path) -> Path:
@@ -235,11 +291,19 @@ def file_sha256(directory: str | Path) -> str:
     return hashlib.sha256(_deciding_file(Path(directory)).read_bytes()).hexdigest()
 
 
-def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
+def special_ids(directory: Path, *, below: int) -> tuple[int | list[int] | None, int | None]:
     """(eos, bos) for config.json.
 
-    Taken from generation_config.json if the tokenizer came with one. Otherwise both are the end-of-text token, as in
-    the base models of the family.
+    Taken from generation_config.json if the tokenizer came with one, and that is of this tokenizer. Otherwise both are
+    the token that ends a document, as in the base models of the family, or the one that the tokenizer names as
+    eos_token; None where it has neither.
+
+    Args:
+        directory: of the tokenizer.
+        below: size of the model's vocabulary, which has every id.
+
+    Raises:
+        DataError: the tokenizer cannot be read.
     """
     try:
         noted = json.loads((directory / "generation_config.json").read_text())
@@ -249,14 +313,33 @@ def special_ids(directory: Path) -> tuple[int | list[int], int | None]:
         raise DataError(
             Problem(str(directory / "generation_config.json"), None, "is not valid JSON; fix it.")
         ) from None
-    if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id")):
-        end = load_tokenizer(directory).end_of_text
-        return end, end
-    return noted["eos_token_id"], noted.get("bos_token_id")
+    if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id"), below):
+        end = _named_end(directory)
+        return (end, end) if _are_ids(end, below) else (None, None)
+    bos = noted.get("bos_token_id")
+    return noted["eos_token_id"], bos if isinstance(bos, int) and _are_ids(bos, below) else None
 
 
-def _are_ids(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, list) and all(isinstance(item, int) for item in value))
+def _named_end(directory: Path) -> int | None:
+    """Id that ends a document, or of the eos_token that the tokenizer's files name; None where it has neither."""
+    path = _deciding_file(directory)
+    if path.suffix != ".json":
+        tokenizer = load_tokenizer(directory)
+        try:
+            return tokenizer.end_of_text
+        except DataError:
+            return None
+    from megatron_qwen.data.tokenizers.content import TokenizerContent
+
+    content = TokenizerContent(path)
+    named = end_token(directory, lambda _: 0, asked=None)  # the names alone: no name is refused for having no id
+    found = (content.id_of(name) for name in (named.name, named.passed_over) if name is not None)
+    return next((index for index in found if index is not None), None)
+
+
+def _are_ids(value: Any, below: int) -> bool:
+    ids = value if isinstance(value, list) else [value]
+    return bool(ids) and all(type(item) is int and 0 <= item < below for item in ids)
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -1,5 +1,7 @@
 """Saves at intervals, at the end, and when the run is asked to stop."""
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +10,10 @@ from megatron_qwen.checkpoint.optimizer_state import step_count
 from megatron_qwen.checkpoint.write import CheckpointWriter
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.errors import NumericsError, SilentCorruptionError
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.save_schedule import SaveSchedule
 from megatron_qwen.training.step_record import StepRecord
 
 
@@ -18,39 +22,60 @@ class Checkpointing(Callback):
 
     Args:
         writer: commits them.
-        resumed_at: iteration the run started from, whose checkpoint exists already.
+        schedule: when; None saves at the end only.
+        saved: iteration whose checkpoint exists already.
         tokenizer: the run's copy of its tokenizer, where it has one.
+        before_save: checks the state that is to be saved, on all ranks, and raises where it must not be.
     """
 
     timed_as = "save"
 
-    def __init__(self, writer: CheckpointWriter, *, resumed_at: int, tokenizer: Path | None) -> None:
-        self.writer, self._saved, self._tokenizer = writer, resumed_at, tokenizer
-        self._due = False
+    def __init__(
+        self,
+        writer: CheckpointWriter,
+        *,
+        schedule: SaveSchedule | None = None,
+        saved: int,
+        tokenizer: Path | None,
+        before_save: Callable[[TrainingComponents], None] = lambda components: None,
+    ) -> None:
+        self.writer, self.schedule, self._saved, self._tokenizer = writer, schedule, saved, tokenizer
+        self._due, self._before_save = False, before_save
+        self._held_up_s = 0.0  # for which training has stood still for the save that is not committed yet
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Saves if it is time, and commits a background save that has finished.
 
         A skipped step is not saved; the next one that updates the weights is.
         """
-        settings = trainer.components.config.checkpoint
-        self._due |= settings.save_interval > 0 and record.iteration % settings.save_interval == 0
-        self._due |= record.iteration in settings.save_at
+        if self.schedule is None:
+            return
+        background = bool(trainer.components.config.checkpoint.async_save)
+        self._due |= self.schedule.is_due(record.iteration, record.step_time_s)
+        before, started = self.writer.newest, time.perf_counter()
         if self._due and not record.result.skipped:
             self._due = False
-            self.save(trainer.components, background=settings.async_save)
-        elif settings.async_save:
-            self.writer.finish(wait=False)
+            trainer.enter("saving")
+            self.schedule.begun(record.iteration)
+            self.save(trainer.components, background=background)
+        elif background and self.writer.is_written():
+            trainer.enter("saving")  # a commit waits for the file system
+            self.writer.finish()
+        self._held_up_s += time.perf_counter() - started
+        if (newest := self.writer.newest) is not None and newest != before:
+            self.schedule.saved(newest, self._held_up_s)
+            self._held_up_s = 0.0
 
     def after_training(self, trainer: TrainerInterface) -> None:
         """Saves the last state unless it is saved already."""
+        trainer.enter("saving")
         if trainer.components.progress.iteration > self._saved:
             self.save(trainer.components, background=False)
-        self.writer.finish(wait=True)
+        self.writer.finish()
 
-    def on_numerics_error(self) -> None:
+    def on_numerics_error(self, error: NumericsError | SilentCorruptionError) -> None:
         """Commits a save that is still being written: it is the last good state."""
-        self.writer.finish(wait=True)
+        self.writer.finish()
 
     def save(self, components: TrainingComponents, *, background: bool) -> None:
         """Saves the current state. With ``background``, a later ``finish`` of the writer commits it."""
@@ -68,6 +93,7 @@ class Checkpointing(Callback):
             )
 
         with components.model.whole_parameters():
+            self._before_save(components)
             tensors = state.sharded_state(
                 components.model.modules, components.optimizer, components.groups, loading=False
             )

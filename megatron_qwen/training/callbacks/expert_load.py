@@ -47,6 +47,10 @@ class ExpertLoad(Callback):
         layer = int(router.layer_number) - 1
         self._counts[layer] = self._counts[layer] + chosen if layer in self._counts else chosen
 
+    def before_rerun(self) -> None:
+        """Forgets the passes before: the step counts as the one that its update is made from."""
+        self._counts.clear()
+
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
         """Adds both figures to the record."""
         model = trainer.components.config.model

@@ -15,6 +15,7 @@ from megatron_qwen.estimate.hardware import known
 from megatron_qwen.metrics.performance_card import AttemptTime, read_attempts, write_card
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.held_memory import held_bytes
+from megatron_qwen.training.save_schedule import SaveSchedule
 from megatron_qwen.training.step_record import StepRecord
 
 log = logging.getLogger(__name__)
@@ -32,9 +33,13 @@ class Performance(Callback):
         attempt: number of this attempt.
         started: when the process began, seconds since 1970.
         resumed_at: iteration that training resumes from.
+        saving: what is known of the interval of checkpoints.
     """
 
-    def __init__(self, path: Path, *, attempt: int, started: float, resumed_at: int) -> None:
+    def __init__(
+        self, path: Path, *, attempt: int, started: float, resumed_at: int, saving: SaveSchedule | None = None
+    ) -> None:
+        self._saving = saving
         self.path, self.attempt, self.started, self.resumed_at = path, attempt, started, resumed_at
         self._begun = self._written = time.time()
         self._seconds = {"steps_s": 0.0, "skipped_s": 0.0, "data_wait_s": 0.0}
@@ -127,6 +132,7 @@ class Performance(Callback):
             "peak": None if peak is None or kind is None else f"dense bf16 of one {kind.name.upper()}, data sheet",
             "steps_measured": len(self._speeds),
             "memory": self._memory(),
+            "saving": None if self._saving is None else self._saving.as_dict(),
             "choices": {
                 choice.field: {"value": choice.value, "reason": choice.reason, "forced": choice.forced}
                 for choice in trainer.components.choices

@@ -26,6 +26,7 @@ class Validation(Callback):
         interval = config.training.eval_interval
         due = (interval and record.iteration % interval == 0) or record.iteration == config.training.train_iters
         if due:
+            trainer.enter("validating")
             record.extra["validation_loss"] = self.measure(trainer)
 
     def measure(self, trainer: TrainerInterface) -> float:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,21 @@ def test_configuration_and_tokenizer(released, changed, capsys):
     }
 
 
+@pytest.mark.parametrize("broken", [{"added_tokens": []}, {"model": None}])
+def test_equal_directories_are_the_same_whatever_their_tokenizer(broken, changed, tmp_path, capsys):
+    """One without a token that ends documents, one that nothing loads: both sides are the same all the same."""
+    content = json.loads((changed / "tokenizer.json").read_text())
+    (changed / "tokenizer.json").write_text(json.dumps(content | broken))
+    shutil.copytree(changed, tmp_path / "copy")
+    assert verdict(capsys, changed, tmp_path / "copy")[0] == 0
+
+
+def test_says_that_no_tokenizer_was_loaded_without_transformers(released, capsys, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert verdict(capsys, *released)[0] == 0
+    assert "the tokenizer was not loaded as its users will load it: transformers is not installed" in caplog.text
+
+
 def test_files_of_a_released_directory(released, changed, capsys):
     (changed / "README.md").write_text("another card")
     (changed / "more.txt").write_text("")
@@ -231,12 +247,13 @@ def test_layer_by_layer_is_the_whole_model(tokenizer, tmp_path):
     """The logits that are compared are those of the whole model, by transformers."""
     from transformers import AutoModelForCausalLM
 
-    from checkpoints_convert.compare.layered_hf import HfLayers
     from checkpoints_convert.hf_directory import HfDirectory
+    from checkpoints_convert.layerwise.layered_hf import HfLayers
 
     for name in ("qwen2 odd tied", "qwen3_moe odd"):
-        directory = with_tokenizer(make(name, tmp_path / name, dtype=torch.float32, loud=True), tokenizer)
-        layers = HfLayers(HfDirectory(directory), dtype=torch.float32, place=torch.device("cpu"))
+        source = HfDirectory(with_tokenizer(make(name, tmp_path / name, dtype=torch.float32, loud=True), tokenizer))
+        assert source.config is not None
+        layers = HfLayers(source, source.config, dtype=torch.float32, place=torch.device("cpu"))
         tokens = torch.arange(50)
         hidden = layers.embed(tokens)
         for index in range(layers.num_layers):
@@ -244,7 +261,7 @@ def test_layer_by_layer_is_the_whole_model(tokenizer, tmp_path):
             hidden = layers.layer(hidden)
         logits = layers.final_norm(hidden) @ layers.output_rows(0, layers.vocab_size).t()
         with torch.no_grad():
-            whole = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)(tokens[None]).logits[0]
+            whole = AutoModelForCausalLM.from_pretrained(source.path, dtype=torch.float32)(tokens[None]).logits[0]
         assert torch.allclose(logits, whole, atol=1e-5)
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from tokenizers import AddedToken, Tokenizer
 
 from launch.demo import standard_library
 from megatron_qwen import files
@@ -195,11 +197,48 @@ def test_an_encoder_that_is_wrong_is_not_used(tokenizer, tmp_path, monkeypatch, 
 
 def test_a_sample_of_every_unit_is_compared(tokenizer, tmp_path, monkeypatch):
     """Wrong ids that no probe shows are found in the data."""
-    monkeypatch.setattr("megatron_qwen.data.prepare.job.PROBES", ())
+    monkeypatch.setattr("megatron_qwen.data.tokenizers.encoder.PROBES", ())
     monkeypatch.setattr(encoders, "GigatokenEncoder", lying("q", "k"))
     noted = make(tokenizer, tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", ["quick question"] * 50))
     assert "gigatoken gives other ids for 'q'" in noted.encoder
     assert texts_of(tmp_path / "out", tokenizer) == ["quick question"] * 50
+
+
+def test_parts_of_a_killed_preparation_are_compared_too(tokenizer, tmp_path, monkeypatch):
+    """A part has its name before its ids are compared, and the process may die in between."""
+    monkeypatch.setattr("megatron_qwen.data.tokenizers.encoder.PROBES", ())
+    monkeypatch.setattr(encoders, "GigatokenEncoder", lying("q", "k"))
+    source, documents = tmp_path / "a.jsonl", ["quick question"] * 50
+    write_jsonl(source, documents)
+
+    class KilledError(Exception):
+        pass
+
+    def killed(*_: object) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megatron_qwen.data.prepare.job._Proof.of", killed)
+        with pytest.raises(KilledError):
+            make(tokenizer, tmp_path / "out", source)
+    assert list((tmp_path / "out.work").glob("*.bin")), "a part is there"
+    noted = make(tokenizer, tmp_path / "out", source)
+    assert "gigatoken gives other ids for 'q'" in noted.encoder
+    assert texts_of(tmp_path / "out", tokenizer) == documents
+
+
+def test_added_tokens_are_probed(tokenizer, tmp_path):
+    """gigatoken takes a word that stands alone from within others, here only after the sample of the unit."""
+    shutil.copytree(tokenizer, tmp_path / "tok")
+    library = Tokenizer.from_file(str(tmp_path / "tok/tokenizer.json"))
+    library.add_tokens([AddedToken("cat", single_word=True)])
+    library.save(str(tmp_path / "tok/tokenizer.json"))
+    documents = ["x " * 3000, "concatenate a cat"]
+    noted = make(tmp_path / "tok", tmp_path / "out", write_jsonl(tmp_path / "a.jsonl", documents))
+    assert "gigatoken gives other ids for" in noted.encoder
+    ids = TokenFile(tmp_path / "out").document(1).tolist()
+    assert ids[:-1] == library.encode("concatenate a cat", add_special_tokens=False).ids
+    assert ids.count(library.token_to_id("cat")) == 1
 
 
 def test_sentencepiece_falls_back_or_is_equal(corpus, tmp_path):

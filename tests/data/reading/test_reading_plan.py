@@ -78,3 +78,45 @@ def test_tokens_and_epochs_by_hand(tmp_path):
     assert (stage.steps, stage.samples, stage.tokens, stage.global_batch_size) == (20, 80, 1280, 4)
     assert {share.name: share.tokens for share in stage.sources} == {"a": 320, "b": 960}
     assert {share.name: share.epochs for share in stage.sources} == pytest.approx({"a": 0.32, "b": 0.32})
+
+
+def packed_run(folder, document: int, steps: int, *, seq_length: int):
+    write_source(folder / "a", 100 * document, document=document)
+    blend = {"sources": {"a": {"path": "a", "packing": "best_fit"}}, "stages": [{"name": "one", "weights": {"a": 1}}]}
+    return TrainingData(run_config(folder, blend, seq_length=seq_length, global_batch_size=10, train_iters=steps))
+
+
+@pytest.mark.parametrize(
+    ("document", "seq_length", "rows"),
+    [
+        (30, 40, 100),  # one document in a row of 40: a quarter is padding
+        (13, 40, 34),  # three in a row, and the hundredth alone
+        (30, 16, 200),  # cut into pieces of 16, which fill a row, and of 14, which have one each
+    ],
+)
+def test_epochs_of_packed_rows_leave_padding_out(document, seq_length, rows, tmp_path):
+    """Of 100 documents; an epoch is as many rows as they fill."""
+    (stage,) = plan(packed_run(tmp_path, document, 2 * rows, seq_length=seq_length))
+    (share,) = stage.sources
+    assert share.epochs == pytest.approx(20, rel=0.01)  # ten samples a step
+    assert share.tokens == stage.tokens == 20 * rows * seq_length, "positions, as the budget of a stage counts them"
+
+
+def test_max_epochs_is_compared_with_tokens_and_not_with_padding(tmp_path):
+    """38 steps of 10 rows of one document are 3.8 epochs, and 4.2 epochs' worth of positions at 33 for 30 tokens."""
+    data = packed_run(tmp_path, 30, 38, seq_length=33)
+    assert warnings(data, plan(data)) == []
+    data = packed_run(tmp_path, 30, 42, seq_length=33)
+    (told,) = warnings(data, plan(data))
+    assert "would be read 4.2 times; max_epochs is 4" in told.fix
+
+
+def test_epochs_read_before_a_resume_leave_padding_out_too(tmp_path):
+    whole = plan(packed_run(tmp_path, 30, 40, seq_length=40))
+    data = packed_run(tmp_path, 30, 40, seq_length=40)
+    state = data.state(take(data, 15))
+    resumed = packed_run(tmp_path, 30, 40, seq_length=40)
+    resumed.resume(json.loads(json.dumps(state)))
+    (stage,) = plan(resumed, iteration=15)
+    assert stage.sources[0].epochs == pytest.approx(2.5)
+    assert stage.sources[0].epochs_so_far == whole[0].sources[0].epochs_so_far == pytest.approx(4.0)

@@ -60,7 +60,7 @@ def test_names_every_file_of_a_folder_that_it_does_not_read(tmp_path):
         "d.parquet.gz": "unknown ending .gz",
         "e.tar.gz": "unknown ending .gz",
         "part-00000": "no ending",
-        ".part-00001.jsonl.crc": "unknown ending .crc",
+        ".part-00001.jsonl.crc": "hidden",
         "._a.jsonl": "hidden",
         "README.txt": "about the data, by its name",
         "license.txt": "about the data, by its name",
@@ -115,7 +115,20 @@ def test_metadata_beside_data_is_not_data(tmp_path):
 def test_a_record_longer_than_the_first_bytes_is_a_record(tmp_path):
     put(tmp_path / "long.json", b'{"text": "' + b"x" * 200_000 + b'"}\n')
     put(tmp_path / "bom.json", b"\xef\xbb\xbf" + LINE)
-    assert read(tmp_path) == ["bom.json", "long.json"]
+    # Whatever byte is the last of those that were read at once.
+    put(tmp_path / "commas.json", b'{"text": "' + b"," * 200_000 + b'"}\n')
+    put(tmp_path / "braces.json.gz", gzip.compress(b'\n{"text": "' + b"{[" * 200_000 + b'"}'))
+    assert read(tmp_path) == ["bom.json", "braces.json.gz", "commas.json", "long.json"]
+    put(tmp_path / "infos.json", b'{"features": {"a": "' + b"x" * 200_000 + b'"}}')
+    assert left_out(tmp_path) == {"infos.json": "no field 'text' in its first record"}
+
+
+def test_a_field_with_a_dot_is_found_as_it_is_when_read(tmp_path):
+    put(tmp_path / "flat.json", b'{"meta.text": "one"}\n')
+    put(tmp_path / "nested.json", b'{"meta": {"text": "one"}}\n')
+    put(tmp_path / "about.json", b'{"meta": {"id": 1}}\n')
+    put(tmp_path / "null.json", b'{"meta": null}\n')
+    assert read(tmp_path, text_field="meta.text") == ["flat.json", "nested.json", "null.json"]
 
 
 def test_follows_links_once(tmp_path):
@@ -130,6 +143,60 @@ def test_follows_links_once(tmp_path):
         assert sorted(read(name)) in (["file.jsonl", "own.jsonl"], ["own.jsonl", "r.jsonl"]), name
     assert left_out(folder)["circle"] == left_out(folder)["same"] == "link to a folder that is read as well"
     assert "the same file as" in left_out(folder)["r.jsonl"]
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "**/*", "cach*", "cach*/**/*.jsonl"])
+def test_a_folder_whose_links_lead_into_a_store(pattern, tmp_path):
+    """As a hub cache (blobs without endings) and git-annex (a hidden folder) lay files out."""
+    cache = tmp_path / "caches"
+    put(cache / "blobs/0a1b", LINE)
+    (cache / "snapshots/main").mkdir(parents=True)
+    (cache / "snapshots/main/train.jsonl").symlink_to("../../blobs/0a1b")
+    put(cache / "own.jsonl")
+    put(cache / ".store/x/y/d.jsonl")
+    put(cache / ".store/e.jsonl")
+    (cache / "also").symlink_to(".store/x/y")
+    (cache / "e.jsonl").symlink_to(".store/e.jsonl")
+    name = tmp_path / pattern if pattern else tmp_path
+    assert sorted(read(name)) == ["d.jsonl", "e.jsonl", "own.jsonl", "train.jsonl"]
+    if pattern in ("", "*", "cach*"):
+        assert sorted(map(str, ((item.path.relative_to(cache)) for item in find_inputs([name]).left_out))) == [
+            ".store/e.jsonl",
+            ".store/x/y/d.jsonl",
+            "blobs/0a1b",
+        ]
+
+
+def test_the_link_is_left_out_not_the_folder(tmp_path):
+    put(tmp_path / "z/real.jsonl")
+    (tmp_path / "a").symlink_to("z")
+    found = find_inputs([tmp_path])
+    assert [file.path for file in found.files] == [tmp_path / "z/real.jsonl"]
+    assert [(item.path, item.why) for item in found.left_out] == [
+        (tmp_path / "a", "link to a folder that is read as well")
+    ]
+
+
+def test_what_is_hidden_stops_nothing(tmp_path):
+    put(tmp_path / "d.jsonl")
+    (tmp_path / ".#d.jsonl").symlink_to("user@host.1234")  # an editor's lock
+    put(tmp_path / ".trash/old.jsonl")
+    (tmp_path / ".trash/gone.jsonl").symlink_to("nowhere")
+    (tmp_path / ".linked").symlink_to(".trash")
+    assert read(tmp_path) == ["d.jsonl"]
+    assert left_out(tmp_path) == dict.fromkeys((".#d.jsonl", "old.jsonl", "gone.jsonl", ".linked"), "hidden")
+
+
+def test_a_link_is_left_out_once(tmp_path):
+    put(tmp_path / "a/b/x.jsonl")
+    (tmp_path / "a/b/note").symlink_to("nowhere")
+    (tmp_path / "a/b/y.jsonl").symlink_to("x.jsonl")
+    for pattern in ("**", "**/*", "*"):
+        found = find_inputs([tmp_path / pattern])
+        assert sorted((item.path.name, item.why.split(" /")[0]) for item in found.left_out) == [
+            ("note", "link to nothing"),
+            ("y.jsonl", "the same file as"),
+        ], pattern
 
 
 def test_a_link_to_nothing_is_not_absent(tmp_path):
@@ -163,6 +230,7 @@ def test_patterns_as_in_a_shell(tmp_path):
     assert read(tmp_path / "a/.*.jsonl") == [".hidden.jsonl"]
     put(tmp_path / "a[1].jsonl")
     assert read(tmp_path / "a[1].jsonl") == ["a[1].jsonl"], "a name that exists is no pattern"
+    assert read(tmp_path / "a/**.jsonl") == ["x.jsonl"], "only a whole ** means any folders"
 
 
 def test_relative_patterns(tmp_path, monkeypatch):
@@ -181,6 +249,15 @@ def test_lists(tmp_path):
     assert "names nothing" in refusal(f"@{put(tmp_path / 'none', b'# nothing')}")
     assert "another list" in refusal(f"@{put(tmp_path / 'nested', b'@list')}")
     assert "cannot be read" in refusal(f"@{tmp_path}/missing")
+    odd = put(tmp_path / "a\u0085b.jsonl")
+    assert read(f"@{put(tmp_path / 'odd', str(odd).encode())}") == [odd.name]
+
+
+def test_what_cannot_be_a_name_is_said_in_short(tmp_path):
+    assert f"without the @ it is read: {tmp_path}/a.jsonl" in refusal(f"@{put(tmp_path / 'a.jsonl')}")
+    long = put(tmp_path / "list", b'{"text": "' + b"x" * 5_000 + b'"}\n')
+    assert "cannot be the name of a file (File name too long)" in refusal(f"@{long}")
+    assert len(refusal(f"@{long}")) < 300
 
 
 def test_a_pipe_is_told_from_a_file_that_is_missing(tmp_path):

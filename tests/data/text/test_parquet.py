@@ -64,3 +64,31 @@ def test_large_strings_dictionaries_and_bytes_are_text(tmp_path):
         values = [b"x"] * len(ROWS) if kind == pyarrow.binary() else ["x"] * len(ROWS)
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(values, kind)}), tmp_path / "x.parquet")
         assert texts(tmp_path / "x.parquet") == ["x"] * len(ROWS), kind
+
+
+def test_a_text_that_is_not_utf_8_is_a_bad_record(tmp_path):
+    """A string column may hold any bytes: its writer did not look."""
+    values = pyarrow.array([b"a", b"\xff\xfe", "\u00e9".encode(), None], pyarrow.binary())
+    unchecked = pyarrow.StringArray.from_buffers(4, *values.buffers()[1:], values.buffers()[0])
+    pyarrow.parquet.write_table(pyarrow.table({"text": unchecked}), tmp_path / "x.parquet")
+    (file,) = find_inputs([tmp_path / "x.parquet"]).files
+    (block,) = parquet_blocks(file, 0, None, ReadOptions(), lambda _: None)
+    assert block.texts == ["a", "\u00e9"]
+    assert [(bad.where.rpartition("#")[2], bad.fix) for bad in block.bad] == [("1", "is not UTF-8 text.")]
+    assert (block.read, block.empty) == (4, 1)
+
+
+def test_conditions_on_times_and_decimal_numbers(tmp_path):
+    import datetime
+    from decimal import Decimal
+
+    times = pyarrow.array([1, 10**9 + 1, None, 5], pyarrow.timestamp("ns"))
+    scores = pyarrow.array([Decimal("1.50"), Decimal("0.25"), None, Decimal("2.00")])
+    table = pyarrow.table({"text": list("abcd"), "t": times, "score": scores})
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    path = tmp_path / "x.parquet"
+    assert texts(path, where=parse_conditions(["score>=1"])) == ["a", "d"]
+    assert texts(path, where=parse_conditions(["score=0.25"])) == ["b"]
+    second = str(datetime.datetime(1970, 1, 1, 0, 0, 1))
+    assert texts(path, where=parse_conditions([f"t={second}"])) == ["b"]
+    assert texts(path, where=parse_conditions(["t!=1"])) == ["a", "b", "d"]

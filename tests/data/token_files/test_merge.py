@@ -2,13 +2,20 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 
+from megatron_qwen.data.prepare.job import prepare
+from megatron_qwen.data.prepare.plan import make_plan
+from megatron_qwen.data.text.blocks import ReadOptions
+from megatron_qwen.data.text.inputs import find_inputs
+from megatron_qwen.data.token_files.manifest import read_manifest, write_manifest
 from megatron_qwen.data.token_files.merge import merge
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.data.token_files.verify import verify
+from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, file_sha256
 from megatron_qwen.errors import ConfigError, DataError
 from tests.conftest import run
 from tests.data.blends import write_source
@@ -86,6 +93,29 @@ def test_what_does_not_belong_together(three, qwen, tmp_path):
     with pytest.raises(ConfigError, match="exists already"):
         merge(three, tmp_path / "all", single=True)
     assert (tmp_path / "all.idx").read_text() == "mine"
+
+
+def test_files_that_differ_in_what_became_of_control_tokens(tokenizer, tmp_path):
+    for name, as_text in (("a", True), ("b", False)):
+        plan = make_plan(
+            find_inputs([write_jsonl(tmp_path / f"{name}.jsonl", ["<|im_start|>"])]).files,
+            tokenizer=tokenizer,
+            prefix=tmp_path / name,
+            options=ReadOptions(),
+            documents=DocumentOptions(control_as_text=as_text),
+        )
+        prepare(plan, workers=1)
+    noted = merge([tmp_path / "a", tmp_path / "b"], tmp_path / "all", single=True)
+    assert noted.control_tokens_in_text == "text and tokens"
+    assert noted.spelled_control_tokens == {"<|im_start|>": 2}
+
+
+def test_a_manifest_of_an_older_version_may_mean_the_same_tokenizer(three, tokenizer, tmp_path):
+    make(tokenizer, tmp_path / "old", write_jsonl(tmp_path / "x.jsonl", ["text"]))
+    noted = read_manifest(tmp_path / "old")
+    write_manifest(tmp_path / "old", replace(noted, tokenizer_sha256=file_sha256(tokenizer)))
+    with pytest.raises(DataError, match="made by an older version"):
+        merge([three[0], tmp_path / "old"], tmp_path / "all", single=False)
 
 
 def test_inspect_draws_and_counts(three, tokenizer, tmp_path):

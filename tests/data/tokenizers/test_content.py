@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from megatron_qwen.data.tokenizers.content import TokenizerContent
+from megatron_qwen.data.tokenizers.encoder import open_encoder
 from megatron_qwen.data.tokenizers.tokenizer import (
     DocumentOptions,
     document_encoding,
@@ -51,6 +52,13 @@ def without_defaults(content: dict[str, Any]) -> None:
         content["model"].pop(name, None)
 
 
+def as_older_versions_write(content: dict[str, Any]) -> None:
+    """The form of files such as GPT-2's: no type of the model, no word about the regular expression."""
+    as_strings(content)
+    del content["model"]["type"]
+    content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
 SAME: dict[str, Callable[[dict[str, Any]], object]] = {
     "written anew": lambda _: None,
     "merges as strings": as_strings,
@@ -74,7 +82,34 @@ def test_the_same_tokenizer(how, tokenizer, tmp_path):
     for as_text in (True, False):
         ids = [load_tokenizer(one).encode_batch(TEXTS, control_as_text=as_text) for one in (tokenizer, other, other)]
         assert ids[0] == ids[1] == ids[2]
-        assert [len(one) for one in ids[0]] != [512] * len(TEXTS)
+        assert len(ids[0][2]) >= 600
+
+
+def test_a_file_of_an_older_version_saved_anew(tokenizer, tmp_path):
+    older = changed(tokenizer, tmp_path / "older", as_older_versions_write)
+    shutil.copytree(older, tmp_path / "newer")
+    Tokenizer.from_file(str(older / "tokenizer.json")).save(str(tmp_path / "newer/tokenizer.json"))
+    assert "use_regex" in (tmp_path / "newer/tokenizer.json").read_text()
+    assert fingerprint(older) == fingerprint(tmp_path / "newer") != fingerprint(tokenizer)
+
+
+def metaspace(**fields: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda content: content.update(
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [{"type": "Metaspace", "replacement": "\u2581", **fields}]}
+    )
+
+
+def test_a_blank_before_the_first_word_in_either_form(tokenizer, tmp_path):
+    forms = [
+        {"add_prefix_space": True},
+        {"add_prefix_space": True, "str_rep": "\u2581"},
+        {"prepend_scheme": "always", "split": True},
+        {"prepend_scheme": "never", "split": True},
+    ]
+    found = [
+        fingerprint(changed(tokenizer, tmp_path / str(index), metaspace(**form))) for index, form in enumerate(forms)
+    ]
+    assert found[0] == found[1] == found[2] != found[3]
 
 
 def swap_two_tokens(content: dict[str, Any]) -> None:
@@ -119,10 +154,14 @@ def test_says_what_is_switched_off(tokenizer, tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": 1}', '{"model": {}, "added_tokens": [1]}'])
+NOT = ["", "{}", "[]", '{"model": 1}', '{"model": {}, "added_tokens": [1]}', '{"model": {"vocab": 5}}']
+NOT += ['{"model": {"vocab": [1, 2]}}', '{"model": {"vocab": {}}, "truncation": 5}', '{"model": {"vocab": [["a"]]}}']
+
+
+@pytest.mark.parametrize("content", NOT)
 def test_what_is_no_tokenizer(content, tmp_path):
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(DataError, match=r"tokenizer\.json: is not a tokenizer|has no token"):
+    with pytest.raises(DataError, match=r"tokenizer\.json: is not a tokenizer"):
         load_tokenizer(tmp_path)
 
 
@@ -163,3 +202,38 @@ def test_control_tokens_of_qwen_that_its_files_do_not_call_special(tokenizer, tm
 
     content = TokenizerContent(changed(tokenizer, tmp_path / "a", change) / "tokenizer.json")
     assert list(content.control)[3:] == ["<tool_call>", "<think>", "<|fim_prefix|>"]
+
+
+def words(*, vocabulary: list[str], unknown: str, added: list[str]) -> dict[str, Any]:
+    """A tokenizer of whole words, which has no bytes to fall back to."""
+    library = Tokenizer(models.WordLevel({word: index for index, word in enumerate(vocabulary)}, unk_token=unknown))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.add_special_tokens(added)
+    content: dict[str, Any] = json.loads(library.to_str())
+    return content
+
+
+def test_what_a_model_gives_for_unknown_words_is_not_spelled(tmp_path):
+    content = words(vocabulary=["<|unk|>", "<s>", "a", "b"], unknown="<|unk|>", added=["<|unk|>", "<s>"])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    ours = load_tokenizer(tmp_path)
+    assert ours.spellable == {"<s>": 1}
+    assert ours.encode_batch(["a <s> z\u00fcrich"], control_as_text=True) == [[2, 0, 0]]
+    assert ours.encode_batch(["a <s> z\u00fcrich"]) == [[2, 1, 0]]
+    encoder = open_encoder(tmp_path, DocumentOptions("b"))
+    assert [int(index) for piece in encoder.encode("a <s> z\u00fcrich") for index in piece] == [2, 0, 0]
+    assert dict(encoder.spelled) == {1: 1}
+
+
+def test_a_unigram_model_takes_no_control_token_from_text(tmp_path):
+    """Its vocabulary has the control tokens among its pieces, as conversions of SentencePiece models do."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("a", -1.0), ("<", -2.0), ("s", -2.0), (">", -2.0)]
+    library = Tokenizer(models.Unigram(pieces, 0, False))
+    library.normalizer = normalizers.NFKC()
+    library.add_special_tokens(["<unk>", "<s>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    ours = load_tokenizer(tmp_path)
+    for text in ("a<s>a", "a\uff1cs\uff1ea"):  # the second is normalised to the first
+        assert ours.encode_batch([text], control_as_text=True) == [[2, 3, 4, 5, 2]]
+    assert ours.encode_batch(["a<s>a"]) == [[2, 1, 2]]
+    assert ours.vocab_size == 6

@@ -76,9 +76,28 @@ def test_says_that_an_instruct_tokenizer_names_another(tokenizer, tmp_path):
 def test_refused_by_name(tokens, files, asked, told, tokenizer, tmp_path):
     directory = made(tokenizer, tmp_path / "a", tokens=tokens, **files)
     for ask in (
-        lambda: load_tokenizer(directory, end=asked),
+        lambda: load_tokenizer(directory, end=asked).end_of_text,
         lambda: open_encoder(directory, DocumentOptions(asked)),
         lambda: document_encoding(directory, DocumentOptions(asked)),
     ):
         with pytest.raises(DataError, match=told.replace("|", r"\|")):
             ask()
+
+
+def test_only_who_ends_documents_needs_the_token(tokenizer, tmp_path):
+    """Data of a tokenizer without one is prepared with --end-token; what reads the data has no such option."""
+    directory = made(tokenizer, tmp_path / "a", tokens=["<x>", "<y>", "<z>"])
+    ours = load_tokenizer(directory)
+    assert ours.decode(ours.encode_batch(["plain text"])[0]) == "plain text"
+    encoder = open_encoder(directory, DocumentOptions("<z>"))
+    assert encoder.end_of_text == ours.control_tokens["<z>"]
+
+
+def test_the_slow_path_ends_documents_as_asked(tokenizer, tmp_path):
+    """Of text that is not in normal form C, whose ids come from the tokenizer's own library."""
+    directory = made(tokenizer, tmp_path / "a", tokens=["<x>", "<y>", "<z>"])
+    content = json.loads((directory / "tokenizer.json").read_bytes())
+    (directory / "tokenizer.json").write_text(json.dumps({**content, "normalizer": {"type": "NFC"}}))
+    encoder, text = open_encoder(directory, DocumentOptions("<z>")), "cafe\u0301 <z> \U00011380"
+    (wanted,) = load_tokenizer(directory).encode_batch([text], control_as_text=True)
+    assert [int(index) for piece in encoder.encode(text) for index in piece] == wanted

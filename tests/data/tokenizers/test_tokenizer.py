@@ -1,6 +1,8 @@
 """Tokenizers: lossless, in Qwen's form, and the same ids through transformers."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
@@ -8,9 +10,17 @@ from transformers import AutoTokenizer
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.verify import verify
-from megatron_qwen.data.tokenizers.tokenizer import CONTROL_TOKENS, END_OF_TEXT, load_tokenizer
+from megatron_qwen.data.tokenizers.encoder import open_encoder
+from megatron_qwen.data.tokenizers.tokenizer import (
+    CONTROL_TOKENS,
+    END_OF_TEXT,
+    DocumentOptions,
+    document_encoding,
+    load_tokenizer,
+)
 from megatron_qwen.errors import DataError
 from tests.conftest import run
+from tests.data.tokenizers.kinds import sentencepiece
 
 TEXTS = ["def f(x):\n    return x[1:20]\n", "naïve café — 你好 \U0001f600\t\r\n", " leading", "", "12345"]
 
@@ -53,6 +63,57 @@ def test_sentencepiece_end_to_end(corpus, tmp_path):
     verify(tmp_path / "tokens")
     file = TokenFile(tmp_path / "tokens")
     assert file.document(0)[-1] == ours.end_of_text
+
+
+CHAT = ["<|im_start|>", "<|im_end|>"]
+ASKED = "<|im_start|>user hi<|im_end|> </s> <s>"
+
+
+@pytest.fixture(scope="module", params=["user_defined_symbols", "control_symbols"])
+def chat_model(request, tmp_path_factory) -> tuple[str, Path]:
+    """A SentencePiece model with the tokens of a chat, as either kind of piece."""
+    directory = tmp_path_factory.mktemp("sp") / "model"
+    sentencepiece("bpe", eos_piece="</s>", bos_id=2, **{request.param: CHAT})(directory)
+    return request.param, directory
+
+
+def test_control_pieces_of_a_sentencepiece_model(chat_model):
+    kind, directory = chat_model
+    ours = load_tokenizer(directory)
+    control = {index for name, index in ours.spellable.items() if name in (*CHAT, "<s>", "</s>")}
+    (text,), (tokens,) = (ours.encode_batch([ASKED], control_as_text=as_text) for as_text in (True, False))
+    assert ours.decode(text) == ASKED
+    assert not control & set(text)
+    if kind == "control_symbols":  # such a model takes none from a text
+        assert ours.spellable == {}
+        assert tokens == text
+        with pytest.raises(DataError, match=r"--control-tokens = encode: is not possible.*<\|im_start\|>"):
+            document_encoding(directory, DocumentOptions(control_as_text=False))
+    else:
+        assert sorted(ours.spellable) == sorted([*CHAT, "<s>", "</s>"])
+        assert [index for index in tokens if index in control] == [
+            ours.spellable[name] for name in (*CHAT, "</s>", "<s>")
+        ]
+        for as_text, wanted in ((True, text), (False, tokens)):
+            encoder = open_encoder(directory, DocumentOptions(control_as_text=as_text))
+            assert [int(index) for piece in encoder.encode(ASKED) for index in piece] == wanted
+            assert dict(encoder.spelled) == dict.fromkeys(control, 1)
+
+
+def test_the_end_of_a_document_of_a_sentencepiece_model(chat_model, tmp_path):
+    """As for a tokenizer.json: its other files say it, or the user; else its own piece does."""
+    _, directory = chat_model
+    ids = {name: load_tokenizer(directory, end=name).end_of_text for name in ("</s>", "<s>", *CHAT)}
+    assert len(set(ids.values())) == 4
+    shutil.copytree(directory, tmp_path / "a")
+    for said, wanted in ((None, "</s>"), ("<s>", "<s>"), ("<|im_end|>", "</s>")):
+        (tmp_path / "a/tokenizer_config.json").write_text(json.dumps({"eos_token": said}))
+        assert load_tokenizer(tmp_path / "a").end_of_text == ids[wanted]
+        encoding = document_encoding(tmp_path / "a", DocumentOptions())
+        assert encoding.end == ids[wanted]
+        assert any("ends a turn" in note for note in encoding.notes) == (said == "<|im_end|>")
+    with pytest.raises(DataError, match=r"has no token <\|end\|>"):
+        document_encoding(directory, DocumentOptions("<|end|>"))
 
 
 def test_prepared_text_is_the_text(corpus, tokenizer, tokens):

@@ -15,6 +15,9 @@ from launch.sweeps.outcome import outcome
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
+from tools.scaling import fit_file
+from tools.scaling.fit import Settings, fit
+from tools.scaling.observations import Observation
 
 FAST = ["--poll", "0.5", "--at-once", "2"]
 
@@ -133,9 +136,13 @@ def test_report(finished):
     done = run("launch.sweep", "report", study, check=True)
     page = (study / "report.html").read_text()
     assert f"written: {study / 'report.html'}" in done.stdout
-    content = json.loads((study / "fit.json").read_text())
-    assert content["counts"] == {"done": 3, "diverged": 2, "failed": 1, "unfinished": 0}
-    assert any("losses are mean of the last" in note or "losses are validation" in note for note in content["notes"])
+    # Three cells determine no law: the page says so, and leaves no fit from which a run could be prescribed.
+    assert not (study / "fit.json").exists()
+    assert "fit.json" not in done.stdout
+    for told in ("the observations determine no law, and no fit is written", "2 diverged, not fitted", "1 failed, not"):
+        assert told in page
+        assert f"note: {told}" in done.stdout
+    assert "losses are mean of the last" in page or "losses are validation" in page
     for name, row in rows(study).items():
         if row[1] == "cell":
             assert name in page
@@ -143,8 +150,14 @@ def test_report(finished):
     assert "optim.min_learning_rate" in page  # why the cell failed
     assert "device-hours spent" in page
     assert (study / "figures" / "loss_over_compute.png").is_file()
-    run("launch.sweep", "report", study, "--standalone", "--output", study / "alone.html", check=True)
+    earlier = study / "earlier.json"
+    fit_file.write(earlier, fit_file.document(fit([Observation(1e8, 1e9, 3.0)], Settings()), source="earlier"))
+    before = earlier.read_bytes()
+    words = ["--standalone", "--output", study / "alone.html", "--fit", earlier]
+    done = run("launch.sweep", "report", study, *words, check=True)
     assert 'href="runs/' not in (study / "alone.html").read_text()
+    assert earlier.read_bytes() == before
+    assert "earlier.json, of an earlier fit, is left as it was" in done.stdout
 
 
 def test_status(finished):

@@ -30,6 +30,8 @@ def table(path: Path, header: str, separator: str = ",", *, extra: str = "") -> 
         ("\ufeffparams,tokens,loss", ",", ""),
         ("N,D,val_loss", ",", "params=N,tokens=D,loss=val_loss"),
         ("N (no emb.);D;final loss", ";", "params=N (no emb.), tokens=D, loss=final loss"),
+        ("N,D,Val_Loss", ",", "params=n,Tokens=d,LOSS=val_loss"),
+        ("\n  \nparams;tokens;loss", ";", ""),  # the separator of the first line that has one
     ],
 )
 def test_separators_cases_and_names(header, separator, columns, tmp_path):
@@ -43,6 +45,56 @@ def test_a_name_that_is_given_counts_before_the_own(tmp_path):
     path = table(tmp_path / "t.csv", "params,tokens,eval,loss", extra=",9.5")
     assert [one.loss for one in read_csv(path, {"loss": "eval"})] == [3.25, 3.0]
     assert [one.loss for one in read_csv(path)] == [9.5, 9.5]
+
+
+def test_case_decides_between_columns_that_differ_in_nothing_else(tmp_path):
+    path = table(tmp_path / "t.csv", "params,tokens,Eval,eval", extra=",9.5")
+    assert [one.loss for one in read_csv(path, {"loss": "Eval"})] == [3.25, 3.0]
+    assert [one.loss for one in read_csv(path, {"loss": "eval"})] == [9.5, 9.5]
+    with pytest.raises(ConfigError, match=r"EVAL: may be Eval or eval of .*; write it as the file does"):
+        read_csv(path, {"loss": "EVAL"})
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["loss=a,loss=b"], "loss=b: gives loss a second time, after loss=a"),
+        (["loss=a", "LOSS=a"], "LOSS=a: gives loss a second time"),
+        (["loss=a", "params=a"], "params=a: uses the column a a second time"),
+    ],
+)
+def test_a_name_or_a_column_that_is_given_twice(words, told):
+    with pytest.raises(ConfigError, match=told):
+        column_names(words, COLUMNS)
+
+
+def test_one_column_under_two_spellings(tmp_path):
+    path = table(tmp_path / "t.csv", "N,tokens,loss")
+    with pytest.raises(ConfigError, match="n: is already params, and cannot be total_params too"):
+        read_csv(path, {"params": "N", "total_params": "n"})
+
+
+def test_lines_with_more_cells_than_the_header_are_refused(tmp_path):
+    """Decimal commas would be read as whole losses."""
+    path = tmp_path / "t.csv"
+    path.write_text('params,tokens,loss\n1e8,5e8,3,171\n2e8,1e9,3.0\n\n4e8,2e9,2,"9,1",x\n')
+    with pytest.raises(DataError) as caught:
+        read_csv(path)
+    places = [(problem.where, problem.value) for problem in caught.value.problems]
+    assert places == [(f"{path}:2", "4 cells"), (f"{path}:5", "5 cells")]
+    assert "are more than the 3 of the header" in caught.value.problems[0].fix
+    path.write_text("params,tokens,loss,\n1e8,5e8,3,171\n")
+    with pytest.raises(DataError, match="4 cells: are more than the 3 of the header"):
+        read_csv(path)
+    path.write_text("params,tokens,loss\n" + "1e8,5e8,3,171\n" * 25)
+    with pytest.raises(DataError, match="and 5 more lines like these"):
+        read_csv(path)
+
+
+def test_empty_cells_beyond_the_header_are_nothing(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("params,tokens,loss\n1e8,5e8,3.171,, \n,,,\n2e8,1e9,3.0,\n")
+    assert [one.loss for one in read_csv(path)] == [3.171, 3.0]
 
 
 @pytest.mark.parametrize("word", ["loss", "loss=", "los=val", "=x", "weight=w"])

@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.metrics.performance_card import AttemptTime, write_card
 from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.resilience.heartbeat import Heartbeat
 from megatron_qwen.rundir import RunDirectory
+from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded, HeartbeatCallback
 from tests.distributed import jobs
 
 NEWER = AttemptTime(2, 1, 0.0, 3, 7, 9.0, 1.0, 5.0, 0.0, 0.0, 0.0, 0.0)
@@ -77,3 +80,63 @@ def test_the_card_is_the_newer_ones(left):
     card = contents(left[1] / "performance.json")
     assert card["recipe"] == "of the newer attempt"
     assert card["attempts"] == [asdict(NEWER)]
+
+
+def trainer(*, next_stage: str) -> SimpleNamespace:
+    """What the callback asks of a trainer."""
+    reader = SimpleNamespace(stage=SimpleNamespace(name=next_stage))
+    components = SimpleNamespace(
+        config=SimpleNamespace(training=SimpleNamespace(train_iters=100)),
+        progress=SimpleNamespace(consumed_samples=8, iteration=100),
+        data=SimpleNamespace(at=lambda _: reader),
+    )
+    return SimpleNamespace(components=components)
+
+
+def step(iteration: int) -> SimpleNamespace:
+    return SimpleNamespace(iteration=iteration, stage="main")
+
+
+def test_the_first_step_of_a_data_stage_is_set_up(tmp_path):
+    """Also after a save that comes between; and nothing follows the last step."""
+    path = tmp_path / "heartbeat.json"
+    callback = HeartbeatCallback(Heartbeat(path, attempt=1, resumed_at=0), is_current=lambda: True)
+    for iteration in (1, 2, 3):
+        callback.after_step(trainer(next_stage="main"), step(iteration))
+        callback.on_phase(trainer(next_stage="main"), "validating")
+        assert contents(path)["phase"] == "validating"
+        callback.on_phase(trainer(next_stage="main"), None)
+        assert contents(path)["phase"] == "training"
+    assert contents(path)["seen"] == {"training": 5, "validating": 3}
+    ends = trainer(next_stage="long")
+    callback.after_step(ends, step(4))
+    callback.on_phase(ends, "saving")
+    callback.on_phase(ends, None)
+    assert (contents(path)["phase"], contents(path)["seen"]["training"]) == ("starting", 0)
+    callback.after_step(trainer(next_stage="main"), step(5))
+    assert contents(path)["phase"] == "training"
+    callback.after_step(ends, step(100))
+    assert contents(path)["phase"] == "training"
+    callback.after_training(ends)
+    for phase in ("saving", None):
+        callback.on_phase(ends, phase)
+        assert contents(path)["phase"] == "finishing", "background saves say nothing of how long the last one takes"
+
+
+def test_a_superseded_attempt_does_not_say_that_it_saves(tmp_path):
+    path = tmp_path / "heartbeat.json"
+    callback = HeartbeatCallback(Heartbeat(path, attempt=1, resumed_at=0), is_current=lambda: False)
+    with pytest.raises(AttemptSuperseded):
+        callback.on_phase(trainer(next_stage="main"), "saving")
+    assert not path.exists()
+
+
+def test_a_step_that_is_computed_again_beats_between_its_passes(tmp_path):
+    """The longest of the phase is that of a pass."""
+    heartbeat = Heartbeat(tmp_path / "heartbeat.json", attempt=1, resumed_at=3)
+    heartbeat.beat("training", 3)
+    heartbeat._written -= 2  # beats are at least a second apart
+    callback = HeartbeatCallback(heartbeat, is_current=lambda: True)
+    callback.before_rerun()
+    beat = contents(tmp_path / "heartbeat.json")
+    assert (beat["phase"], beat["iteration"], beat["count"], beat["seen"]) == ("training", 3, 2, {"training": 1})

@@ -1,8 +1,15 @@
 """A run of steps whose numbers are not finite ends, and keeps its checkpoint."""
 
 import json
+import re
+from types import SimpleNamespace
+
+import pytest
 
 from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.errors import NumericsError
+from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from tests.conftest import run
 
 
@@ -21,3 +28,18 @@ def test_the_run_ends_with_17_and_keeps_its_checkpoint(tokens, tmp_path):
     kept = [iteration for iteration, _ in committed(run_dir / "checkpoints")]
     assert kept, "no checkpoint is left"
     assert json.loads((run_dir / "status.json").read_text())["exit_code"] == 17
+
+
+@pytest.mark.parametrize(
+    ("action", "says"),
+    [
+        ("accept", "5 steps in a row were not finite ("),
+        ("skip", "5 steps in a row were skipped, as not finite or as s"),
+    ],
+)
+def test_it_says_what_was_skipped(action, says):
+    config = RECIPES["tiny_dense"]().with_section("resilience", spike_action=action)
+    components = SimpleNamespace(config=config, progress=SimpleNamespace(consecutive_skips=5))
+    record = SimpleNamespace(iteration=9, result=SimpleNamespace(loss=3.0, grad_norm=9e9))
+    with pytest.raises(NumericsError, match=re.escape(says)):
+        NumericsGuard().after_step(SimpleNamespace(components=components), record)

@@ -15,7 +15,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     """A step while a save is under way against a normal one; a save that is waited for against cp of its files.
 
     The first counts everything between the start of the save and its commit: copying the tensors aside, writing,
-    hashing, committing.
+    hashing, committing. The third is what training waits for a local checkpoint, whose copy is on another node.
 
     Args:
         rounds: blocks of steps of either kind.
@@ -48,5 +48,15 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
             peer="cp of its files and sync",
             required=0.0,
             conditions=conditions,
+        ),
+        against_peer(
+            "local checkpoint",
+            [waited / local for waited, local in zip(found["waited"], found["local"], strict=True)],
+            ours=statistics.median(found["local"]),
+            against=statistics.median(found["waited"]),
+            unit="s",
+            peer="save that training waits for",
+            required=1.0,
+            conditions=f"{conditions}; written on two nodes after {statistics.median(found['local_written']):.2f} s",
         ),
     ]

@@ -36,7 +36,7 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
     writer = CheckpointWriter(
         root / "checkpoints", attempt=0, attempts=AttemptLog(root / "attempts.jsonl"), keep_last=1, keep_every=None
     )
-    checkpointing = Checkpointing(writer, resumed_at=0, tokenizer=None)
+    checkpointing = Checkpointing(writer, saved=0, tokenizer=None)
     for _ in range(3):
         trainer.step()
 
@@ -56,7 +56,8 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
         while True:
             trainer.step()
             steps += 1
-            if writer.finish(wait=False) is not None:
+            if writer.is_written():
+                writer.finish()
                 break
         dist.barrier()
         return (time.perf_counter() - started) / steps, stall, steps
@@ -77,8 +78,33 @@ def main(data_path: str, folder: str, rounds: int) -> dict[str, Any]:
         dist.barrier()
     size = sum(path.stat().st_size for path in (root / "checkpoints").rglob("*") if path.is_file())
     result = {"normal": normal, "saving": saving, "stalls": stalls, "steps": steps}
+    local, written = _local_seconds(components, root / "local", rounds)
     dist.destroy_process_group()
-    return {**result, "waited": waited, "copied": copied, "bytes": size}
+    return {**result, "waited": waited, "copied": copied, "bytes": size, "local": local, "local_written": written}
+
+
+def _local_seconds(components: Any, directory: Path, rounds: int) -> tuple[list[float], list[float]]:
+    """What training waits for a local checkpoint, with every rank on a node of its own, and until it is written."""
+    import torch.distributed as dist
+
+    from megatron_qwen.checkpoint.local.nodes import Nodes
+    from megatron_qwen.training.callbacks.local_checkpoints import LocalCheckpoints
+    from megatron_qwen.training.local_resume import LocalPlace
+
+    nodes = Nodes(tuple(f"n{rank}" for rank in range(dist.get_world_size())))
+    place = LocalPlace(directory / nodes.of_rank[dist.get_rank()] / "run", nodes, "0" * 16)
+    local = LocalCheckpoints(place, attempt=1, committed=lambda: 0)
+    waited, written = [], []
+    for _ in range(rounds + 1):
+        started = time.perf_counter()
+        local.save(components)
+        dist.barrier()
+        waited.append(time.perf_counter() - started)
+        local.close()
+        dist.barrier()
+        written.append(time.perf_counter() - started)
+        components.progress.iteration += 1
+    return waited[1:], written[1:]  # the first takes memory for the copy
 
 
 def _copy_seconds(root: Path) -> float:

@@ -18,7 +18,7 @@ from megatron_qwen.errors import UserError
 from megatron_qwen.recipes.registry import RECIPES
 from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
-_ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[3]
 _RECIPE = "qwen2_5_7b"
 _COPIES = 3.3  # source, result and a copy at a time, and some room
 _SHARD_BYTES = 4_000_000_000
@@ -54,12 +54,12 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     with tempfile.TemporaryDirectory(prefix="mq-bench-") as folder:
         root = Path(folder)
         model = _fitting(RECIPES[_RECIPE]().model, shutil.disk_usage(root).free)
-        size = _make(model, root / "hf")
-        cold = _can_drop_caches()
+        size = write_directory(model, root / "hf")
+        cold = can_drop_caches()
         results: dict[str, list[Timed]] = {"from-hf": [], "cp hf": [], "to-hf": [], "cp checkpoint": []}
         for _ in range(rounds):
             for name, command, made in _round(root):
-                results[name].append(_timed(command, cold=cold))
+                results[name].append(timed(command, cold=cold))
                 if made is not None:
                     shutil.rmtree(made)
             _require_same(root / "hf", root / "back")
@@ -91,12 +91,13 @@ def _round(root: Path) -> list[tuple[str, list[str], Path | None]]:
     ]
 
 
-def _timed(command: Sequence[str], *, cold: bool) -> Timed:
+def timed(command: Sequence[str], *, cold: bool) -> Timed:
+    """Runs a command until its bytes are on the disk; ``cold`` empties the page cache first."""
     os.sync()
     if cold:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     started = time.perf_counter()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(_ROOT)})
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     _, status, usage = os.wait4(child.pid, 0)
     if os.waitstatus_to_exitcode(status):
         raise UserError(f"{' '.join(command)} ended with {os.waitstatus_to_exitcode(status)}")
@@ -116,7 +117,8 @@ def _against_cp(name: str, ours: Sequence[Timed], peer: Sequence[Timed], *, size
     )
 
 
-def _can_drop_caches() -> bool:
+def can_drop_caches() -> bool:
+    """Whether this process may empty the page cache."""
     return os.access("/proc/sys/vm/drop_caches", os.W_OK) and os.geteuid() == 0
 
 
@@ -153,8 +155,14 @@ def _tensors(model: ModelConfig) -> list[tuple[str, list[int], int]]:
     return [(name, shape, 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)) for name, shape in shapes.items()]
 
 
-def _make(model: ModelConfig, directory: Path) -> int:
-    """Writes a Hugging Face directory of random bits; its bytes of weights."""
+def write_directory(model: ModelConfig, directory: Path, *, noise: bytes | None = None) -> int:
+    """Writes a Hugging Face directory of bf16 weights; its bytes of weights.
+
+    Args:
+        model: its shape.
+        directory: where.
+        noise: bytes that the weights repeat; None for random bits, some of which are no numbers.
+    """
     directory.mkdir()
     groups: list[list[tuple[str, list[int], int]]] = [[]]
     for tensor in _tensors(model):
@@ -162,7 +170,7 @@ def _make(model: ModelConfig, directory: Path) -> int:
             groups.append([])
         groups[-1].append(tensor)
     weight_map = {}
-    noise = os.urandom(1 << 26)
+    noise = noise or os.urandom(1 << 26)
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
         weight_map.update(dict.fromkeys((name for name, _, _ in group), file))

@@ -1,11 +1,12 @@
-"""A Hugging Face directory run by transformers, one layer at a time."""
+"""A model under Hugging Face names run by transformers, one layer at a time."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from checkpoints_convert.compare.layered import FINAL_NORM, HEAD, Ends
-from checkpoints_convert.hf_directory import HfDirectory
+from checkpoints_convert.layerwise.layered import FINAL_NORM, HEAD, Ends
+from checkpoints_convert.tensor_set import TensorSet
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.config import ARCHITECTURES
 
@@ -36,10 +37,11 @@ _COMPUTED = (
 
 
 class HfLayers:
-    """The model of a directory, each layer loaded by transformers' own loader into a model of one layer.
+    """A model of which each layer is loaded by transformers' own loader into a model of one layer.
 
     Args:
-        source: the directory.
+        weights: the model, of whatever kind its source is.
+        config: its config.json.
         dtype: format to compute in.
         place: device to compute on.
 
@@ -47,26 +49,26 @@ class HfLayers:
         ConversionError: transformers is not installed.
     """
 
-    def __init__(self, source: HfDirectory, *, dtype: torch.dtype, place: torch.device) -> None:
+    def __init__(
+        self, weights: TensorSet, config: Mapping[str, Any], *, dtype: torch.dtype, place: torch.device
+    ) -> None:
         try:
             import transformers
         except ImportError:
-            raise ConversionError(
-                Problem("--logits", None, "needs transformers: pip install 'megatron_qwen[hf]'.")
-            ) from None
+            fix = "running a model layer by layer needs transformers: pip install 'megatron_qwen[hf]'."
+            raise ConversionError(Problem("model", None, fix)) from None
         transformers.utils.logging.disable_progress_bar()
-        assert source.config is not None
-        self._source, self._dtype, self._place = source, dtype, place
-        self._ends = Ends(source, dtype=dtype, place=place)
-        self.num_layers, self.vocab_size = source.shape.num_layers, self._ends.vocab_size
+        self._weights, self._dtype, self._place = weights, dtype, place
+        self._ends = Ends(weights, dtype=dtype, place=place)
+        self.num_layers, self.vocab_size = int(config["num_hidden_layers"]), self._ends.vocab_size
         self.embed, self.output_rows = self._ends.embed, self._ends.output_rows
-        kind = source.config["model_type"]
-        content = {name: source.config[name] for name in _COMPUTED if name in source.config}
+        kind = config["model_type"]
+        content = {name: config[name] for name in _COMPUTED if name in config}
         content |= {"num_hidden_layers": 1, "vocab_size": _VOCABULARY, "tie_word_embeddings": False}
         self._config = transformers.AutoConfig.for_model(kind, **content, attn_implementation="sdpa")
         self._class: Any = getattr(transformers, ARCHITECTURES[kind])
         self._by_layer: dict[int, list[str]] = {}
-        for name in source.tensors:
+        for name in weights.tensors:
             if name.startswith("model.layers."):
                 self._by_layer.setdefault(int(name.split(".")[2]), []).append(name)
         self._layer: Any = None
@@ -75,13 +77,13 @@ class HfLayers:
     def load_layer(self, index: int) -> None:
         """Brings a layer into memory, in place of the one before."""
         self._layer = None
-        hidden = self._source.shape.hidden_size
         state = {
-            f"model.layers.0.{name.split('.', 3)[3]}": self._source.rows(name, 0, self._source.tensors[name].shape[0])
+            f"model.layers.0.{name.split('.', 3)[3]}": self._weights.rows(name, 0, self._weights.tensors[name].shape[0])
             for name in self._by_layer[index]
         }
-        state["model.embed_tokens.weight"] = state[HEAD] = torch.zeros(_VOCABULARY, hidden, dtype=self._dtype)
-        state[FINAL_NORM] = self._ends.norm_weight()
+        norm = self._ends.norm_weight()
+        state["model.embed_tokens.weight"] = state[HEAD] = norm.new_zeros(_VOCABULARY, norm.shape[0])
+        state[FINAL_NORM] = norm
         model, report = self._class.from_pretrained(
             None, config=self._config, state_dict=state, dtype=self._dtype, output_loading_info=True
         )
@@ -90,6 +92,13 @@ class HfLayers:
         model = model.to(self._place).eval()
         self._norm, model.model.norm = model.model.norm, torch.nn.Identity()
         self._layer = model.model
+
+    @property
+    def loaded(self) -> torch.nn.Module:
+        """The loaded layer as a module of transformers; its parameters are under ``model.layers.N.``."""
+        assert self._layer is not None, "load_layer comes first"
+        module: torch.nn.Module = self._layer.layers[0]
+        return module
 
     @torch.no_grad()
     def layer(self, hidden: torch.Tensor) -> torch.Tensor:

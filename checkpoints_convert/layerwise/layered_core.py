@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from checkpoints_convert.compare.layered import Ends
+from checkpoints_convert.layerwise.layered import Ends
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.run import RunConfig

@@ -1,0 +1,1 @@
+"""Whether weights, optimizer state and gradients are what they should be."""

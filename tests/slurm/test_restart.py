@@ -1,0 +1,89 @@
+"""After a fault the ranks start again inside the allocation, on a spare node where one has failed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.runs import SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_iterations
+from tests.tiers import cases
+
+
+def srun_of(run: ClusterRun) -> int:
+    """The process through which the controller sees the ranks."""
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (path / "cmdline").read_bytes().decode().split("\0")
+        except OSError:
+            continue
+        if line[0] == "srun" and "megatron_qwen.train" in line and str(run.path) in line:
+            return int(path.name)
+    raise AssertionError("no srun")
+
+
+def check(run: ClusterRun, runs: Runs) -> None:
+    """The job was never requeued, and the weights are those of an undisturbed run."""
+    assert [attempt.action for attempt in run.attempts()[:-1]] == ["restart"] * (len(run.attempts()) - 1)
+    assert {(attempt.job_id, attempt.restarts) for attempt in run.attempts()} == {(run.job, 0)}
+    assert "Restarts=0" in run.cluster.ask("scontrol", "show", "job", "-o", run.job)
+    assert lost_iterations(run.path) <= SAVE_INTERVAL
+    assert run.hashes() == runs.undisturbed(2, *TP2)
+
+
+@pytest.mark.parametrize("harder", cases([False], [True]))
+def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
+    """Ranks outlive a killed srun: they end before the next ones start. The dead node is replaced by the spare one.
+
+    The harder case: slurmctld is away at the first fault, and the dead node's ranks live on.
+    """
+    late = f"attempt == '2' and iteration > {2 * SAVE_INTERVAL + 4}"
+    pause = f"time.sleep(1.5 if {harder} and {late} else 0.12)"  # Slurm takes half a minute to notice
+    run = runs.submit(f"spare_{harder}", *TP2, options=("--spares", 1), patch=pause)
+    run.wait_for_step(SAVE_INTERVAL + 2)
+    before = run.rank_processes()
+    if harder:
+        runs.cluster.end_controller()
+    kill(srun_of(run), signal.SIGKILL)
+    if harder:
+        time.sleep(12)
+        runs.cluster.start_controller()
+    run.wait_for_attempt(2)
+    assert not [process for process in before.values() if is_running(process)], "ranks of two attempts side by side"
+    run.wait(lambda: len(run.rank_processes()) == 2, "second attempt", timeout_s=60)  # the spare node runs none
+    run.wait_for_step(2 * SAVE_INTERVAL + 4)
+    processes = run.rank_processes()
+    runs.cluster.kill_node("n2")
+    if not harder:
+        kill(processes[1], signal.SIGKILL)
+    run.wait_for_end(timeout_s=150)
+    first, *between, last = run.attempts()
+    assert (first.reason, first.error) == ("error", "srun -9")
+    assert (last.reason, last.nodes, last.world_size) == ("finished", ("n1", "n3"), 2)
+    # Slurm knows by now that the node is down, or before the next attempt, or the health check finds it out.
+    reasons = ("lost node",) if harder else ("lost node", "unhealthy node", "lost peer")
+    assert between[-1].reason in reasons, run.story()
+    assert between[-1].failed_nodes == ("n2",), run.story()
+    check(run, runs)
+
+
+def test_a_cancel_during_a_restart(runs):
+    """The job ends, and is not started again."""
+    patch = "time.sleep(0.12)\nif attempt == '1' and iteration == 12: os.kill(os.getpid(), 9)"
+    run = runs.submit("cancelled_restart", *TP2, patch=patch)
+    run.wait_for_attempt(2)
+    assert "cancelled job" in runs.mq("cancel", run.path)
+    run.wait_for_end("cancelled")
+    run.wait(lambda: not run.cluster.ask("squeue", "-h"), "end of the job", timeout_s=60)
+    first, second = run.attempts()
+    assert first.reason == "lost peer"
+    assert second.reason in ("cancelled", None)  # Slurm kills a controller that is too slow to note it
+
+
+def is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
