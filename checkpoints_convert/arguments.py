@@ -188,7 +188,7 @@ def _common_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
 
 
-def size_in_bytes(text: str | None) -> int | None:
+def size_in_bytes(text: str | None, *, option: str = "--max-shard-size") -> int | None:
     """``5GB``, ``200MB``, ``5`` (GB) as bytes.
 
     Raises:
@@ -199,5 +199,5 @@ def size_in_bytes(text: str | None) -> int | None:
     match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([A-Za-z]*)", text.strip())
     unit = _UNITS.get(match.group(2).upper()) if match else None
     if match is None or unit is None or not 1 <= (size := float(match.group(1)) * unit) <= 1e15:
-        raise ConfigError(Problem("--max-shard-size", text, "must be a size above 0, such as 5GB or 200MB."))
+        raise ConfigError(Problem(option, text, "must be a size above 0, such as 5GB or 200MB."))
     return int(size)

@@ -1,7 +1,6 @@
 """``mq convert to-hf``: a checkpoint as a directory that transformers loads."""
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import xxhash
 
 from checkpoints_convert import work
@@ -22,13 +20,14 @@ from checkpoints_convert.exported_ids import does_not_stop, new_generation
 from checkpoints_convert.hf_directory import CONFIG, GENERATION, INDEX, SINGLE
 from checkpoints_convert.model_card import model_card
 from checkpoints_convert.origin import checkpoint_origin, data_origin, local_path_in, published_configuration
-from checkpoints_convert.output import OutputFile, OutputTensor, RowSpan, encoded_tensors, pack, safetensors_file
+from checkpoints_convert.output import OutputFile, RowSpan, encoded_tensors, pack, safetensors_file
 from checkpoints_convert.progress import ByteProgress
-from checkpoints_convert.release import NotedTensor, is_complete, write_manifest
+from checkpoints_convert.release import is_complete
+from checkpoints_convert.released_directory import confirmed_loader, index_text, json_text, release
 from checkpoints_convert.source_check import check_unread
 from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.data.tokenizers.release import AUTO, NOT_TRIED, Loader, LoaderSearch
-from megatron_qwen.errors import CheckpointError, ConversionError, DataError, Problem
+from megatron_qwen.errors import CheckpointError
 from megatron_qwen.hf.kept import keys_with_effect
 from megatron_qwen.hf.mapping import HfTensor, hf_tensors
 from megatron_qwen.provenance import code_version
@@ -121,24 +120,9 @@ def _export(
             # The identity stays that of the expected class: which is found depends on the version of transformers.
             texts = texts_for(loader)
             _tell_of_loader(loader)
-        for name, content in loaders.files.items():
-            (task.directory / name).write_bytes(content)
         # The later ones win: a generation_config.json next to the tokenizer may be of another model.
-        for name, text in texts.items():
-            (task.directory / name).write_text(text)
-        write_manifest(
-            task.directory,
-            files={name: done.digest for name, done in written.items()},
-            tensors={
-                output.name: noted_tensor(output, file.name, written[file.name].tensors[output.name])
-                for file in files
-                for output in file.tensors
-            },
-            origin=origin,
-            identity=identity,
-        )
-        task.commit()
-    kept = sum(done.kept_bytes for done in written.values())
+        small_files = loaders.files | {name: text.encode() for name, text in texts.items()}
+        kept = release(task, files, written, small_files, origin=origin, identity=identity)
     return Converted(out, total, kept, progress.seconds, False, prediction)
 
 
@@ -218,9 +202,9 @@ def _texts(
     origin: dict[str, Any],
 ) -> dict[str, str]:
     """The text files next to the weights, by name; the tokenizer's are not among them."""
-    texts = {CONFIG: _dump(config)}
+    texts = {CONFIG: json_text(config)}
     if (generation := new_generation(source, config)) is not None:
-        texts[GENERATION] = _dump(generation)
+        texts[GENERATION] = json_text(generation)
     texts["README.md"] = model_card(
         source,
         name=name,
@@ -234,19 +218,6 @@ def _texts(
     if [file.name for file in files] != [SINGLE]:
         texts[INDEX] = index_text(files)
     return texts
-
-
-def confirmed_loader(loaders: LoaderSearch) -> Loader:
-    """The class that loads the tokenizer.
-
-    Raises:
-        UnfinishedError: there is none; the weights are right all the same, and stay.
-    """
-    try:
-        return loaders.confirm()
-    except (ConversionError, DataError) as error:
-        kept = Problem("weights", None, "are written and kept; the same command resumes, --restart discards them.")
-        raise work.UnfinishedError([*error.problems, kept]) from None
 
 
 def _tell(source: CheckpointSource, config: dict[str, Any], loaders: LoaderSearch, *, local_paths: bool) -> None:
@@ -280,16 +251,6 @@ def _tell_of_loader(loader: Loader) -> None:
         log.warning("%s: load it with %s, as the model card and `mq generate` do", fix, loader.name)
 
 
-def index_text(files: Sequence[OutputFile]) -> str:
-    """model.safetensors.index.json of some files."""
-    outputs = [(output, file.name) for file in files for output in file.tensors]
-    metadata = {
-        "total_parameters": sum(torch.Size(output.shape).numel() for output, _ in outputs),
-        "total_size": sum(output.value_bytes for output, _ in outputs),
-    }
-    return _dump({"metadata": metadata, "weight_map": {output.name: name for output, name in outputs}}, sort_keys=True)
-
-
 def _identity(
     source: CheckpointSource,
     options: ExportOptions,
@@ -307,12 +268,3 @@ def _identity(
         "tokenizer": {name: hashlib.sha256(content).hexdigest() for name, content in tokenizer.items()},
         "code": code_version(),
     }
-
-
-def noted_tensor(output: OutputTensor, file: str, digest: str) -> NotedTensor:
-    """What a manifest says of a tensor."""
-    return NotedTensor(str(output.dtype).removeprefix("torch."), output.shape, digest, file)
-
-
-def _dump(content: dict[str, Any], *, sort_keys: bool = False) -> str:
-    return json.dumps(content, indent=2, sort_keys=sort_keys) + "\n"

@@ -247,9 +247,14 @@ def clear_notes(out: Path) -> None:
 
 def require_free(out: Path) -> None:
     """Raises OccupiedError where a directory cannot be made because something is there."""
-    if not out.absolute().name:
-        raise OccupiedError(_occupied(out))
+    require_name(out)
     if out.is_symlink() or (out.exists() and not out.is_dir()) or (out.is_dir() and any(out.iterdir())):
+        raise OccupiedError(_occupied(out))
+
+
+def require_name(out: Path) -> None:
+    """Raises OccupiedError of a path that has no name to appear under by a rename: the root."""
+    if not out.absolute().name:
         raise OccupiedError(_occupied(out))
 
 

@@ -15,6 +15,7 @@ from checkpoints_convert.exported_config import exported_config
 from checkpoints_convert.exported_ids import generation_of_source, generation_of_tokenizer
 from checkpoints_convert.formats.gguf.reading import GgufFile, is_gguf
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
+from checkpoints_convert.quantize.padding import PaddedWeights, Padding
 from checkpoints_convert.release import ReleaseManifest, sha256
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
 from megatron_qwen.config.moved import with_moved_fields
@@ -100,6 +101,19 @@ class Side:
         held = self.checkpoint if self.checkpoint is not None else self.tensors
         assert isinstance(held, CheckpointSource | HfDirectory)
         return held.digest()
+
+    @property
+    def is_release(self) -> bool:
+        """Whether its weights are quantized."""
+        return self.quantized is not None or self.gguf is not None
+
+    def padded(self, padding: Padding) -> "Side":
+        """In a larger shape, with zeros."""
+        assert self.tensors is not None
+        model = padding.model(self.model)
+        tensors = PaddedWeights(self.tensors, model)
+        architecture = replace(self.architecture, model=model)
+        return replace(self, architecture=architecture, tensors=tensors, described=_described(tensors))
 
     def config(self) -> dict[str, Any]:
         """The architecture in Hugging Face's terms, which both sides share."""

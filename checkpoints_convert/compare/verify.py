@@ -22,6 +22,7 @@ from checkpoints_convert.compare.tensor_difference import Difference, value_diff
 from checkpoints_convert.hf_directory import GENERATION
 from checkpoints_convert.layerwise.layered import LayeredModel
 from checkpoints_convert.progress import ByteProgress, gb
+from checkpoints_convert.quantize.padding import padding_between
 from checkpoints_convert.release import MANIFEST
 from checkpoints_convert.source_check import require_whole
 from checkpoints_convert.tensor_set import digest
@@ -51,6 +52,7 @@ class VerifyResult:
         logits: of both models, where asked for.
         sizes: of each side that has weights: its path, bytes and weights.
         quantized: of a model and its quantized release.
+        padding: widths that the release has zeros up to, in words; None where it has the model's.
     """
 
     tensors: int = 0
@@ -61,6 +63,7 @@ class VerifyResult:
     logits: LogitComparison | None = None
     sizes: list[tuple[str, int, int]] = field(default_factory=list)
     quantized: WeightSummary | GgufSummary | None = None
+    padding: str | None = None
 
     @property
     def same(self) -> bool:
@@ -77,6 +80,8 @@ class VerifyResult:
         lines += [f"  {item.kind} {item.name}: {item.detail}" for item in self.worst()]
         if len(self.differences) > WORST:
             lines.append(f"  and {len(self.differences) - WORST:,} more")
+        if self.padding is not None:
+            lines.append(f"padded: {self.padding}; values beyond the model's are compared with zeros")
         if self.quantized is not None:
             lines += [str(self.quantized), *(f"{path}: {_size(*size)}" for path, *size in self.sizes)]
         if self.logits is not None:
@@ -105,6 +110,7 @@ class VerifyResult:
                 for path, size, values in self.sizes
             ],
             "quantized": None if self.quantized is None else self.quantized.as_json(),
+            "padding": self.padding,
         }
 
 
@@ -130,19 +136,19 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     """
     if a.manifest is not None or b.manifest is not None:
         a, b = a.as_stored(), b.as_stored()
-    verdict = VerifyResult(
-        tolerance=tolerance, sizes=[(str(side.path), side.weight_bytes, side.values) for side in (a, b)]
-    )
+    sizes = [(str(side.path), side.weight_bytes, side.values) for side in (a, b)]
+    (a, padded), (b, other_padded) = _padded(a, b), _padded(b, a)
+    verdict = VerifyResult(tolerance=tolerance, sizes=sizes, padding=padded or other_padded)
     verdict.differences += _configurations(a, b) + _tokenizers(a, b) + _files(a, b) + _files(b, a)
     for name in sorted(a.described.keys() ^ b.described.keys()):
         where = a.path if name in a.described else b.path
         verdict.differences.append(Difference("tensor", name, f"is only in {where}"))
     names = [name for name in a.described if name in b.described]
-    sizes = {name: _bytes(a, name) for name in names}
+    length = {name: _bytes(a, name) for name in names}
     # Of a checkpoint, what holds no weights is checked as well.
     unread = [(side.checkpoint, side.checkpoint.unread_parts()) for side in (a, b) if side.checkpoint is not None]
-    others = sum(length for _, parts in unread for _, _, length, _ in parts)
-    progress = ByteProgress(sum(sizes.values()) + others, quiet=quiet)
+    others = sum(size for _, parts in unread for _, _, size, _ in parts)
+    progress = ByteProgress(sum(length.values()) + others, quiet=quiet)
 
     release, file = _release(a, b, tolerance), _gguf(a, b)
     verdict.quantized = release.summary if release is not None else None if file is None else file.summary
@@ -154,7 +160,7 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
                 found.append((name, *release.compare(name)))
             else:
                 found.append((name, None, _tensor(a, b, name, tolerance) if file is None else file.compare(name)))
-            progress.add(sizes[name])
+            progress.add(length[name])
         return found
 
     try:
@@ -164,7 +170,7 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
             groups = [[name] for name in names] if release is None else release.groups(names)
             for name, measured, difference in itertools.chain.from_iterable(pool.map(one, groups)):
                 verdict.tensors += 1
-                verdict.bytes_compared += sizes[name]
+                verdict.bytes_compared += length[name]
                 verdict.equal_tensors += difference is None and measured is None
                 if release is not None and measured is not None:
                     release.summary.errors.append(measured)
@@ -180,6 +186,19 @@ def verify(a: Side, b: Side, *, tolerance: float = 0.0, workers: int = 2, quiet:
     finally:
         progress.close()
     return verdict
+
+
+def _padded(side: Side, other: Side) -> tuple[Side, str | None]:
+    """A model in the shape of a release that is padded, and what was padded; itself where it is not."""
+    if (
+        not other.is_release
+        or side.is_release
+        or side.tensors is None
+        or side.described.keys() != other.described.keys()
+    ):
+        return side, None
+    padding = padding_between(side.model, other.model)
+    return (side.padded(padding), padding.told(side.model)) if padding.widths else (side, None)
 
 
 def _release(a: Side, b: Side, tolerance: float) -> WeightComparison | None:

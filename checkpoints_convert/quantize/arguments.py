@@ -93,11 +93,21 @@ def _calibration_options(parser: Parser) -> None:
         metavar="FILE",
         help="the same of conversations: JSON lines with messages, in the tokenizer's chat template",
     )
+    parser.add_argument(
+        "--calibrate-tokens",
+        type=Path,
+        metavar="PREFIX",
+        help="the same of a token file, or set of shards, made with the model's tokenizer",
+    )
     parser.add_argument("--samples", type=int, default=512, help="samples of calibration data (%(default)s)")
     length = "tokens of a sample; default: 2048, or the model's positions if they are fewer"
     parser.add_argument("--sample-length", type=int, help=length)
     parser.add_argument("--damping", type=float, default=0.01, help="of GPTQ, in units of the mean (%(default)g)")
     parser.add_argument("--alpha", type=float, default=0.5, help="of SmoothQuant (%(default)g)")
+    memory = (
+        "for hidden states and Hessians, such as 32GB; hidden states of more than a quarter go to the disk beside OUT"
+    )
+    parser.add_argument("--calibration-memory", metavar="SIZE", help=f"{memory} (half of what is free)")
     parser.add_argument("--importance", action="store_true", help="GGUF with an importance matrix of the same data")
 
 

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from checkpoints_convert.formats.quantized_format import is_quantized
@@ -17,11 +16,13 @@ from checkpoints_convert.layerwise.layered import EMBEDDING
 from checkpoints_convert.layerwise.layered_hf import HfLayers
 from checkpoints_convert.layerwise.residual_stream import StreamInMemory, StreamOnDisk
 from checkpoints_convert.layerwise.workers import Workers, usable_cores
+from checkpoints_convert.memory import available_bytes
 from checkpoints_convert.progress import gb
 from checkpoints_convert.quantize import awq, gptq, smoothquant
 from checkpoints_convert.quantize.calibration_data import Samples
 from checkpoints_convert.quantize.calibration_options import CalibrationOptions, Method
 from checkpoints_convert.quantize.calibration_progress import LayerClock, TakeProgress, shown_on
+from checkpoints_convert.quantize.calibration_room import full_disk_told, require_room, solved_bytes
 from checkpoints_convert.quantize.calibration_source import CalibrationSource
 from checkpoints_convert.quantize.layer_solution import CalibratedLayer, LayerSolution
 from checkpoints_convert.quantize.solved_store import SolvedStore
@@ -63,12 +64,14 @@ def calibrate(
         progress: told of every layer; None shows it on stderr.
 
     Returns:
-        The solved layers. The same bytes whatever was killed before, and whatever the number of workers.
+        The solved layers. The same bytes whatever was killed before, and whatever the number of workers; on processors
+        of one kind, with the same number of threads for LAPACK (``torch.get_num_threads``).
 
     Raises:
         ConfigError: an option is out of range.
         ConversionError: the model is damaged, a shape is not a multiple of the group, or ``work`` has layers of another
             calibration.
+        DiskFullError: there is not enough room; layers that are solved stay.
     """
     options.check()
     _require_groups(source, grid)
@@ -83,7 +86,16 @@ def calibrate(
 
     rounded = method == "gptq"
     return solve_layers(
-        source, method, determined, solve, rounded, samples=samples, options=options, work=work, progress=progress
+        source,
+        method,
+        determined,
+        solve,
+        rounded,
+        samples=samples,
+        options=options,
+        work=work,
+        progress=progress,
+        grid=grid,
     )
 
 
@@ -91,7 +103,7 @@ def calibration_identity(
     source: CalibrationSource, method: Method, grid: Grid, options: CalibrationOptions, samples: Samples
 ) -> dict[str, Any]:
     """Everything that determines the layers that ``calibrate`` gives; it is known before they are."""
-    return _identity(source, method, _determined(method, grid, options), options, samples)
+    return layers_identity(source, method, _determined(method, grid, options), options, samples)
 
 
 def _determined(method: Method, grid: Grid, options: CalibrationOptions) -> dict[str, Any]:
@@ -109,6 +121,7 @@ def solve_layers(
     options: CalibrationOptions,
     work: Path,
     progress: TakeProgress | None,
+    grid: Grid | None = None,
 ) -> SolvedStore:
     """Calls ``solve`` on every layer that an earlier start has not solved, and keeps what it gives.
 
@@ -122,20 +135,23 @@ def solve_layers(
         options: what it may take.
         work: directory.
         progress: told of every layer; None shows it on stderr.
+        grid: of what is kept; None where only statistics of columns are.
 
     Raises:
         ConversionError: ``work`` has layers of another calibration.
         DataError: the samples have ids that the model does not have.
+        DiskFullError: there is not enough room for the layers; those that are solved stay.
     """
     options.check()
     samples.require_vocabulary(source.weights.tensors[EMBEDDING].shape[0])
-    identity = _identity(source, method, determined, options, samples)
+    identity = layers_identity(source, method, determined, options, samples)
     store = SolvedStore.open(work / method, identity, layers=source.layers, restart=options.restart)
     done = store.completed()
     clock = LayerClock(source.layers, kept=done, take=progress or shown_on())
     if done == source.layers:
         return store
-    with _runner(source, samples, options, work / method) as (runner, memory):
+    require_room(work, solved_bytes(source.weights, grid) * (source.layers - done) // source.layers)
+    with full_disk_told(work), _runner(source, samples, options, work / method) as (runner, memory):
         _skip(runner, store, done, rounded=rounded)
         clock.begin(run=runner.run_seconds, sums=runner.taking_seconds)
         for index in range(done, source.layers):
@@ -157,11 +173,13 @@ def _runner(
 ) -> Iterator[tuple[LayerRunner, int]]:
     """The model at its first layer, and the bytes that the calibration may take."""
     place, dtype = device.current(), _DTYPES[options.dtype]
-    memory = options.memory_bytes or psutil.virtual_memory().available // _OF_FREE
+    memory = options.memory_bytes or available_bytes() // _OF_FREE
     count, length = samples.ids.shape
     size = count * length * int(source.config["hidden_size"]) * dtype.itemsize
     on_disk = options.stream == "disk" or (options.stream == "auto" and size > memory // _PART)
     shape = (count, length, int(source.config["hidden_size"]))
+    if on_disk:
+        require_room(work, 2 * size)
     stream = StreamOnDisk(work / _STREAM, shape, dtype) if on_disk else StreamInMemory(count)
     where = f"in {work / _STREAM}, twice that of disk" if on_disk else "in memory"
     log.info("hidden states of %d x %d tokens: %s %s", count, length, gb(size), where)
@@ -204,10 +222,10 @@ def _require_groups(source: CalibrationSource, grid: Grid) -> None:
         raise ConversionError([Problem(name, list(shape), fix) for name, shape in sorted(shapes)[:10]])
 
 
-def _identity(
+def layers_identity(
     source: CalibrationSource, method: str, determined: Mapping[str, Any], options: CalibrationOptions, samples: Samples
 ) -> dict[str, Any]:
-    """Everything that determines the solved layers."""
+    """Everything that determines the layers that ``solve_layers`` gives; it is known before they are."""
     return {
         "source": source.digest,
         "method": method,

@@ -11,14 +11,19 @@ from pathlib import Path
 import torch
 import xxhash
 
-from checkpoints_convert.formats.gguf.names import gguf_tensors
-from checkpoints_convert.formats.quantized_format import QuantizedFormat, is_quantized
+from checkpoints_convert.formats.quantized_format import QuantizedFormat
 from checkpoints_convert.formats.quantized_linear import QuantizedLinear
 from checkpoints_convert.quantize.calibrate import calibrate, calibration_identity
-from checkpoints_convert.quantize.calibration_data import SampleChoice, Samples, from_chats, from_run, from_texts
+from checkpoints_convert.quantize.calibration_data import (
+    SampleChoice,
+    Samples,
+    from_chats,
+    from_run,
+    from_texts,
+    from_token_files,
+)
 from checkpoints_convert.quantize.calibration_options import CalibrationOptions, Method
 from checkpoints_convert.quantize.calibration_source import CalibrationSource
-from checkpoints_convert.quantize.importance import importances
 from checkpoints_convert.quantize.names import AWQ, GPTQ, NEAREST, SMOOTHQUANT
 from checkpoints_convert.quantize.padding import PaddedWeights, Padding
 from checkpoints_convert.quantize.solved import SolvedLayers
@@ -37,8 +42,9 @@ class CalibrationRequest:
     """On what a model is calibrated.
 
     Args:
-        texts: files and folders of texts; none of either takes what the run itself has read.
+        texts: files and folders of texts; none of the three takes what the run itself has read.
         chats: files of conversations.
+        tokens: prefix of token files.
         choice: how many samples of which length.
         options: of the methods.
         restart: discard the layers of an unfinished calibration of anything else.
@@ -46,6 +52,7 @@ class CalibrationRequest:
 
     texts: tuple[Path, ...] = ()
     chats: tuple[Path, ...] = ()
+    tokens: Path | None = None
     choice: SampleChoice = field(default_factory=SampleChoice)
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     restart: bool = False
@@ -69,14 +76,22 @@ class CalibrationRequest:
 
     def missing(self, source: QuantizeSource) -> Problem | None:
         """What is wrong with the choice of data; None if nothing is."""
-        if self.texts and self.chats:
-            return Problem("--calibrate-chats", str(self.chats[0]), "and --calibrate: name one of them.")
+        given = {
+            "--calibrate": self.texts[:1],
+            "--calibrate-chats": self.chats[:1],
+            "--calibrate-tokens": () if self.tokens is None else (self.tokens,),
+        }
+        named = {option: str(first[0]) for option, first in given.items() if first}
+        if len(named) > 1:
+            *_, last = named
+            return Problem(last, named[last], f"only one of {', '.join(named)} can be given.")
         if source.tokenizer is None and (self.texts or self.chats):
             return Problem("--tokenizer", None, f"{source.path} has none, and texts have to be tokenized; name one.")
-        if not self.texts and not self.chats and source.checkpoint is None:
+        if not named and source.checkpoint is None:
             fix = (
-                "a directory does not say what it was trained on: name texts (--calibrate FILE) or conversations "
-                f"(--calibrate-chats FILE), or round without data (--method {NEAREST})."
+                "a directory does not say what it was trained on: name texts (--calibrate FILE), conversations "
+                "(--calibrate-chats FILE) or token files (--calibrate-tokens PREFIX), or round without data "
+                f"(--method {NEAREST})."
             )
             return Problem("--calibrate", None, fix)
         return None
@@ -87,6 +102,8 @@ class CalibrationRequest:
         Raises:
             DataError: files cannot be read, or hold too few tokens.
         """
+        if self.tokens is not None:
+            return from_token_files(self.tokens, self.choice)
         if self.texts or self.chats:
             assert source.tokenizer is not None
             if self.texts:
@@ -192,24 +209,3 @@ class _Calibration:
     def changed(self, name: str) -> torch.Tensor | None:
         """What the method made of a tensor that is not quantized."""
         return self._store.changed(name)
-
-
-@contextmanager
-def importance_matrix(
-    source: QuantizeSource, *, padding: Padding, out: Path, request: CalibrationRequest
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Mean squares of the inputs of every weight, by the name of its tensor in a GGUF file.
-
-    Float32 [columns], or [experts, columns] where a file has the experts in one tensor.
-    """
-    work = calibration_folder(out)
-    model = calibration_model(source, padding)
-    options = replace(request.options, restart=request.restart)
-    found = importances(model, samples=request.samples(source), options=options, work=work)
-    matrix: dict[str, torch.Tensor] = {}
-    for tensor in gguf_tensors(padding.model(source.model)):
-        if all(is_quantized(name) for name in tensor.sources):
-            columns = [found.column(name) for name in tensor.sources]
-            matrix[tensor.name] = torch.stack(columns) if len(tensor.shape) == 3 else columns[0].contiguous()
-    yield matrix
-    shutil.rmtree(work, ignore_errors=True)

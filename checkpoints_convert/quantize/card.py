@@ -7,6 +7,7 @@ from typing import Any
 from checkpoints_convert.model_card import commit_text, parameters_text, shape_text
 from checkpoints_convert.progress import gb
 from checkpoints_convert.quantize.names import AWQ, GPTQ, IMPORTANCE, NEAREST, SMOOTHQUANT
+from checkpoints_convert.quantize.padding import padding_between
 from checkpoints_convert.quantize.source import QuantizeSource
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.data.tokenizers.release import AUTO
@@ -144,21 +145,23 @@ def quantized_card(
 
 
 def _padded(source: QuantizeSource, architecture: Architecture) -> str | None:
-    fields = ("ffn_hidden_size", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size")
-    changed = [
-        f"{name} from {getattr(source.model, name):,} to {getattr(architecture.model, name):,}"
-        for name in fields
-        if getattr(source.model, name) != getattr(architecture.model, name)
-    ]
-    return f"{', '.join(changed)}, with zeros: the model computes the same" if changed else None
+    padding = padding_between(source.model, architecture.model)
+    return f"{padding.told(source.model)}, with zeros: the model computes the same" if padding.widths else None
 
 
-def folder_card(source: QuantizeSource, releases: Sequence[tuple[str, ReleaseFacts]], *, license_: str | None) -> str:
+def folder_card(
+    source: QuantizeSource,
+    releases: Sequence[tuple[str, ReleaseFacts]],
+    *,
+    kept: Sequence[str] = (),
+    license_: str | None,
+) -> str:
     """README.md of a folder of releases: a line each.
 
     Args:
         source: what was quantized.
         releases: directory and facts of each.
+        kept: lines of other releases, from an earlier card.
         license_: SPDX-like identifier, if it is decided.
     """
     head = [f"# {source.name}, quantized", ""]
@@ -168,4 +171,4 @@ def folder_card(source: QuantizeSource, releases: Sequence[tuple[str, ReleaseFac
         method = _METHODS[facts.method]
         cells = (f"[{name}]({name})", facts.description, method, gb(facts.size), f"{facts.bits:.2f}", facts.readers)
         table.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*head, *table, ""])
+    return "\n".join([*head, *table[:2], *sorted([*table[2:], *kept]), ""])

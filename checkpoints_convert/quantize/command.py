@@ -33,7 +33,9 @@ def run(options: argparse.Namespace) -> int:
         UserError: whatever is wrong with options, source or output.
     """
     chosen = wanted(options)
-    formats = make_formats(FormatOptions(options.group_size, options.asymmetric, options.act_order, options.fp8_blocks))
+    formats = make_formats(
+        FormatOptions(options.group_size, options.asymmetric, options.act_order, options.fp8_blocks, options.damping)
+    )
     source = open_source(
         options.source,
         iteration=options.iteration,
@@ -92,11 +94,13 @@ def _calibration(options: argparse.Namespace, model: ModelConfig) -> Calibration
         fix = f"is more than the {positions:,} positions of the model; give less."
         raise ConfigError(Problem("--sample-length", length, fix))
     gptq = GptqOptions(damping=options.damping, act_order=options.act_order)
-    how = CalibrationOptions(gptq=gptq, alpha=options.alpha)
+    memory = size_in_bytes(options.calibration_memory, option="--calibration-memory")
+    how = CalibrationOptions(gptq=gptq, alpha=options.alpha, memory_bytes=memory)
     how.check()
     return CalibrationRequest(
         texts=tuple(options.calibrate),
         chats=tuple(options.calibrate_chats),
+        tokens=options.calibrate_tokens,
         choice=SampleChoice(options.samples, length),
         options=how,
         restart=options.restart,

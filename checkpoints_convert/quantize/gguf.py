@@ -1,24 +1,26 @@
 """GGUF files of what is quantized: padded as in the other formats, with an importance matrix where asked for."""
 
+import logging
+import re
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.formats.gguf.writing import GgufOptions, require_gguf, write_gguf
-from checkpoints_convert.quantize.calibration_request import CalibrationRequest, importance_matrix
+from checkpoints_convert.quantize.calibration_request import CalibrationRequest
 from checkpoints_convert.quantize.card import ReleaseFacts
-from checkpoints_convert.quantize.names import GGUF, IMPORTANCE, NEAREST
+from checkpoints_convert.quantize.importance_matrix import ImportanceMatrix
+from checkpoints_convert.quantize.names import GGUF, IMPORTANCE, NEAREST, UNWEIGHED_KINDS
 from checkpoints_convert.quantize.padding import PaddedWeights
 from checkpoints_convert.quantize.plan import weights_in
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions
 from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.tensor_set import TensorSet
 from megatron_qwen.config.run import Architecture
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -70,22 +72,24 @@ def write(
         ConversionError: a shape, the tokenizer or the architecture cannot be held, or ``out`` is occupied.
         DataError: the data of the importance matrix cannot be read.
     """
-    with ExitStack() as stack:
-        found: dict[str, torch.Tensor] = {}
-        if importance:
-            found = stack.enter_context(importance_matrix(source, padding=options.padding, out=out, request=request))
-        how = GgufOptions(
-            name=source.name,
-            max_shard_bytes=options.max_shard_bytes,
-            workers=options.workers,
-            license_=options.license_,
-            importances=found,
-            restart=options.restart,
-            quiet=options.quiet,
-        )
-        done = write_gguf(_padded(source, options), out, kinds, how)
+    weighed = [kind for kind in kinds if kind not in UNWEIGHED_KINDS] if importance else []
+    if importance and not weighed:
+        log.warning("--importance: %s take no importances; it counts for nothing", ", ".join(kinds))
+    matrix = ImportanceMatrix(source, padding=options.padding, out=out, request=request) if weighed else None
+    how = GgufOptions(
+        name=source.name,
+        max_shard_bytes=options.max_shard_bytes,
+        workers=options.workers,
+        license_=options.license_,
+        importances=matrix,
+        restart=options.restart,
+        quiet=options.quiet,
+    )
+    done = write_gguf(_padded(source, options), out, kinds, how)
+    if matrix is not None:
+        matrix.discard()
     weights = weights_in(options.padding.model(source.model))
-    return [Quantized(done, _facts(out, kind, weights, importance=importance)) for kind in kinds]
+    return [Quantized(done, _facts(out, kind, weights, importance=kind in weighed)) for kind in kinds]
 
 
 def _padded(source: QuantizeSource, options: QuantizeOptions) -> _PaddedSource:
@@ -105,6 +109,7 @@ def _padded(source: QuantizeSource, options: QuantizeOptions) -> _PaddedSource:
 
 
 def _facts(out: Path, kind: str, weights: int, *, importance: bool) -> ReleaseFacts:
-    size = sum(path.stat().st_size for path in out.glob(f"*-{kind}*.gguf"))
+    name = re.compile(rf".*-{kind}(-\d{{5}}-of-\d{{5}})?\.gguf")
+    size = sum(path.stat().st_size for path in out.iterdir() if name.fullmatch(path.name))
     config = {"quant_method": GGUF, "kind": kind}
     return ReleaseFacts(f"{GGUF}:{kind}", config, IMPORTANCE if importance else NEAREST, size, 8 * size / weights)

@@ -5,10 +5,11 @@ output's; of experts over the tokens that are routed to each.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from checkpoints_convert.quantize.calibrate import solve_layers
+from checkpoints_convert.quantize.calibrate import layers_identity, solve_layers
 from checkpoints_convert.quantize.calibration_data import Samples
 from checkpoints_convert.quantize.calibration_options import CalibrationOptions
 from checkpoints_convert.quantize.calibration_progress import TakeProgress
@@ -24,25 +25,16 @@ class Importances:
 
     Args:
         store: of ``importances``.
-        experts: of a layer; 0 of a dense model.
     """
 
-    def __init__(self, store: SolvedStore, *, experts: int) -> None:
-        self._store, self._experts = store, experts
+    def __init__(self, store: SolvedStore) -> None:
+        self._store = store
 
     def column(self, name: str) -> torch.Tensor:
         """Of the columns of a weight by its Hugging Face name, float32 [in]; ones if no token reached the expert."""
         found = self._store.changed(name)
         assert found is not None, name
         return found
-
-    def experts(self, name: str) -> torch.Tensor:
-        """Of the experts of a layer, float32 [E, in]; the name without the expert's number.
-
-        ``model.layers.0.mlp.experts.gate_proj.weight`` for ``model.layers.0.mlp.experts.N.gate_proj.weight``.
-        """
-        before, _, after = name.partition(".experts.")
-        return torch.stack([self.column(f"{before}.experts.{index}.{after}") for index in range(self._experts)])
 
 
 def importances(
@@ -73,13 +65,12 @@ def importances(
     store = solve_layers(
         source, _PART, {}, solve, False, samples=samples, options=options, work=work, progress=progress
     )
-    return Importances(store, experts=_experts(source))
+    return Importances(store)
 
 
-def _experts(source: CalibrationSource) -> int:
-    """Experts of a layer, by its tensors: config.json has their number under several names."""
-    numbers = (name.partition(".experts.")[2].partition(".")[0] for name in source.weights.tensors)
-    return 1 + max((int(number) for number in numbers if number), default=-1)
+def importance_identity(source: CalibrationSource, options: CalibrationOptions, samples: Samples) -> dict[str, Any]:
+    """Everything that determines what ``importances`` gives; it is known before they are."""
+    return layers_identity(source, _PART, {}, options, samples)
 
 
 def layer_importances(layer: CalibratedLayer) -> dict[str, torch.Tensor]:

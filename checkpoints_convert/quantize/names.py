@@ -8,6 +8,8 @@ from megatron_qwen.errors import ConfigError, Problem, did_you_mean
 SAFETENSORS_FORMATS = ("gptq-int4", "gptq-int8", "awq-int4", "w4a16", "w8a8", "fp8", "fp8-block")
 GGUF = "gguf"
 GGUF_KINDS = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+# ggml's encoders of these types take no importances (ggml-quants.c, quantize_q8_0).
+UNWEIGHED_KINDS = ("F16", "BF16", "Q8_0")
 NEAREST, GPTQ, AWQ, SMOOTHQUANT = "nearest", "gptq", "awq", "smoothquant"
 METHODS = (NEAREST, GPTQ, AWQ, SMOOTHQUANT)
 IMPORTANCE = "importance"  # of the inputs of every weight, which GGUF's encoders take

@@ -49,6 +49,10 @@ class Padding:
         """Keys of config.json that change."""
         return {key: self.widths[field] for field, key in _fields(model) if field in self.widths}
 
+    def told(self, model: ModelConfig) -> str:
+        """The widths in words: from those of ``model`` to these."""
+        return ", ".join(f"{field} from {getattr(model, field):,} to {width:,}" for field, width in self.widths.items())
+
 
 NO_PADDING = Padding({})
 
@@ -87,6 +91,12 @@ def padding_of(text: str | None, model: ModelConfig) -> Padding:
     if problems:
         raise ConfigError(problems)
     return Padding({field: width for field, width in wanted.items() if width != now[field]})
+
+
+def padding_between(model: ModelConfig, wider: ModelConfig) -> Padding:
+    """What one shape was padded by, if the other is wider."""
+    fields = [field for field, _ in _fields(model) if getattr(wider, field) is not None]
+    return Padding({field: getattr(wider, field) for field in fields if getattr(wider, field) > getattr(model, field)})
 
 
 def proposal(model: ModelConfig) -> str | None:

@@ -1,6 +1,7 @@
 """Several formats of one model: a folder with a release each, and a table of them."""
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,14 @@ from checkpoints_convert.quantize.names import GGUF, SAFETENSORS_FORMATS, defaul
 from checkpoints_convert.quantize.plan import require_shapes
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions, quantize
 from checkpoints_convert.quantize.source import QuantizeSource
-from checkpoints_convert.work import OccupiedError, require_free
+from checkpoints_convert.release import MANIFEST
+from checkpoints_convert.work import OccupiedError, require_free, require_name
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.files import atomic_write, is_temporary
 
 log = logging.getLogger(__name__)
 README = "README.md"
+_ROW = re.compile(r"\| \[([\w-]+)\]\(")  # of the table of a folder's card
 
 
 def quantize_all(
@@ -52,6 +55,7 @@ def quantize_all(
         ConfigError: a method that a format has no use for, or no data to calibrate on.
         ConversionError: a format cannot hold a weight (before anything is written), or ``out`` is occupied.
     """
+    require_name(out)
     methods = {one.name: method or default_method(one.name) for one in formats}
     _require_methods(source, formats, methods, request, importance=importance)
     _require_all_shapes(source, formats, options)
@@ -130,5 +134,14 @@ def _claim_folder(out: Path) -> None:
 
 
 def _write_table(source: QuantizeSource, out: Path, found: Sequence[Quantized], *, license_: str | None) -> None:
-    table = folder_card(source, [(one.done.out.name, one.facts) for one in found], license_=license_)
-    atomic_write(out / README, table)
+    """The folder's card: a line of each of these releases, and the lines of those that were there before."""
+    path = out / README
+    text = path.read_text() if path.is_file() else ""
+    made = {one.done.out.name for one in found}
+    kept = [
+        line
+        for line in text.splitlines()
+        if (match := _ROW.match(line)) and match[1] not in made and (out / match[1] / MANIFEST).is_file()
+    ]
+    card = folder_card(source, [(one.done.out.name, one.facts) for one in found], kept=kept, license_=license_)
+    atomic_write(path, card)

@@ -1,8 +1,8 @@
 """Writes one quantized release: a directory that appears only when it is complete."""
 
 import hashlib
-import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ from checkpoints_convert.quantize.padding import NO_PADDING, PaddedWeights, Padd
 from checkpoints_convert.quantize.plan import bits_a_weight, plan_files
 from checkpoints_convert.quantize.solved import SolvedLayers
 from checkpoints_convert.quantize.source import QuantizeSource
-from checkpoints_convert.release import is_complete, write_manifest
-from checkpoints_convert.to_hf import confirmed_loader, index_text, noted_tensor
+from checkpoints_convert.release import is_complete
+from checkpoints_convert.released_directory import confirmed_loader, index_text, json_text, release
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.data.tokenizers.release import Loader, LoaderSearch
 from megatron_qwen.errors import CheckpointError
@@ -127,13 +127,17 @@ def quantize(
         return Quantized(_write(plan, out, loaders, solved), plan.facts)
 
 
+def dtype_name(quantization: Mapping[str, Any]) -> str:
+    """The format of all that is not quantized that readers want, by the ``quantization_config``."""
+    return "fp16" if quantization["quant_method"] in _FP16_METHODS else "bf16"
+
+
 def _plan(
     source: QuantizeSource, format_: QuantizedFormat, options: QuantizeOptions, solved: SolvedLayers | None
 ) -> _Plan:
     model = options.padding.model(source.model)
     quantization = format_.config(model)
-    name = options.dtype or ("fp16" if quantization["quant_method"] in _FP16_METHODS else "bf16")
-    dtype = DTYPES[name]
+    dtype = DTYPES[options.dtype or dtype_name(quantization)]
     files = plan_files(
         PaddedWeights(source.weights, model),
         model,
@@ -187,23 +191,8 @@ def _write(plan: _Plan, out: Path, loaders: LoaderSearch, solved: SolvedLayers |
         if (loader := confirmed_loader(loaders)) != loaders.expected:
             # The identity stays that of the expected class: which is found depends on the version of transformers.
             texts = _texts(plan, loader, name=out.name)
-        for name, content in loaders.files.items():
-            (task.directory / name).write_bytes(content)
-        for name, text in texts.items():
-            (task.directory / name).write_text(text)
-        write_manifest(
-            task.directory,
-            files={name: done.digest for name, done in written.items()},
-            tensors={
-                output.name: noted_tensor(output, file.name, written[file.name].tensors[output.name])
-                for file in files
-                for output in file.tensors
-            },
-            origin=origin,
-            identity=identity,
-        )
-        task.commit()
-    kept = sum(done.kept_bytes for done in written.values())
+        small_files = loaders.files | {name: text.encode() for name, text in texts.items()}
+        kept = release(task, files, written, small_files, origin=origin, identity=identity)
     return Converted(out, plan.total, kept, progress.seconds, False, prediction)
 
 
@@ -226,9 +215,9 @@ def _workers(files: list[OutputFile], asked: int) -> int:
 def _texts(plan: _Plan, loader: Loader, *, name: str) -> dict[str, str]:
     """The text files next to the weights, by name; the tokenizer's are not among them."""
     config = plan.config
-    texts = {CONFIG: _dump(config), **plan.format.files(plan.architecture.model)}
+    texts = {CONFIG: json_text(config), **plan.format.files(plan.architecture.model)}
     if (generation := plan.source.generation(config)) is not None:
-        texts[GENERATION] = _dump(generation)
+        texts[GENERATION] = json_text(generation)
     texts["README.md"] = quantized_card(
         plan.source,
         plan.facts,
@@ -242,7 +231,3 @@ def _texts(plan: _Plan, loader: Loader, *, name: str) -> dict[str, str]:
     if [file.name for file in plan.files] != [SINGLE]:
         texts[INDEX] = index_text(plan.files)
     return texts
-
-
-def _dump(content: dict[str, Any]) -> str:
-    return json.dumps(content, indent=2) + "\n"

@@ -34,7 +34,7 @@ _NO_EFFECT = frozenset(
         *("remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens"),
         *("tf_legacy_loss", "unsloth_version", "unsloth_fixed", "pretraining_tp", "keys_to_ignore_at_inference"),
         *("_attn_implementation_autoset", "_experts_implementation", "_from_model_config", "model_max_length"),
-        "gradient_checkpointing",
+        *("gradient_checkpointing", "eos_token"),  # the text of the token, which gptqmodel notes
     )
 )
 # Others that have no effect with these values.

@@ -270,7 +270,7 @@ def test_a_foreign_source_that_changed_meanwhile_is_noticed(source, tmp_path):
 
 def test_what_was_not_checked_is_checked_when_it_is_asked_for(finished_run, tmp_path):
     """An attempt with --check weights must not spare the next one the rest."""
-    from checkpoints_convert import to_hf
+    from checkpoints_convert import released_directory, to_hf
     from checkpoints_convert.checkpoint_source import open_checkpoint
     from megatron_qwen.checkpoint.metadata import read_metadata
 
@@ -282,7 +282,7 @@ def test_what_was_not_checked_is_checked_when_it_is_asked_for(finished_run, tmp_
     (checkpoint / stored.relative_path).write_bytes(bytes(data))
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(to_hf, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(released_directory, "write_manifest", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             to_hf.export(
                 open_checkpoint(checkpoint), tmp_path / "out", to_hf.ExportOptions(check_everything=False, quiet=True)

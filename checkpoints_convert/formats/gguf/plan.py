@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-
-import torch
+from functools import partial
 
 from checkpoints_convert.encoding import SAME_NAME
 from checkpoints_convert.formats.gguf.block_encoding import GgmlEncoding
 from checkpoints_convert.formats.gguf.container import Placed, Value, ValueType, header, padding
+from checkpoints_convert.formats.gguf.importances import Importances
 from checkpoints_convert.formats.gguf.mixture import Mixture
 from checkpoints_convert.formats.gguf.model_keys import is_tied
 from checkpoints_convert.formats.gguf.names import GgufTensor, gguf_tensors
@@ -97,7 +97,7 @@ def plan_kind(
     *,
     name: str,
     max_shard_bytes: int | None,
-    importances: Mapping[str, torch.Tensor],
+    importances: Importances | None,
     pool: Executor | None,
 ) -> PlannedKind:
     """The files of a kind.
@@ -109,7 +109,7 @@ def plan_kind(
         keys: of the model and the tokenizer.
         name: the files begin with it.
         max_shard_bytes: size of values at which a new file is begun; None writes one.
-        importances: float32 by the name of the tensor in the file, [columns] or [experts, columns].
+        importances: an importance matrix, if there is one.
         pool: threads to encode with.
     """
     groups = [list(tensors)]
@@ -137,23 +137,19 @@ def _split_keys(number: int, count: int, tensors: int) -> dict[str, Value]:
 
 
 def _outputs(
-    weights: TensorSet, item: PlannedTensor, importances: Mapping[str, torch.Tensor], pool: Executor | None
+    weights: TensorSet, item: PlannedTensor, importances: Importances | None, pool: Executor | None
 ) -> list[OutputTensor]:
     """A tensor of a file: one part, or one of each expert where each has importances of its own."""
-    tensor, found = item.tensor, importances.get(item.tensor.name)
-    if found is None or found.dim() == 1:
-        encoding = GgmlEncoding(item.type, None if found is None else lambda: found, pool)
-        parts = [_part(weights, item, tensor.name, tensor.sources, encoding)]
+    tensor = item.tensor
+    if importances is None or not importances.has(tensor.name):
+        parts = [_part(weights, item, tensor.name, tensor.sources, GgmlEncoding(item.type, None, pool))]
     else:
-        parts = [
-            _part(weights, item, f"{tensor.name}[{number}]", (source,), _of_expert(item.type, found, number, pool))
-            for number, source in enumerate(tensor.sources)
-        ]
+        parts = []
+        for number, source in enumerate(tensor.sources):
+            columns = partial(importances.columns, tensor.name, number)
+            name = tensor.name if len(tensor.sources) == 1 else f"{tensor.name}[{number}]"
+            parts.append(_part(weights, item, name, (source,), GgmlEncoding(item.type, columns, pool)))
     return [*parts[:-1], replace(parts[-1], after=padding(item.size))]
-
-
-def _of_expert(kind: GgmlType, importances: torch.Tensor, number: int, pool: Executor | None) -> GgmlEncoding:
-    return GgmlEncoding(kind, lambda: importances[number], pool)
 
 
 def _part(

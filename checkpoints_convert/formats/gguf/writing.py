@@ -8,11 +8,10 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import xxhash
 
 from checkpoints_convert import work
@@ -20,6 +19,7 @@ from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import Converted, predict
 from checkpoints_convert.formats.gguf.card import gguf_card
 from checkpoints_convert.formats.gguf.ggml_library import require_library
+from checkpoints_convert.formats.gguf.importances import Importances
 from checkpoints_convert.formats.gguf.model_keys import model_keys
 from checkpoints_convert.formats.gguf.names import gguf_tensors
 from checkpoints_convert.formats.gguf.plan import PlannedKind, choose_types, plan_kind
@@ -27,7 +27,8 @@ from checkpoints_convert.formats.gguf.types import KINDS, GgmlType
 from checkpoints_convert.formats.gguf.vocabulary import tokenizer_keys
 from checkpoints_convert.origin import checkpoint_origin, data_origin, published_configuration
 from checkpoints_convert.progress import ByteProgress
-from checkpoints_convert.release import NotedTensor, is_complete, write_manifest
+from checkpoints_convert.release import is_complete
+from checkpoints_convert.released_directory import release
 from checkpoints_convert.tensor_set import TensorSet
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.errors import CheckpointError, ConversionError, Problem
@@ -83,8 +84,7 @@ class GgufOptions:
         workers: files written at a time.
         threads: that rows are quantized with, over all files; None: one of each core.
         license_: for the model card and the files.
-        importances: an importance matrix: the mean square of each input of a weight, float32 by the name of the
-            tensor in a file (``names.gguf_name``): [columns], or [experts, columns].
+        importances: an importance matrix; what it takes to find it is done when the output is claimed.
         local_paths: name data and checkpoint by their paths on this machine in what is published.
         restart: throw away an unfinished conversion of something else to the same place.
         quiet: show no progress.
@@ -95,7 +95,7 @@ class GgufOptions:
     workers: int = 2
     threads: int | None = None
     license_: str | None = None
-    importances: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    importances: Importances | None = None
     local_paths: bool = False
     restart: bool = False
     quiet: bool = False
@@ -139,7 +139,7 @@ def _write(source: GgufSource, out: Path, planned: list[PlannedKind], options: G
         name=options.name or out.name,
         directory=out.name,
         license_=options.license_,
-        importances=bool(options.importances),
+        importances=options.importances is not None,
         source=origin["source"],
     )
     identity = _identity(planned, options, card, origin)
@@ -151,6 +151,8 @@ def _write(source: GgufSource, out: Path, planned: list[PlannedKind], options: G
         task.require_room(files)
         workers = max(1, min(options.workers, len(files)))
         prediction = predict(task, files, out, new_digest=hashlib.sha256, workers=workers)
+        if options.importances is not None:
+            options.importances.prepare()
         progress = ByteProgress(total, quiet=options.quiet)
         try:
             written = task.write(files, new_digest=hashlib.sha256, workers=workers, progress=progress)
@@ -158,23 +160,16 @@ def _write(source: GgufSource, out: Path, planned: list[PlannedKind], options: G
             raise damaged(source.path, error) from None
         finally:
             progress.close()
-        (task.directory / _CARD).write_text(card)
-        write_manifest(
-            task.directory,
-            files={name: done.digest for name, done in written.items()},
-            tensors={
-                f"{item.kind.name}/{output.name}": NotedTensor(
-                    "uint8", output.shape, written[file.name].tensors[output.name], file.name
-                )
-                for item in planned
-                for file in item.files
-                for output in file.tensors
-            },
+        kinds = {file.name: item.kind.name for item in planned for file in item.files}
+        kept = release(
+            task,
+            files,
+            written,
+            {_CARD: card.encode()},
             origin=origin,
             identity=identity,
+            tensor_name=lambda file, output: f"{kinds[file.name]}/{output.name}",
         )
-        task.commit()
-    kept = sum(done.kept_bytes for done in written.values())
     return Converted(out, total, kept, progress.seconds, False, prediction)
 
 
@@ -189,7 +184,7 @@ def _plan(
     name = options.name or out.name
     planned = []
     for kind in (KINDS[named] for named in dict.fromkeys(kinds)):
-        tensors = choose_types(kind, model, importances=bool(options.importances))
+        tensors = choose_types(kind, model, importances=options.importances is not None)
         if any(item.type not in _PLAIN for item in tensors):
             require_library()
         keys = model_keys(source.architecture, kind, name=name, license_=options.license_) | vocabulary
@@ -223,15 +218,9 @@ def _require(source: GgufSource, kinds: Sequence[str], options: GgufOptions) -> 
         problems.append(Problem(str(source.path), None, fix))
     if (name := options.name) is not None and (not name or Path(name).name != name):
         problems.append(Problem("name", name, "must be a name of files, without a directory."))
-    shapes = {tensor.name: tensor for tensor in gguf_tensors(source.architecture.model)}
-    for name, values in options.importances.items():
-        tensor = shapes.get(name)
-        fitting = () if tensor is None else ((tensor.columns,), (len(tensor.sources), tensor.columns))
-        if tuple(values.shape) not in fitting or values.dtype != torch.float32 or not values.is_contiguous():
-            fix = "must be float32 [columns], or [experts, columns], of a tensor of the file."
-            problems.append(Problem(f"importances: {name}", str([*values.shape]), fix))
-        elif not bool(values.isfinite().all()) or bool((values < 0).any()):
-            problems.append(Problem(f"importances: {name}", None, "must be finite and not negative."))
+    if options.importances is not None:
+        tensors = {tensor.name: tensor for tensor in gguf_tensors(source.architecture.model)}
+        problems += options.importances.problems(tensors)
     if problems:
         raise ConversionError(problems)
 
@@ -256,15 +245,11 @@ def _identity(
     planned: Sequence[PlannedKind], options: GgufOptions, card: str, origin: dict[str, Any]
 ) -> dict[str, Any]:
     """All that decides the bytes of the directory; the headers have model, tokenizer and types in them."""
-    importances = xxhash.xxh3_128()
-    for name, values in sorted(options.importances.items()):
-        importances.update(name.encode())
-        importances.update(memoryview(values.view(-1).view(torch.uint8).numpy()))
     return {
         "kind": "gguf",
         **origin,
         "files": {file.name: xxhash.xxh3_128_hexdigest(file.header) for item in planned for file in item.files},
-        "importances": importances.hexdigest() if options.importances else None,
+        "importances": None if options.importances is None else options.importances.digest,
         "texts": {_CARD: xxhash.xxh3_128_hexdigest(card.encode())},
         "code": code_version(),
     }

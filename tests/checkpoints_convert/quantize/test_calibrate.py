@@ -9,13 +9,16 @@ import torch
 
 from checkpoints_convert.formats.quantized_format import is_quantized
 from checkpoints_convert.formats.quantized_linear import Grid
+from checkpoints_convert.progress import free_bytes
+from checkpoints_convert.quantize import calibrate as calibrate_module
 from checkpoints_convert.quantize.calibrate import calibrate
 from checkpoints_convert.quantize.calibration_data import Samples
 from checkpoints_convert.quantize.calibration_options import CalibrationOptions
+from checkpoints_convert.quantize.calibration_room import solved_bytes
 from checkpoints_convert.quantize.gptq import GptqOptions
-from megatron_qwen.errors import ConfigError, ConversionError, DataError
+from megatron_qwen.errors import ConfigError, ConversionError, DataError, DiskFullError
 from tests.checkpoints_convert.quantize.trained import divergence, logits, made, opened, samples, tokens
-from tests.conftest import ROOT
+from tests.conftest import ROOT, small_disk
 from tests.tiers import cases, count
 
 INT4 = Grid(4, 128, False, torch.float16)
@@ -170,6 +173,40 @@ def test_layers_that_are_done_are_kept(tmp_path_factory, tmp_path):
     path.write_bytes(data)
     run(source, tmp_path)
     assert bytes_of(store) == expected
+
+
+def test_a_disk_that_fills_up_keeps_what_is_solved(tmp_path_factory, tmp_path, monkeypatch):
+    source = opened(made("qwen2", tmp_path_factory))
+    expected = bytes_of(run(source, tmp_path / "whole"))
+    layer = len(expected["layer-00000.safetensors"])
+    with small_disk(tmp_path / "disk", "4m") as disk:
+        filler = disk / "filler"
+        filler.write_bytes(bytes(free_bytes(disk) - int(1.5 * layer)))
+        with pytest.raises(DiskFullError, match="are needed for the calibration"):
+            run(source, disk / "work")
+        monkeypatch.setattr(calibrate_module, "require_room", lambda directory, needed: None)
+        with pytest.raises(DiskFullError, match="Layers that are solved are kept"):
+            run(source, disk / "work")
+        monkeypatch.undo()
+        filler.unlink()
+        seen = []
+        assert bytes_of(run(source, disk / "work", progress=seen.append)) == expected
+        assert seen[0].kept == 1
+
+
+def test_room_for_the_hidden_states(tmp_path_factory, tmp_path):
+    source = opened(made("qwen2", tmp_path_factory))
+    with small_disk(tmp_path / "disk", "1m") as disk, pytest.raises(DiskFullError, match="are needed for the calib"):
+        run(source, disk, data=samples(32, 32), stream="disk")
+
+
+@pytest.mark.parametrize("method", ["gptq", "smoothquant"])
+def test_bytes_of_solved_layers_are_known_before(method, tmp_path_factory, tmp_path):
+    """Within the headers and the tensors that are not quantized."""
+    source = opened(made("qwen2", tmp_path_factory))
+    store = run(source, tmp_path, method=method)
+    written = sum(path.stat().st_size for path in store.directory.glob("*.safetensors"))
+    assert 0.9 * written < solved_bytes(source.weights, GRIDS[method]) < written
 
 
 def test_another_calibration_in_the_same_place(tmp_path_factory, tmp_path):

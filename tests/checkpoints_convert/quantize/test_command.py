@@ -50,6 +50,21 @@ def test_a_release(hf, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["complete_before"]
 
 
+def test_formats_that_are_added_to_a_folder(hf, tmp_path):
+    out = tmp_path / "out"
+
+    def rows() -> list[str]:
+        return [line.split("]")[0] for line in (out / "README.md").read_text().splitlines() if line.startswith("| [")]
+
+    assert quantize(hf, out, "--format", "w8a8,fp8", *NEAREST) == 0
+    assert rows() == ["| [fp8", "| [w8a8"]
+    assert quantize(hf, out, "--format", "fp8-block,gguf:F16,BF16") == 0
+    assert rows() == ["| [fp8-block", "| [fp8", "| [gguf", "| [gguf", "| [w8a8"]
+    shutil.rmtree(out / "fp8")
+    assert quantize(hf, out, "--format", "w8a8,fp8-block", *NEAREST) == 0
+    assert rows() == ["| [fp8-block", "| [gguf", "| [gguf", "| [w8a8"]
+
+
 @pytest.mark.parametrize("name", ["gptq-int4", "fp8-block"])
 def test_a_checkpoint_gives_what_its_directory_gives(name, hf, tmp_path):
     """Rows of query, key and value are interleaved there."""

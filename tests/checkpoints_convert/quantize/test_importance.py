@@ -36,15 +36,16 @@ def test_experts(tmp_path_factory, tmp_path):
     source = opened(made("qwen3_moe", tmp_path_factory))
     data = samples(1, 2)
     found = importances(source, samples=data, options=OPTIONS, work=tmp_path, progress=lambda _: None)
-    for kind, columns in (("gate_proj", 128), ("up_proj", 128), ("down_proj", 128)):
-        stacked = found.experts(f"model.layers.1.mlp.experts.{kind}.weight")
-        assert stacked.shape == (4, columns)
-        for index in range(4):
-            assert torch.equal(stacked[index], found.column(f"model.layers.1.mlp.experts.{index}.{kind}.weight"))
+
+    def stacked(layer: int, kind: str) -> torch.Tensor:
+        return torch.stack(
+            [found.column(f"model.layers.{layer}.mlp.experts.{index}.{kind}.weight") for index in range(4)]
+        )
+
+    assert stacked(1, "down_proj").shape == (4, 128)
     # Two tokens with two experts each may reach all four, but not those of both layers with this model.
-    gates = [found.experts(f"model.layers.{layer}.mlp.experts.gate_proj.weight") for layer in range(2)]
+    gates = [stacked(layer, "gate_proj") for layer in range(2)]
     untouched = [(gate == 1).all(1) for gate in gates]
     assert any(one.any() for one in untouched)
     for layer, missed in enumerate(untouched):
-        down = found.experts(f"model.layers.{layer}.mlp.experts.down_proj.weight")
-        assert torch.equal((down == 1).all(1), missed)
+        assert torch.equal((stacked(layer, "down_proj") == 1).all(1), missed)

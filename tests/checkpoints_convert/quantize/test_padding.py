@@ -6,7 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
+from checkpoints_convert.compare.sides import open_side
+from checkpoints_convert.compare.verify import verify
 from checkpoints_convert.formats.compressed_tensors import W4A16, W8A8
 from checkpoints_convert.formats.gptq import Gptq
 from checkpoints_convert.hf_directory import HfDirectory
@@ -99,6 +102,10 @@ def test_a_padded_model_computes_the_same(name, tmp_path):
     content = json.loads((tmp_path / "padded" / "config.json").read_text())
     card = (tmp_path / "padded" / "README.md").read_text()
     assert "with zeros: the model computes the same" in card
+    found = verify(open_side(hf), open_side(tmp_path / "padded", quantized=True), quiet=True)
+    assert found.same, str(found)
+    assert "with zeros" not in str(verify(open_side(hf), open_side(tmp_path / "plain", quantized=True), quiet=True))
+    assert "are compared with zeros" in str(found)
     if model.is_moe:
         assert (content["moe_intermediate_size"], content["shared_expert_intermediate_size"]) == (256, 384)
         return  # compressed-tensors has no class for transformers' experts
@@ -106,6 +113,22 @@ def test_a_padded_model_computes_the_same(name, tmp_path):
     plain, padded = (logits(loaded(tmp_path / out)) for out in ("plain", "padded"))
     assert torch.allclose(plain, padded, atol=1e-5)
     assert plain.std() > 0.1
+
+
+@pytest.mark.parametrize(("module", "at"), [("up_proj", (400, 3)), ("down_proj", (3, 400))])
+def test_verify_finds_what_is_not_zero_in_the_padding(module, at, tmp_path):
+    hf, wider = fitting_model("qwen2 fitting", tmp_path / "hf"), tmp_path / "wider"
+    shape = replace(HfDirectory(hf).shape, ffn_hidden_size=512)
+    padded = PaddedWeights(HfDirectory(hf), shape)
+    weights = {name: padded.rows(name, 0, info.shape[0]).contiguous() for name, info in padded.tensors.items()}
+    weights[f"model.layers.1.mlp.{module}.weight"][at] = 0.1
+    wider.mkdir()
+    save_file(weights, wider / "model.safetensors", metadata={"format": "pt"})
+    content = json.loads((hf / "config.json").read_text()) | {"intermediate_size": 512}
+    (wider / "config.json").write_text(json.dumps(content))
+    quantized(wider, tmp_path / "out", W8A8())
+    found = verify(open_side(hf), open_side(tmp_path / "out", quantized=True), quiet=True)
+    assert [item.name for item in found.differences] == [f"model.layers.1.mlp.{module}.weight"]
 
 
 def test_what_a_group_does_not_fit_and_padding_repairs(tmp_path):

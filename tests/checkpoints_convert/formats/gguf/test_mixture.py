@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from checkpoints_convert.formats.gguf.importances import GivenImportances
 from checkpoints_convert.formats.gguf.writing import GgufOptions, write_gguf
 from tests.checkpoints_convert.formats.gguf.models import MODELS, importances
 from tests.checkpoints_convert.formats.gguf.recorded import RECORD, summary
@@ -25,7 +26,7 @@ THOROUGH = [(name, QUANTIZED, weighed) for name in MODELS for weighed in (False,
 @pytest.mark.parametrize(("name", "kinds", "weighed"), cases(QUICK, THOROUGH))
 def test_llama_quantize_makes_the_same_bytes(side, name, kinds, weighed, tmp_path):
     recorded = json.loads(RECORD.read_text())
-    weights = importances(name) if weighed else {}
+    weights = GivenImportances(importances(name)) if weighed else None
     write_gguf(side(name), tmp_path / "out", kinds, GgufOptions(name="m", quiet=True, importances=weights))
     for kind in kinds:
         expected = recorded[f"{name} {kind}{' importances' if weighed else ''}"]

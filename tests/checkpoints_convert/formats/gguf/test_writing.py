@@ -14,6 +14,7 @@ import torch
 from gguf import GGUFReader
 
 from checkpoints_convert.compare.sides import open_side
+from checkpoints_convert.formats.gguf.importances import GivenImportances
 from checkpoints_convert.formats.gguf.reading import GgufFile
 from checkpoints_convert.formats.gguf.writing import GgufOptions, write_gguf
 from checkpoints_convert.release import ReleaseManifest, sha256
@@ -66,7 +67,7 @@ def test_source_of_bf16_and_blocks(tmp_path):
     """The same bytes whatever the threads, and from BF16 those of its float32 values."""
     source = open_side(make("qwen2_moe", tmp_path / "hf", dtype=torch.bfloat16))
     for name, threads in (("a", 1), ("b", 3)):
-        weights = importances("qwen2_moe")
+        weights = GivenImportances(importances("qwen2_moe"))
         options = GgufOptions(name="m", quiet=True, threads=threads, importances=weights)
         write_gguf(source, tmp_path / name, ["Q8_0", "BF16"], options)
     assert sha256(tmp_path / "a" / "m-Q8_0.gguf") == sha256(tmp_path / "b" / "m-Q8_0.gguf")
@@ -148,7 +149,7 @@ def test_what_llama_cpp_computes_otherwise_is_refused(tmp_path, name, fields, sa
 
 
 def test_mistakes_are_told_together(side, tmp_path):
-    weights = {"blk.0.attn_q.weight": torch.ones(3), "no such tensor": torch.ones(224)}
+    weights = GivenImportances({"blk.0.attn_q.weight": torch.ones(3), "no such tensor": torch.ones(224)})
     with pytest.raises(ConversionError) as caught:
         write_gguf(side("qwen2 narrow"), tmp_path / "out", ["Q9"], GgufOptions(name="a/b", importances=weights))
     said = caught.value.render()
