@@ -2,7 +2,7 @@
 
 import ast
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -54,6 +54,28 @@ TEXTS = [
 OTHER_RENAMES = {"launch/freeze.py": {"directory.code.rename": "moves the code of earlier jobs aside; writes nothing"}}
 
 
+def of_every_file(paths: list[Path]) -> Callable[[Callable[[Path], None]], Callable[..., None]]:
+    """Makes of a test of one file a test of all files in a folder, which names every one that does not pass."""
+    folders: dict[str, list[Path]] = {}
+    for path in paths:
+        folders.setdefault("/".join(path.relative_to(ROOT).parts[:-1][:2]), []).append(path)
+
+    def decorate(check: Callable[[Path], None]) -> Callable[..., None]:
+        @pytest.mark.parametrize("folder", sorted(folders))
+        def test(folder: str) -> None:
+            found = []
+            for path in folders[folder]:
+                try:
+                    check(path)
+                except AssertionError as error:
+                    found.append(f"{path.relative_to(ROOT)}: {error}")
+            assert not found, "\n".join(found)
+
+        return test
+
+    return decorate
+
+
 def imports(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -62,7 +84,7 @@ def imports(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@of_every_file(SOURCES)
 def test_a_source_file(path):
     text = path.read_text()
     tree = ast.parse(text)
@@ -91,7 +113,7 @@ def too_long(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [*SOURCES, *TESTS], ids=lambda path: str(path.relative_to(ROOT)))
+@of_every_file([*SOURCES, *TESTS])
 def test_files_and_functions_are_short(path):
     assert too_long(path.read_text()) == []
 
@@ -110,7 +132,7 @@ def test_what_the_rule_on_size_finds(text, found):
     assert too_long(text) == found
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@of_every_file(SOURCES)
 def test_help_texts_take_defaults_from_the_parser(path):
     """``(%(default)s)`` or a constant: a literal stays as it was when the default changes."""
     tree = ast.parse(path.read_text())
@@ -208,7 +230,7 @@ def test_cuda_is_asked_in_one_file():
             assert "torch.cuda" not in path.read_text(), path
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@of_every_file(SOURCES)
 def test_only_core_patches_changes_other_libraries(path):
     if path.parent != PATCHES:
         assert list(changes_of_libraries(ast.parse(path.read_text()))) == []
@@ -334,8 +356,6 @@ def test_what_the_rule_on_lines_finds(text, found):
     assert long_lines(text) == found
 
 
-@pytest.mark.parametrize(
-    "path", [path for path in TEXTS if path.suffix == ".md"], ids=lambda path: str(path.relative_to(ROOT))
-)
+@of_every_file([path for path in TEXTS if path.suffix == ".md"])
 def test_lines_of_markdown_are_short(path):
     assert not long_lines(path.read_text()), f"lines of {path.relative_to(ROOT)} over 120 characters"

@@ -2,7 +2,18 @@
 
 import os
 
+import pytest
+
 THOROUGH = os.environ.get("MQ_TEST_TIER") == "thorough"
+
+
+def thorough(reason: str) -> pytest.MarkDecorator:
+    """A test of the thorough tier alone.
+
+    Args:
+        reason: what of its kind stays in every run.
+    """
+    return pytest.mark.skipif(not THOROUGH, reason=f"thorough tier: {reason}")
 
 
 def count(*, quick: int, thorough: int) -> int:

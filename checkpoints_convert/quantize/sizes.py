@@ -14,7 +14,7 @@ from checkpoints_convert.formats.gguf.types import KINDS
 from checkpoints_convert.formats.registry import FORMATS
 from checkpoints_convert.quantize.names import GGUF_KINDS
 from checkpoints_convert.quantize.padding import AUTO, padding_of
-from checkpoints_convert.quantize.plan import plan_files, require_shapes, weights_in
+from checkpoints_convert.quantize.plan import plan_files, weights_in
 from checkpoints_convert.quantize.run import dtype_name
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.config.sections import ModelConfig
@@ -22,7 +22,9 @@ from megatron_qwen.errors import ConversionError
 from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
 
-MODELS = {name.removeprefix("qwen2_5_").replace("_", ".").upper(): name for name in RECIPES if name.startswith("qwen2_5_")}
+MODELS = {
+    name.removeprefix("qwen2_5_").replace("_", ".").upper(): name for name in RECIPES if name.startswith("qwen2_5_")
+}
 _PADDED = " (padded)"
 
 

@@ -18,6 +18,7 @@ from megatron_qwen.hf.config import hf_config
 from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import command, environment
+from tests.tiers import cases
 
 # Beside what Python and torch keep open, the files of two workers.
 MOST_FILES = 40
@@ -67,7 +68,7 @@ def scaled(**changes: Any) -> ModelConfig:
     return replace(model, **{**narrow, **widths, **changes})
 
 
-@pytest.mark.parametrize("width", [40, 240])
+@pytest.mark.parametrize("width", cases([40], [240]))
 def test_experts_of_57b(width, tmp_path):
     hf = write_model(scaled(moe_ffn_hidden_size=width), tmp_path / "hf")
     there = watch("from-hf", hf, tmp_path / "start", "--max-shard-size", "3MB", "--workers", "2")

@@ -52,13 +52,11 @@ SHAPES = {"narrow": NARROW_SHAPE, "wide": WIDE_SHAPE}
 TABLES = {"tiny_dense": {"one": (1, {}), **DENSE}, "tiny_moe": {"one": (1, {}), **MOE}}
 # In every run: what a layout splits or keeps, each once, and of the second shape one layout of each model.
 QUICK = {
-    "tiny_dense": (
-        "one", "TP2+SP", "PP2xVPP2", "PP2 uneven", "CP2", "DP2", "TP2+SPxPP2", "full recompute", "selective recompute"
-    ),
-    "tiny_moe": ("one", "TP2+SP", "PP2", "EP2", "EP2xTP2 ETP1", "PP2xEP2", "full recompute"),
-}  # fmt: skip
-QUICK_WIDE = (("tiny_dense", "TP2+SPxPP2", "wide"), ("tiny_moe", "EP2", "wide"))
-WIDE = [("tiny_dense", name, "wide") for name in ("one", "CP2", "PP2xVPP2")]
+    "tiny_dense": ("one", "PP2 uneven", "CP2", "DP2", "TP2+SPxPP2", "selective recompute"),
+    "tiny_moe": ("TP2+SP", "EP2xTP2 ETP1", "PP2xEP2", "full recompute"),
+}
+QUICK_WIDE = (("tiny_dense", "PP2xVPP2", "wide"), ("tiny_moe", "EP2", "wide"))
+WIDE = [("tiny_dense", name, "wide") for name in ("one", "CP2", "TP2+SPxPP2")]
 WIDE += [("tiny_moe", name, "wide") for name in ("one", "TP2+SP", "EP2xTP2 ETP1", "full recompute")]
 CASES = cases(
     [*((recipe, name, "narrow") for recipe, names in QUICK.items() for name in names), *QUICK_WIDE],

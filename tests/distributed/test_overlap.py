@@ -5,6 +5,7 @@ import pytest
 from megatron_qwen.config.source import resolve
 from megatron_qwen.recipes.registry import RECIPES
 from tests.distributed import jobs
+from tests.tiers import cases
 
 STEPS = 3
 OVERLAP = ["parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true"]
@@ -25,9 +26,10 @@ CASES = {
     "mixture, experts over ranks": ("tiny_moe", 4, ["parallel.expert_model_parallel_size=2"]),
     "mixture, recomputed": ("tiny_moe", 2, ["training.recompute_granularity=full"]),
 }
+QUICK = ["dense, two stages, tied", "dense, recomputed", "mixture, one by one", "mixture, experts over ranks"]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(QUICK, [case for case in CASES if case not in QUICK]))
 def test_same_losses_as_without(case, pool, tokens):
     recipe, ranks, overrides = CASES[case]
     words = [f"data.path={tokens}", f"training.train_iters={STEPS}", *overrides]

@@ -10,6 +10,7 @@ from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.parameters import ParameterCount, count_parameters
 from megatron_qwen.recipes.registry import RECIPES
 from tests.estimate.by_hand import DENSE, EXPERTS, KV, LAYERS, MOE, SHARED, TOPK, VOCABULARY, WIDTH, F, H, Q, changed
+from tests.tiers import thorough
 
 PARTS = [field.name for field in fields(ParameterCount)]
 
@@ -152,6 +153,7 @@ def test_counts_what_the_built_model_holds(name, pool, tokens):
     assert pool[1].run(stored_parameters, config)[0] == count_parameters(config.model).total
 
 
+@thorough("small models are built in every run, and all released sizes are counted")
 def test_0_5b_as_built(pool, tokens):
     """The smallest released size, whole."""
     config = RECIPES["qwen2_5_0_5b"]().with_section("data", path=str(tokens))

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.checkpoint.paths import committed
 from tests.conftest import run
+from tests.tiers import thorough
 
 WORDS = [
     "training.train_iters=12",
@@ -145,6 +146,7 @@ def test_frozen_code_that_is_too_old_for_the_configuration(tokens, tokenizer, tm
     assert "older_name_s" in sections.read_text(), "nothing was replaced unasked"
 
 
+@thorough("tests/job/test_controller.py has the limit")
 def test_three_restarts_without_progress(tokens, tokenizer, tmp_path):
     """An error at another iteration each time, and never a checkpoint; then a person has it go on."""
     run_dir = tmp_path / "run"

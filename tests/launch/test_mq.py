@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.tiers import cases, thorough
 
 PYPROJECT = """
 [build-system]
@@ -93,6 +94,7 @@ def test_finds_a_python_and_sets_up_once(checkout):
     assert mq(checkout, "recipes", MQ_PYTHON="").stderr == ""
 
 
+@thorough("the other set-ups stay")
 def test_extras_of_one_program_stay_when_another_runs(checkout):
     (checkout / "tools" / "dev").mkdir()
     for module in ("docs", "dev/check"):
@@ -139,6 +141,7 @@ def installer(checkout: Path, package: str) -> str:
     return name.read_text().strip()
 
 
+@thorough("the other set-ups use uv")
 def test_installs_with_uv_by_the_settings_of_pip_and_with_pip_where_there_is_no_uv(checkout, tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -173,6 +176,7 @@ def make_wheel(folder: Path, name: str, version: str, modules: dict[str, str]) -
         wheel.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in modules))
 
 
+@thorough("tests/launch/test_setup.py has the pins")
 def test_pins_of_an_older_driver_replace_torch_and_its_libraries(checkout, tmp_path):
     wheels = tmp_path / "wheels"
     wheels.mkdir()
@@ -208,6 +212,7 @@ def test_runs_from_anywhere_and_through_a_link(ready, tmp_path):
         assert (done.returncode, done.stdout) == (0, "ours\n"), done.stderr
 
 
+@thorough("an interrupted set-up stays")
 def test_two_at_once_make_one_environment(checkout):
     both = [
         subprocess.Popen(
@@ -225,7 +230,7 @@ def test_two_at_once_make_one_environment(checkout):
     assert sum("waiting for another mq" in error for _, error in answers) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", cases([signal.SIGKILL], [signal.SIGINT]))
 def test_an_interrupted_set_up_is_never_used(number, checkout):
     process = subprocess.Popen(
         [str(checkout / "mq"), "recipes"],

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from tests.conftest import environment
+from tests.tiers import cases
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -60,7 +61,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", cases([2], [1]))
 def test_equal_to_torch(ranks, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -9,9 +9,10 @@ from tests.slurm.runs import ClusterRun, kill
 from tests.tiers import count
 
 RUNS = count(quick=8, thorough=12)
+TASKS = count(quick=2, thorough=3)
 BROKEN = "run_05"
 # Long enough steps for a fault to fall between them.
-TINY_BATCH = "training.global_batch_size=32"
+TINY_BATCH = "training.global_batch_size=24"
 
 
 def test_runs_four_at_a_time_one_of_them_broken(runs, tmp_path):
@@ -50,7 +51,7 @@ def test_a_fault_in_the_last_task_is_its_own(runs, tmp_path):
     """Slurm gives the last task the number of the whole array."""
     file = tmp_path / "three.yaml"
     words = [word for word in runs.words() if not word.startswith("training.global_batch_size")]
-    own = {f"three_{index}": [f"training.seed={index}"] for index in range(3)}
+    own = {f"three_{index}": [f"training.seed={index}"] for index in range(TASKS)}
     file.write_text(yaml.safe_dump({"recipe": words[0], "overrides": [*words[1:], TINY_BATCH], "runs": own}))
     where = ("--cluster", runs.cluster_file(), "--nodes", 1, "--run-root", runs.root)
     submitted = json.loads(runs.mq("array", file, *where, "--json"))
@@ -60,5 +61,5 @@ def test_a_fault_in_the_last_task_is_its_own(runs, tmp_path):
     kill(last.rank_processes()[0], signal.SIGKILL)
     for run in found:
         run.wait_for_end()
-    assert [len(run.attempts()) for run in found] == [1, 1, 2]
+    assert [len(run.attempts()) for run in found] == [*[1] * (TASKS - 1), 2]
     assert last.attempts()[0].reason == "lost peer"

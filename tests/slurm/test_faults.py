@@ -9,6 +9,7 @@ import time
 
 from megatron_qwen.slurm import fields
 from tests.slurm.runs import PAUSE, SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_iterations
+from tests.tiers import thorough
 
 FAULT_AT = 25
 
@@ -128,6 +129,7 @@ def excluded_by_slurm(runs: Runs, job: str) -> str:
     return shown.get("ExcNodeList", "").replace("(null)", "")
 
 
+@thorough("tests/job/test_verdict.py has the verdicts")
 def test_a_program_that_kills_its_rank_costs_no_node(runs):
     """Rank 1 is killed wherever it runs, as the out-of-memory killer does, and saves in between."""
     deaths = 'os.environ["SLURM_PROCID"] == "1" and (attempt, iteration) in (("1", 14), ("2", 33))'
@@ -149,6 +151,7 @@ def test_a_program_that_kills_its_rank_costs_no_node(runs):
     assert json.loads(runs.mq("nodes", "--run-root", runs.root, "--json")) == []
 
 
+@thorough("test_restart.py and test_sweep.py have a node that dies")
 def test_two_killed_slurmd(runs):
     """One under the controller, so that nobody is left to write down how the attempt ended, and one under a rank."""
     slow = f'if attempt == "1" and iteration > {FAULT_AT}: time.sleep(1.5)'
@@ -170,6 +173,7 @@ def test_two_killed_slurmd(runs):
         assert lost_iterations(run.path) <= SAVE_INTERVAL
 
 
+@thorough("test_watched.py has a hang in every run")
 def test_a_hang(runs):
     run = start(runs, "hang", resilience=("resilience.hang_timeout_s=6",))
     kill(run.rank_processes()[1], signal.SIGSTOP)
@@ -184,6 +188,7 @@ def test_a_hang(runs):
     assert "training/trainer.py" in stacks
 
 
+@thorough("tests/launch has the states and their advice")
 def test_a_held_job_is_shown_with_the_command_that_releases_it(runs):
     run = runs.submit("held", *TP2)
     run.wait_for_step(2)

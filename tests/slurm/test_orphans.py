@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import command, environment
 from tests.slurm.runs import TP2, ClusterRun, lost_iterations
-from tests.tiers import cases
+from tests.tiers import cases, thorough
 
 # After Slurm has taken the job, and before its answer is noted.
 AFTER = '"$real" "$@"; kill -9 $PPID'
@@ -84,6 +84,7 @@ def test_a_job_that_slurm_takes_when_the_run_has_another(runs, tmp_path, pause_s
     assert run.hashes() == runs.undisturbed(2, *TP2)
 
 
+@thorough("a submission that was killed stays")
 def test_a_job_that_is_alone_joins(runs, tmp_path):
     """Also when nobody gives a command any more."""
     run, programs, _ = submit_and_die(runs, tmp_path, "joins", LATE, "training.train_iters=12")

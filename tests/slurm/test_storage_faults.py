@@ -34,8 +34,8 @@ def has_been_requeued(run: ClusterRun) -> bool:
 @pytest.mark.parametrize(
     ("how", "when"),
     cases(
-        [("read-only", "save")],
-        [("quota", "start"), ("quota", "step"), ("quota", "save"), ("read-only", "start"), ("read-only", "step")],
+        [],  # test_storage.py has a disk that fills up in every run
+        [(how, when) for how in ("quota", "read-only") for when in ("start", "step", "save")],
     ),
 )
 def test_a_file_system_that_fails_and_is_mended(runs, how, when):

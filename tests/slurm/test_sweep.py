@@ -17,7 +17,7 @@ from tests.conftest import command, environment
 from tests.tiers import cases
 
 pytestmark = pytest.mark.timeout(1500)
-RATES = cases([0.001, 0.002, 0.003], [0.0015, 0.004])
+RATES = cases([0.001, 0.003], [0.0015, 0.002, 0.004])
 CELLS = 8 * len(RATES)
 TIMEOUT_S = 900
 PLACE = ("--nodes", "1", "--at-once", "6", "--poll", "1")

@@ -15,6 +15,7 @@ from launch.sweeps.outcome import outcome
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
+from tests.tiers import thorough
 from tools.scaling import fit_file
 from tools.scaling.fit import Settings, fit
 from tools.scaling.observations import Observation
@@ -185,6 +186,7 @@ def test_a_lost_database_is_made_anew_and_a_lost_run_is_run_again(finished, tmp_
     assert lost in submitted[0]
 
 
+@thorough("a resumed study meets its lock in every run")
 def test_two_controllers(tokens, tmp_path):
     plan = write_study(tmp_path, tokens, learning_rate={"values": [0.001]}, horizons={"tokens": [2560]})
     words = ["submit", str(plan), "--study", str(tmp_path / "small"), *FAST]

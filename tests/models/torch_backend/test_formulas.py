@@ -11,6 +11,7 @@ from megatron_qwen.models.torch_backend.compiled import Kernels
 from megatron_qwen.models.torch_backend.functions import RMSNormFunction, RotateQKV, SwiGLU
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 from megatron_qwen.objectives.cross_entropy import _block_loss, _Target
+from tests.tiers import cases
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -77,7 +78,7 @@ def test_as_written(as_written, dtype):
     compare(dtype)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", cases([torch.bfloat16], [torch.float32]), ids=str)
 def test_compiled(by_kernels, dtype):
     compare(dtype)
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from tests.conftest import run
+from tests.tiers import thorough
 
 
 def rows(name: str, *arguments: object) -> list[dict]:
@@ -14,6 +15,7 @@ def rows(name: str, *arguments: object) -> list[dict]:
     return json.loads(done.stdout)
 
 
+@thorough("the other benchmarks run")
 def test_layer():
     found = rows("layer")
     assert [row["benchmark"] for row in found] == [

@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints_convert.quantize.names import GGUF_KINDS, SAFETENSORS_FORMATS
 from tools.dev.benchmarks.convert import ROOT
 from tools.dev.benchmarks.rows import BenchmarkRow, against_limit
 
+SAFETENSORS_FORMATS = ("gptq-int4", "gptq-int8", "awq-int4", "w4a16", "w8a8", "fp8", "fp8-block")
+GGUF_KINDS = ("F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
 _WIDER = (
     "model.hidden_size=256",
     "model.ffn_hidden_size=768",
@@ -57,7 +58,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
 def _of_model(name: str, source: Path, out: Path, group: int) -> list[BenchmarkRow]:
     formats = [one for one in SAFETENSORS_FORMATS if not (group != 128 and one == "fp8-block")]
     kinds = ",".join(GGUF_KINDS)
-    words = ("--format", f"{','.join(formats)},gguf:{kinds}", "--group-size", group, *_SAMPLES)
+    words: tuple[object, ...] = ("--format", f"{','.join(formats)},gguf:{kinds}", "--group-size", group, *_SAMPLES)
     _call("checkpoints_convert.convert", "quantize", source, out, *words)
     # Rounding to nearest beside the calibrated ones, and GGUF with importances beside those without.
     nearest = [one for one in formats if not one.startswith("fp8")]
