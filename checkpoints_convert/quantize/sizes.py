@@ -3,7 +3,7 @@
 ``python -P -m checkpoints_convert.quantize.sizes`` prints the table of docs/quantize.md.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
 
 MODELS = {
-    name.removeprefix("qwen2_5_").replace("_", ".").upper(): name for name in RECIPES if name.startswith("qwen2_5_")
+    size.replace("_", ".").upper(): f"qwen2_5_{size}" for size in ("0_5b", "1_5b", "3b", "7b", "14b", "32b", "72b")
 }
 _PADDED = " (padded)"
 
@@ -57,9 +57,13 @@ def release_bytes(model: ModelConfig, format_name: str) -> int:
     return sum(file.size for file in plan_files(shapes, model, format_, dtype=dtype))
 
 
-def table() -> list[str]:
-    """Markdown: a row for each format, a column for each model, in GB."""
-    models = {name: RECIPES[recipe]().model for name, recipe in MODELS.items()}
+def table(names: Sequence[str] = tuple(MODELS)) -> list[str]:
+    """Markdown: a row for each format, a column for each model, in GB.
+
+    Args:
+        names: of the models, in the order of the columns.
+    """
+    models = {name: RECIPES[MODELS[name]]().model for name in names}
     lines = [f"| GB | {' | '.join(models)} |", f"|---|{'---|' * len(models)}"]
     sizes = [f"{2 * weights_in(model) / 1e9:.2f}" for model in models.values()]
     lines.append(f"| bf16 | {' | '.join(sizes)} |")
