@@ -129,10 +129,10 @@ def _entry(name: str, described: dict[str, Any], begin: int) -> StoredEntry:
     if dtype is None:
         raise ValueError(f"format {described['dtype']!r} is not known here")
     shape = tuple(described["shape"])
-    if not all(isinstance(length, int) and 0 <= length < 2**40 for length in shape):
+    if not all(type(length) is int and 0 <= length < 2**40 for length in shape):  # JSON's true is an int in Python
         raise ValueError(f"shape {described['shape']!r}")
     first, last = described["data_offsets"]
-    if not (isinstance(first, int) and isinstance(last, int)):
+    if not (type(first) is int and type(last) is int):
         raise ValueError("data_offsets must be whole numbers")
     entry = StoredEntry(name, dtype, shape, begin + int(first))
     if first < 0 or last - first != entry.size:

@@ -82,12 +82,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
     },
 }
+# transformers 5.24 takes the widths of experts and shared experts from its defaults: those of
+# Qwen1.5-MoE-A2.7B and Qwen3-30B-A3B, whatever a file says.
+OF_TRANSFORMERS_WIDTHS = {
+    "qwen2_moe of its widths": MODELS["qwen2_moe"]
+    | {"shared_expert_intermediate_size": 5632, "moe_intermediate_size": 1408},
+    "qwen3_moe of its widths": MODELS["qwen3_moe"] | {"moe_intermediate_size": 768},
+}
 TEXT = Path(__file__).parents[4] / "docs" / "architecture.md"
 
 
 def make(name: str, directory: Path, *, dtype: torch.dtype = torch.float32, vocab_size: int = 600) -> Path:
     """A model's directory with config.json, weights and a tokenizer."""
-    config = MODELS[name]
+    config = {**MODELS, **OF_TRANSFORMERS_WIDTHS}[name]
     directory.mkdir(parents=True, exist_ok=True)
     stated = {"architectures": [ARCHITECTURES[config["model_type"]]], "eos_token_id": 0, **config}
     (directory / "config.json").write_text(json.dumps(stated))
