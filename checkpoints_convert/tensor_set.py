@@ -8,7 +8,8 @@ import xxhash
 
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.checkpoint.weights import CheckpointWeights
-from megatron_qwen.hf.mapping import CoreTensor, HfTensor, Range, hf_tensors
+from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.hf.mapping import CoreTensor, HfTensor, Range, core_tensors, hf_tensors
 
 _BLOCK_BYTES = 1 << 24
 
@@ -47,6 +48,30 @@ class ExportedWeights:
     def core_rows(self, item: HfTensor, start: int, stop: int) -> torch.Tensor:
         """Rows of the checkpoint's tensor behind a Hugging Face one."""
         return self.weights.rows(CoreTensor(item.mapping, item.leading, ()), start, stop)
+
+
+class ImportedWeights:
+    """The weights of a Hugging Face directory as a checkpoint names and cuts them.
+
+    Args:
+        source: the directory's tensors.
+        model: their shape.
+    """
+
+    def __init__(self, source: TensorSet, model: ModelConfig) -> None:
+        self._source = source
+        self._items = {(item.mapping.core, item.leading): item for item in core_tensors(model)}
+
+    def rows(self, item: CoreTensor, start: int, stop: int) -> torch.Tensor:
+        """Rows of a checkpoint's tensor, read from the Hugging Face tensors that hold them."""
+        found, at = [], 0
+        known = self._items[item.mapping.core, item.leading]
+        for part, (first, last) in known.mapping.origin():
+            low, high = max(start, at), min(stop, at + last - first)
+            if low < high:
+                found.append(self._source.rows(known.names[part], first + low - at, first + high - at))
+            at += last - first
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _cut(ranges: tuple[Range, ...], start: int, stop: int) -> Iterator[Range]:

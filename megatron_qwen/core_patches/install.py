@@ -21,6 +21,7 @@ from megatron_qwen.core_patches import (
     lazy_jit,
     lone_collectives,
     padded_routing,
+    shared_expert_gate,
     shared_gloo_device,
     state_gather,
     timed_waits,
@@ -55,6 +56,7 @@ def _after_core(*, gpu: bool) -> None:
     """What is replaced in megatron-core itself, which these import."""
     if not gpu:
         expert_splits.apply()
+        shared_expert_gate.apply()
     expert_bias.apply()
     padded_routing.apply()
     group_step_adam.apply()

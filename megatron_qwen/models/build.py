@@ -130,7 +130,17 @@ def bare_module(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         groups: the groups of this rank.
         backend: whose modules the layers are made of.
     """
-    config = for_one_rank(config, backend)
+    return bare_chunk(for_one_rank(config, backend), groups, backend)
+
+
+def bare_chunk(config: RunConfig, groups: ProcessGroupCollection, backend: Backend) -> GPTModel:
+    """The model chunk of this rank with uninitialised parameters, without virtual stages.
+
+    Args:
+        config: the run, with the choices of ``estimate/choices.py``.
+        groups: the groups of this rank.
+        backend: whose modules the layers are made of.
+    """
     return _chunk(config, transformer_config(config, backend), groups, backend, vp_stage=None)
 
 

@@ -42,13 +42,17 @@ class LogitLayout:
         self, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> Iterator[tuple[slice, "_Target"]]:
         """The chunks of tokens with what each is to predict."""
-        rows, first_row = weight.shape[0], weight.shape[0] * self.group.rank()
-        valid = min(max(self.vocab_size - first_row, 0), rows)
         for begin in range(0, len(targets), self.chunk_tokens):
             span = slice(begin, begin + self.chunk_tokens)
-            local = targets[span] - first_row
-            mine = (local >= 0) & (local < valid)
-            yield span, _Target(local.clamp(0, max(valid - 1, 0)), mine, weights[span], valid, self.group)
+            yield span, self.target(weight.shape[0], targets[span], weights[span])
+
+    def target(self, rows: int, targets: torch.Tensor, weights: torch.Tensor) -> "_Target":
+        """What some tokens are to predict, for a rank with so many rows of the output matrix."""
+        first_row = rows * self.group.rank()
+        valid = min(max(self.vocab_size - first_row, 0), rows)
+        local = targets - first_row
+        mine = (local >= 0) & (local < valid)
+        return _Target(local.clamp(0, max(valid - 1, 0)), mine, weights, valid, self.group)
 
 
 def weighted_cross_entropy(
@@ -75,6 +79,19 @@ def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor,
     """Log-probability of each row's target in fp32, [n]; arguments as in ``weighted_cross_entropy``."""
     found: torch.Tensor = _LogProbs.apply(hidden, weight, targets, layout)
     return found
+
+
+def log_probs_of_logits(logits: torch.Tensor, targets: torch.Tensor, layout: LogitLayout) -> torch.Tensor:
+    """The bits of ``log_probs`` from logits that are there, without a gradient.
+
+    Args:
+        logits: of this rank's rows of the vocabulary, [n, padded vocabulary / TP]; overwritten.
+        targets: [n].
+        layout: of the logits; not cut into chunks here.
+    """
+    nothing = torch.zeros(len(targets), dtype=torch.float32, device=logits.device)  # weights are not read
+    losses, _ = _chunk_loss(logits, layout.target(logits.shape[1], targets, nothing), with_gradient=False)
+    return -losses
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
 
-from megatron_qwen.objectives.cross_entropy import LogitLayout, log_probs, weighted_cross_entropy
+from megatron_qwen.models.torch_backend import dense_gemm
+from megatron_qwen.objectives.cross_entropy import LogitLayout, log_probs, log_probs_of_logits, weighted_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,26 @@ class OutputHead:
         """
         found = log_probs(self._rows(hidden), self.weight, labels.t().reshape(-1), self._layout)
         return found.view(labels.shape[1], labels.shape[0]).t()
+
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """This rank's logits of some tokens, [n, h] -> [n, padded vocabulary / TP]; without autograd."""
+        return dense_gemm.linear(rows, self.weight)
+
+    def whole_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Those of the whole vocabulary without padding, fp32 [n, v], on every TP rank."""
+        if self.group.size() > 1:
+            parts = [torch.empty_like(logits) for _ in range(self.group.size())]
+            dist.all_gather(parts, logits.contiguous(), group=self.group)
+            logits = torch.cat(parts, dim=1)
+        return logits[:, : self.vocab_size].float()
+
+    def log_probs_of(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of labels [n] by this rank's logits, which are overwritten; the bits of ``log_probs``."""
+        return log_probs_of_logits(logits, labels, self._layout)
+
+    def rows(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states of all tokens, [s x b, h], from those of this rank; without autograd."""
+        return self._rows(hidden)
 
     @property
     def _layout(self) -> LogitLayout:

@@ -12,6 +12,9 @@ from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 # From this many rows and weights on, oneDNN's faster weight-gradient GEMM outweighs the transposed copy that it needs.
 # Chosen by hand; docs/performance.md has what it gains in a step of two threads.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
+# With fewer rows MKL and oneDNN run other code, which sums in another order. From here on a row's bits do not depend on
+# the other rows, so that inference computes token by token what training computes at once.
+INVARIANT_ROWS = 4
 
 
 def linear(
@@ -25,12 +28,20 @@ def linear(
         bias: [m]; cannot be combined with ``out``.
         out: tensor for the result, [n, m]; None makes a new one.
     """
+    if 0 < len(x) < INVARIANT_ROWS and x.device.type == "cpu":
+        result = linear(filled(x), weight, bias)[: len(x)]
+        return result if out is None else out.copy_(result)
     if _is_onednns(x, weight):
         result = _onednn(x, weight, bias)
         return result if out is None else out.copy_(result)
     if out is not None:
         return torch.mm(x, weight.t(), out=out)
     return F.linear(x, weight, bias)
+
+
+def filled(rows: torch.Tensor) -> torch.Tensor:
+    """Rows [n, k] with rows of zeros behind them, up to ``INVARIANT_ROWS``; themselves where they are as many."""
+    return F.pad(rows, (0, 0, 0, max(0, INVARIANT_ROWS - len(rows))))
 
 
 def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_qwen import device
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
+from megatron_qwen.models.torch_backend.dense_gemm import INVARIANT_ROWS, filled
 from megatron_qwen.models.torch_backend.functions import swiglu, swiglu_gradient
 
 # Compute capability from which grouped_mm is used (Hopper). It needs the weights of all experts in one tensor, which
@@ -103,8 +104,10 @@ def grouped_gemm(
         return F.grouped_mm(rows, torch.stack(tuple(weights)).transpose(-2, -1), offs=_ends(counts, rows.device))
     result = rows.new_empty(rows.shape[0], weights[0].shape[0])
     for weight, begin, end in zip(weights, *_bounds(counts), strict=True):
-        if end > begin:
+        if end - begin >= INVARIANT_ROWS:
             torch.mm(rows[begin:end], weight.t(), out=result[begin:end])
+        elif end > begin:
+            result[begin:end] = torch.mm(filled(rows[begin:end]), weight.t())[: end - begin]
     return result
 
 

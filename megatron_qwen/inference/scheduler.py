@@ -1,0 +1,137 @@
+"""Which sequences compute which tokens in a step: continuous batching over a pool of blocks.
+
+Sequences join whenever blocks are free and leave when they are finished. A prompt is computed in parts, so that a long
+one does not hold up the others. Where blocks run out, the sequence that joined last is put back and computed again
+later (Kwon et al. 2023, arXiv 2309.06180, section 4.5). Nothing depends on the time, so all ranks of a layout decide
+alike.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_qwen.inference.blocks import BLOCK, BlockPool, blocks_of
+from megatron_qwen.inference.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Span:
+    """Tokens of a sequence that a step computes.
+
+    Args:
+        sequence: whose.
+        start: position of the first.
+        stop: position behind the last.
+    """
+
+    sequence: Sequence
+    start: int
+    stop: int
+
+    @property
+    def is_at_end(self) -> bool:
+        """Whether the next token can be chosen after it."""
+        return self.stop == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a step may take.
+
+    Args:
+        sequences: that are answered at a time.
+        tokens: of prompts that a step computes, at most; at least a block.
+    """
+
+    sequences: int = 64
+    tokens: int = 512
+
+
+class Scheduler:
+    """Sequences that wait and that are being answered.
+
+    Args:
+        pool: the blocks of the cache.
+        limits: of a step.
+    """
+
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
+        self.pool, self.limits = pool, limits
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preempted = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits or runs."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Puts a sequence at the end of those that wait. All of it, at its longest, must fit into the pool."""
+        self.waiting.append(sequence)
+
+    def step(self) -> list[Span]:
+        """The tokens of the next step; their blocks are held."""
+        spans, left = [], self.limits.tokens
+        for sequence in list(self.running):
+            if sequence not in self.running:
+                continue  # put back for one before it
+            missing = len(sequence.tokens) - sequence.cached
+            part = 1 if missing == 1 else min(missing, left)
+            if part < 1 or not self._hold(sequence, sequence.cached + part):
+                continue
+            spans.append(Span(sequence, sequence.cached, sequence.cached + part))
+            left -= 0 if missing == 1 else part
+        spans = [span for span in spans if span.sequence in self.running]
+        while left > 0 and self.waiting and len(self.running) < self.limits.sequences:
+            sequence = self.waiting[0]
+            self._share(sequence)
+            stop = min(len(sequence.tokens), sequence.cached + left)
+            # One block beyond: otherwise its next token might put back what runs.
+            if blocks_of(len(sequence.tokens) + 1) - len(sequence.blocks) > self.pool.free:
+                self.pool.give_back(sequence.forget())
+                break
+            self.waiting.popleft()
+            self.running.append(sequence)
+            held = self._hold(sequence, stop)
+            assert held
+            spans.append(Span(sequence, sequence.cached, stop))
+            left -= stop - sequence.cached
+        return spans
+
+    def done(self, spans: list[Span]) -> Iterator[Sequence]:
+        """Takes note of a step that was computed; gives the sequences that are finished and releases their blocks."""
+        for span in spans:
+            sequence = span.sequence
+            sequence.cached = span.stop
+            for number in range(span.start // BLOCK, span.stop // BLOCK):
+                if not sequence.is_scored:
+                    self.pool.publish(sequence.blocks[number], sequence.name_of(number))
+            finished = span.stop == len(sequence.request.prompt) if sequence.is_scored else sequence.answer.reason
+            if finished:
+                self.running.remove(sequence)
+                self.pool.give_back(sequence.forget())
+                yield sequence
+
+    def _hold(self, sequence: Sequence, stop: int) -> bool:
+        """Takes the blocks up to a position, from those that joined later if need be; False if it was put back."""
+        while (missing := blocks_of(stop) - len(sequence.blocks)) > self.pool.free:
+            last = self.running.pop()
+            self.pool.give_back(last.forget())
+            self.waiting.appendleft(last)
+            self.preempted += 1
+            if last is sequence:
+                return False
+        sequence.blocks += [self.pool.take() for _ in range(missing)]
+        return True
+
+    def _share(self, sequence: Sequence) -> None:
+        """Takes over blocks that hold the beginning of a sequence; its last token is computed in any case."""
+        if sequence.is_scored:
+            return
+        for number in range((len(sequence.tokens) - 1) // BLOCK):
+            block = self.pool.share(sequence.name_of(number))
+            if block is None:
+                break
+            sequence.blocks.append(block)
+            sequence.cached += BLOCK

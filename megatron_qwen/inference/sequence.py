@@ -1,0 +1,71 @@
+"""A request that is being answered."""
+
+from dataclasses import dataclass, field
+
+from megatron_qwen.inference.blocks import BLOCK, chain
+from megatron_qwen.inference.noise import stream_key
+from megatron_qwen.inference.request import Answer, FinishReason, Request
+from megatron_qwen.inference.sampler import Row
+
+
+@dataclass
+class Sequence:
+    """Tokens, and how far the cache has them.
+
+    Args:
+        request: what was asked.
+        longest: positions that the model has.
+        tokens: prompt and answer.
+        cached: positions whose keys and values are in the cache.
+        blocks: that hold them, in order.
+        names: of the full blocks among them (``blocks.chain``).
+        answer: so far.
+    """
+
+    request: Request
+    longest: int
+    tokens: list[int] = field(init=False)
+    cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    names: list[int] = field(default_factory=list)
+    answer: Answer = field(default_factory=Answer)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        sampling = self.request.sampling
+        self._key = stream_key(sampling.seed if sampling else 0, self.tokens, self.request.sample)
+
+    @property
+    def is_scored(self) -> bool:
+        """Whether only the log-probabilities of its text are wanted."""
+        return self.request.sampling is None
+
+    def row(self) -> Row:
+        """Its next token, for the sampler."""
+        assert self.request.sampling is not None
+        return Row(self.request.sampling, self._key, len(self.tokens), self.tokens, len(self.request.prompt))
+
+    def name_of(self, number: int) -> int:
+        """The name of its full block ``number``."""
+        while len(self.names) <= number:
+            at = len(self.names)
+            before = self.names[-1] if self.names else 0
+            self.names.append(chain(before, self.tokens[at * BLOCK : (at + 1) * BLOCK]))
+        return self.names[number]
+
+    def take(self, token: int, logprob: float) -> None:
+        """A token was chosen; afterwards ``answer.reason`` says whether it was the last."""
+        sampling = self.request.sampling
+        assert sampling is not None
+        self.tokens.append(token)
+        self.answer.tokens.append(token)
+        self.answer.logprobs.append(logprob)
+        if token in sampling.stop_tokens:
+            self.answer.reason = FinishReason.STOP
+        elif len(self.answer.tokens) >= sampling.max_new_tokens or len(self.tokens) >= self.longest:
+            self.answer.reason = FinishReason.LENGTH
+
+    def forget(self) -> list[int]:
+        """Gives up what is cached, to be computed again later; the blocks that it held."""
+        blocks, self.blocks, self.cached = self.blocks, [], 0
+        return blocks

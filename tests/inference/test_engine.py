@@ -1,0 +1,102 @@
+"""The engine against the training forward, to the last bit, under every kind of layout; sequences join and leave."""
+
+import random
+from typing import Any
+
+import pytest
+
+from megatron_qwen.inference.request import Answer, Request, Sampling
+from megatron_qwen.inference.scheduler import Limits
+from megatron_qwen.recipes.registry import RECIPES
+from tests.distributed import jobs as training_jobs
+from tests.distributed.layouts import DENSE, MOE
+from tests.inference import jobs
+from tests.tiers import cases, count
+
+LENGTHS = (1, 2, 5, 60, 63, 64, 65, 129, 200)
+TP2, TP2SP, PP2, EP2, DP2 = "TP2", "TP2+SP", "PP2", "EP2", "DP2"
+
+
+def requests(recipe: str, number: int, *, seed: int = 0) -> list[Request]:
+    """Prompts of all lengths; half of the answers are sampled."""
+    dice, vocabulary = random.Random(seed), RECIPES[recipe]().model.vocab_size
+    found = []
+    for index in range(number):
+        prompt = tuple(dice.randrange(vocabulary) for _ in range(LENGTHS[index % len(LENGTHS)]))
+        sampling = Sampling(max_new_tokens=dice.choice([3, 17, 70]), temperature=float(index % 2), top_p=0.95, seed=7)
+        found.append(Request(prompt, sampling, number=index))
+    return found
+
+
+def texts(asked: list[Request], answers: list[Answer]) -> list[list[int]]:
+    return [[*request.prompt, *answer.tokens] for request, answer in zip(asked, answers, strict=True)]
+
+
+def config_of(recipe: str, layout: dict[str, Any]) -> Any:
+    return training_jobs.with_layout(RECIPES[recipe](), layout)
+
+
+@pytest.fixture(scope="module")
+def alone(pool):
+    """Requests, answers and their texts of one rank, by recipe."""
+    kept: dict[str, tuple[list[Request], list[Answer], list[list[int]]]] = {}
+
+    def of(recipe: str) -> tuple[list[Request], list[Answer], list[list[int]]]:
+        if recipe not in kept:
+            asked = requests(recipe, count(quick=18, thorough=64))
+            found = pool[1].run(jobs.answers, RECIPES[recipe](), asked)[0]["answers"]
+            kept[recipe] = asked, found, texts(asked, found)
+        return kept[recipe]
+
+    return of
+
+
+@pytest.mark.parametrize("recipe", ["tiny_dense", "tiny_moe", "tiny_qwen3", "tiny_qwen3_moe"])
+def test_bits_of_the_training_forward(recipe, pool, alone):
+    asked, answers, whole = alone(recipe)
+    trained = pool[1].run(jobs.whole_texts, RECIPES[recipe](), whole)[0]
+    for request, answer, expected in zip(asked, answers, trained, strict=True):
+        assert answer.logprobs == expected[len(request.prompt) - 1 :]
+    scored = [Request(tuple(text), None, number=index) for index, text in enumerate(whole)]
+    again = pool[1].run(jobs.answers, RECIPES[recipe](), scored)[0]["answers"]
+    assert [answer.prompt_logprobs for answer in again] == trained
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"),
+    cases(
+        [("tiny_dense", TP2SP), ("tiny_dense", PP2), ("tiny_moe", EP2)],
+        [("tiny_dense", TP2), ("tiny_dense", DP2), ("tiny_moe", TP2SP), ("tiny_moe", PP2), ("tiny_qwen3_moe", EP2)],
+    ),
+)
+def test_layouts(recipe, layout, pool, alone):
+    asked, answers, whole = alone(recipe)
+    ranks, changes = (MOE if "moe" in recipe else DENSE)[layout]
+    config = config_of(recipe, changes)
+    for rank in pool[ranks].run(jobs.answers, config, asked):
+        for one, other in zip(answers, rank["answers"], strict=True):
+            assert one.tokens == other.tokens
+            assert one.reason == other.reason
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        # A stage computes what one rank does; other layouts have sums of their own, in training as here.
+        same, on = (config, ranks) if layout != PP2 else (RECIPES[recipe](), 1)
+        trained = pool[on].run(jobs.whole_texts, same, whole)[0]
+        for request, answer, expected in zip(asked, rank["answers"], trained, strict=True):
+            assert answer.logprobs == expected[len(request.prompt) - 1 :]
+
+
+@pytest.mark.parametrize("limits", [Limits(sequences=1), Limits(sequences=7, tokens=64), Limits(sequences=64)])
+def test_texts_do_not_depend_on_the_batch(limits, pool, alone):
+    asked, answers, _ = alone("tiny_dense")
+    found = pool[1].run(jobs.answers, RECIPES["tiny_dense"](), asked, 512, 64, limits)[0]["answers"]
+    assert [answer.tokens for answer in found] == [answer.tokens for answer in answers]
+    assert [answer.logprobs for answer in found] == [answer.logprobs for answer in answers]
+
+
+def test_where_blocks_run_out(pool, alone):
+    """Sequences are put back and computed again, to the same texts."""
+    asked, answers, _ = alone("tiny_dense")
+    found = pool[1].run(jobs.answers, RECIPES["tiny_dense"](), asked, 512, 7)[0]
+    assert found["preempted"] > 0
+    assert [answer.tokens for answer in found["answers"]] == [answer.tokens for answer in answers]
+    assert [answer.logprobs for answer in found["answers"]] == [answer.logprobs for answer in answers]
