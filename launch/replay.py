@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.request import smallest_world
 from megatron_qwen.attempts import AttemptLog
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
+from megatron_qwen.config.world import smallest_world
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.job.local_ranks import LocalRanks
 from megatron_qwen.recipes.registry import RECIPES

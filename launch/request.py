@@ -10,6 +10,7 @@ from launch.cluster import Cluster
 from megatron_qwen import slurm
 from megatron_qwen.config.run import RunConfig, with_paths
 from megatron_qwen.config.source import resolve
+from megatron_qwen.config.world import smallest_world
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.recipes.registry import RECIPES
 
@@ -157,12 +158,3 @@ def absolute_paths(config: RunConfig) -> RunConfig:
         return path if "://" in path else os.path.abspath(path)  # noqa: PTH100 (links stay as they were given)
 
     return with_paths(config, absolute)
-
-
-def smallest_world(config: RunConfig) -> int:
-    """Fewest ranks that hold the model: the layout's size and, with experts, a multiple of both grids."""
-    parallel, dense = config.parallel, config.parallel.model_parallel_size
-    if not config.model.is_moe:
-        return dense
-    expert = parallel.expert_tensor_size * parallel.expert_model_parallel_size * parallel.pipeline_model_parallel_size
-    return next(size for size in range(dense, dense * expert + 1, dense) if size % expert == 0)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from launch import by_hand, orphans, run_jobs
 from launch.replay import replay_of
-from launch.request import absolute_paths, smallest_world
+from launch.request import absolute_paths
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.blend import SINGLE
 from megatron_qwen.config.checks import require_legal
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
+from megatron_qwen.config.world import smallest_world
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.job.local_ranks import LocalRanks
 from megatron_qwen.recipes.registry import RECIPES

@@ -1,122 +1,174 @@
-"""``mq generate``: text from an exported model."""
+"""``mq generate``: text from a run, a checkpoint of any layout, or a Hugging Face directory."""
 
 import argparse
 import json
-import math
+import logging
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_qwen.cli import Parser, run_program
-from megatron_qwen.errors import ConfigError, ConversionError, DataError, Problem
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.inference.request import Sampling
+
+if TYPE_CHECKING:
+    from megatron_qwen.distributed.rank import RankInfo
+    from tools.generation.loaded import LoadOptions
+
+_TOP_P = 0.95
 
 
-def generate(directory: Path, prompts: Sequence[str], *, tokens: int, temperature: float, seed: int) -> list[str]:
-    """Continuations of prompts by the model in a Hugging Face directory, prompts left out.
-
-    Args:
-        directory: as ``mq convert to-hf`` makes it.
-        prompts: texts to go on from.
-        tokens: most new tokens.
-        temperature: 0 is greedy decoding (argmax).
-        seed: of the sampling.
-    """
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError:
-        raise ConversionError(
-            Problem("mq generate", None, "needs transformers: pip install 'megatron_qwen[hf]'.")
-        ) from None
-    import torch
-
-    from megatron_qwen.data.tokenizers.release import load_with
-
-    logging.disable_progress_bar()
-    try:
-        tokenizer = load_with(_tokenizer_class(directory), directory)
-        model = AutoModelForCausalLM.from_pretrained(directory)
-    except (ConversionError, DataError):
-        raise
-    except Exception as error:  # whatever a damaged directory makes transformers raise
-        reason = str(error).splitlines()[0][:200]
-        raise ConversionError(
-            Problem(str(directory), None, f"cannot be loaded ({type(error).__name__}: {reason}).")
-        ) from None
-    torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
-    texts = []
-    for prompt in prompts:
-        inputs = tokenizer(prompt, return_tensors="pt")
-        out = model.generate(**inputs, max_new_tokens=tokens, pad_token_id=tokenizer.eos_token_id, **sampling)
-        texts.append(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-def _tokenizer_class(directory: Path) -> str:
-    """The class of transformers that gives the ids that tokenizer.json says."""
-    from megatron_qwen.data.tokenizers.release import AUTO, loader_of
-    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
-
-    if not (directory / "tokenizer.json").is_file():
-        return AUTO
-    refusal = "cannot be used, because no class of transformers does what the tokenizer's files say"
-    way_out = "Another version of transformers may; or export the model again with another tokenizer (--tokenizer)."
-    reference = load_tokenizer(directory)
-    return loader_of(directory, reference, where=directory, refusal=refusal, way_out=way_out).name or AUTO
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(
+        "mq generate",
+        description="Generates text with the modules that train, on the ranks of any layout: SOURCE is a run, a "
+        "checkpoint root, one iteration, or a Hugging Face directory. The same seed gives the same text under every "
+        "layout and beside whatever other prompts.",
+        examples=[
+            'mq generate runs/first --prompt "def main("',
+            'mq generate out/first-hf --prompt "import " --temperature 0 --json --logprobs',
+            'mq generate runs/first parallel.tensor_model_parallel_size=2 --prompt "class "',
+            'mq generate out/first-hf --prompt "import " --with transformers',
+        ],
+    )
+    found.add_argument("source", type=Path, help="run, checkpoint root, one iteration, or Hugging Face directory")
+    found.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.field=value",
+        help="parallel.* for the layout; others with --config, for a checkpoint that another program wrote",
+    )
+    found.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    found.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
+    found.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    found.add_argument("--top-k", type=int, default=0, help="among so many tokens; 0: all (%(default)s)")
+    found.add_argument("--top-p", type=float, default=_TOP_P, help="among tokens of this probability (%(default)s)")
+    found.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (%(default)s)")
+    found.add_argument("--presence-penalty", type=float, default=0.0, help="0 is none (%(default)s)")
+    found.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
+    found.add_argument("--samples", type=int, default=1, help="answers to each prompt (%(default)s)")
+    found.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
+    found.add_argument("--logprobs", action="store_true", help="with --json: of each token, in nats")
+    found.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens, logprobs, ...}")
+    found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
+    found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
+    found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
+    found.add_argument("--dtype", choices=["bf16", "fp32"], help="to compute in; default: that of the weights")
+    found.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
+    found.add_argument(
+        "--with", dest="by", choices=["engine", "transformers"], default="engine", help="what computes (%(default)s)"
+    )
+    return found
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints a continuation for each prompt."""
-    parser = Parser(
-        "mq generate",
-        description="Generates text from a Hugging Face directory.",
-        examples=[
-            'mq generate out/first-hf --prompt "def main("',
-            'mq generate out/first-hf --prompt "import " --temperature 0',
-        ],
-    )
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--prompt", action="append", required=True, help="may be given more than once")
-    parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.8)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args(arguments)
-    _require_sensible(options)
-    texts = generate(
-        options.directory,
-        options.prompt,
-        tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        seed=options.seed,
-    )
-    if options.json:
-        print(
-            json.dumps(
-                [{"prompt": prompt, "text": text} for prompt, text in zip(options.prompt, texts, strict=True)], indent=2
-            )
-        )
-    else:
-        for prompt, text in zip(options.prompt, texts, strict=True):
-            print(f"{prompt}{text}\n")
+    """Prints the answers, in the order of the prompts."""
+    options = parser().parse_intermixed_args(arguments)
+    sampling = _sampling(options)
+    if options.by == "transformers":
+        from tools.generation import with_transformers
+
+        texts = with_transformers.generate(options.source, options.prompt, sampling)
+        pairs = zip(options.prompt, texts, strict=True)
+        _show([{"prompt": prompt, "text": text} for prompt, text in pairs], as_json=options.json)
+        return 0
+    from megatron_qwen.core_patches.install import prepare_process
+
+    prepare_process()
+    from megatron_qwen.distributed.rank import RankInfo, leave
+
+    info = RankInfo.from_environment()
+    if info.world_size == 1 and (ranks := _ranks(options)) > 1:
+        return _start_ranks(options.source, arguments, ranks)
+    _set_up_log(rank=info.rank)
+    found = _answers(options, sampling, info)
+    if info.rank == 0:
+        _show(found, as_json=options.json)
+    leave()
     return 0
 
 
-def _require_sensible(options: argparse.Namespace) -> None:
-    problems = []
-    if not (options.directory / "config.json").is_file():
-        fix = "is not a Hugging Face directory: it has no config.json."
-        problems.append(Problem("directory", options.directory, fix))
-    if not 0 <= options.temperature < math.inf:
-        problems.append(Problem("--temperature", options.temperature, "must be 0 or more."))
-    if options.max_new_tokens < 1:
-        problems.append(Problem("--max-new-tokens", options.max_new_tokens, "must be at least 1."))
-    if not 0 <= options.seed < 2**63:
-        problems.append(Problem("--seed", options.seed, "must be from 0 to 2^63 - 1."))
+def _answers(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") -> list[dict[str, Any]]:
+    from tools.generation.loaded import load
+    from tools.generation.texts import complete
+
+    model = load(options.source, _load_options(options), info)
+    done = sorted(complete(model, options.prompt, sampling), key=lambda one: one.number)
+    return [one.as_json(logprobs=options.logprobs) for one in done]
+
+
+def _load_options(options: argparse.Namespace) -> "LoadOptions":
+    from tools.generation.loaded import LoadOptions
+
+    return LoadOptions(
+        iteration=options.iteration,
+        words=options.overrides,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        longest=options.context,
+    )
+
+
+def _ranks(options: argparse.Namespace) -> int:
+    """Local ranks to start; everything that is wrong with the source is said before they are."""
+    from megatron_qwen.config.world import smallest_world
+    from tools.generation.loaded import open_for_inference
+
+    _, config, _ = open_for_inference(options.source, _load_options(options))
+    return smallest_world(config)
+
+
+def _start_ranks(source: Path, arguments: Sequence[str], ranks: int) -> int:
+    from megatron_qwen.job.local_ranks import LocalRanks
+
+    words = list(arguments)
+    words.remove(str(source))
+    with tempfile.TemporaryDirectory(prefix="mq-generate-") as folder:
+        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), module="tools.generate", options=words)
+        return started.run()
+
+
+def _set_up_log(*, rank: int) -> None:
+    level = logging.INFO if rank == 0 and sys.stderr.isatty() else logging.WARNING
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+
+
+def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    for one in found:
+        print(f"{one['prompt']}{one['text']}\n")
+
+
+def _sampling(options: argparse.Namespace) -> Sampling:
+    sampling = Sampling(
+        max_new_tokens=options.max_new_tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        repetition_penalty=options.repetition_penalty,
+        presence_penalty=options.presence_penalty,
+        stop_strings=tuple(options.stop),
+        seed=options.seed,
+        samples=options.samples,
+    )
+    problems = sampling.problems()
+    if not options.source.is_dir():
+        problems.append(Problem("SOURCE", options.source, "is not there; name a run, a checkpoint or a directory."))
     if not all(options.prompt):
         problems.append(Problem("--prompt", "''", "must hold text."))
+    if not all(options.stop):
+        problems.append(Problem("--stop", "''", "must hold text."))
+    if options.context is not None and options.context < 2:
+        problems.append(Problem("--context", options.context, "must be at least 2."))
     if problems:
         raise ConfigError(problems)
+    return sampling
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import xxhash
 
 from checkpoints_convert.formats.quantized_format import QuantizedFormat
 from checkpoints_convert.formats.quantized_linear import QuantizedLinear
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.quantize.calibrate import calibrate, calibration_identity
 from checkpoints_convert.quantize.calibration_data import (
     SampleChoice,
@@ -28,7 +29,6 @@ from checkpoints_convert.quantize.names import AWQ, GPTQ, NEAREST, SMOOTHQUANT
 from checkpoints_convert.quantize.padding import PaddedWeights, Padding
 from checkpoints_convert.quantize.solved import SolvedLayers
 from checkpoints_convert.quantize.solved_store import SolvedStore
-from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.release import identity_digest
 from megatron_qwen.errors import ConfigError, Problem
 
@@ -57,7 +57,7 @@ class CalibrationRequest:
     options: CalibrationOptions = field(default_factory=CalibrationOptions)
     restart: bool = False
 
-    def require(self, source: QuantizeSource, format_: QuantizedFormat, method: str) -> None:
+    def require(self, source: ModelSource, format_: QuantizedFormat, method: str) -> None:
         """Refuses what cannot be made, before anything is written.
 
         Raises:
@@ -74,7 +74,7 @@ class CalibrationRequest:
         if problems:
             raise ConfigError(problems)
 
-    def missing(self, source: QuantizeSource) -> Problem | None:
+    def missing(self, source: ModelSource) -> Problem | None:
         """What is wrong with the choice of data; None if nothing is."""
         given = {
             "--calibrate": self.texts[:1],
@@ -96,7 +96,7 @@ class CalibrationRequest:
             return Problem("--calibrate", None, fix)
         return None
 
-    def samples(self, source: QuantizeSource) -> Samples:
+    def samples(self, source: ModelSource) -> Samples:
         """The calibration data.
 
         Raises:
@@ -115,7 +115,7 @@ class CalibrationRequest:
 
 @contextmanager
 def solved_layers(
-    source: QuantizeSource,
+    source: ModelSource,
     format_: QuantizedFormat,
     method: str,
     *,
@@ -148,7 +148,7 @@ def calibration_folder(out: Path) -> Path:
     return out.absolute().with_name(f".{out.name}.calibration")
 
 
-def calibration_model(source: QuantizeSource, padding: Padding) -> CalibrationSource:
+def calibration_model(source: ModelSource, padding: Padding) -> CalibrationSource:
     """The model that is calibrated: the source's, in the shape that is written."""
     model = padding.model(source.model)
     config = source.config(dtype="float32") | padding.config(source.model)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from checkpoints_convert.model_card import commit_text, parameters_text, shape_text
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.progress import gb
 from checkpoints_convert.quantize.names import AWQ, GPTQ, IMPORTANCE, NEAREST, SMOOTHQUANT
 from checkpoints_convert.quantize.padding import padding_between
-from checkpoints_convert.quantize.source import QuantizeSource
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.data.tokenizers.release import AUTO
 from megatron_qwen.provenance import code_version
@@ -82,7 +82,7 @@ class ReleaseFacts:
 
 
 def quantized_card(
-    source: QuantizeSource,
+    source: ModelSource,
     facts: ReleaseFacts,
     *,
     name: str,
@@ -144,17 +144,13 @@ def quantized_card(
     return "\n".join([*front, "", f"# {name}", "", *table, "", *use, ""])
 
 
-def _padded(source: QuantizeSource, architecture: Architecture) -> str | None:
+def _padded(source: ModelSource, architecture: Architecture) -> str | None:
     padding = padding_between(source.model, architecture.model)
     return f"{padding.told(source.model)}, with zeros: the model computes the same" if padding.widths else None
 
 
 def folder_card(
-    source: QuantizeSource,
-    releases: Sequence[tuple[str, ReleaseFacts]],
-    *,
-    kept: Sequence[str] = (),
-    license_: str | None,
+    source: ModelSource, releases: Sequence[tuple[str, ReleaseFacts]], *, kept: Sequence[str] = (), license_: str | None
 ) -> str:
     """README.md of a folder of releases: a line each.
 

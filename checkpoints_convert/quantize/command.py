@@ -7,6 +7,7 @@ import logging
 from checkpoints_convert.arguments import size_in_bytes
 from checkpoints_convert.formats.registry import FormatOptions, make_formats
 from checkpoints_convert.hf_directory import HfDirectory
+from checkpoints_convert.model_source import open_model_source
 from checkpoints_convert.progress import gb
 from checkpoints_convert.quantize.arguments import wanted
 from checkpoints_convert.quantize.calibration_data import SampleChoice
@@ -16,7 +17,6 @@ from checkpoints_convert.quantize.gptq import GptqOptions
 from checkpoints_convert.quantize.padding import padding_of, proposal
 from checkpoints_convert.quantize.release import quantize_all
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions
-from checkpoints_convert.quantize.source import open_source
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.hf.kept import keys_with_effect
@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
     formats = make_formats(
         FormatOptions(options.group_size, options.asymmetric, options.act_order, options.fp8_blocks, options.damping)
     )
-    source = open_source(
+    source = open_model_source(
         options.source,
         iteration=options.iteration,
         config=options.config,

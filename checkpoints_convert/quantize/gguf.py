@@ -9,6 +9,7 @@ from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.formats.gguf.writing import GgufOptions, require_gguf, write_gguf
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.quantize.calibration_request import CalibrationRequest
 from checkpoints_convert.quantize.card import ReleaseFacts
 from checkpoints_convert.quantize.importance_matrix import ImportanceMatrix
@@ -16,7 +17,6 @@ from checkpoints_convert.quantize.names import GGUF, IMPORTANCE, NEAREST, UNWEIG
 from checkpoints_convert.quantize.padding import PaddedWeights
 from checkpoints_convert.quantize.plan import weights_in
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions
-from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.tensor_set import TensorSet
 from megatron_qwen.config.run import Architecture
 
@@ -37,7 +37,7 @@ class _PaddedSource:
     digest: str
 
 
-def require(source: QuantizeSource, out: Path, kinds: Sequence[str], options: QuantizeOptions) -> None:
+def require(source: ModelSource, out: Path, kinds: Sequence[str], options: QuantizeOptions) -> None:
     """Refuses what cannot be written, before anything is.
 
     Raises:
@@ -47,7 +47,7 @@ def require(source: QuantizeSource, out: Path, kinds: Sequence[str], options: Qu
 
 
 def write(
-    source: QuantizeSource,
+    source: ModelSource,
     out: Path,
     kinds: Sequence[str],
     options: QuantizeOptions,
@@ -92,7 +92,7 @@ def write(
     return [Quantized(done, _facts(out, kind, weights, importance=kind in weighed)) for kind in kinds]
 
 
-def _padded(source: QuantizeSource, options: QuantizeOptions) -> _PaddedSource:
+def _padded(source: ModelSource, options: QuantizeOptions) -> _PaddedSource:
     model = options.padding.model(source.model)
     held = source.checkpoint if source.checkpoint is not None else source.directory
     assert held is not None

@@ -10,10 +10,10 @@ import torch
 
 from checkpoints_convert.formats.gguf.names import GgufTensor, gguf_tensors
 from checkpoints_convert.formats.quantized_format import is_quantized
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.quantize.calibration_request import CalibrationRequest, calibration_folder, calibration_model
 from checkpoints_convert.quantize.importance import Importances, importance_identity, importances
 from checkpoints_convert.quantize.padding import Padding
-from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.release import identity_digest
 from megatron_qwen.errors import Problem
 
@@ -31,7 +31,7 @@ class ImportanceMatrix:
         DataError: files cannot be read, or hold too few tokens.
     """
 
-    def __init__(self, source: QuantizeSource, *, padding: Padding, out: Path, request: CalibrationRequest) -> None:
+    def __init__(self, source: ModelSource, *, padding: Padding, out: Path, request: CalibrationRequest) -> None:
         self._model = calibration_model(source, padding)
         self._work = calibration_folder(out)
         self._options = replace(request.options, restart=request.restart)

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from checkpoints_convert.formats.quantized_format import QuantizedFormat
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.quantize import gguf
 from checkpoints_convert.quantize.calibration_request import CalibrationRequest, calibration_folder, solved_layers
 from checkpoints_convert.quantize.card import folder_card
 from checkpoints_convert.quantize.names import GGUF, SAFETENSORS_FORMATS, default_method
 from checkpoints_convert.quantize.plan import require_shapes
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions, quantize
-from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.release import MANIFEST
 from checkpoints_convert.work import OccupiedError, require_free, require_name
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
@@ -25,7 +25,7 @@ _ROW = re.compile(r"\| \[([\w-]+)\]\(")  # of the table of a folder's card
 
 
 def quantize_all(
-    source: QuantizeSource,
+    source: ModelSource,
     out: Path,
     formats: Sequence[QuantizedFormat],
     *,
@@ -84,7 +84,7 @@ def quantize_all(
 
 
 def _require_methods(
-    source: QuantizeSource,
+    source: ModelSource,
     formats: Sequence[QuantizedFormat],
     methods: Mapping[str, str],
     request: CalibrationRequest,
@@ -103,7 +103,7 @@ def _require_methods(
         raise ConfigError(list(problems.values()))
 
 
-def _require_all_shapes(source: QuantizeSource, formats: Sequence[QuantizedFormat], options: QuantizeOptions) -> None:
+def _require_all_shapes(source: ModelSource, formats: Sequence[QuantizedFormat], options: QuantizeOptions) -> None:
     problems: list[Problem] = []
     for one in formats:
         try:
@@ -133,7 +133,7 @@ def _claim_folder(out: Path) -> None:
         raise OccupiedError(Problem(str(out), None, fix))
 
 
-def _write_table(source: QuantizeSource, out: Path, found: Sequence[Quantized], *, license_: str | None) -> None:
+def _write_table(source: ModelSource, out: Path, found: Sequence[Quantized], *, license_: str | None) -> None:
     """The folder's card: a line of each of these releases, and the lines of those that were there before."""
     path = out / README
     text = path.read_text() if path.is_file() else ""

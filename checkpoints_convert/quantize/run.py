@@ -13,13 +13,13 @@ from checkpoints_convert import work
 from checkpoints_convert.conversion import DTYPES, Converted, predict, worker_bytes
 from checkpoints_convert.formats.quantized_format import QuantizedFormat
 from checkpoints_convert.hf_directory import CONFIG, GENERATION, INDEX, SINGLE
+from checkpoints_convert.model_source import ModelSource
 from checkpoints_convert.output import OutputFile
 from checkpoints_convert.progress import ByteProgress, peak_resident_bytes
 from checkpoints_convert.quantize.card import ReleaseFacts, quantized_card
 from checkpoints_convert.quantize.padding import NO_PADDING, PaddedWeights, Padding
 from checkpoints_convert.quantize.plan import bits_a_weight, plan_files
 from checkpoints_convert.quantize.solved import SolvedLayers
-from checkpoints_convert.quantize.source import QuantizeSource
 from checkpoints_convert.release import is_complete
 from checkpoints_convert.released_directory import confirmed_loader, index_text, json_text, release
 from megatron_qwen.config.run import Architecture
@@ -85,7 +85,7 @@ class Quantized:
 class _Plan:
     """All that decides the bytes of a release, before any is written."""
 
-    source: QuantizeSource
+    source: ModelSource
     format: QuantizedFormat
     options: QuantizeOptions
     architecture: Architecture
@@ -100,7 +100,7 @@ class _Plan:
 
 
 def quantize(
-    source: QuantizeSource,
+    source: ModelSource,
     out: Path,
     format_: QuantizedFormat,
     options: QuantizeOptions,
@@ -133,7 +133,7 @@ def dtype_name(quantization: Mapping[str, Any]) -> str:
 
 
 def _plan(
-    source: QuantizeSource, format_: QuantizedFormat, options: QuantizeOptions, solved: SolvedLayers | None
+    source: ModelSource, format_: QuantizedFormat, options: QuantizeOptions, solved: SolvedLayers | None
 ) -> _Plan:
     model = options.padding.model(source.model)
     quantization = format_.config(model)

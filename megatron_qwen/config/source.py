@@ -104,6 +104,19 @@ def resolve(source: str, overrides: Sequence[str], recipes: Recipes) -> RunConfi
     return config
 
 
+def with_words(config: RunConfig, words: Sequence[str]) -> RunConfig:
+    """A configuration with ``section.field=value`` words changed.
+
+    Raises:
+        ConfigError: with every unknown field and every value of a wrong type.
+    """
+    over, problems = parse_overrides(words)
+    changes, more = _read(over)
+    if problems + more:
+        raise ConfigError(problems + more)
+    return _with_changes(config, changes)
+
+
 def _base(source: str, recipes: Recipes) -> tuple[RunConfig | None, list[Problem]]:
     """The configuration that overrides apply to, and its problems; None where no configuration can be built."""
     if source in recipes:

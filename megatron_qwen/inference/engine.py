@@ -5,7 +5,7 @@ first stage in every tick, and its tokens are known when it has left the last. A
 decide alike; only hidden states and chosen tokens travel.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -47,10 +47,18 @@ class Engine:
         stage: this rank's part of the model.
         blocks: of the cache, over all lanes; the same on all ranks.
         limits: of a step.
+        decode: ids to text, for stop strings.
     """
 
-    def __init__(self, stage: Stage, *, blocks: int, limits: Limits | None = None) -> None:
-        self.stage, limits = stage, limits or Limits()
+    def __init__(
+        self,
+        stage: Stage,
+        *,
+        blocks: int,
+        limits: Limits | None = None,
+        decode: Callable[[Sequence[int]], str] | None = None,
+    ) -> None:
+        self.stage, limits, self._decode = stage, limits or Limits(), decode
         groups = stage.groups
         self._stages, self._rank = groups.pp.size(), groups.pp.rank()
         each = blocks // self._stages
@@ -184,6 +192,8 @@ class Engine:
         ids, logprobs = found[0].long().tolist(), found[1].tolist()
         for at, span in enumerate(ends):
             span.sequence.take(ids[at], logprobs[at])
+            if self._decode is not None:
+                span.sequence.stop_at_strings(self._decode)
         at = len(ends)
         for span in scored:
             count = _labels(span)

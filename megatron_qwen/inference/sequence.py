@@ -1,5 +1,6 @@
 """A request that is being answered."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from megatron_qwen.inference.blocks import BLOCK, chain
@@ -64,6 +65,17 @@ class Sequence:
             self.answer.reason = FinishReason.STOP
         elif len(self.answer.tokens) >= sampling.max_new_tokens or len(self.tokens) >= self.longest:
             self.answer.reason = FinishReason.LENGTH
+
+    def stop_at_strings(self, decode: Callable[[list[int]], str]) -> None:
+        """Ends the answer where its text holds a stop string."""
+        sampling = self.request.sampling
+        if sampling is None or not sampling.stop_strings or self.answer.reason is FinishReason.STOP:
+            return
+        # A stop string of n characters takes at most as many tokens of bytes; those before them were looked at.
+        most = 4 * max(len(text) for text in sampling.stop_strings) + 8
+        text = decode(self.answer.tokens[-most:])
+        if any(stop in text for stop in sampling.stop_strings):
+            self.answer.reason = FinishReason.STOP
 
     def forget(self) -> list[int]:
         """Gives up what is cached, to be computed again later; the blocks that it held."""

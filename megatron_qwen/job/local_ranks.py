@@ -43,6 +43,7 @@ class LocalRanks:
         environment: of the ranks, without the variables that number them.
         quiet: rank 0 writes to a file as well.
         options: further words of a rank's command line.
+        module: the program of a rank; it is given the run directory, or what else it reads, and the options.
     """
 
     def __init__(
@@ -55,9 +56,11 @@ class LocalRanks:
         environment: Mapping[str, str] = os.environ,
         quiet: bool = False,
         options: Sequence[str] = (),
+        module: str = "megatron_qwen.train",
     ) -> None:
         self.run_dir, self.world_size, self.log_dir = run_dir, world_size, log_dir
-        self._python, self._environment, self._quiet, self._options = python, environment, quiet, options
+        self._python, self._environment, self._quiet = python, environment, quiet
+        self._module, self._options = module, options
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: list[TaskEnd] = []
         self._deadline: float | None = None
@@ -104,7 +107,7 @@ class LocalRanks:
             "MASTER_PORT": str(port),
             "MQ_LAUNCHER_PID": str(os.getpid()),
         }
-        command = [self._python, "-P", "-m", "megatron_qwen.train", str(self.run_dir), *self._options]
+        command = [self._python, "-P", "-m", self._module, str(self.run_dir), *self._options]
         return subprocess.Popen(
             command,
             env=environment,

@@ -12,7 +12,7 @@ import zstandard
 
 from megatron_qwen.config.blend import SourceSpec
 from megatron_qwen.data.reading.samples import ReadingOptions, window
-from megatron_qwen.data.reading.sources import open_source
+from megatron_qwen.data.reading.sources import open_model_source
 from megatron_qwen.data.token_files.manifest import manifest_path
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.verify import verify
@@ -65,7 +65,7 @@ def test_mutations(tokens, tmp_path):
             for document in (0, file.num_documents // 2, file.num_documents - 1):
                 file.document(document)
             file.document_ends(0, min(1000, file.num_tokens))
-            source = open_source("a", SourceSpec(path=str(prefix)), fraction=0.1)
+            source = open_model_source("a", SourceSpec(path=str(prefix)), fraction=0.1)
             reading = ReadingOptions(True, True, vocab_size=320)
             for start in (0, source.stop // 2, max(source.stop - 64, 0)) if source.stop > 1 else ():
                 window(

@@ -52,6 +52,7 @@ _PROJECT = (
 )
 _NOT_OF_IT = (
     "tools.dev",
+    "tools.generation",
     "checkpoints_convert.layerwise.layered_core",
     "checkpoints_convert.compare.whole_models",
     "megatron_qwen.data.text.parquet",  # pyarrow starts threads

@@ -1,15 +1,125 @@
-"""`mq generate` says what it lacks."""
+"""``mq generate``: from every kind of source, under other layouts, and against transformers."""
 
+import json
 import sys
 
 import pytest
+import torch
 
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConversionError
+from tests.conftest import run
+from tests.tiers import cases, count
 from tools.generate import main
+
+PROMPT = ("--prompt", "def f(x):", "--prompt", "import os")
+TEXTS = ("def __init__(self,", "import ", "class Error(", "    return ", "for key in", "x = [")
+GREEDY = ("--temperature", 0, "--max-new-tokens", 12, "--json", "--logprobs")
+
+
+def generate(*words):
+    return json.loads(run("tools.generate", *words, check=True).stdout)
+
+
+@pytest.fixture(scope="module")
+def hf(finished_run, tmp_path_factory):
+    out = tmp_path_factory.mktemp("export") / "hf"
+    run("checkpoints_convert.convert", "to-hf", finished_run, out, check=True)
+    return out
+
+
+def test_a_run_and_its_export_say_the_same(finished_run, hf):
+    found = generate(finished_run, *PROMPT, *GREEDY)
+    assert [one["prompt"] for one in found] == ["def f(x):", "import os"]
+    tokenizer = load_tokenizer(hf)
+    for one in found:
+        assert len(one["tokens"]) == len(one["logprobs"]) <= 12
+        assert all(logprob <= 0 for logprob in one["logprobs"])
+        stopped = one["finish_reason"] == "stop"
+        assert one["text"] == tokenizer.decode(one["tokens"][:-1] if stopped else one["tokens"])
+    assert generate(hf, *PROMPT, *GREEDY) == found
+    assert generate(finished_run / "checkpoints", "--iteration", 8, *PROMPT, *GREEDY) == found
+    assert generate(finished_run, "--iteration", 4, *PROMPT, *GREEDY) != found
+
+
+def test_greedy_tokens_are_those_of_transformers(hf):
+    import transformers
+
+    number = count(quick=12, thorough=200)
+    texts = [f"{TEXTS[index % len(TEXTS)]} # {index}" for index in range(number)]
+    words = [word for text in texts for word in ("--prompt", text)]
+    found = generate(hf, *words, *GREEDY)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    tokenizer = load_tokenizer(hf)
+    for text, one in zip(texts, found, strict=True):
+        ids = torch.tensor(tokenizer.encode_batch([text]))
+        theirs = model.generate(
+            ids, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        assert theirs.sequences[0, ids.shape[1] :].tolist() == one["tokens"]
+        logprobs = torch.cat(theirs.logits).log_softmax(1).gather(1, torch.tensor(one["tokens"])[:, None])
+        assert one["logprobs"] == pytest.approx(logprobs[:, 0].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    cases(
+        [{"tensor_model_parallel_size": 2, "sequence_parallel": "true"}],
+        [{"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}],
+    ),
+)
+def test_the_layout_changes_no_text(layout, finished_run):
+    words = (*PROMPT, "--max-new-tokens", 16, "--samples", 2, "--seed", 5, "--json")
+    overrides = [f"parallel.{field}={value}" for field, value in layout.items()]
+    one, other = generate(finished_run, *words), generate(finished_run, *overrides, *words)
+    assert [answer["tokens"] for answer in one] == [answer["tokens"] for answer in other]
+    assert len({str(answer["tokens"]) for answer in one}) == 4, "every answer is drawn for itself"
+
+
+def test_what_ends_an_answer(finished_run):
+    words = ("--prompt", "def f(x):", "--temperature", 1, "--max-new-tokens", 40, "--seed", 3, "--json")
+    (whole,) = generate(finished_run, *words)
+    stop = whole["text"][5:7]
+    (cut,) = generate(finished_run, *words, "--stop", stop)
+    assert cut["finish_reason"] == "stop"
+    assert cut["text"] == whole["text"][: whole["text"].index(stop)]
+    assert cut["tokens"] == whole["tokens"][: len(cut["tokens"])]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (["--temperature", "-1", "--top-p", "0"], 2, ["--temperature", "--top-p"]),
+        (["--temperature", "nan"], 2, ["--temperature"]),
+        (["--max-new-tokens", "0"], 2, ["--max-new-tokens"]),
+        (["--prompt", ""], 2, ["--prompt"]),
+        (["parallel.tensor_model_parallel_size=3"], 2, ["KV heads"]),
+        (["parallel.tensor_parallel_size=2"], 2, ["Did you mean parallel.tensor_model_parallel_size"]),
+        (["--prompt", "x = 1\n" * 5000], 3, ["positions; shorten the text"]),
+        (["--iteration", "5"], 4, ["5"]),
+    ],
+)
+def test_what_is_refused(words, code, told, finished_run):
+    done = run("tools.generate", finished_run, "--prompt", "x", *words)
+    assert done.returncode == code
+    assert all(text in done.stderr for text in told), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_is_no_model(tmp_path, hf):
+    assert run("tools.generate", tmp_path / "none", "--prompt", "x").returncode == 2
+    done = run("tools.generate", tmp_path, "--prompt", "x")
+    assert done.returncode == 4
+    assert "Traceback" not in done.stderr
+    done = run("tools.generate", tmp_path, "--prompt", "x", "--with", "transformers")
+    assert done.returncode == 2
+    assert "not a Hugging Face directory" in done.stderr
+    texts = run("tools.generate", hf, "--prompt", "def ", "--max-new-tokens", 5, "--with", "transformers", check=True)
+    assert texts.stdout.startswith("def ")
 
 
 def test_without_transformers(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConversionError, match=r"needs transformers: pip install 'megatron_qwen\[hf\]'"):
-        main([str(tmp_path), "--prompt", "x"])
+        main([str(tmp_path), "--prompt", "x", "--with", "transformers"])

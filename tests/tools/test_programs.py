@@ -96,28 +96,6 @@ def test_report_of_a_run_that_ended_badly(finished_run, tmp_path):
     assert "Traceback" not in unwritable.stderr
 
 
-@pytest.mark.parametrize(
-    "words", [["--temperature", "-1"], ["--temperature", "nan"], ["--max-new-tokens", "0"], ["--prompt", ""]]
-)
-def test_generate_refuses(words, finished_run):
-    done = run("tools.generate", finished_run, "--prompt", "x", *words)
-    assert done.returncode == 2
-    assert words[0] in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_generate(finished_run, tmp_path):
-    hf = tmp_path / "hf"
-    run("checkpoints_convert.convert", "to-hf", finished_run, hf, check=True)
-    words = [hf, "--prompt", "def ", "--prompt", "import ", "--max-new-tokens", 5, "--json"]
-    first = json.loads(run("tools.generate", *words, check=True).stdout)
-    assert [sample["prompt"] for sample in first] == ["def ", "import "]
-    assert json.loads(run("tools.generate", *words, check=True).stdout) == first
-    done = run("tools.generate", tmp_path, "--prompt", "x")
-    assert done.returncode == 2
-    assert "not a Hugging Face directory" in done.stderr
-
-
 def test_a_closed_pipe_is_no_traceback():
     shell = f"'{sys.executable}' -P -m tools.config show qwen2_5_72b | head -1"
     done = subprocess.run(shell, shell=True, capture_output=True, text=True, env=environment(), cwd="/", check=True)

@@ -9,7 +9,7 @@ from megatron_qwen.data.order.phase import Phase, SourcePosition
 from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample
-from megatron_qwen.data.reading.sources import OpenSource, open_source
+from megatron_qwen.data.reading.sources import OpenSource, open_model_source
 from megatron_qwen.data.reading.training_data import LedgerEntry, order_of, require_same
 from megatron_qwen.errors import ConfigError, Problem
 
@@ -45,7 +45,7 @@ class Replay:
         if name not in self._sources:
             noted = self.ledger["sources"][name]
             spec = SourceSpec(path=noted["path"], packing=noted["packing"])
-            source = open_source(name, spec, fraction=self.config.data.validation_fraction)
+            source = open_model_source(name, spec, fraction=self.config.data.validation_fraction)
             require_same({name: noted}, {name: source})
             self._sources[name] = source
         return self._sources[name]

@@ -133,7 +133,7 @@ class HeldOut:
         return window(tokens, [(start, start + self.seq_length)], stop=tokens.num_tokens, reading=self.reading)
 
 
-def open_sources(blend: Blend, data: DataConfig) -> dict[str, OpenSource]:
+def open_model_sources(blend: Blend, data: DataConfig) -> dict[str, OpenSource]:
     """Opens the sources that any stage reads.
 
     Args:
@@ -148,7 +148,7 @@ def open_sources(blend: Blend, data: DataConfig) -> dict[str, OpenSource]:
     problems: list[Problem] = []
     for name in sorted(used):
         try:
-            found[name] = open_source(name, blend.sources[name], fraction=data.validation_fraction)
+            found[name] = open_model_source(name, blend.sources[name], fraction=data.validation_fraction)
         except DataError as error:
             problems += error.problems
     if problems:
@@ -156,7 +156,7 @@ def open_sources(blend: Blend, data: DataConfig) -> dict[str, OpenSource]:
     return found
 
 
-def open_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
+def open_model_source(name: str, spec: SourceSpec, *, fraction: float) -> OpenSource:
     """Opens one source.
 
     Args:

@@ -30,7 +30,7 @@ from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
 from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample
-from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_sources, require_room
+from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_model_sources, require_room
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 # Rows whose padding is counted for an estimate. They are a random part of a pool, so their mean is within a few percent
@@ -128,7 +128,7 @@ class TrainingData:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
         self.blend = blend_of(config)
-        self.sources = open_sources(self.blend, config.data)
+        self.sources = open_model_sources(self.blend, config.data)
         self.reading = ReadingOptions(
             config.data.eod_mask_loss, config.data.reset_attention_mask, config.model.vocab_size
         )

@@ -13,8 +13,8 @@ from checkpoints_convert.formats.awq import Awq
 from checkpoints_convert.formats.gptq import Gptq
 from checkpoints_convert.formats.quantized_format import QuantizedFormat, is_quantized
 from checkpoints_convert.formats.quantized_linear import QuantizedLinear
+from checkpoints_convert.model_source import open_model_source
 from checkpoints_convert.quantize.run import QuantizeOptions, quantize
-from checkpoints_convert.quantize.source import open_source
 from tests.checkpoints_convert.formats.weights import fitting_model, logits, with_weights
 from tests.checkpoints_convert.models import with_tokenizer
 from tests.conftest import ROOT, environment
@@ -62,7 +62,7 @@ def written(request, tmp_path_factory, tokenizer):
     for name, format_ in FORMATS.items():
         assert format_.grid is not None
         solved = Ordered(original, format_) if isinstance(format_, Gptq) and format_.act_order else None
-        quantize(open_source(hf), root / name, format_, QuantizeOptions("nearest", quiet=True), solved=solved)
+        quantize(open_model_source(hf), root / name, format_, QuantizeOptions("nearest", quiet=True), solved=solved)
         linears = {
             one: solved.linear(one) if solved else format_.grid.nearest(original[one])
             for one in original

@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import save_file
 
 from checkpoints_convert.formats.quantized_format import QuantizedFormat
+from checkpoints_convert.model_source import open_model_source
 from checkpoints_convert.quantize.run import Quantized, QuantizeOptions, quantize
-from checkpoints_convert.quantize.source import open_source
 from tests.checkpoints_convert import models
 
 _FITTING: dict[str, Any] = {
@@ -45,7 +45,7 @@ def fitting_model(name: str, directory: Path) -> Path:
 
 def quantized(source: Path, out: Path, format_: QuantizedFormat, **options: Any) -> Quantized:
     how = QuantizeOptions(**{"method": "nearest", "quiet": True, **options})
-    return quantize(open_source(source), out, format_, how)
+    return quantize(open_model_source(source), out, format_, how)
 
 
 def weight(rows: int = 48, columns: int = 256) -> torch.Tensor:

@@ -13,10 +13,10 @@ from checkpoints_convert.formats.gptq import Gptq
 from checkpoints_convert.formats.quantized_format import is_quantized
 from checkpoints_convert.formats.quantized_linear import Grid, QuantizedLinear
 from checkpoints_convert.formats.registry import FORMATS
+from checkpoints_convert.model_source import open_model_source
 from checkpoints_convert.quantize import plan
 from checkpoints_convert.quantize.plan import bits_a_weight, plan_files
 from checkpoints_convert.quantize.run import QuantizeOptions, quantize
-from checkpoints_convert.quantize.source import open_source
 from megatron_qwen.checkpoint.read import TensorInfo
 from megatron_qwen.hf.mapping import hf_tensors
 from megatron_qwen.recipes.registry import RECIPES
@@ -105,7 +105,7 @@ def test_what_a_calibrated_method_found_is_written(format_, tmp_path):
     hf = fitting_model("qwen2 fitting", tmp_path / "hf")
     original = load_file(hf / "model.safetensors")
     solved = Solved(original, format_.grid)
-    quantize(open_source(hf), tmp_path / "out", format_, QuantizeOptions("gptq", quiet=True), solved=solved)
+    quantize(open_model_source(hf), tmp_path / "out", format_, QuantizeOptions("gptq", quiet=True), solved=solved)
     assert solved.prepared == [True]
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, values in original.items():

@@ -10,7 +10,7 @@ import torch
 
 from megatron_qwen.data.loaders.batches import BatchRequest, BatchSlice, micro_batches
 from megatron_qwen.data.reading.samples import ReadingOptions, cut, packed, window
-from megatron_qwen.data.reading.sources import HeldOut, open_source
+from megatron_qwen.data.reading.sources import HeldOut, open_model_source
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.data.token_files.statistics import unigram_entropy
 from megatron_qwen.data.token_files.token_file import TokenFile, TokenFileWriter
@@ -147,7 +147,7 @@ def test_unigram_entropy(tmp_path):
     with TokenFileWriter(tmp_path / "a", vocab_size=10) as writer:
         writer.add([5])
         writer.add([1, 2] * 50)
-    source = open_source("a", open_single_spec(tmp_path / "a"), fraction=0.5)
+    source = open_model_source("a", open_single_spec(tmp_path / "a"), fraction=0.5)
     assert unigram_entropy(HeldOut(source, 10, 0, PLAIN), 4) == pytest.approx(np.log(2))
 
 

@@ -1,4 +1,4 @@
-"""What is quantized: a run, a checkpoint of any layout, or a Hugging Face directory, as one thing."""
+"""A model to read: a run, a checkpoint of any layout, or a Hugging Face directory, as one thing."""
 
 import dataclasses
 import json
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged, open_checkpoint
 from checkpoints_convert.exported_config import exported_config
 from checkpoints_convert.exported_ids import new_generation
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.origin import checkpoint_origin, data_origin, published_configuration
-from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
+from checkpoints_convert.tensor_set import ExportedWeights, ImportedWeights, TensorSet
+from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import CheckpointError, ConversionError, Problem
@@ -22,7 +25,7 @@ _GGUF_MAGIC = b"GGUF"
 
 
 @dataclass(frozen=True)
-class QuantizeSource:
+class ModelSource:
     """An open source of weights.
 
     Args:
@@ -45,6 +48,18 @@ class QuantizeSource:
     def model(self) -> ModelConfig:
         """Its shape."""
         return self.architecture.model
+
+    @property
+    def core_weights(self) -> CheckpointWeights | ImportedWeights:
+        """Its weights as a checkpoint names and cuts them."""
+        if self.checkpoint is not None:
+            return self.checkpoint.weights
+        return ImportedWeights(self.weights, self.model)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest format of its weights."""
+        return max((info.dtype for info in self.weights.tensors.values()), key=lambda dtype: dtype.itemsize)
 
     @property
     def name(self) -> str:
@@ -94,15 +109,15 @@ class QuantizeSource:
         return self.directory.config or {}
 
 
-def open_source(
+def open_model_source(
     path: Path,
     *,
     iteration: int | None = None,
     config: str | None = None,
     overrides: Sequence[str] = (),
     tokenizer: Path | None = None,
-) -> QuantizeSource:
-    """Opens what is to be quantized.
+) -> ModelSource:
+    """Opens a model.
 
     Args:
         path: a run, a checkpoint root, one iteration, or a Hugging Face directory.
@@ -120,14 +135,14 @@ def open_source(
     if not (path / CONFIG).is_file():
         source = open_checkpoint(path, iteration=iteration, config=config, overrides=overrides, tokenizer=tokenizer)
         weights = ExportedWeights(source.weights)
-        return QuantizeSource(source.path, source.config.architecture, weights, source.tokenizer, checkpoint=source)
+        return ModelSource(source.path, source.config.architecture, weights, source.tokenizer, checkpoint=source)
     _require_unquantized(path / CONFIG)
     directory = HfDirectory(path)
     if tokenizer is None:
         tokenizer = path if directory.tokenizer_files() else None
     elif not tokenizer.is_dir():
         raise ConversionError(Problem("--tokenizer", tokenizer, "is not a directory."))
-    return QuantizeSource(path, directory.architecture, directory, tokenizer, directory=directory)
+    return ModelSource(path, directory.architecture, directory, tokenizer, directory=directory)
 
 
 def _why_no_file(path: Path) -> str:

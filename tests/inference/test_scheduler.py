@@ -1,0 +1,84 @@
+"""Blocks are held, shared, given back; sequences join as they fit, and none is lost."""
+
+import random
+
+from megatron_qwen.inference.blocks import BLOCK, BlockPool, blocks_of
+from megatron_qwen.inference.request import Request, Sampling
+from megatron_qwen.inference.scheduler import Limits, Scheduler
+from megatron_qwen.inference.sequence import Sequence
+
+
+def sequence(length: int, new: int = 5, *, start: int = 0, number: int = 0) -> Sequence:
+    prompt = tuple(range(start, start + length))
+    return Sequence(Request(prompt, Sampling(max_new_tokens=new), number=number), longest=10_000)
+
+
+def step(scheduler: Scheduler) -> tuple[list[tuple[int, int, int]], list[Sequence]]:
+    """What a step computes, (number, start, stop), and what is finished after it; every token chosen is 7."""
+    spans = scheduler.step()
+    shown = [(span.sequence.request.number, span.start, span.stop) for span in spans]
+    for span in spans:
+        assert len(span.sequence.blocks) >= blocks_of(span.stop)
+        if span.is_at_end:
+            span.sequence.take(7, 0.0)
+    return shown, list(scheduler.done(spans))
+
+
+def test_a_long_prompt_is_computed_in_parts_beside_others():
+    scheduler = Scheduler(BlockPool(20), Limits(sequences=4, tokens=100))
+    scheduler.add(sequence(250, number=0))
+    scheduler.add(sequence(10, number=1, start=1000))
+    assert step(scheduler)[0] == [(0, 0, 100)]
+    assert step(scheduler)[0] == [(0, 100, 200)]
+    assert step(scheduler)[0] == [(0, 200, 250), (1, 0, 10)]
+    assert step(scheduler)[0] == [(0, 250, 251), (1, 10, 11)]
+
+
+def test_equal_beginnings_share_blocks():
+    pool = BlockPool(20)
+    scheduler = Scheduler(pool, Limits(tokens=1000))
+    scheduler.add(sequence(200, number=0))
+    assert step(scheduler)[0] == [(0, 0, 200)]
+    scheduler.add(sequence(200, number=1))
+    shown, _ = step(scheduler)
+    assert shown == [(0, 200, 201), (1, 192, 200)]
+    first, second = scheduler.running
+    assert first.blocks[:3] == second.blocks[:3]
+    assert first.blocks[3] != second.blocks[3]
+    while scheduler.has_work:
+        step(scheduler)
+    assert pool.free == 20
+    scheduler.add(sequence(200, number=2))  # nobody holds them any more, and they are still there
+    assert step(scheduler)[0] == [(2, 192, 200)]
+
+
+def test_a_whole_prompt_that_is_there_computes_its_last_token():
+    scheduler = Scheduler(BlockPool(20), Limits(tokens=1000))
+    for number in range(2):
+        scheduler.add(sequence(2 * BLOCK, new=1, number=number))
+        shown, done = step(scheduler)
+        assert len(done) == 1
+        assert shown == [(number, BLOCK * number, 2 * BLOCK)]
+
+
+def test_none_is_lost_where_blocks_run_out():
+    dice = random.Random(4)
+    pool = BlockPool(9)
+    scheduler = Scheduler(pool, Limits(sequences=8, tokens=128))
+    wanted = [(dice.randrange(1, 300), dice.randrange(1, 200)) for _ in range(40)]
+    for number, (length, new) in enumerate(wanted):
+        scheduler.add(sequence(length, new, start=1000 * number, number=number))
+    finished = []
+    for _ in range(20_000):
+        if not scheduler.has_work:
+            break
+        shown, done = step(scheduler)
+        assert shown, "a step computes something"
+        assert len({number for number, *_ in shown}) == len(shown)
+        finished += done
+    assert sorted(one.request.number for one in finished) == list(range(40))
+    assert [len(one.answer.tokens) for one in sorted(finished, key=lambda one: one.request.number)] == [
+        new for _, new in wanted
+    ]
+    assert scheduler.preempted > 0
+    assert pool.free == 9

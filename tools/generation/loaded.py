@@ -1,0 +1,156 @@
+"""A model on this rank, ready to answer: from a run, a checkpoint of any layout, or a Hugging Face directory."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from checkpoints_convert.memory import available_bytes
+from checkpoints_convert.model_source import ModelSource, open_model_source
+from checkpoints_convert.progress import gb
+from megatron_qwen import device
+from megatron_qwen.config.checks import problems as config_problems
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import DataConfig, ParallelConfig, PrecisionConfig
+from megatron_qwen.config.source import with_words
+from megatron_qwen.config.world import smallest_world
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, special_ids
+from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.distributed.rank import RankInfo, join
+from megatron_qwen.errors import ConfigError, ConversionError, Problem
+from megatron_qwen.inference.blocks import BLOCK, blocks_of
+from megatron_qwen.inference.engine import Engine
+from megatron_qwen.inference.loading import inference_config, load_stage
+from megatron_qwen.inference.scheduler import Limits
+
+log = logging.getLogger(__name__)
+_LAYOUT = "parallel."
+_OF_FREE = 4  # of the memory that is free, a part for the cache of a rank where nobody says how much
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model that answers.
+
+    Args:
+        engine: on this rank.
+        tokenizer: of the model.
+        ends: ids that end a text.
+        name: of the model, for people.
+    """
+
+    engine: Engine
+    tokenizer: Tokenizer
+    ends: tuple[int, ...]
+    name: str
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is loaded.
+
+    Args:
+        iteration: which checkpoint of a run; None is the newest.
+        words: ``parallel.field=value`` for the layout; others go with a checkpoint that another program wrote.
+        config: recipe or run.yaml of such a checkpoint.
+        tokenizer: directory, instead of the source's.
+        dtype: fp32 or bf16; None is that of the weights.
+        longest: positions of prompt and answer together; None is what the model has.
+        sequences: answered at a time.
+        cache_bytes: of keys and values, over all ranks of this machine; None is a quarter of what is free.
+    """
+
+    iteration: int | None = None
+    words: Sequence[str] = ()
+    config: str | None = None
+    tokenizer: Path | None = None
+    dtype: str | None = None
+    longest: int | None = None
+    sequences: int = 64
+    cache_bytes: int | None = None
+
+
+def open_for_inference(path: Path, options: LoadOptions) -> tuple[ModelSource, RunConfig, Tokenizer]:
+    """Opens a model, with the configuration and the tokenizer that inference takes.
+
+    Raises:
+        ConfigError: the layout is not legal.
+        ConversionError: a directory that cannot be read, or there is no tokenizer.
+        CheckpointError: a checkpoint that cannot be trusted.
+    """
+    source = open_model_source(
+        path,
+        iteration=options.iteration,
+        config=options.config,
+        overrides=[word for word in options.words if not word.startswith(_LAYOUT)],
+        tokenizer=options.tokenizer,
+    )
+    if source.tokenizer is None:
+        fix = "has no tokenizer; name one (--tokenizer DIR)."
+        raise ConversionError(Problem(str(path), None, fix))
+    held = source.checkpoint.config if source.checkpoint is not None else _config_of(source)
+    layout = [word for word in options.words if word.startswith(_LAYOUT)]
+    config = with_words(replace(held, parallel=ParallelConfig()), layout)
+    dtype = options.dtype or ("fp32" if source.dtype == torch.float32 else "bf16")
+    config = inference_config(config, dtype="fp32" if dtype == "fp32" else "bf16")
+    wrong = [problem for problem in config_problems(config) if problem.where.startswith(_LAYOUT)]
+    if wrong:
+        raise ConfigError(wrong)
+    return source, config, load_tokenizer(source.tokenizer)
+
+
+def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
+    """This rank's part of a model; says what its cache holds.
+
+    Raises:
+        UserError: as ``open_for_inference``.
+    """
+    source, config, tokenizer = open_for_inference(path, options)
+    join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
+    device.set_threads(device.fair_threads(info.local_world_size))
+    if info.world_size != (needed := smallest_world(config)):
+        fix = f"the layout has {needed}: start as many, or change the layout (parallel.*)."
+        raise ConfigError(Problem("ranks", info.world_size, fix))
+    groups = process_groups.create(config.parallel, seed=config.training.seed)
+    longest = min(options.longest or config.model.max_position_embeddings, config.model.max_position_embeddings)
+    stage = load_stage(config, groups, source.core_weights, longest=longest)
+    stages = config.parallel.pipeline_model_parallel_size
+    wanted = stages * options.sequences * blocks_of(longest)
+    room = options.cache_bytes or available_bytes() // _OF_FREE
+    fitting = room // info.local_world_size // stage.shape.block_bytes
+    blocks = max(stages * (blocks_of(longest) + 1), min(wanted, fitting))
+    if info.rank == 0:
+        log.info(
+            "%s: the cache takes %s a token on a rank, %s for %s tokens",
+            source.name,
+            gb(stage.shape.token_bytes),
+            gb(blocks * stage.shape.block_bytes),
+            f"{blocks * BLOCK:,}",
+        )
+    engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
+    return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source.name)
+
+
+def ends_of(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids that end a text: those of generation_config.json, of config.json, or of the tokenizer."""
+    assert source.tokenizer is not None
+    found, _ = special_ids(source.tokenizer, below=source.model.vocab_size)
+    stated = None if source.directory is None else (source.directory.generation or {}).get("eos_token_id")
+    if stated is None and source.directory is not None:
+        stated = (source.directory.config or {}).get("eos_token_id")
+    ids = [one for value in (stated, found) for one in (value if isinstance(value, list) else [value])]
+    return tuple(sorted({one for one in ids if isinstance(one, int)}))
+
+
+def _config_of(source: ModelSource) -> RunConfig:
+    """The configuration of a directory's model."""
+    precision = PrecisionConfig(dtype="fp32" if source.dtype == torch.float32 else "bf16")
+    return RunConfig(
+        recipe="custom",
+        model=source.architecture.model,
+        rope=source.architecture.rope,
+        precision=precision,
+        data=DataConfig(seq_length=source.model.max_position_embeddings),
+    )
