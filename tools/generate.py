@@ -43,7 +43,7 @@ def parser() -> Parser:
     )
     found.add_argument("--prompt", action="append", required=True, help="may be given more than once")
     found.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
-    found.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (%(default)s)")
+    found.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
     found.add_argument("--top-k", type=int, default=0, help="among so many tokens; 0: all (%(default)s)")
     found.add_argument("--top-p", type=float, default=_TOP_P, help="among tokens of this probability (%(default)s)")
     found.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (%(default)s)")
