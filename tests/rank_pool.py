@@ -19,10 +19,15 @@ from typing import Any
 
 _ROOT = Path(__file__).resolve().parent.parent
 _START_TIMEOUT_S = 120.0
+_NO_WORLD = "no world"
 
 
 class RankError(AssertionError):
     """A rank raised; the text holds its traceback."""
+
+
+class _NoWorldError(RankError):
+    """The ranks did not reach one another, so the job has not begun."""
 
 
 class RankPool:
@@ -42,6 +47,14 @@ class RankPool:
         Raises:
             RankError: a rank raised, died or did not answer in time. The pool is then ended and starts anew next time.
         """
+        try:
+            return self._run(job, arguments, timeout_s)
+        except _NoWorldError as error:
+            # On a busy machine gloo's mesh has once lost a connection while it was made.
+            print(f"the ranks are started again: {error}", file=sys.stderr)
+            return self._run(job, arguments, timeout_s)
+
+    def _run(self, job: Callable[..., Any], arguments: tuple[Any, ...], timeout_s: float) -> list[Any]:
         if not self._ranks:
             self._start()
         deadline = time.monotonic() + timeout_s
@@ -61,7 +74,8 @@ class RankPool:
                     waiting.discard(rank)
                     if failed:
                         self.close()
-                        raise RankError(f"rank {rank} of {self.size}:\n{answers[rank]}")
+                        kind = _NoWorldError if failed == _NO_WORLD else RankError
+                        raise kind(f"rank {rank} of {self.size}:\n{answers[rank]}")
                 elif process.poll() is not None or time.monotonic() > deadline:
                     code = process.poll()
                     state = "did not answer in time" if code is None else f"ended with {code}"
@@ -92,7 +106,7 @@ class RankPool:
         self._ranks = [(process, pipes[rank]) for rank, process in enumerate(processes)]
 
 
-def _received(pipe: Connection) -> tuple[bool, Any]:
+def _received(pipe: Connection) -> tuple[bool | str, Any]:
     try:
         failed, answer = pipe.recv()
     except EOFError:
@@ -135,7 +149,11 @@ def _serve(address: str, rank: int, size: int, port: int) -> None:
             return
         # A world for every job: groups of earlier layouts would keep their threads.
         own = dist.PrefixStore(str(number), store)
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+        try:
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=size, timeout=timeout)
+        except RuntimeError:
+            pipe.send((_NO_WORLD, traceback.format_exc()))
+            return
         try:
             answer = (False, job(*arguments))
         except BaseException:

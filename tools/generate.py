@@ -125,10 +125,8 @@ def _ranks(options: argparse.Namespace) -> int:
 def _start_ranks(source: Path, arguments: Sequence[str], ranks: int) -> int:
     from megatron_qwen.job.local_ranks import LocalRanks
 
-    words = list(arguments)
-    words.remove(str(source))
     with tempfile.TemporaryDirectory(prefix="mq-generate-") as folder:
-        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), module="tools.generate", options=words)
+        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), program=("tools.generate", *arguments))
         return started.run()
 
 

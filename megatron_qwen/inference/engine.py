@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_qwen.errors import DataError, Problem
-from megatron_qwen.inference.blocks import BLOCK, BlockPool
+from megatron_qwen.inference.blocks import BLOCK, BlockPool, blocks_of
 from megatron_qwen.inference.kv_cache import KvCache
 from megatron_qwen.inference.request import Answer, Request
 from megatron_qwen.inference.sampler import choose
@@ -77,15 +77,14 @@ class Engine:
     def problem(self, request: Request) -> Problem | None:
         """Why a request cannot be answered; None if it can."""
         prompt, longest = len(request.prompt), self.stage.longest
-        room = min(longest, self._blocks * BLOCK)
         most = prompt + (0 if request.sampling is None else 1)
         if not prompt:
             return Problem("prompt", request.number, "has no tokens; give a text.")
         if most > longest:
             return Problem("prompt", f"{prompt:,} tokens", f"the model has {longest:,} positions; shorten the text.")
         wanted = prompt if request.sampling is None else min(longest, prompt + request.sampling.max_new_tokens)
-        if wanted > room - 1:
-            fix = f"the cache holds {room - 1:,}; give it more memory, or ask for less."
+        if blocks_of(wanted) > self._blocks:
+            fix = f"the cache holds {self._blocks * BLOCK:,}; give it more memory, or ask for less."
             return Problem("prompt", f"{wanted:,} tokens with the answer", fix)
         largest = max(request.prompt)
         if largest >= self.stage.config.model.vocab_size or min(request.prompt) < 0:

@@ -87,8 +87,8 @@ class Scheduler:
             sequence = self.waiting[0]
             self._share(sequence)
             stop = min(len(sequence.tokens), sequence.cached + left)
-            # One block beyond: otherwise its next token might put back what runs.
-            if blocks_of(len(sequence.tokens) + 1) - len(sequence.blocks) > self.pool.free:
+            # With room for its next token, which would otherwise put back what runs.
+            if blocks_of(sequence.next_length) - len(sequence.blocks) > self.pool.free:
                 self.pool.give_back(sequence.forget())
                 break
             self.waiting.popleft()

@@ -9,9 +9,9 @@ from megatron_qwen.inference.request import Answer, FinishReason, Request
 from megatron_qwen.inference.sampler import Row
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """Tokens, and how far the cache has them.
+    """Tokens, and how far the cache has them. Two of the same prompt are two.
 
     Args:
         request: what was asked.
@@ -40,6 +40,11 @@ class Sequence:
     def is_scored(self) -> bool:
         """Whether only the log-probabilities of its text are wanted."""
         return self.request.sampling is None
+
+    @property
+    def next_length(self) -> int:
+        """Positions in the cache when its next token has been computed, too."""
+        return min(len(self.tokens) + (not self.is_scored), self.longest)
 
     def row(self) -> Row:
         """Its next token, for the sampler."""

@@ -42,8 +42,8 @@ class LocalRanks:
         python: their interpreter.
         environment: of the ranks, without the variables that number them.
         quiet: rank 0 writes to a file as well.
-        options: further words of a rank's command line.
-        module: the program of a rank; it is given the run directory, or what else it reads, and the options.
+        options: further words of a rank's command line, behind the run directory.
+        program: what a rank is in place of a rank of training: a module, and all words of its command line.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class LocalRanks:
         environment: Mapping[str, str] = os.environ,
         quiet: bool = False,
         options: Sequence[str] = (),
-        module: str = "megatron_qwen.train",
+        program: Sequence[str] | None = None,
     ) -> None:
         self.run_dir, self.world_size, self.log_dir = run_dir, world_size, log_dir
         self._python, self._environment, self._quiet = python, environment, quiet
-        self._module, self._options = module, options
+        self._program = program or ("megatron_qwen.train", str(run_dir), *options)
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended: list[TaskEnd] = []
         self._deadline: float | None = None
@@ -107,7 +107,7 @@ class LocalRanks:
             "MASTER_PORT": str(port),
             "MQ_LAUNCHER_PID": str(os.getpid()),
         }
-        command = [self._python, "-P", "-m", self._module, str(self.run_dir), *self._options]
+        command = [self._python, "-P", "-m", *self._program]
         return subprocess.Popen(
             command,
             env=environment,

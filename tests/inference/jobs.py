@@ -67,3 +67,17 @@ def whole_texts(config: RunConfig, texts: Sequence[Sequence[int]], longest: int 
             made = stage.module(tokens, positions, None, labels=labels, output_processor=log_probs)
         found.append(made[0, : len(text) - 1].tolist())
     return found
+
+
+def counted(config: RunConfig, requests: Sequence[Request]) -> int:
+    """How many answers there are."""
+    from megatron_qwen.inference.engine import Engine
+
+    return len(list(Engine(stage_of(config, 128), blocks=8).answer(requests)))
+
+
+def problem(config: RunConfig, request: Request, longest: int, blocks: int) -> str:
+    """Why a request cannot be answered."""
+    from megatron_qwen.inference.engine import Engine
+
+    return str(Engine(stage_of(config, longest), blocks=blocks).problem(request))

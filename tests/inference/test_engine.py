@@ -100,3 +100,30 @@ def test_where_blocks_run_out(pool, alone):
     assert found["preempted"] > 0
     assert [answer.tokens for answer in found["answers"]] == [answer.tokens for answer in answers]
     assert [answer.logprobs for answer in found["answers"]] == [answer.logprobs for answer in answers]
+
+
+def test_up_to_the_end_of_the_context(pool):
+    """In a cache of just as many blocks; two requests of one prompt are two."""
+    config = RECIPES["tiny_dense"]()
+    prompt = tuple(range(100))
+    asked = [Request(prompt, Sampling(max_new_tokens=1000), number=0), Request(prompt, Sampling(), number=0)]
+    for one in asked:
+        (answer,) = pool[1].run(jobs.answers, config, [one], 128, 2)[0]["answers"]
+        assert (len(answer.tokens), answer.reason) == (28, "length")
+    (scored,) = pool[1].run(jobs.answers, config, [Request(prompt + prompt[:28], None)], 128, 2)[0]["answers"]
+    assert len(scored.prompt_logprobs) == 127
+    assert pool[1].run(jobs.counted, config, asked)[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        (Request((), Sampling()), "has no tokens"),
+        (Request(tuple(range(128)), Sampling()), "the model has 128 positions"),
+        (Request((1,), Sampling(max_new_tokens=100)), "the cache holds 64"),
+        (Request((1, 5000), Sampling(max_new_tokens=2)), "is none of the"),
+        (Request((1, -1), None), "is none of the"),
+    ],
+)
+def test_what_cannot_be_answered(request_, told, pool):
+    assert told in pool[1].run(jobs.problem, RECIPES["tiny_dense"](), request_, 128, 1)[0]

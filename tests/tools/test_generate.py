@@ -97,6 +97,7 @@ def test_what_ends_an_answer(finished_run):
         (["parallel.tensor_parallel_size=2"], 2, ["Did you mean parallel.tensor_model_parallel_size"]),
         (["--prompt", "x = 1\n" * 5000], 3, ["positions; shorten the text"]),
         (["--iteration", "5"], 4, ["5"]),
+        (["--context", "1000000"], 2, ["positions; give at most that"]),
     ],
 )
 def test_what_is_refused(words, code, told, finished_run):

@@ -96,6 +96,8 @@ def open_for_inference(path: Path, options: LoadOptions) -> tuple[ModelSource, R
     dtype = options.dtype or ("fp32" if source.dtype == torch.float32 else "bf16")
     config = inference_config(config, dtype="fp32" if dtype == "fp32" else "bf16")
     wrong = [problem for problem in config_problems(config) if problem.where.startswith(_LAYOUT)]
+    if options.longest is not None and options.longest > (most := config.model.max_position_embeddings):
+        wrong.append(Problem("--context", options.longest, f"the model has {most:,} positions; give at most that."))
     if wrong:
         raise ConfigError(wrong)
     return source, config, load_tokenizer(source.tokenizer)
@@ -114,7 +116,7 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
         fix = f"the layout has {needed}: start as many, or change the layout (parallel.*)."
         raise ConfigError(Problem("ranks", info.world_size, fix))
     groups = process_groups.create(config.parallel, seed=config.training.seed)
-    longest = min(options.longest or config.model.max_position_embeddings, config.model.max_position_embeddings)
+    longest = options.longest or config.model.max_position_embeddings
     stage = load_stage(config, groups, source.core_weights, longest=longest)
     stages = config.parallel.pipeline_model_parallel_size
     wanted = stages * options.sequences * blocks_of(longest)
