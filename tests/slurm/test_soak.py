@@ -152,12 +152,14 @@ def wait(run: ClusterRun, seconds: float) -> None:
 def shares(run: ClusterRun) -> tuple[float, float]:
     """Goodput as measured, and as Young and Daly's model has it for these faults, saves and restarts.
 
-    The pause of a step stands in front of the step's clock and counts as part of the step.
+    The pause of a step stands in front of the step's clock and counts as part of the step: it is what is left of the
+    time, over all steps that were made.
     """
     spent = goodput(read_attempts(run.path / "performance.json"))
     whole = sum(seconds for name, seconds in spent.items() if name != "share")
     print(json.dumps({name: round(seconds, 3) for name, seconds in spent.items()}))
-    step_s = spent["steps_s"] / STEPS + PAUSE_S
+    again = spent["steps_done_again_s"] / (spent["steps_s"] / STEPS)
+    step_s = spent["steps_s"] / STEPS + spent["other_s"] / (STEPS + again)
     faults = len(run.attempts()) - 1
     restarting_s = spent["between_attempts_s"] + spent["startup_s"]
     lost = lost_share(
