@@ -164,9 +164,28 @@ def _sampling(options: argparse.Namespace) -> Sampling:
         problems.append(Problem("--stop", "''", "must hold text."))
     if options.context is not None and options.context < 2:
         problems.append(Problem("--context", options.context, "must be at least 2."))
+    if options.logprobs and not options.json:
+        problems.append(Problem("--logprobs", None, "needs --json, which shows them."))
+    if options.by == "transformers":
+        problems += _for_the_engine(options)
     if problems:
         raise ConfigError(problems)
     return sampling
+
+
+def _for_the_engine(options: argparse.Namespace) -> list[Problem]:
+    """Options that transformers is not given: with them it would compute something else than was asked for."""
+    given = {
+        "overrides": " ".join(options.overrides) or None,
+        "--iteration": options.iteration,
+        "--config": options.config,
+        "--tokenizer": options.tokenizer,
+        "--dtype": options.dtype,
+        "--context": options.context,
+        "--logprobs": options.logprobs or None,
+    }
+    fix = "has no effect with --with transformers; omit one of the two."
+    return [Problem(name, value, fix) for name, value in given.items() if value is not None]
 
 
 if __name__ == "__main__":

@@ -170,21 +170,15 @@ def _manifest_side(path: Path) -> Side:
 
 
 def _hf_side(path: Path) -> Side:
-    source = HfDirectory(path)
-    return Side(
-        path,
-        "huggingface",
-        source.architecture,
-        source.config,
-        _described(source),
-        source,
-        *_tokenizer(path),
-        generation=source.generation,
-    )
+    return _directory_side(path, HfDirectory(path))
 
 
 def _quantized_side(path: Path) -> Side:
     source = QuantizedDirectory(path)
+    return replace(_directory_side(path, source), quantized=source, stored=source.stored)
+
+
+def _directory_side(path: Path, source: HfDirectory) -> Side:
     return Side(
         path,
         "huggingface",
@@ -194,8 +188,6 @@ def _quantized_side(path: Path) -> Side:
         source,
         *_tokenizer(path),
         generation=source.generation,
-        quantized=source,
-        stored=source.stored,
     )
 
 

@@ -116,7 +116,7 @@ class LayerRunner:
         try:
             self._layer(sequence)
         except _AllSeen:
-            pass
+            pass  # the rest of the layer is not needed
         finally:
             self._local.captured = {}
         return captured

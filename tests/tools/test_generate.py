@@ -92,6 +92,8 @@ def test_what_ends_an_answer(finished_run):
         (["--temperature", "-1", "--top-p", "0"], 2, ["--temperature", "--top-p"]),
         (["--temperature", "nan"], 2, ["--temperature"]),
         (["--max-new-tokens", "0"], 2, ["--max-new-tokens"]),
+        (["--logprobs"], 2, ["needs --json"]),
+        (["--with", "transformers", "--iteration", "4", "--json", "--logprobs"], 2, ["--iteration", "--logprobs"]),
         (["--prompt", ""], 2, ["--prompt"]),
         (["parallel.tensor_model_parallel_size=3"], 2, ["KV heads"]),
         (["parallel.tensor_parallel_size=2"], 2, ["Did you mean parallel.tensor_model_parallel_size"]),

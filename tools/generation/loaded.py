@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from checkpoints_convert.memory import available_bytes
 from checkpoints_convert.model_source import ModelSource, open_model_source
@@ -122,7 +123,7 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
     wanted = stages * options.sequences * blocks_of(longest)
     room = options.cache_bytes or available_bytes() // _OF_FREE
     fitting = room // info.local_world_size // stage.shape.block_bytes
-    blocks = max(stages * (blocks_of(longest) + 1), min(wanted, fitting))
+    blocks = _of_all_ranks(max(stages * (blocks_of(longest) + 1), min(wanted, fitting)), stage.device)
     if info.rank == 0:
         log.info(
             "%s: the cache takes %s a token on a rank, %s for %s tokens",
@@ -133,6 +134,13 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
         )
     engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
     return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source.name)
+
+
+def _of_all_ranks(blocks: int, place: torch.device) -> int:
+    """The fewest of any rank: memory differs, and stages hold other layers, but all must plan with the same number."""
+    least = torch.tensor([blocks], device=place)
+    dist.all_reduce(least, op=dist.ReduceOp.MIN)
+    return int(least.item())
 
 
 def ends_of(source: ModelSource, tokenizer: Tokenizer) -> tuple[int, ...]:
