@@ -2,6 +2,7 @@
 
 python -m megatron_qwen.train RUN_DIR
 python -m megatron_qwen.train RUN_DIR --replay STEP [--json]
+python -m megatron_qwen.train RUN_DIR --standby FOLDER
 """
 
 import logging
@@ -21,24 +22,25 @@ from megatron_qwen.log_lines import LogFormatter
 from megatron_qwen.resilience import dump_watch, stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
 from megatron_qwen.resilience.signals import StopSignals
+from megatron_qwen.resilience.standby import wait_for_turn
 from megatron_qwen.rundir import RunDirectory
 
 if TYPE_CHECKING:
     from megatron_qwen.config.run import RunConfig
 
 _OURS = "megatron_qwen"
+_STANDBY = "--standby"
 
 
-def main(run_dir: str, *options: str) -> int:
+def main(run_dir: str, *options: str, signals: StopSignals, started: float | None = None) -> int:
     """Runs one rank of the run in ``run_dir`` and returns its exit code.
 
     Args:
         run_dir: the run.
         options: --replay and a step: takes steps again up to this one and compares them, and writes nothing; --json.
+        signals: installed already.
+        started: when this attempt began for the process, seconds since 1970; None is the start of the process.
     """
-    # Before the imports, which take seconds: a stop signal may arrive while they run.
-    signals = StopSignals()
-    signals.install()
     stack_dump.install()
     # Before Blackwell, overlap of tensor-parallel communication needs kernels to start in the order of their launch,
     # which a single hardware queue guarantees (megatron-core requires it with sequence parallelism).
@@ -71,7 +73,7 @@ def main(run_dir: str, *options: str) -> int:
     if "--replay" in options:
         code = _replay(config, Path(run_dir), options)
     else:
-        code = run_attempt(config, info, signals, Path(run_dir), started=psutil.Process().create_time())
+        code = run_attempt(config, info, signals, Path(run_dir), started=started or psutil.Process().create_time())
     # Only after a normal end: destroying the group would wait for peers that are still inside a collective.
     leave()
     return code
@@ -122,8 +124,14 @@ def _is_ours(record: logging.LogRecord) -> bool:
 
 
 if __name__ == "__main__":
+    # Before the imports, which take seconds: a stop signal may arrive while they run.
+    told = StopSignals()
+    told.install()
     set_up_log(sys.stderr)
+    directory, begun = Path(sys.argv[1]), None
+    if _STANDBY in sys.argv:
+        begun = wait_for_turn(directory, Path(sys.argv[sys.argv.index(_STANDBY) + 1]), told)
     from megatron_qwen.resilience.exits import exit_code_of
 
-    directory = Path(sys.argv[1])
-    sys.exit(exit_code_of(lambda: main(*sys.argv[1:]), report=partial(report_end, directory)))
+    program = partial(main, *sys.argv[1:], signals=told, started=begun)
+    sys.exit(exit_code_of(program, report=partial(report_end, directory)))

@@ -23,6 +23,11 @@ class ResilienceConfig:
         doc="Start the ranks again inside the allocation after a fault, on spare nodes if necessary, where the nodes "
         "of the job allow it; false requeues the job.",
     )
+    standby_ranks: bool = setting(
+        False,
+        doc="Keep a second set of ranks on the nodes of a Slurm job, with everything imported, that takes over at a "
+        "restart inside the allocation on the same nodes. Needs memory of the nodes, none of the GPUs.",
+    )
     hang_timeout_s: float | None = setting(
         None,
         doc="Seconds that a step, a save or a validation may take before a job considers the run hung, dumps all "

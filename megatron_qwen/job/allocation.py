@@ -56,6 +56,18 @@ class JobAllocation(Protocol):
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
         """Starts the ranks of an attempt."""
 
+    def prepare(self, run_dir: Path, *, attempt: int, folder: Path) -> None:
+        """Starts processes on the nodes that ``start`` makes the ranks of a later attempt, if it is on these nodes.
+
+        Args:
+            run_dir: the run.
+            attempt: that they are for.
+            folder: for their output while they wait.
+        """
+
+    def close(self) -> None:
+        """Ends what was prepared and not used."""
+
     def step_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
         """Arguments that start something on some nodes of the job."""
 
@@ -136,6 +148,12 @@ class LocalAllocation:
         )
         ranks.start()
         return ranks
+
+    def prepare(self, run_dir: Path, *, attempt: int, folder: Path) -> None:
+        """Nothing: one machine starts its ranks soon enough."""
+
+    def close(self) -> None:
+        """Nothing was prepared."""
 
     def step_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
         """None."""

@@ -141,6 +141,7 @@ class AttemptMaking:
             world_size=self.allocation.world_size,
         )
         next_look, passed_on = time.monotonic() + _CURRENT_EVERY_S, False
+        prepared = not resilience.standby_ranks
         too_late = float("inf")
         while ranks.poll() is None:
             time.sleep(_POLL_S)
@@ -162,7 +163,23 @@ class AttemptMaking:
                     raise ControllerSuperseded
                 if (hang := watchdog.silence()) is not None:
                     return hang
+                if not prepared and self._has_stepped(number):
+                    self._prepare_next(number)
+                    prepared = True
         return None
+
+    def _has_stepped(self, number: int) -> bool:
+        beat = read_beat(self.directory.heartbeat)
+        return beat is not None and beat.attempt == number and beat.iteration > beat.resumed_at
+
+    def _prepare_next(self, number: int) -> None:
+        """Starts ranks that wait. They must not be what ends a run."""
+        try:
+            self.allocation.prepare(
+                self.directory.path, attempt=number + 1, folder=self.directory.logs(number) / "standby"
+            )
+        except OSError as error:
+            log.warning("no ranks are kept ready for a restart: %s", error)
 
     def _hung(self, ranks: Ranks, number: int, logs: Path, hang: str) -> AttemptOutcome:
         found = stacks.gather(ranks, logs)

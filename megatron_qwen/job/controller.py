@@ -70,6 +70,7 @@ class JobController:
         except EnvironmentChangedError as error:
             return self._refused(error)
         finally:
+            self.allocation.close()
             self.alerts.close()
 
     def _run(self) -> int:

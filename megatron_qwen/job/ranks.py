@@ -31,6 +31,7 @@ _NODE_LINE = re.compile(r"srun: error: Node failure on (\S+)")
 _KILL_TIMEOUT_S = 60.0
 # Names of the steps of a job that are the controller's: a person may have others there, to look at a process.
 RANKS_STEP, HEALTH_STEP = "mq_ranks", "mq_health"
+SRUN_LOG = "srun.log"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class SrunRanks:
         environment: of srun and, through it, of the ranks.
         job_id: of the job whose step this is.
         placement: node of every rank.
+        name: of the job step.
     """
 
     def __init__(
@@ -91,12 +93,13 @@ class SrunRanks:
         environment: Mapping[str, str],
         job_id: str,
         placement: Mapping[int, str],
+        name: str = RANKS_STEP,
     ) -> None:
-        self._job_id, self._placement = job_id, dict(placement)
-        self._said = logs / "srun.log"
+        self._job_id, self._placement, self._name = job_id, dict(placement), name
+        self._said = logs / SRUN_LOG
         own = (
             "srun",
-            f"--job-name={RANKS_STEP}",
+            f"--job-name={name}",
             "--kill-on-bad-exit=1",
             "--wait=60",
             "--export=ALL",
@@ -126,6 +129,10 @@ class SrunRanks:
         except (OSError, subprocess.TimeoutExpired) as error:
             print(f"the signal could not be sent to the ranks: {error}", file=sys.stderr)
 
+    def keep_log_in(self, logs: Path) -> None:
+        """Makes the output of srun a file of another directory of the same file system."""
+        self._said = self._said.replace(logs / SRUN_LOG)
+
     def kill(self) -> None:
         """Kills the job step with SIGKILL, and srun itself if it does not exit within a minute."""
         deadline = time.monotonic() + _KILL_TIMEOUT_S
@@ -148,7 +155,7 @@ class SrunRanks:
             )
         except (OSError, subprocess.TimeoutExpired):
             return "0"
-        own = [line.split()[0] for line in done.stdout.splitlines() if line.split()[1:] == [RANKS_STEP]]
+        own = [line.split()[0] for line in done.stdout.splitlines() if line.split()[1:] == [self._name]]
         numbers = [int(step) for name in own if (step := name.rpartition(".")[2]).isdecimal()]
         return str(max(numbers, default=0))
 

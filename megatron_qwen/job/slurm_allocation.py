@@ -17,6 +17,7 @@ from megatron_qwen.job.avoiding import Avoided, avoidable, places_of
 from megatron_qwen.job.node_choice import choose
 from megatron_qwen.job.ranks import HEALTH_STEP, RANKS_STEP, Ranks, SrunRanks, environment_of_ranks, placement
 from megatron_qwen.job.settings import JobSettings
+from megatron_qwen.job.standby import STANDBY_STEP, Standby
 
 log = logging.getLogger(__name__)
 _RANK = ("-P", "-m", "megatron_qwen.train")
@@ -54,6 +55,8 @@ class SlurmAllocation:
         self.tasks = [self._tasks[node] for node in self.nodes]
         self.world_size = sum(self.tasks)
         self._aside: set[str] = set()
+        self._standby: Standby | None = None
+        self._steps = {RANKS_STEP, HEALTH_STEP}
 
     def environment(self, attempt: int) -> dict[str, str]:
         """The job's environment, with the rendezvous address and port of the ranks."""
@@ -62,21 +65,46 @@ class SlurmAllocation:
         )
 
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
-        """Starts the ranks under srun, one task per rank."""
-        command = [*self.settings.rank_prefix, self.settings.python, *_RANK, str(run_dir)]
+        """Starts the ranks under srun, one task per rank, or has those that wait begin."""
+        environment = self.environment(attempt)
+        standby, self._standby = self._standby, None
+        if standby is not None and (ranks := standby.begin(self.nodes, environment, logs)) is not None:
+            self._steps.add(standby.name)
+            return ranks
+        return self._srun(run_dir, environment=environment, logs=logs)
+
+    def prepare(self, run_dir: Path, *, attempt: int, folder: Path) -> None:
+        """Starts ranks beside those that run, which wait."""
+        self.close()
+        folder.mkdir(exist_ok=True)
+        environment, name = self.environment(attempt), f"{STANDBY_STEP}_{attempt}"
+        ranks = self._srun(run_dir, "--standby", str(folder), environment=environment, logs=folder, name=name)
+        self._standby = Standby(ranks, name, self.nodes, environment, folder)
+
+    def close(self) -> None:
+        """Ends ranks that wait."""
+        if self._standby is not None:
+            self._standby.end()
+        self._standby = None
+
+    def _srun(
+        self, run_dir: Path, *options: str, environment: Mapping[str, str], logs: Path, name: str = RANKS_STEP
+    ) -> SrunRanks:
         return SrunRanks(
-            command,
+            [*self.settings.rank_prefix, self.settings.python, *_RANK, str(run_dir), *options],
             srun_arguments=[
                 f"--nodes={len(self.nodes)}",
                 f"--ntasks={self.world_size}",
                 "--distribution=block",
+                *(["--overlap"] if name != RANKS_STEP else []),
                 *self.step_nodes(self.nodes),
                 *self.settings.srun_arguments,
             ],
             logs=logs,
-            environment=self.environment(attempt),
+            environment=environment,
             job_id=self.job_id,
             placement=placement(self.nodes, self.tasks),
+            name=name,
         )
 
     def step_nodes(self, nodes: Sequence[str]) -> tuple[str, ...]:
@@ -116,7 +144,7 @@ class SlurmAllocation:
     def _steps_left(self) -> list[str]:
         """Steps of the last attempt that cannot be ended; one whose srun was killed lives on."""
         deadline = time.monotonic() + _STEPS_END_S
-        while (left := slurm.steps(self.job_id, (RANKS_STEP, HEALTH_STEP))) and time.monotonic() < deadline:
+        while (left := slurm.steps(self.job_id, tuple(self._steps))) and time.monotonic() < deadline:
             for step in left:
                 with suppress(UserError):  # it may have ended since
                     slurm.ask("scancel", "--signal=KILL", step)

@@ -20,11 +20,11 @@ from megatron_qwen.json_lines import objects
 from tests.conftest import run
 from tests.processes.protocol import PYTHON_VARIABLE
 from tests.slurm.cluster import SlurmCluster
-from tests.slurm.runs import TP2, ClusterRun, Runs, kill
+from tests.slurm.runs import PAUSE, TP2, ClusterRun, Runs, hold_for_standby, kill
 
 _FAULT_AT = 13  # three steps after a checkpoint
 _LONGEST_S = 400.0
-QUEUED = "resilience.restart_in_job=false"
+QUEUED, STANDBY = "resilience.restart_in_job=false", "resilience.standby_ranks=true"
 
 
 class ColdCluster(SlurmCluster):
@@ -58,9 +58,12 @@ def seconds_to_next_step(found: ClusterRun, *, since: float, attempt: int, haste
 
 def measure(runs: Runs, name: str, *overrides: str, hasten: bool = False, spares: int = 0) -> float:
     """Of one run; with a spare node the node of the killed rank goes too."""
-    found = runs.submit(name, *TP2, *overrides, options=("--spares", spares))
+    held = hold_for_standby(runs, name, _FAULT_AT + 1) if STANDBY in overrides else ""
+    found = runs.submit(name, *TP2, *overrides, options=("--spares", spares), patch=f"{PAUSE}\n{held}")
     found.wait_for_step(_FAULT_AT)
     process = found.rank_processes()[1]
+    if STANDBY in overrides:
+        found.wait_for_standby(1)
     if spares:
         runs.cluster.kill_node("n2")
     since = time.monotonic()
@@ -88,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
-    found: dict[str, list[float]] = {"inside": [], "spare": [], "requeue_hastened": [], "requeue": []}
+    found: dict[str, list[float]] = {"standby": [], "inside": [], "spare": [], "requeue_hastened": [], "requeue": []}
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         text = root / "text.jsonl"
@@ -97,6 +100,7 @@ def main() -> None:
         run("tools.data", "prepare", "--tokenizer", root / "bpe", "--output", root / "tokens", text, check=True)
         with cold(root, patient=False) as runs:
             for number in range(rounds):
+                found["standby"].append(measure(runs, f"standby_{number}", STANDBY))
                 found["inside"].append(measure(runs, f"inside_{number}"))
                 found["requeue_hastened"].append(measure(runs, f"hastened_{number}", QUEUED, hasten=True))
                 found["spare"].append(measure(runs, f"spare_{number}", spares=1))

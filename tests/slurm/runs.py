@@ -12,6 +12,7 @@ from typing import Any
 from megatron_qwen.attempts import Attempt, AttemptLog
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.json_lines import objects
+from megatron_qwen.resilience.standby import is_ready
 from tests.conftest import command, environment, run
 from tests.distributed import jobs
 from tests.slurm.cluster import SlurmCluster
@@ -180,18 +181,25 @@ class ClusterRun:
         """Hashes of the newest checkpoint's tensors."""
         return jobs.tensor_hashes(committed(self.path / "checkpoints")[0][1])
 
+    def wait_for_standby(self, attempt: int) -> None:
+        """Waits until ranks are ready to take over from those of this attempt."""
+        folder = self.path / "logs" / f"attempt_{attempt:03d}" / "standby"
+        self.wait(lambda: is_ready(folder), "ranks that wait", timeout_s=90)
+
     def rank_processes(self) -> dict[int, int]:
-        """Process of every rank that runs now, by rank."""
+        """Process of every rank of the newest attempt, by rank; not of those that wait for its end."""
         assert self.cluster.job_python is not None
         found = {}
         for path in Path("/proc").glob("[0-9]*"):
             try:
                 line = (path / "cmdline").read_bytes().decode().split("\0")
                 if "megatron_qwen.train" in line and str(self.path) in line and "srun" not in line[0]:
-                    variables = (path / "environ").read_bytes().decode(errors="replace").split("\0")
-                    rank = next(item for item in variables if item.startswith("SLURM_PROCID="))
-                    found[int(rank.partition("=")[2])] = self.cluster.job_python.rank_of(int(path.name))
-            except (OSError, StopIteration):
+                    items = (path / "environ").read_bytes().decode(errors="replace").split("\0")
+                    variables = dict(item.partition("=")[::2] for item in items)
+                    if variables["MQ_ATTEMPT"] == str(self.attempts()[-1].number):
+                        rank = int(variables["SLURM_PROCID"])
+                        found[rank] = self.cluster.job_python.rank_of(int(path.name))
+            except (OSError, KeyError):
                 continue
         return found
 
@@ -227,6 +235,12 @@ def lost_iterations(path: Path) -> int:
         attempt = int(record["attempt"])
         counts[attempt] = counts.get(attempt, 0) + 1
     return max(counts.values(), default=0)
+
+
+def hold_for_standby(runs: Runs, name: str, iteration: int) -> str:
+    """Line of a patch: the first attempt takes this step once ranks wait for its end."""
+    ready = runs.root / name / "logs/attempt_001/standby/ready"
+    return f"while attempt == '1' and iteration == {iteration} and not os.path.exists('{ready}'): time.sleep(0.1)"
 
 
 def kill(process: int, number: int) -> None:

@@ -3,11 +3,12 @@
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.runs import SAVE_INTERVAL, TP2, ClusterRun, Runs, kill, lost_iterations
+from tests.slurm.runs import PAUSE, SAVE_INTERVAL, TP2, ClusterRun, Runs, hold_for_standby, kill, lost_iterations
 from tests.tiers import cases
 
 
@@ -66,6 +67,39 @@ def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
     assert between[-1].reason in reasons, run.story()
     assert between[-1].failed_nodes == ("n2",), run.story()
     check(run, runs)
+
+
+def test_ranks_that_wait_take_over(runs):
+    """On the same nodes; on others they are ended, and others start. None is left behind."""
+    name, at = "standby", SAVE_INTERVAL + 4
+    patch = f"{PAUSE}\n{hold_for_standby(runs, name, at)}"
+    spare = ("--spares", 1)
+    run = runs.submit(name, *TP2, "resilience.standby_ranks=true", options=spare, patch=patch)
+    run.wait_for_standby(1)
+    assert len(run.rank_processes()) == 2
+    kill(run.rank_processes()[1], signal.SIGKILL)
+    run.wait_for_attempt(2)
+    run.wait_for_step(at + 2)
+    runs.cluster.kill_node("n2")
+    kill(run.rank_processes()[1], signal.SIGKILL)
+    run.wait_for_end(timeout_s=150)
+    run.wait(lambda: not processes_of(run), "end of all processes", timeout_s=30)
+    first, second, *_, last = run.attempts()
+    assert (first.reason, first.nodes, second.nodes, last.nodes) == ("lost peer", *[("n1", "n2")] * 2, ("n1", "n3"))
+    assert run.end_of_story().count("the ranks that waited begin") == 1
+    assert "resumed" in (run.path / "logs/attempt_002/rank_0.log").read_text(), "the output moves with the ranks"
+    check(run, runs)
+
+
+def processes_of(run: ClusterRun) -> list[int]:
+    """All that run ranks of a run or wait to."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            line = (path / "cmdline").read_bytes().decode().split("\0")
+            if "megatron_qwen.train" in line and str(run.path) in line:
+                found.append(int(path.name))
+    return found
 
 
 def test_a_cancel_during_a_restart(runs):

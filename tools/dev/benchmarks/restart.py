@@ -9,7 +9,11 @@ from pathlib import Path
 from tools.dev.benchmarks.rows import BenchmarkRow, against_peer
 
 _ROOT = Path(__file__).resolve().parents[3]
-_OURS = {"inside": "a killed rank, restarted inside the allocation", "spare": "a killed node, replaced by a spare one"}
+_OURS = {
+    "standby": "a killed rank, restarted inside the allocation by ranks that waited",
+    "inside": "a killed rank, restarted inside the allocation",
+    "spare": "a killed node, replaced by a spare one",
+}
 _PEERS = {
     "requeue": "a killed rank, requeued, Slurm's 120 s included",
     "requeue_hastened": "the same, started as soon as Slurm can",
