@@ -79,6 +79,17 @@ def main(run_dir: str, *options: str, signals: StopSignals, started: float | Non
     return code
 
 
+def load() -> bool:
+    """Imports what ``main`` needs; returns whether that has begun to use a GPU."""
+    prepare_process()
+    import torch
+
+    import megatron_qwen.recipes.registry
+    import megatron_qwen.training.attempt  # noqa: F401
+
+    return bool(torch.cuda.is_initialized())
+
+
 def _replay(config: "RunConfig", run_dir: Path, options: Sequence[str]) -> int:
     """Replays on this rank; rank 0 prints the report. Exit code 1 if a step differs from what the run recorded."""
     from megatron_qwen.distributed.rank import RankInfo
@@ -130,7 +141,8 @@ if __name__ == "__main__":
     set_up_log(sys.stderr)
     directory, begun = Path(sys.argv[1]), None
     if _STANDBY in sys.argv:
-        begun = wait_for_turn(directory, Path(sys.argv[sys.argv.index(_STANDBY) + 1]), told)
+        logs = RunDirectory(directory).logs(attempt_of_controller() or 0)
+        begun = wait_for_turn(Path(sys.argv[sys.argv.index(_STANDBY) + 1]), logs, told, load)
     from megatron_qwen.resilience.exits import exit_code_of
 
     program = partial(main, *sys.argv[1:], signals=told, started=begun)

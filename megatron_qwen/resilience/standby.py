@@ -4,11 +4,10 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_qwen.resilience.rank_end import attempt_of_controller
 from megatron_qwen.resilience.signals import StopSignals
-from megatron_qwen.rundir import RunDirectory
 
 # What begins a waiting rank: free until NCCL starts, which uses it.
 BEGIN = signal.SIGUSR1
@@ -26,23 +25,24 @@ def has_begun(folder: Path) -> bool:
     return (folder / _BEGUN).exists()
 
 
-def wait_for_turn(run_dir: Path, folder: Path, signals: StopSignals) -> float:
+def wait_for_turn(folder: Path, logs: Path, signals: StopSignals, load: Callable[[], bool]) -> float:
     """Imports what a rank needs, and returns when its attempt begins; its output goes to the logs of that attempt then.
 
     Exits with 0 if it is told to stop, if what started it ends, or if an import has begun to use the GPU, whose memory
     belongs to the ranks that run.
 
     Args:
-        run_dir: the run.
         folder: where rank 0 says that it is ready, and that it has begun.
+        logs: directory of the logs of the attempt.
         signals: installed already.
+        load: imports all, and returns whether that has begun to use a GPU.
 
     Returns:
         When the attempt began for this rank, seconds since 1970.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {BEGIN})  # before the imports: it stays pending while they run
     parent = os.getppid()
-    if _uses_gpu_after_imports():
+    if load():
         print("not kept ready: an import has started CUDA, and would hold memory of the GPU", file=sys.stderr)
         sys.exit(0)
     rank = os.environ.get("SLURM_PROCID", "0")
@@ -55,22 +55,8 @@ def wait_for_turn(run_dir: Path, folder: Path, signals: StopSignals) -> float:
     if rank == "0":
         (folder / _BEGUN).touch()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {BEGIN})
-    attempt = attempt_of_controller()
-    if attempt is not None:
-        _write_output_to(RunDirectory(run_dir).logs(attempt) / f"rank_{rank}.log")
+    _write_output_to(logs / f"rank_{rank}.log")
     return begun
-
-
-def _uses_gpu_after_imports() -> bool:
-    from megatron_qwen.core_patches.install import prepare_process
-
-    prepare_process()
-    import torch
-
-    import megatron_qwen.recipes.registry
-    import megatron_qwen.training.attempt  # noqa: F401
-
-    return torch.cuda.is_initialized()
 
 
 def _write_output_to(path: Path) -> None:
