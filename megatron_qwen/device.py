@@ -14,6 +14,11 @@ _CPU = torch.device("cpu")
 _CPU_LOGITS_BYTES = 64 << 20
 
 
+def in_use() -> bool:
+    """Whether this process has begun to use a GPU, and holds memory of it."""
+    return bool(torch.cuda.is_initialized())
+
+
 def has_cuda() -> bool:
     """Whether ranks compute on GPUs."""
     return torch.cuda.is_available()

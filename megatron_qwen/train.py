@@ -82,12 +82,10 @@ def main(run_dir: str, *options: str, signals: StopSignals, started: float | Non
 def load() -> bool:
     """Imports what ``main`` needs; returns whether that has begun to use a GPU."""
     prepare_process()
-    import torch
-
     import megatron_qwen.recipes.registry
     import megatron_qwen.training.attempt  # noqa: F401
 
-    return bool(torch.cuda.is_initialized())
+    return device.in_use()
 
 
 def _replay(config: "RunConfig", run_dir: Path, options: Sequence[str]) -> int:

@@ -2,9 +2,6 @@
 
 import argparse
 import json
-import logging
-import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.inference.request import Sampling
+from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
@@ -82,8 +80,8 @@ def main(arguments: Sequence[str]) -> int:
 
     info = RankInfo.from_environment()
     if info.world_size == 1 and (ranks := _ranks(options)) > 1:
-        return _start_ranks(options.source, arguments, ranks)
-    _set_up_log(rank=info.rank)
+        return start_ranks("tools.generate", options.source, arguments, ranks)
+    set_up_log(rank=info.rank)
     found = _answers(options, sampling, info)
     if info.rank == 0:
         _show(found, as_json=options.json)
@@ -120,19 +118,6 @@ def _ranks(options: argparse.Namespace) -> int:
 
     _, config, _ = open_for_inference(options.source, _load_options(options))
     return smallest_world(config)
-
-
-def _start_ranks(source: Path, arguments: Sequence[str], ranks: int) -> int:
-    from megatron_qwen.job.local_ranks import LocalRanks
-
-    with tempfile.TemporaryDirectory(prefix="mq-generate-") as folder:
-        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), program=("tools.generate", *arguments))
-        return started.run()
-
-
-def _set_up_log(*, rank: int) -> None:
-    level = logging.INFO if rank == 0 and sys.stderr.isatty() else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
 
 
 def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:

@@ -77,12 +77,15 @@ class Engine:
     def problem(self, request: Request) -> Problem | None:
         """Why a request cannot be answered; None if it can."""
         prompt, longest = len(request.prompt), self.stage.longest
-        most = prompt + (0 if request.sampling is None else 1)
         if not prompt:
             return Problem("prompt", request.number, "has no tokens; give a text.")
+        if request.sampling is None and not 1 <= request.score_from < max(2, prompt):
+            fix = f"must be a position of the text behind its first token, 1 to {prompt - 1:,}."
+            return Problem("score_from", request.score_from, fix)
+        most = prompt + (-1 if request.sampling is None else 1)
         if most > longest:
             return Problem("prompt", f"{prompt:,} tokens", f"the model has {longest:,} positions; shorten the text.")
-        wanted = prompt if request.sampling is None else min(longest, prompt + request.sampling.max_new_tokens)
+        wanted = prompt - 1 if request.sampling is None else min(longest, prompt + request.sampling.max_new_tokens)
         if blocks_of(wanted) > self._blocks:
             fix = f"the cache holds {self._blocks * BLOCK:,}; give it more memory, or ask for less."
             return Problem("prompt", f"{wanted:,} tokens with the answer", fix)
@@ -92,6 +95,12 @@ class Engine:
                 "prompt", largest, f"is none of the {self.stage.config.model.vocab_size:,} ids of the model."
             )
         return None
+
+    def require(self, requests: Iterable[Request]) -> None:
+        """Raises DataError with the problems of all requests that cannot be answered."""
+        found = [problem for request in requests if (problem := self.problem(request)) is not None]
+        if found:
+            raise DataError(found)
 
     def answer(self, requests: Iterable[Request]) -> Iterator[tuple[Request, Answer]]:
         """Answers, in the order in which they are finished; every rank gives all of them.
@@ -226,8 +235,10 @@ class Engine:
             logprobs = head.log_probs_of(logits, filled)[: len(ends)]
             parts.append(torch.stack((torch.tensor(chosen, device=device).double(), logprobs.double())))
         for span in scored:
-            places = list(range(first[id(span)], first[id(span)] + _labels(span)))
-            wanted = span.sequence.tokens[span.start + 1 : span.start + 1 + len(places)]
+            start = _first_label(span)
+            begin = first[id(span)] + start - span.start
+            places = list(range(begin, begin + _labels(span)))
+            wanted = span.sequence.tokens[start + 1 : start + 1 + len(places)]
             for at in range(0, len(places), _LOGIT_ROWS):
                 some, label = places[at : at + _LOGIT_ROWS], wanted[at : at + _LOGIT_ROWS]
                 logits = head.logits(_at_least(rows, some))
@@ -240,8 +251,13 @@ class Engine:
 
 
 def _labels(span: Span) -> int:
-    """Tokens of a scored span behind which a token of the text follows."""
-    return min(span.stop, len(span.sequence.tokens) - 1) - span.start
+    """Tokens of a scored span whose next token's log-probability is wanted."""
+    return max(0, min(span.stop, len(span.sequence.tokens) - 1) - _first_label(span))
+
+
+def _first_label(span: Span) -> int:
+    """Position of the first token of a scored span whose next token's log-probability is wanted."""
+    return max(span.start, span.sequence.request.score_from - 1)
 
 
 def _at_least(rows: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

@@ -82,12 +82,15 @@ class Request:
         sampling: how it goes on; None does not, and gives the log-probabilities of the prompt.
         number: of the answer, counted over all samples of all prompts; answers come in this order.
         sample: which answer to the same prompt.
+        score_from: position of the first token whose log-probability is wanted, where ``sampling`` is None. What is
+            before it may be shared with other requests.
     """
 
     prompt: tuple[int, ...]
     sampling: Sampling | None
     number: int = 0
     sample: int = 0
+    score_from: int = 1
 
 
 @dataclass
@@ -98,7 +101,7 @@ class Answer:
         tokens: new ones.
         logprobs: of each new token, under the model's own distribution (temperature 1, no filters), in nats.
         reason: why it ended; None of a text that was only scored.
-        prompt_logprobs: of a scored text: of its second token and those behind it.
+        prompt_logprobs: of a scored text: of token ``score_from`` and those behind it.
         prompt_greedy: of a scored text: which of those is the most likely token.
     """
 

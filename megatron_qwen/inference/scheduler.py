@@ -76,17 +76,19 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence not in self.running:
                 continue  # put back for one before it
-            missing = len(sequence.tokens) - sequence.cached
+            missing = sequence.length - sequence.cached
             part = 1 if missing == 1 else min(missing, left)
             if part < 1 or not self._hold(sequence, sequence.cached + part):
                 continue
             spans.append(Span(sequence, sequence.cached, sequence.cached + part))
             left -= 0 if missing == 1 else part
         spans = [span for span in spans if span.sequence in self.running]
+        for span in spans:
+            self._publish(span)
         while left > 0 and self.waiting and len(self.running) < self.limits.sequences:
             sequence = self.waiting[0]
             self._share(sequence)
-            stop = min(len(sequence.tokens), sequence.cached + left)
+            stop = min(sequence.length, sequence.cached + left)
             # With room for its next token, which would otherwise put back what runs.
             if blocks_of(sequence.next_length) - len(sequence.blocks) > self.pool.free:
                 self.pool.give_back(sequence.forget())
@@ -96,6 +98,7 @@ class Scheduler:
             held = self._hold(sequence, stop)
             assert held
             spans.append(Span(sequence, sequence.cached, stop))
+            self._publish(spans[-1])
             left -= stop - sequence.cached
         return spans
 
@@ -104,14 +107,16 @@ class Scheduler:
         for span in spans:
             sequence = span.sequence
             sequence.cached = span.stop
-            for number in range(span.start // BLOCK, span.stop // BLOCK):
-                if not sequence.is_scored:
-                    self.pool.publish(sequence.blocks[number], sequence.name_of(number))
-            finished = span.stop == len(sequence.request.prompt) if sequence.is_scored else sequence.answer.reason
+            finished = span.stop == sequence.length if sequence.is_scored else sequence.answer.reason
             if finished:
                 self.running.remove(sequence)
                 self.pool.give_back(sequence.forget())
                 yield sequence
+
+    def _publish(self, span: Span) -> None:
+        """Lets others take over the blocks that the step fills, in the same step, too: it writes before it attends."""
+        for number in range(span.start // BLOCK, span.stop // BLOCK):
+            self.pool.publish(span.sequence.blocks[number], span.sequence.name_of(number))
 
     def _hold(self, sequence: Sequence, stop: int) -> bool:
         """Takes the blocks up to a position, from those that joined later if need be; False if it was put back."""
@@ -126,10 +131,8 @@ class Scheduler:
         return True
 
     def _share(self, sequence: Sequence) -> None:
-        """Takes over blocks that hold the beginning of a sequence; its last token is computed in any case."""
-        if sequence.is_scored:
-            return
-        for number in range((len(sequence.tokens) - 1) // BLOCK):
+        """Takes over blocks that hold the beginning of a sequence, as far as nothing is asked of it."""
+        for number in range(sequence.sharable // BLOCK):
             block = self.pool.share(sequence.name_of(number))
             if block is None:
                 break

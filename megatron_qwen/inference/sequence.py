@@ -42,9 +42,19 @@ class Sequence:
         return self.request.sampling is None
 
     @property
+    def length(self) -> int:
+        """Positions to compute. Nothing is asked of the last token of a scored text."""
+        return max(1, len(self.tokens) - self.is_scored)
+
+    @property
+    def sharable(self) -> int:
+        """Positions at its beginning that need not be computed where the cache has them."""
+        return (self.request.score_from if self.is_scored else len(self.tokens)) - 1
+
+    @property
     def next_length(self) -> int:
         """Positions in the cache when its next token has been computed, too."""
-        return min(len(self.tokens) + (not self.is_scored), self.longest)
+        return min(self.length + (not self.is_scored), self.longest)
 
     def row(self) -> Row:
         """Its next token, for the sampler."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from megatron_qwen.files import publish
+
 _SIGNALS_BY_TEXT = {
     "Killed": signal.SIGKILL,
     "Terminated": signal.SIGTERM,
@@ -131,7 +133,8 @@ class SrunRanks:
 
     def keep_log_in(self, logs: Path) -> None:
         """Makes the output of srun a file of another directory of the same file system."""
-        self._said = self._said.replace(logs / SRUN_LOG)
+        publish(self._said, logs / SRUN_LOG)
+        self._said = logs / SRUN_LOG
 
     def kill(self) -> None:
         """Kills the job step with SIGKILL, and srun itself if it does not exit within a minute."""

@@ -76,6 +76,24 @@ def counted(config: RunConfig, requests: Sequence[Request]) -> int:
     return len(list(Engine(stage_of(config, 128), blocks=8).answer(requests)))
 
 
+def asked_of_rank_0(
+    config: RunConfig, asked: Sequence[Sequence[Request]], longest: int = 512, blocks: int = 64
+) -> list[dict[int, Answer]] | None:
+    """What rank 0 gets for several sets of requests, one after the other; None on the other ranks."""
+    import torch.distributed as dist
+
+    from megatron_qwen.inference.engine import Engine
+    from megatron_qwen.inference.together import Together
+
+    together = Together(Engine(stage_of(config, longest), blocks=blocks))
+    if dist.get_rank():
+        together.follow()
+        return None
+    found = [together.answer(requests) for requests in asked]
+    together.close()
+    return found
+
+
 def problem(config: RunConfig, request: Request, longest: int, blocks: int) -> str:
     """Why a request cannot be answered."""
     from megatron_qwen.inference.engine import Engine

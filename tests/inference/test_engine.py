@@ -115,6 +115,34 @@ def test_up_to_the_end_of_the_context(pool):
     assert pool[1].run(jobs.counted, config, asked)[0] == 2
 
 
+def test_scores_of_endings(pool, alone):
+    """Of texts with one beginning, which is computed once, also by one that joins in the same step."""
+    recipe = "tiny_dense"
+    _, _, whole = alone(recipe)
+    text = max(whole, key=len)
+    ends = [70, 128, 129, len(text) - 1]
+    asked = [Request(tuple(text[: end + 1]), None, number=at, score_from=end) for at, end in enumerate(ends)]
+    (trained,) = pool[1].run(jobs.whole_texts, RECIPES[recipe](), [text])[0]
+    for limits in (Limits(), Limits(sequences=1), Limits(tokens=64)):
+        found = pool[1].run(jobs.answers, RECIPES[recipe](), asked, 512, 64, limits)[0]["answers"]
+        assert [answer.prompt_logprobs for answer in found] == [[trained[end - 1]] for end in ends]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "layout"), cases([("tiny_dense", TP2SP), ("tiny_moe", EP2)], [("tiny_dense", DP2), ("tiny_dense", PP2)])
+)
+def test_rank_0_asks_and_all_answer(recipe, layout, pool, alone):
+    """Several times; replicas divide the requests, and one of them may have none."""
+    asked, answers, _ = alone(recipe)
+    ranks, changes = (MOE if "moe" in recipe else DENSE)[layout]
+    rank_0, *others = pool[ranks].run(jobs.asked_of_rank_0, config_of(recipe, changes), [asked[:1], [], asked])
+    assert others == [None] * (ranks - 1)
+    assert [one.tokens for one in (rank_0[0][0], *(rank_0[2][at] for at in range(len(asked))))] == [
+        one.tokens for one in (answers[0], *answers)
+    ]
+    assert rank_0[1] == {}
+
+
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
@@ -123,6 +151,8 @@ def test_up_to_the_end_of_the_context(pool):
         (Request((1,), Sampling(max_new_tokens=100)), "the cache holds 64"),
         (Request((1, 5000), Sampling(max_new_tokens=2)), "is none of the"),
         (Request((1, -1), None), "is none of the"),
+        (Request((1, 2), None, score_from=2), "1 to 1"),
+        (Request((1, 2), None, score_from=0), "1 to 1"),
     ],
 )
 def test_what_cannot_be_answered(request_, told, pool):

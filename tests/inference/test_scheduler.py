@@ -52,6 +52,40 @@ def test_equal_beginnings_share_blocks():
     assert step(scheduler)[0] == [(2, 192, 200)]
 
 
+def test_equal_beginnings_share_blocks_in_one_step():
+    scheduler = Scheduler(BlockPool(20), Limits(tokens=1000))
+    for number in range(2):
+        scheduler.add(sequence(200, number=number))
+    assert step(scheduler)[0] == [(0, 0, 200), (1, 192, 200)]
+
+
+def test_a_scored_text_shares_what_is_before_its_score():
+    scheduler = Scheduler(BlockPool(20), Limits(tokens=1000))
+    prompt = tuple(range(200))
+    for number, first in enumerate((1, 130, 199)):
+        scheduler.add(Sequence(Request(prompt, None, number, score_from=first), longest=10_000))
+    shown, done = step(scheduler)
+    assert shown == [(0, 0, 199), (1, 128, 199), (2, 192, 199)], "nothing is asked of the last token"
+    assert len(done) == 3
+
+
+def test_what_was_put_back_is_not_shared():
+    """It has not been computed, although its blocks were meant to be."""
+    scheduler = Scheduler(BlockPool(4), Limits(tokens=1000))
+    scheduler.add(sequence(2 * BLOCK - 1, new=2 * BLOCK, number=0))
+    scheduler.add(sequence(BLOCK + 1, new=BLOCK, start=5000, number=1))
+    held = {}
+    while scheduler.has_work:
+        spans = scheduler.step()
+        for span in spans:
+            for number in range(span.start // BLOCK, span.stop // BLOCK):
+                held[span.sequence.name_of(number)] = span.sequence.blocks[number]
+            span.sequence.take(7, 0.0) if span.is_at_end else None
+        assert all(held[name] == block for name, block in scheduler.pool._named.items())
+        list(scheduler.done(spans))
+    assert scheduler.preempted
+
+
 def test_a_whole_prompt_that_is_there_computes_its_last_token():
     scheduler = Scheduler(BlockPool(20), Limits(tokens=1000))
     for number in range(2):

@@ -53,6 +53,7 @@ _PROJECT = (
 _NOT_OF_IT = (
     "tools.dev",
     "tools.generation",
+    "tools.evaluation",
     "checkpoints_convert.layerwise.layered_core",
     "checkpoints_convert.compare.whole_models",
     "megatron_qwen.data.text.parquet",  # pyarrow starts threads

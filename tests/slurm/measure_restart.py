@@ -56,21 +56,21 @@ def seconds_to_next_step(found: ClusterRun, *, since: float, attempt: int, haste
     return time.monotonic() - since
 
 
-def measure(runs: Runs, name: str, *overrides: str, hasten: bool = False, spares: int = 0) -> float:
-    """Of one run; with a spare node the node of the killed rank goes too."""
+def measure(runs: Runs, name: str, *overrides: str, hasten: bool = False, spares: int = 0, node: bool = False) -> float:
+    """Of one run; with ``node`` the node of the killed rank goes too."""
     held = hold_for_standby(runs, name, _FAULT_AT + 1) if STANDBY in overrides else ""
     found = runs.submit(name, *TP2, *overrides, options=("--spares", spares), patch=f"{PAUSE}\n{held}")
     found.wait_for_step(_FAULT_AT)
     process = found.rank_processes()[1]
     if STANDBY in overrides:
         found.wait_for_standby(1)
-    if spares:
+    if node:
         runs.cluster.kill_node("n2")
     since = time.monotonic()
     kill(process, signal.SIGKILL)
     seconds = seconds_to_next_step(found, since=since, attempt=1, hasten=hasten)
     swapped = found.attempts()[-1].nodes[1] != "n2"
-    assert swapped is bool(spares), found.story()
+    assert swapped is node, found.story()
     runs.cluster.clear()
     return seconds
 
@@ -91,7 +91,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=2)
     rounds = parser.parse_args().rounds
-    found: dict[str, list[float]] = {"standby": [], "inside": [], "spare": [], "requeue_hastened": [], "requeue": []}
+    found: dict[str, list[float]] = {
+        "standby": [],
+        "inside": [],
+        "spare": [],
+        "requeue_node": [],
+        "requeue_hastened": [],
+        "requeue": [],
+    }
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         text = root / "text.jsonl"
@@ -103,7 +110,8 @@ def main() -> None:
                 found["standby"].append(measure(runs, f"standby_{number}", STANDBY))
                 found["inside"].append(measure(runs, f"inside_{number}"))
                 found["requeue_hastened"].append(measure(runs, f"hastened_{number}", QUEUED, hasten=True))
-                found["spare"].append(measure(runs, f"spare_{number}", spares=1))
+                found["spare"].append(measure(runs, f"spare_{number}", spares=1, node=True))
+                found["requeue_node"].append(measure(runs, f"node_{number}", QUEUED, hasten=True, node=True))
                 print(json.dumps(found), file=sys.stderr, flush=True)
         with cold(root, patient=True) as runs:
             found["requeue"].append(measure(runs, "requeue", QUEUED))

@@ -1,9 +1,11 @@
 """A model on this rank, ready to answer: from a run, a checkpoint of any layout, or a Hugging Face directory."""
 
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.config.source import with_words
 from megatron_qwen.config.world import smallest_world
-from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer, special_ids
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
@@ -39,13 +41,40 @@ class LoadedModel:
         engine: on this rank.
         tokenizer: of the model.
         ends: ids that end a text.
-        name: of the model, for people.
+        source: where it comes from.
+        dtype: that it computes in.
     """
 
     engine: Engine
     tokenizer: Tokenizer
     ends: tuple[int, ...]
-    name: str
+    source: ModelSource
+    dtype: str
+
+    @property
+    def end(self) -> int:
+        """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
+        assert self.source.tokenizer is not None
+        try:
+            stated = json.loads((self.source.tokenizer / "tokenizer_config.json").read_bytes())
+        except (OSError, ValueError):
+            stated = {}
+        for name in ("bos_token", "eos_token"):
+            token = stated.get(name) if isinstance(stated, dict) else None
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str) and (found := self.tokenizer.control_tokens.get(text)) is not None:
+                return found
+        return self.tokenizer.end_of_text
+
+    def identity(self) -> dict[str, Any]:
+        """What decides its answers: weights, precision, tokenizer, and how many positions it is given."""
+        assert self.source.tokenizer is not None
+        return {
+            "model": self.source.origin()["source"],
+            "dtype": self.dtype,
+            "tokenizer": fingerprint(self.source.tokenizer),
+            "positions": self.engine.stage.longest,
+        }
 
 
 @dataclass(frozen=True)
@@ -61,6 +90,7 @@ class LoadOptions:
         longest: positions of prompt and answer together; None is what the model has.
         sequences: answered at a time.
         cache_bytes: of keys and values, over all ranks of this machine; None is a quarter of what is free.
+        replicas: data-parallel ones of the model, which divide the requests.
     """
 
     iteration: int | None = None
@@ -71,6 +101,7 @@ class LoadOptions:
     longest: int | None = None
     sequences: int = 64
     cache_bytes: int | None = None
+    replicas: int = 1
 
 
 def open_for_inference(path: Path, options: LoadOptions) -> tuple[ModelSource, RunConfig, Tokenizer]:
@@ -113,7 +144,7 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
     source, config, tokenizer = open_for_inference(path, options)
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
     device.set_threads(device.fair_threads(info.local_world_size))
-    if info.world_size != (needed := smallest_world(config)):
+    if info.world_size != (needed := smallest_world(config) * options.replicas):
         fix = f"the layout has {needed}: start as many, or change the layout (parallel.*)."
         raise ConfigError(Problem("ranks", info.world_size, fix))
     groups = process_groups.create(config.parallel, seed=config.training.seed)
@@ -133,7 +164,7 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
             f"{blocks * BLOCK:,}",
         )
     engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
-    return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source.name)
+    return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source, config.precision.dtype)
 
 
 def _of_all_ranks(blocks: int, place: torch.device) -> int:

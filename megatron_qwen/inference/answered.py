@@ -1,0 +1,82 @@
+"""Answers kept on disk, so that what is started again after a kill computes only the others."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.files import sync_stream
+from megatron_qwen.json_lines import objects
+
+
+class AnsweredLog:
+    """A file of JSON lines: what was asked of what, then an answer a line, by a key.
+
+    Args:
+        path: of the file, made at the first answer; None keeps answers in memory only.
+        identity: everything that decides the answers and is not in their keys: model, precision, tokenizer.
+
+    Raises:
+        ConfigError: the file has answers of something else.
+    """
+
+    def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
+        self._path, self._identity = path, dict(identity)
+        self._found: dict[str, Any] = {}
+        self._whole = 0  # bytes of complete lines
+        if path is not None and path.is_file():
+            self._read(path)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._found
+
+    def __getitem__(self, key: str) -> Any:
+        return self._found[key]
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def keep(self, answers: Mapping[str, Any]) -> None:
+        """Writes answers; they are on disk afterwards."""
+        self._found.update(answers)
+        if self._path is None:
+            return
+        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
+        if not self._whole:
+            lines.insert(0, json.dumps({"identity": self._identity}) + "\n")
+        content = "".join(lines).encode()
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("r+b" if self._path.exists() else "w+b") as file:
+            file.seek(self._whole)
+            file.truncate()  # half a line of a killed process
+            file.write(content)
+            sync_stream(file)
+        self._whole += len(content)
+
+    def remove(self) -> None:
+        """Removes the file."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def _read(self, path: Path) -> None:
+        content = path.read_bytes()
+        content = content[: content.rfind(b"\n") + 1]
+        head, *answers = list(objects(content.splitlines())) or [{}]
+        if not content:
+            return
+        before = head.get("identity")
+        if not isinstance(before, dict) or before != self._identity:
+            raise ConfigError(Problem(str(path), _difference(before, self._identity), _FIX))
+        self._whole = len(content)
+        self._found = {one["key"]: one["answer"] for one in answers if "key" in one and "answer" in one}
+
+
+_FIX = "has answers of something else; remove it, or choose another output."
+
+
+def _difference(before: Any, now: Mapping[str, Any]) -> str:
+    if not isinstance(before, dict):
+        return "no answers"
+    names = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    return ", ".join(f"{name} {before.get(name)} and not {now.get(name)}" for name in names)

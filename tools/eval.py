@@ -1,0 +1,166 @@
+"""``mq eval``: scores of a run, a checkpoint of any layout or a Hugging Face directory, and comparisons of two."""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_qwen.cli import Parser, run_program
+from megatron_qwen.errors import ConfigError, Problem
+from tools.generation.ranks import set_up_log, start_ranks
+
+if TYPE_CHECKING:
+    from megatron_qwen.distributed.rank import RankInfo
+    from tools.generation.loaded import LoadOptions
+
+
+def parser() -> Parser:
+    """The command line."""
+    found = Parser(
+        "mq eval",
+        description="Scores a model in tasks of lm-evaluation-harness, with the modules that train, on the ranks of "
+        "any layout. SOURCE is a run, a checkpoint root, one iteration, or a Hugging Face directory. Given two "
+        "directories that --output has made, compares them.",
+        examples=[
+            "mq eval runs/first --tasks arc_challenge --shots 25 --output scores/first",
+            "mq eval out/first-hf --tasks ours --task-dir tasks --limit 100 --json",
+            "mq eval runs/first parallel.tensor_model_parallel_size=2 --tasks hellaswag,winogrande",
+            "mq eval scores/first scores/second",
+        ],
+    )
+    found.add_argument("source", type=Path, help="run, checkpoint root, one iteration, or Hugging Face directory")
+    found.add_argument(
+        "overrides", nargs="*", metavar="section.field=value", help="parallel.* for the layout; or a second directory"
+    )
+    found.add_argument("--tasks", default="", help="names or patterns of the harness's tasks, separated by commas")
+    found.add_argument("--task-dir", action="append", type=Path, default=[], help="directory with task files (YAML)")
+    found.add_argument("--limit", type=int, help="items of each task; default: all")
+    found.add_argument("--shots", type=int, help="examples before each item; default: each task's own number")
+    found.add_argument("--chat", action="store_true", help="prompts as turns of the tokenizer's chat template")
+    found.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
+    found.add_argument("--output", type=Path, help="directory for results.json and items; also resumes after a kill")
+    found.add_argument("--json", action="store_true", help="the harness's results object")
+    found.add_argument("--replicas", type=int, default=1, help="data-parallel copies of the model (%(default)s)")
+    found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
+    found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
+    found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
+    found.add_argument("--dtype", choices=["bf16", "fp32"], help="to compute in; default: that of the weights")
+    found.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Prints scores."""
+    options = parser().parse_intermixed_args(arguments)
+    if _is_comparison(options):
+        from tools.evaluation.compare import compare, table
+
+        compared = compare(options.source, Path(options.overrides[0]))
+        print(json.dumps(compared, indent=2) if options.json else table(compared))
+        return 0
+    _check(options)
+    from megatron_qwen.core_patches.install import prepare_process
+
+    prepare_process()
+    from megatron_qwen.config.world import smallest_world
+    from megatron_qwen.distributed.rank import RankInfo, leave
+    from tools.generation.loaded import open_for_inference
+
+    info = RankInfo.from_environment()
+    if info.world_size == 1:
+        # Everything that is wrong with the source is said before ranks are started.
+        _, config, _ = open_for_inference(options.source, _load_options(options))
+        if (ranks := smallest_world(config) * options.replicas) > 1:
+            return start_ranks("tools.eval", options.source, arguments, ranks)
+    set_up_log(rank=info.rank)
+    found = _evaluate(options, info)
+    if found is not None:
+        _show(found, as_json=options.json)
+    leave()
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] | None:
+    from megatron_qwen.inference.together import Together
+    from tools.evaluation.scoring import EvalOptions, evaluate, prepare
+    from tools.generation.loaded import load
+
+    wanted = EvalOptions(
+        tasks=_names(options),
+        directories=options.task_dir,
+        limit=options.limit,
+        shots=options.shots,
+        chat=options.chat,
+        system=options.system,
+        output=options.output,
+    )
+    prepared = None if info.rank else prepare(wanted)
+    model = load(options.source, _load_options(options), info)
+    together = Together(model.engine)
+    if prepared is None:
+        together.follow()
+        return None
+    found = evaluate(model, together, prepared, wanted)
+    together.close()
+    return found
+
+
+def _load_options(options: argparse.Namespace) -> "LoadOptions":
+    from tools.generation.loaded import LoadOptions
+
+    return LoadOptions(
+        iteration=options.iteration,
+        words=options.overrides,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        dtype=options.dtype,
+        longest=options.context,
+        replicas=options.replicas,
+    )
+
+
+def _show(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found["results"], indent=2))
+        return
+    for task, figures in found["results"].items():
+        ranges = found["mq"]["intervals"].get(task, {})
+        for name, value in figures.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float | int) and kind and not metric.endswith("_stderr"):
+                low_high = "  [{:.4f}, {:.4f}]".format(*ranges[name]) if name in ranges else ""
+                label = metric if kind == "none" else f"{metric} ({kind})"
+                print(f"{task:32} {label:32} {value:10.4f}{low_high}")
+
+
+def _names(options: argparse.Namespace) -> list[str]:
+    return [name for name in (part.strip() for part in options.tasks.split(",")) if name]
+
+
+def _is_comparison(options: argparse.Namespace) -> bool:
+    return not options.tasks and len(options.overrides) == 1 and "=" not in options.overrides[0]
+
+
+def _check(options: argparse.Namespace) -> None:
+    problems = []
+    if not options.source.is_dir():
+        problems.append(Problem("SOURCE", options.source, "is not there; name a run, a checkpoint or a directory."))
+    if not _names(options):
+        problems.append(Problem("--tasks", options.tasks, "must name at least one task."))
+    bounds = (("--limit", options.limit, 1), ("--shots", options.shots, 0), ("--context", options.context, 2))
+    for name, value, least in bounds:
+        if value is not None and value < least:
+            problems.append(Problem(name, value, f"must be at least {least}."))
+    if options.replicas < 1:
+        problems.append(Problem("--replicas", options.replicas, "must be at least 1."))
+    if options.system is not None and not options.chat:
+        problems.append(Problem("--system", options.system, "needs --chat."))
+    if options.output is not None and options.output.exists() and not options.output.is_dir():
+        problems.append(Problem("--output", options.output, "is not a directory."))
+    if problems:
+        raise ConfigError(problems)
+
+
+if __name__ == "__main__":
+    run_program(main)

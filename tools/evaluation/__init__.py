@@ -1,0 +1,1 @@
+"""``mq eval``: a model's scores in tasks of lm-evaluation-harness, and comparisons of them."""

@@ -1,0 +1,147 @@
+"""Runs tasks on a model, and what is said of their results."""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_qwen.inference.answered import AnsweredLog
+from megatron_qwen.inference.together import Together
+from tools.generation.loaded import LoadedModel
+
+ANSWERED, RESULTS, SAMPLES = "answered.jsonl", "results.json", "samples"
+# Metrics whose error the harness finds by drawing samples anew; its default of 100,000 takes minutes.
+_HARNESS_BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """What is evaluated.
+
+    Args:
+        tasks: names and patterns.
+        directories: with task files.
+        limit: items of a task; None takes all.
+        shots: examples before each item; None leaves that to the task.
+        chat: prompts as turns of the tokenizer's chat template.
+        system: text of the first turn; None is none.
+        output: directory of what is kept; None keeps nothing.
+    """
+
+    tasks: Sequence[str]
+    directories: Sequence[Path] = ()
+    limit: int | None = None
+    shots: int | None = None
+    chat: bool = False
+    system: str | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks with their data.
+
+    Args:
+        manager: the harness's, which knows their names.
+        tasks: and groups.
+    """
+
+    manager: Any
+    tasks: Sequence[Any]
+
+
+def prepare(options: EvalOptions) -> Prepared:
+    """Finds the tasks and loads their data; before a model is loaded, which takes longer.
+
+    Raises:
+        ConfigError: a task that there is not, or whose data cannot be read.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness, which do not know how much there is to do
+    for name in ("lm_eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from tools.evaluation.tasks import find_tasks, load_tasks
+
+    manager, names = find_tasks(options.tasks, options.directories)
+    return Prepared(manager, load_tasks(manager, names, shots=options.shots))
+
+
+def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options: EvalOptions) -> dict[str, Any]:
+    """Runs the tasks, on rank 0; the others follow.
+
+    Returns:
+        The harness's results, with ``mq`` beside them: the model, and intervals.
+
+    Raises:
+        ConfigError: a task that cannot be run.
+    """
+    from lm_eval import simple_evaluate
+
+    from megatron_qwen.evaluation.harness import EngineModel
+    from tools.evaluation.chat import chat_format
+    from tools.evaluation.intervals import intervals
+
+    began = time.monotonic()
+    answered = AnsweredLog(options.output / ANSWERED if options.output else None, model.identity())
+    before = len(answered)
+    adapter = EngineModel(
+        together,
+        model.tokenizer,
+        ends=model.ends,
+        end=model.end,
+        answered=answered,
+        chat=chat_format(model.source.tokenizer) if options.chat else None,
+        progress=_progress(),
+    )
+    found: dict[str, Any] = simple_evaluate(
+        model=adapter,
+        tasks=list(prepared.tasks),
+        task_manager=prepared.manager,
+        num_fewshot=options.shots,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+        system_instruction=options.system,
+        bootstrap_iters=_HARNESS_BOOTSTRAP,
+    )
+    found["mq"] = {
+        "model": model.identity(),
+        "intervals": intervals(found),
+        "seconds": round(time.monotonic() - began, 1),
+        "answered_before": before,
+    }
+    if options.output is not None:
+        write(found, options.output)
+        answered.remove()
+    return found
+
+
+def write(found: dict[str, Any], output: Path) -> None:
+    """Writes ``results.json``, and the items of each task as JSON lines."""
+    from megatron_qwen.files import atomic_write
+
+    folder = output / SAMPLES
+    folder.mkdir(parents=True, exist_ok=True)
+    for task, samples in found["samples"].items():
+        lines = "".join(_json(sample) + "\n" for sample in samples)
+        atomic_write(folder / f"{task}.jsonl", lines)
+    rest = {key: value for key, value in found.items() if key != "samples"}
+    atomic_write(output / RESULTS, _json(rest, indent=2) + "\n")
+
+
+def _json(value: Any, *, indent: int | None = None) -> str:
+    from lm_eval.utils import handle_non_serializable
+
+    return json.dumps(value, indent=indent, ensure_ascii=False, default=handle_non_serializable)
+
+
+def _progress() -> Callable[[int, int], None]:
+    log = logging.getLogger(__name__)
+
+    def tell(done: int, of: int) -> None:
+        log.info("%s of %s requests are answered", f"{done:,}", f"{of:,}")
+
+    return tell
