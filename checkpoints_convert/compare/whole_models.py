@@ -15,6 +15,7 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.token_files.statistics import unigram_entropy
 from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.hf import library
 from megatron_qwen.models.backend import choose
 from megatron_qwen.models.build import Model, build_model, for_one_rank
 from megatron_qwen.recipes.registry import RECIPES
@@ -65,12 +66,10 @@ def checkpoint_logits(model: Model, tokens: torch.Tensor, *, vocab_size: int) ->
 @torch.no_grad()
 def compare(config: RunConfig, model: Model, hf_dir: Path, source: SampleSource, *, samples: int) -> Agreement:
     """Runs both models on the first samples of a source."""
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    transformers = library.transformers()
+    transformers.utils.logging.disable_progress_bar()
     place = device.current()
-    hf = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).to(place)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32).to(place)
     worst, same, ours, theirs = 0.0, 0.0, 0.0, 0.0
     for index in range(samples):
         sample = source[index]

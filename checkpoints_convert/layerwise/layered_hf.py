@@ -8,6 +8,7 @@ import torch
 from checkpoints_convert.layerwise.layered import FINAL_NORM, HEAD, Ends
 from checkpoints_convert.tensor_set import TensorSet
 from megatron_qwen.errors import ConversionError, Problem
+from megatron_qwen.hf import library
 from megatron_qwen.hf.config import ARCHITECTURES
 
 _VOCABULARY = 8  # of the one-layer model, whose embedding is not used
@@ -53,7 +54,7 @@ class HfLayers:
         self, weights: TensorSet, config: Mapping[str, Any], *, dtype: torch.dtype, place: torch.device
     ) -> None:
         try:
-            import transformers
+            transformers = library.transformers()
         except ImportError:
             fix = "running a model layer by layer needs transformers: pip install 'megatron_qwen[hf]'."
             raise ConversionError(Problem("model", None, fix)) from None

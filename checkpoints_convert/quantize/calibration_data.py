@@ -22,6 +22,7 @@ from megatron_qwen.data.text.unpack import unpacked
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import DataError, Problem
+from megatron_qwen.hf import library
 
 # Of texts, this many times the tokens that are needed are read, from the first on, and windows chosen among them.
 _READ = 8
@@ -173,11 +174,11 @@ def from_chats(names: Sequence[str | Path], tokenizer: Path, choice: SampleChoic
         fix = "is not JSON lines; conversations are read from JSON lines with messages."
         raise DataError([Problem(str(file.path), None, fix) for file in others[:10]])
     try:
-        from transformers import AutoTokenizer
+        transformers = library.transformers()
     except ImportError:
         fix = "chat templates need transformers: pip install 'megatron_qwen[hf]'."
         raise DataError(Problem("calibration", None, fix)) from None
-    template = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    template = transformers.AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     if not template.chat_template:
         fix = "has no chat template (in tokenizer_config.json or chat_template.jinja); give texts instead."
         raise DataError(Problem(str(tokenizer), None, fix))

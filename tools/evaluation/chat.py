@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.evaluation.harness import ChatFormat
+from megatron_qwen.hf import library
 
 
 def chat_format(tokenizer: Path | None) -> ChatFormat:
@@ -13,11 +14,9 @@ def chat_format(tokenizer: Path | None) -> ChatFormat:
     Raises:
         ConfigError: there is none.
     """
-    from transformers import AutoTokenizer
-
     assert tokenizer is not None
     try:
-        found: Any = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+        found: Any = library.transformers().AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
     except (OSError, ValueError) as error:
         told = str(error).strip().splitlines()[0]
         raise ConfigError(Problem("--chat", tokenizer, f"transformers cannot read this tokenizer: {told}")) from None

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_qwen.errors import ConfigError, ConversionError, DataError, Problem
+from megatron_qwen.hf import library
 from megatron_qwen.inference.request import Sampling
 
 
@@ -21,8 +22,7 @@ def generate(directory: Path, prompts: Sequence[str], sampling: Sampling) -> lis
     """
     _require(directory, sampling)
     try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        transformers = library.transformers()
     except ImportError:
         raise ConversionError(
             Problem("mq generate", None, "needs transformers: pip install 'megatron_qwen[hf]'.")
@@ -31,10 +31,10 @@ def generate(directory: Path, prompts: Sequence[str], sampling: Sampling) -> lis
 
     from megatron_qwen.data.tokenizers.release import load_with
 
-    logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         tokenizer = load_with(_tokenizer_class(directory), directory)
-        model = AutoModelForCausalLM.from_pretrained(directory)
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     except (ConversionError, DataError):
         raise
     except Exception as error:  # whatever a damaged directory makes transformers raise

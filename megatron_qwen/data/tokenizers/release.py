@@ -19,6 +19,7 @@ from megatron_qwen.data.tokenizers.encoder import PROBES
 from megatron_qwen.data.tokenizers.sentencepiece_form import as_tokenizer_json
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConversionError, DataError, Problem
+from megatron_qwen.hf import library
 
 # In the order in which a user would try them; the second takes tokenizer.json as it is.
 AUTO, AS_WRITTEN = "AutoTokenizer", "PreTrainedTokenizerFast"
@@ -179,7 +180,7 @@ def loader_of(directory: Path, reference: Tokenizer, *, where: Path, refusal: st
     if not (directory / _JSON).is_file():
         return Loader(None)
     try:
-        import transformers
+        transformers = library.transformers()
     except ImportError:
         return Loader(None)
     transformers.logging.set_verbosity_error()
@@ -193,9 +194,7 @@ def loader_of(directory: Path, reference: Tokenizer, *, where: Path, refusal: st
 
 def load_with(name: str, directory: Path) -> Any:
     """A tokenizer as a class of transformers loads it, without dropout, which data preparation does not have either."""
-    import transformers
-
-    loaded = getattr(transformers, name).from_pretrained(directory, local_files_only=True)
+    loaded = getattr(library.transformers(), name).from_pretrained(directory, local_files_only=True)
     model: Any = getattr(getattr(loaded, "backend_tokenizer", None), "model", None)
     if getattr(model, "dropout", None):
         model.dropout = None
