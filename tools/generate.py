@@ -29,6 +29,7 @@ def parser() -> Parser:
             'mq generate runs/first --prompt "def main("',
             'mq generate out/first-hf --prompt "import " --temperature 0 --json --logprobs',
             'mq generate runs/first parallel.tensor_model_parallel_size=2 --prompt "class "',
+            "mq generate runs/first --prompts questions.jsonl --output answers.jsonl --temperature 0",
             'mq generate out/first-hf --prompt "import " --with transformers',
         ],
     )
@@ -39,7 +40,9 @@ def parser() -> Parser:
         metavar="section.field=value",
         help="parallel.* for the layout; others with --config, for a checkpoint that another program wrote",
     )
-    found.add_argument("--prompt", action="append", required=True, help="may be given more than once")
+    found.add_argument("--prompt", action="append", default=[], help="may be given more than once")
+    found.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt"; needs --output')
+    found.add_argument("--output", type=Path, metavar="FILE", help="JSON lines of answers; resumes after a kill")
     found.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
     found.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
     found.add_argument("--top-k", type=int, default=0, help="among so many tokens; 0: all (%(default)s)")
@@ -51,6 +54,7 @@ def parser() -> Parser:
     found.add_argument("--seed", type=int, default=0, help="of the sampling (%(default)s)")
     found.add_argument("--logprobs", action="store_true", help="with --json: of each token, in nats")
     found.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens, logprobs, ...}")
+    found.add_argument("--replicas", type=int, default=1, help="with --prompts: copies of the model (%(default)s)")
     found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
     found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
     found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
@@ -82,11 +86,30 @@ def main(arguments: Sequence[str]) -> int:
     if info.world_size == 1 and (ranks := _ranks(options)) > 1:
         return start_ranks("tools.generate", options.source, arguments, ranks)
     set_up_log(rank=info.rank)
+    if options.prompts is not None:
+        _answer_file(options, sampling, info)
+        leave()
+        return 0
     found = _answers(options, sampling, info)
     if info.rank == 0:
         _show(found, as_json=options.json)
     leave()
     return 0
+
+
+def _answer_file(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") -> None:
+    from megatron_qwen.inference.together import Together
+    from tools.generation.files import PromptFile, answer_file
+    from tools.generation.loaded import load
+
+    prompts = None if info.rank else PromptFile.of(options.prompts)
+    model = load(options.source, _load_options(options), info)
+    together = Together(model.engine)
+    if prompts is None:
+        together.follow()
+        return
+    answer_file(model, together, prompts, sampling, options.output)
+    together.close()
 
 
 def _answers(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") -> list[dict[str, Any]]:
@@ -108,6 +131,7 @@ def _load_options(options: argparse.Namespace) -> "LoadOptions":
         tokenizer=options.tokenizer,
         dtype=options.dtype,
         longest=options.context,
+        replicas=options.replicas,
     )
 
 
@@ -117,7 +141,7 @@ def _ranks(options: argparse.Namespace) -> int:
     from tools.generation.loaded import open_for_inference
 
     _, config, _ = open_for_inference(options.source, _load_options(options))
-    return smallest_world(config)
+    return smallest_world(config) * int(options.replicas)
 
 
 def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
@@ -143,6 +167,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     problems = sampling.problems()
     if not options.source.is_dir():
         problems.append(Problem("SOURCE", options.source, "is not there; name a run, a checkpoint or a directory."))
+    problems += _of_files(options)
     if not all(options.prompt):
         problems.append(Problem("--prompt", "''", "must hold text."))
     if not all(options.stop):
@@ -158,6 +183,24 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     return sampling
 
 
+def _of_files(options: argparse.Namespace) -> list[Problem]:
+    """What is wrong with where prompts come from and answers go."""
+    problems = []
+    if bool(options.prompt) == (options.prompts is not None):
+        problems.append(Problem("--prompt", None, "give texts with --prompt, or a file with --prompts."))
+    if (options.prompts is None) != (options.output is None):
+        problems.append(Problem("--output", options.output, "goes with --prompts FILE; give both or neither."))
+    if options.prompts is not None and not options.prompts.is_file():
+        problems.append(Problem("--prompts", options.prompts, "is no file."))
+    if options.output is not None and options.output.is_dir():
+        problems.append(Problem("--output", options.output, "is a directory; name a file."))
+    if options.replicas < 1 or (options.replicas > 1 and options.prompts is None):
+        problems.append(Problem("--replicas", options.replicas, "must be at least 1, and more only with --prompts."))
+    if options.prompts is not None and (options.json or options.logprobs):
+        problems.append(Problem("--json", None, "the file of answers has all that it shows; omit it."))
+    return problems
+
+
 def _for_the_engine(options: argparse.Namespace) -> list[Problem]:
     """Options that transformers is not given: with them it would compute something else than was asked for."""
     given = {
@@ -168,6 +211,7 @@ def _for_the_engine(options: argparse.Namespace) -> list[Problem]:
         "--dtype": options.dtype,
         "--context": options.context,
         "--logprobs": options.logprobs or None,
+        "--prompts": options.prompts,
     }
     fix = "has no effect with --with transformers; omit one of the two."
     return [Problem(name, value, fix) for name, value in given.items() if value is not None]

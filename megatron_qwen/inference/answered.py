@@ -22,30 +22,38 @@ class AnsweredLog:
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
-        self._path, self._identity = path, dict(identity)
-        self._found: dict[str, Any] = {}
+        self._path, self._identity = path, json.loads(json.dumps(identity))
+        self._places: dict[str, int] = {}  # where a line begins: answers of millions of prompts stay on the disk
+        self._held: dict[str, Any] = {}
         self._whole = 0  # bytes of complete lines
         if path is not None and path.is_file():
             self._read(path)
 
     def __contains__(self, key: str) -> bool:
-        return key in self._found
+        return key in self._places or key in self._held
 
     def __getitem__(self, key: str) -> Any:
-        return self._found[key]
+        if self._path is None:
+            return self._held[key]
+        with self._path.open("rb") as file:
+            file.seek(self._places[key])
+            return json.loads(file.readline())["answer"]
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._places) or len(self._held)
 
     def keep(self, answers: Mapping[str, Any]) -> None:
         """Writes answers; they are on disk afterwards."""
-        self._found.update(answers)
         if self._path is None:
+            self._held.update(answers)
             return
-        lines = [json.dumps({"key": key, "answer": answer}) + "\n" for key, answer in answers.items()]
-        if not self._whole:
-            lines.insert(0, json.dumps({"identity": self._identity}) + "\n")
-        content = "".join(lines).encode()
+        if not answers:
+            return
+        content = b"" if self._whole else json.dumps({"identity": self._identity}).encode() + b"\n"
+        places = {}
+        for key, answer in answers.items():
+            places[key] = self._whole + len(content)
+            content += json.dumps({"key": key, "answer": answer}).encode() + b"\n"
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("r+b" if self._path.exists() else "w+b") as file:
             file.seek(self._whole)
@@ -53,6 +61,7 @@ class AnsweredLog:
             file.write(content)
             sync_stream(file)
         self._whole += len(content)
+        self._places.update(places)
 
     def remove(self) -> None:
         """Removes the file."""
@@ -60,16 +69,19 @@ class AnsweredLog:
             self._path.unlink(missing_ok=True)
 
     def _read(self, path: Path) -> None:
-        content = path.read_bytes()
-        content = content[: content.rfind(b"\n") + 1]
-        head, *answers = list(objects(content.splitlines())) or [{}]
-        if not content:
-            return
-        before = head.get("identity")
-        if not isinstance(before, dict) or before != self._identity:
-            raise ConfigError(Problem(str(path), _difference(before, self._identity), _FIX))
-        self._whole = len(content)
-        self._found = {one["key"]: one["answer"] for one in answers if "key" in one and "answer" in one}
+        with path.open("rb") as file:
+            head = file.readline()
+            if not head.endswith(b"\n"):
+                return
+            before = next(objects([head]), {}).get("identity")
+            if before != self._identity:
+                raise ConfigError(Problem(str(path), _difference(before, self._identity), _FIX))
+            self._whole = len(head)
+            while (line := file.readline()).endswith(b"\n"):
+                record = next(objects([line]), {})
+                if "key" in record and "answer" in record:
+                    self._places[record["key"]] = self._whole
+                self._whole += len(line)
 
 
 _FIX = "has answers of something else; remove it, or choose another output."

@@ -1,14 +1,16 @@
 """``mq generate``: from every kind of source, under other layouts, and against transformers."""
 
 import json
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConversionError
-from tests.conftest import run
+from tests.conftest import command, environment, run
 from tests.tiers import cases, count
 from tools.generate import main
 
@@ -95,6 +97,8 @@ def test_what_ends_an_answer(finished_run):
         (["--logprobs"], 2, ["needs --json"]),
         (["--with", "transformers", "--iteration", "4", "--json", "--logprobs"], 2, ["--iteration", "--logprobs"]),
         (["--prompt", ""], 2, ["--prompt"]),
+        (["--output", "x"], 2, ["goes with --prompts"]),
+        (["--prompts", "/nowhere", "--replicas", "0"], 2, ["is no file", "--replicas", "--output"]),
         (["parallel.tensor_model_parallel_size=3"], 2, ["KV heads"]),
         (["parallel.tensor_parallel_size=2"], 2, ["Did you mean parallel.tensor_model_parallel_size"]),
         (["--prompt", "x = 1\n" * 5000], 3, ["positions; shorten the text"]),
@@ -126,3 +130,76 @@ def test_without_transformers(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(ConversionError, match=r"needs transformers: pip install 'megatron_qwen\[hf\]'"):
         main([str(tmp_path), "--prompt", "x", "--with", "transformers"])
+
+
+@pytest.fixture(scope="module")
+def asked(tmp_path_factory):
+    """A file of prompts, two of them equal, and one with a field of its own."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    records = [{"prompt": f"{TEXTS[index % len(TEXTS)]} # {index // 2}"} for index in range(40)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"id": 7, **records[3]}]) + "\n")
+    return path
+
+
+SAMPLED = ("--temperature", 0.9, "--seed", 3, "--max-new-tokens", 10, "--samples", 2)
+
+
+@pytest.fixture(scope="module")
+def answered(finished_run, asked, tmp_path_factory):
+    out = tmp_path_factory.mktemp("answers") / "answers.jsonl"
+    run("tools.generate", finished_run, "--prompts", asked, "--output", out, *SAMPLED, check=True)
+    return out
+
+
+def test_a_file_of_prompts(finished_run, asked, answered):
+    records = [json.loads(line) for line in asked.read_text().splitlines() if line]
+    lines = [json.loads(line) for line in answered.read_text().splitlines()]
+    assert [(line["prompt"], line["sample"]) for line in lines] == [
+        (record["prompt"], sample) for record in records for sample in range(2)
+    ]
+    assert [line.get("id") for line in lines[-2:]] == [7, 7]
+    assert lines[-2:] == [{**line, "id": 7} for line in lines[6:8]], "equal prompts have equal answers"
+    words = [word for record in records[:5] for word in ("--prompt", record["prompt"])]
+    one_by_one = generate(finished_run, *words, *SAMPLED, "--json", "--logprobs")
+    assert [line["tokens"] for line in lines[:10]] == [one["tokens"] for one in one_by_one]
+    assert [line["logprobs"] for line in lines[:10]] == [one["logprobs"] for one in one_by_one]
+    assert not answered.with_name("answers.jsonl.answered").exists()
+
+
+@pytest.mark.parametrize("words", cases([("--replicas", 2)], [("parallel.pipeline_model_parallel_size=2",)]))
+def test_a_file_of_prompts_goes_on_after_a_kill(words, finished_run, asked, answered, tmp_path):
+    """Under another layout; what had been answered is not computed again."""
+    out = tmp_path / "answers.jsonl"
+    log = tmp_path / "answers.jsonl.answered"
+    arguments = (finished_run, "--prompts", asked, "--output", out, *SAMPLED)
+    process = subprocess.Popen(command("tools.generate", *arguments), env=environment(), stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not log.exists() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    if log.exists():  # else it was faster
+        whole = log.read_bytes()
+        log.write_bytes(whole[: len(whole) // 2])
+    run("tools.generate", *arguments, *words, check=True)
+    assert out.read_bytes() == answered.read_bytes()
+
+
+def test_answers_of_other_prompts_are_refused(finished_run, asked, tmp_path):
+    out, log = tmp_path / "answers.jsonl", tmp_path / "answers.jsonl.answered"
+    log.write_text('{"identity": {"prompts": "others"}}\n')
+    done = run("tools.generate", finished_run, "--prompts", asked, "--output", out)
+    assert done.returncode == 2
+    assert "has answers of something else" in done.stderr
+    assert log.exists()
+
+
+def test_a_file_that_is_no_file_of_prompts(finished_run, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "x"}\n[1]\n{"prompt": ""}\n{"prompt": "x", "text": "y"}\nnothing\n')
+    done = run("tools.generate", finished_run, "--prompts", path, "--output", tmp_path / "out.jsonl")
+    assert done.returncode == 3
+    for told in (":2 ", ":3 ", ":4 ", ":5 ", "is not JSON", "rename it"):
+        assert told.strip() in done.stderr
+    assert "Traceback" not in done.stderr

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from megatron_qwen.inference.answered import AnsweredLog
 from megatron_qwen.inference.together import Together
 from tools.generation.loaded import LoadedModel
+from tools.generation.progress import RequestProgress
 
 ANSWERED, RESULTS, SAMPLES = "answered.jsonl", "results.json", "samples"
 # Metrics whose error the harness finds by drawing samples anew; its default of 100,000 takes minutes.
@@ -87,7 +88,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
 
     began = time.monotonic()
     answered = AnsweredLog(options.output / ANSWERED if options.output else None, model.identity())
-    before = len(answered)
+    before, progress = len(answered), RequestProgress("requests of one kind")
     adapter = EngineModel(
         together,
         model.tokenizer,
@@ -95,7 +96,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
         end=model.end,
         answered=answered,
         chat=chat_format(model.source.tokenizer) if options.chat else None,
-        progress=_progress(),
+        progress=progress,
     )
     found: dict[str, Any] = simple_evaluate(
         model=adapter,
@@ -107,6 +108,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
         system_instruction=options.system,
         bootstrap_iters=_HARNESS_BOOTSTRAP,
     )
+    progress.close()
     found["mq"] = {
         "model": model.identity(),
         "intervals": intervals(found),
@@ -136,12 +138,3 @@ def _json(value: Any, *, indent: int | None = None) -> str:
     from lm_eval.utils import handle_non_serializable
 
     return json.dumps(value, indent=indent, ensure_ascii=False, default=handle_non_serializable)
-
-
-def _progress() -> Callable[[int, int], None]:
-    log = logging.getLogger(__name__)
-
-    def tell(done: int, of: int) -> None:
-        log.info("%s of %s requests are answered", f"{done:,}", f"{of:,}")
-
-    return tell
