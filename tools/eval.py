@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,9 @@ def parser() -> Parser:
     found.add_argument("--output", type=Path, help="directory for results.json and items; also resumes after a kill")
     found.add_argument("--json", action="store_true", help="the harness's results object")
     found.add_argument("--replicas", type=int, default=1, help="data-parallel copies of the model (%(default)s)")
+    found.add_argument("--contamination", action="store_true", help="whether the run has read the items, by its ledger")
+    found.add_argument("--ngram", type=int, default=13, help="with it: tokens that an item must share (%(default)s)")
+    found.add_argument("--workers", type=int, default=os.cpu_count(), help="with it: processes (%(default)s)")
     found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
     found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
     found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str]) -> int:
     from megatron_qwen.core_patches.install import prepare_process
 
     prepare_process()
+    if options.contamination:
+        return _contamination(options)
     from megatron_qwen.config.world import smallest_world
     from megatron_qwen.distributed.rank import RankInfo, leave
     from tools.generation.loaded import open_for_inference
@@ -104,6 +110,34 @@ def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] |
     found = evaluate(model, together, prepared, wanted)
     together.close()
     return found
+
+
+def _contamination(options: argparse.Namespace) -> int:
+    from tools.evaluation.contaminated import check
+    from tools.evaluation.scoring import EvalOptions, prepare
+
+    prepared = prepare(EvalOptions(tasks=_names(options), directories=options.task_dir))
+    found = check(
+        options.source,
+        prepared.by_name(),
+        iteration=options.iteration,
+        output=options.output,
+        ngram=options.ngram,
+        workers=options.workers,
+    )
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for task, said in found.items():
+        counts = f"{said['found']:,} of {said['items']:,} items ({said['found'] / max(1, said['items']):.1%})"
+        print(f"{task}: {counts} share {said['ngram']} tokens or more with what the run has read,")
+        print(
+            f"    {said['found_mostly']:,} of them at least 0.6 of theirs; {said['too_short']:,} are too short to tell"
+        )
+        for metric, scores in said.get("scores", {}).items():
+            parts = [f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in scores.items()]
+            print(f"    {metric.partition(',')[0]}: {', '.join(parts)}")
+    return 0
 
 
 def _load_options(options: argparse.Namespace) -> "LoadOptions":
@@ -154,6 +188,10 @@ def _check(options: argparse.Namespace) -> None:
             problems.append(Problem(name, value, f"must be at least {least}."))
     if options.replicas < 1:
         problems.append(Problem("--replicas", options.replicas, "must be at least 1."))
+    if options.ngram < 5:
+        problems.append(Problem("--ngram", options.ngram, "must be at least 5: any text has shorter runs."))
+    if options.workers < 1:
+        problems.append(Problem("--workers", options.workers, "must be at least 1."))
     if options.system is not None and not options.chat:
         problems.append(Problem("--system", options.system, "needs --chat."))
     if options.output is not None and options.output.exists() and not options.output.is_dir():

@@ -54,6 +54,11 @@ class Prepared:
     manager: Any
     tasks: Sequence[Any]
 
+    def by_name(self) -> dict[str, Any]:
+        """The tasks alone, those of groups too."""
+        found: dict[str, Any] = self.manager.load(list(self.tasks))["tasks"]
+        return found
+
 
 def prepare(options: EvalOptions) -> Prepared:
     """Finds the tasks and loads their data; before a model is loaded, which takes longer.
