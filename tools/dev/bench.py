@@ -26,6 +26,7 @@ _NAMES = {
     "restart": "seconds from a fault to the next step, inside the allocation against a requeue (needs Slurm)",
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
     "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and against megatron-core's GPTDataset",
+    "contamination": "100 million tokens of a run searched for the items of a test, against a minute",
     "loader": "tokens read and collated on one core against 20 million a second",
     "gpu_step": "steps of Qwen2.5 shapes on one GPU against its peak, FP8 against bf16, te against torch",
     "peaks": "peak rates of GEMMs, attention and copies on this machine against its data sheet",
