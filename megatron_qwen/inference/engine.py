@@ -48,6 +48,9 @@ class Engine:
         blocks: of the cache, over all lanes; the same on all ranks.
         limits: of a step.
         decode: ids to text, for stop strings.
+
+    Attributes:
+        on_token: called for every chosen token, with its request and log-probability; None calls nothing.
     """
 
     def __init__(
@@ -68,6 +71,28 @@ class Engine:
         ]
         self._blocks, self._limits = each, limits
         self._received: torch.Tensor | None = None
+        self._now = 0  # ticks so far
+        self.on_token: Callable[[Request, int, float], None] | None = None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether anything waits or is computed."""
+        return any(lane.scheduler.has_work or lane.under_way is not None for lane in self._lanes)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have not begun."""
+        return sum(len(lane.scheduler.waiting) for lane in self._lanes)
+
+    @property
+    def running(self) -> int:
+        """Requests that are being answered."""
+        return sum(len(lane.scheduler.running) for lane in self._lanes)
+
+    @property
+    def free_share(self) -> float:
+        """Of the cache's blocks, the part that nobody holds."""
+        return float(sum(lane.scheduler.pool.free for lane in self._lanes) / (self._blocks * self._stages))
 
     @property
     def preempted(self) -> int:
@@ -111,18 +136,35 @@ class Engine:
         Raises:
             DataError: a request cannot be answered (``problem``).
         """
-        waiting = iter(requests)
-        tick, left = 0, True
+        waiting, left = iter(requests), True
         while True:
-            lane = self._lanes[tick % self._stages]
             if left:
-                left = self._fill(lane, waiting)
-            self._enter(lane)
-            yield from self._tick(tick)
-            tick += 1
-            busy = left or any(one.scheduler.has_work or one.under_way is not None for one in self._lanes)
-            if not self._anybody(busy):
+                left = self._fill(self._lanes[self._now % self._stages], waiting)
+            yield from self.step()
+            if not self._anybody(left or self.is_busy):
                 return
+
+    def add(self, request: Request) -> None:
+        """Lets a request wait, on every rank alike; ``step`` answers it.
+
+        Raises:
+            DataError: it cannot be answered (``problem``).
+        """
+        self.require([request])
+        lane = min(self._lanes, key=lambda one: len(one.scheduler.waiting) + len(one.scheduler.running))
+        lane.scheduler.add(Answered(request, self.stage.longest))
+
+    def cancel(self, number: int) -> None:
+        """Gives up a request, on every rank alike; it gets no answer. One that is answered already is no error."""
+        for lane in self._lanes:
+            lane.scheduler.cancel(number)
+
+    def step(self) -> list[tuple[Request, Answer]]:
+        """One tick of all ranks: the answers that it has finished."""
+        self._enter(self._lanes[self._now % self._stages])
+        found = list(self._tick(self._now))
+        self._now += 1
+        return found
 
     def _fill(self, lane: _Lane, requests: Iterator[Request]) -> bool:
         """Lets requests wait, a bounded number; False when there are no more."""
@@ -200,6 +242,8 @@ class Engine:
         ids, logprobs = found[0].long().tolist(), found[1].tolist()
         for at, span in enumerate(ends):
             span.sequence.take(ids[at], logprobs[at])
+            if self.on_token is not None:
+                self.on_token(span.sequence.request, ids[at], logprobs[at])
             if self._decode is not None:
                 span.sequence.stop_at_strings(self._decode)
         at = len(ends)

@@ -70,8 +70,17 @@ class Scheduler:
         """Puts a sequence at the end of those that wait. All of it, at its longest, must fit into the pool."""
         self.waiting.append(sequence)
 
+    def cancel(self, number: int) -> None:
+        """Gives up the request of a number: at once while it waits, else when its step has ended."""
+        self.waiting = deque(one for one in self.waiting if one.request.number != number)
+        for sequence in self.running:
+            if sequence.request.number == number:
+                sequence.cancelled = True
+
     def step(self) -> list[Span]:
         """The tokens of the next step; their blocks are held."""
+        for sequence in [one for one in self.running if one.cancelled]:
+            self._leave(sequence)
         spans, left = [], self.limits.tokens
         for sequence in list(self.running):
             if sequence not in self.running:
@@ -109,9 +118,13 @@ class Scheduler:
             sequence.cached = span.stop
             finished = span.stop == sequence.length if sequence.is_scored else sequence.answer.reason
             if finished:
-                self.running.remove(sequence)
-                self.pool.give_back(sequence.forget())
-                yield sequence
+                self._leave(sequence)
+                if not sequence.cancelled:
+                    yield sequence
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.give_back(sequence.forget())
 
     def _publish(self, span: Span) -> None:
         """Lets others take over the blocks that the step fills, in the same step, too: it writes before it attends."""

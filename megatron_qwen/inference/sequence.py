@@ -21,6 +21,7 @@ class Sequence:
         blocks: that hold them, in order.
         names: of the full blocks among them (``blocks.chain``).
         answer: so far.
+        cancelled: whether nobody wants the answer any more.
     """
 
     request: Request
@@ -30,6 +31,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     names: list[int] = field(default_factory=list)
     answer: Answer = field(default_factory=Answer)
+    cancelled: bool = False
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt)

@@ -1,6 +1,7 @@
-"""The metrics of a run in Prometheus' text format. The only file that knows prometheus_client."""
+"""Metrics in Prometheus' text format: those of a run, and plain numbers. The only file that knows prometheus_client."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -8,6 +9,41 @@ from prometheus_client.registry import Collector
 
 from megatron_qwen.job.observation import RunObservation
 from megatron_qwen.rundir import RunState
+
+
+@dataclass(frozen=True)
+class Number:
+    """A number without labels.
+
+    Args:
+        name: of the metric, without the suffix of counters.
+        meaning: one line.
+        value: now.
+        counts: whether it only grows.
+    """
+
+    name: str
+    meaning: str
+    value: float
+    counts: bool = False
+
+
+class _Numbers(Collector):
+    def __init__(self, numbers: Sequence[Number]) -> None:
+        self._numbers = numbers
+
+    def collect(self) -> Iterable[Metric]:
+        """The numbers."""
+        for one in self._numbers:
+            family = CounterMetricFamily if one.counts else GaugeMetricFamily
+            yield family(one.name, one.meaning, value=one.value)
+
+
+def page(numbers: Sequence[Number]) -> str:
+    """The text format of some numbers."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Numbers(numbers))
+    return generate_latest(registry).decode()
 
 
 class RunMetrics(Collector):

@@ -94,6 +94,23 @@ def asked_of_rank_0(
     return found
 
 
+def probed(config: RunConfig, longest: int, spoilt: bool) -> float:
+    """What the probe finds; ``spoilt`` computes new tokens with weights that a whole text does not see."""
+    from megatron_qwen.inference import exactness
+    from megatron_qwen.inference.engine import Engine
+
+    stage = stage_of(config, longest)
+    if spoilt:
+        attend = stage.module.decoder.layers[0].self_attention.core_attention.forward
+
+        def other(*args: Any, **kwargs: Any) -> Any:
+            found = attend(*args, **kwargs)
+            return found * (1 + 1e-6) if found.shape[0] <= 4 else found
+
+        stage.module.decoder.layers[0].self_attention.core_attention.forward = other
+    return exactness.largest_difference(Engine(stage, blocks=8))
+
+
 def problem(config: RunConfig, request: Request, longest: int, blocks: int) -> str:
     """Why a request cannot be answered."""
     from megatron_qwen.inference.engine import Engine

@@ -54,6 +54,7 @@ _NOT_OF_IT = (
     "tools.dev",
     "tools.generation",
     "tools.evaluation",
+    "tools.serving",
     "checkpoints_convert.layerwise.layered_core",
     "checkpoints_convert.compare.whole_models",
     "megatron_qwen.data.text.parquet",  # pyarrow starts threads

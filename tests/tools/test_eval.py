@@ -11,10 +11,10 @@ import pytest
 from megatron_qwen.errors import ConfigError, DataError
 from tests.conftest import command, environment, run
 from tests.evaluation.tasks import ANSWER, CHOICE, TEXT, write_tasks
-from tools.evaluation.chat import chat_format
 from tools.evaluation.compare import compare, paired, table
 from tools.evaluation.intervals import interval
 from tools.evaluation.tasks import find_tasks, load_tasks
+from tools.generation.chat import chat_template
 
 ITEMS = 12
 ALL = f"{CHOICE},{ANSWER},{TEXT}"
@@ -120,7 +120,7 @@ def broken(folder):
 
 def test_a_tokenizer_without_a_template(tokenizer):
     with pytest.raises(ConfigError, match="no chat template"):
-        chat_format(tokenizer)
+        chat_template(tokenizer)
 
 
 def test_tasks_that_cannot_be_loaded(broken, tmp_path):

@@ -16,7 +16,7 @@ PROGRAMS = [
     "launch.command",
     "launch.setup", "launch.demo",
     "launch.doctor", "launch.sweep", "launch.train", "tools.recipes", "tools.config", "tools.plan", "tools.data",
-    "tools.generate", "tools.eval", "tools.report", "tools.dev.bench", "tools.dev.check", "tools.docs",
+    "tools.generate", "tools.eval", "tools.report", "tools.serve", "tools.dev.bench", "tools.dev.check", "tools.docs",
     "checkpoints_convert.convert",
 ]  # fmt: skip
 HEAVY = {"torch", "megatron", "numpy", "transformers", "matplotlib", "mkdocs"}

@@ -7,12 +7,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_qwen.inference.answered import AnsweredLog
 from megatron_qwen.inference.together import Together
 from tools.generation.loaded import LoadedModel
 from tools.generation.progress import RequestProgress
+
+if TYPE_CHECKING:
+    from megatron_qwen.evaluation.harness import ChatFormat
 
 ANSWERED, RESULTS, SAMPLES = "answered.jsonl", "results.json", "samples"
 # Metrics whose error the harness finds by drawing samples anew; its default of 100,000 takes minutes.
@@ -88,7 +91,6 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
     from lm_eval import simple_evaluate
 
     from megatron_qwen.evaluation.harness import EngineModel
-    from tools.evaluation.chat import chat_format
     from tools.evaluation.intervals import intervals
 
     began = time.monotonic()
@@ -100,7 +102,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
         ends=model.ends,
         end=model.end,
         answered=answered,
-        chat=chat_format(model.source.tokenizer) if options.chat else None,
+        chat=_chat_format(model) if options.chat else None,
         progress=progress,
     )
     found: dict[str, Any] = simple_evaluate(
@@ -124,6 +126,18 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
         write(found, options.output)
         answered.remove()
     return found
+
+
+def _chat_format(model: LoadedModel) -> "ChatFormat":
+    from megatron_qwen.evaluation.harness import ChatFormat
+    from tools.generation.chat import chat_template
+
+    found = chat_template(model.source.tokenizer)
+
+    def render(turns: list[dict[str, str]], begin_answer: bool) -> str:
+        return found.render(turns, begin_answer=begin_answer)
+
+    return ChatFormat(render, found.source, found.name)
 
 
 def write(found: dict[str, Any], output: Path) -> None:

@@ -25,6 +25,7 @@ from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
 from megatron_qwen.inference.blocks import BLOCK, blocks_of
 from megatron_qwen.inference.engine import Engine
+from megatron_qwen.inference.exactness import largest_difference
 from megatron_qwen.inference.loading import inference_config, load_stage
 from megatron_qwen.inference.scheduler import Limits
 
@@ -164,7 +165,21 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
             f"{blocks * BLOCK:,}",
         )
     engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
+    _say_whether_exact(largest_difference(engine), rank=info.rank)
     return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source, config.precision.dtype)
+
+
+def _say_whether_exact(difference: float, *, rank: int) -> None:
+    if rank:
+        return
+    if difference:
+        log.warning(
+            "log-probabilities of new tokens differ from those of a forward pass of the whole text by up to %.1e here, "
+            "as a probe has found",
+            difference,
+        )
+    else:
+        log.info("log-probabilities of new tokens have the bits of a forward pass of the whole text (probed)")
 
 
 def _of_all_ranks(blocks: int, place: torch.device) -> int:
