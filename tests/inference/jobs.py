@@ -105,7 +105,7 @@ def probed(config: RunConfig, longest: int, spoilt: bool) -> float:
 
         def other(*args: Any, **kwargs: Any) -> Any:
             found = attend(*args, **kwargs)
-            return found * (1 + 1e-6) if found.shape[0] <= 4 else found
+            return found * 1.001 if found.shape[0] <= 4 else found
 
         stage.module.decoder.layers[0].self_attention.core_attention.forward = other
     return exactness.largest_difference(Engine(stage, blocks=8))
