@@ -147,7 +147,7 @@ def test_rank_0_asks_and_all_answer(recipe, layout, pool, alone):
 def test_the_probe(longest, pool):
     """It finds nothing here, and a rounding error where one is made."""
     assert pool[1].run(jobs.probed, RECIPES["tiny_dense"](), longest, False)[0] == 0.0
-    assert longest < 5 or pool[1].run(jobs.probed, RECIPES["tiny_dense"](), longest, True)[0] > 0
+    assert longest < 70 or pool[1].run(jobs.probed, RECIPES["tiny_dense"](), longest, True)[0] > 0
 
 
 @pytest.mark.parametrize(
