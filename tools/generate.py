@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,8 @@ from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
-    from tools.generation.loaded import LoadOptions
+    from tools.generation.chat import Rendering
+    from tools.generation.loaded import LoadedModel, LoadOptions
 
 _TOP_P = 0.95
 
@@ -30,6 +33,7 @@ def parser() -> Parser:
             'mq generate out/first-hf --prompt "import " --temperature 0 --json --logprobs',
             'mq generate runs/first parallel.tensor_model_parallel_size=2 --prompt "class "',
             "mq generate runs/first --prompts questions.jsonl --output answers.jsonl --temperature 0",
+            'mq generate out/first-hf --chat --system "You are a helpful assistant."',
             'mq generate out/first-hf --prompt "import " --with transformers',
         ],
     )
@@ -43,6 +47,8 @@ def parser() -> Parser:
     found.add_argument("--prompt", action="append", default=[], help="may be given more than once")
     found.add_argument("--prompts", type=Path, metavar="FILE", help='JSON lines with "prompt"; needs --output')
     found.add_argument("--output", type=Path, metavar="FILE", help="JSON lines of answers; resumes after a kill")
+    found.add_argument("--chat", action="store_true", help="prompts are turns of a chat; without any, a conversation")
+    found.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     found.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
     found.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
     found.add_argument("--top-k", type=int, default=0, help="among so many tokens; 0: all (%(default)s)")
@@ -90,6 +96,10 @@ def main(arguments: Sequence[str]) -> int:
         _answer_file(options, sampling, info)
         leave()
         return 0
+    if not options.prompt:
+        _talk(options, sampling, info)
+        leave()
+        return 0
     found = _answers(options, sampling, info)
     if info.rank == 0:
         _show(found, as_json=options.json)
@@ -108,7 +118,7 @@ def _answer_file(options: argparse.Namespace, sampling: Sampling, info: "RankInf
     if prompts is None:
         together.follow()
         return
-    answer_file(model, together, prompts, sampling, options.output)
+    answer_file(model, together, prompts, sampling, options.output, _rendering(options, model))
     together.close()
 
 
@@ -117,8 +127,34 @@ def _answers(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") 
     from tools.generation.texts import complete
 
     model = load(options.source, _load_options(options), info)
-    done = sorted(complete(model, options.prompt, sampling), key=lambda one: one.number)
+    render = _rendering(options, model)
+    done = sorted(complete(model, options.prompt, sampling, render), key=lambda one: one.number)
     return [one.as_json(logprobs=options.logprobs) for one in done]
+
+
+def _talk(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") -> None:
+    from megatron_qwen.inference.service import Service
+    from tools.generation.chat import chat_template
+    from tools.generation.loaded import load
+    from tools.generation.session import ChatSession, talk
+
+    model = load(options.source, _load_options(options), info)
+    service = Service(model.engine)
+    if info.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal all ranks get it; rank 0 decides
+        service.loop()
+        return
+    template = chat_template(model.source.tokenizer)
+    talk(ChatSession(model, service, template, sampling, options.system, sys.stdin, sys.stdout))
+
+
+def _rendering(options: argparse.Namespace, model: "LoadedModel") -> "Rendering | None":
+    """How a prompt becomes the text that the model gets; None leaves it as it is."""
+    if not options.chat:
+        return None
+    from tools.generation.chat import chat_template
+
+    return chat_template(model.source.tokenizer).of_a_question(options.system)
 
 
 def _load_options(options: argparse.Namespace) -> "LoadOptions":
@@ -186,7 +222,8 @@ def _sampling(options: argparse.Namespace) -> Sampling:
 def _of_files(options: argparse.Namespace) -> list[Problem]:
     """What is wrong with where prompts come from and answers go."""
     problems = []
-    if bool(options.prompt) == (options.prompts is not None):
+    talks = options.chat and options.prompts is None
+    if bool(options.prompt) == (options.prompts is not None) and not (talks and not options.prompt):
         problems.append(Problem("--prompt", None, "give texts with --prompt, or a file with --prompts."))
     if (options.prompts is None) != (options.output is None):
         problems.append(Problem("--output", options.output, "goes with --prompts FILE; give both or neither."))
@@ -194,6 +231,10 @@ def _of_files(options: argparse.Namespace) -> list[Problem]:
         problems.append(Problem("--prompts", options.prompts, "is no file."))
     if options.output is not None and options.output.is_dir():
         problems.append(Problem("--output", options.output, "is a directory; name a file."))
+    if options.system is not None and not options.chat:
+        problems.append(Problem("--system", options.system, "needs --chat."))
+    if talks and not options.prompt and (options.json or options.samples > 1):
+        problems.append(Problem("--chat", None, "a conversation has one answer a turn, as text; give --prompt."))
     if options.replicas < 1 or (options.replicas > 1 and options.prompts is None):
         problems.append(Problem("--replicas", options.replicas, "must be at least 1, and more only with --prompts."))
     if options.prompts is not None and (options.json or options.logprobs):
@@ -212,6 +253,7 @@ def _for_the_engine(options: argparse.Namespace) -> list[Problem]:
         "--context": options.context,
         "--logprobs": options.logprobs or None,
         "--prompts": options.prompts,
+        "--chat": options.chat or None,
     }
     fix = "has no effect with --with transformers; omit one of the two."
     return [Problem(name, value, fix) for name, value in given.items() if value is not None]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tools.serving.text_stream import TextStream
+from tools.generation.text_stream import TextStream
 from tools.serving.tool_calls import begins_call, for_template, split_calls
 
 

@@ -1,12 +1,14 @@
 """How the tokenizer of a model makes prompts of turns."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.hf import library
+
+Rendering = Callable[[str], str]
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,15 @@ class ChatTemplate:
             told = str(error).strip().splitlines() or [type(error).__name__]
             raise ConfigError(Problem("messages", None, f"the chat template refuses them: {told[0]}")) from None
         return text
+
+    def of_a_question(self, system: str | None) -> Rendering:
+        """How the first turn of a user becomes a prompt, with a system message in front."""
+        before = [] if system is None else [{"role": "system", "content": system}]
+
+        def rendered(text: str) -> str:
+            return self.render([*before, {"role": "user", "content": text}])
+
+        return rendered
 
 
 def chat_template(tokenizer: Path | None) -> ChatTemplate:

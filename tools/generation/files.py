@@ -15,6 +15,7 @@ from megatron_qwen.files import atomic_open
 from megatron_qwen.inference.answered import AnsweredLog
 from megatron_qwen.inference.request import Answer, FinishReason, Request, Sampling
 from megatron_qwen.inference.together import Together, in_parts
+from tools.generation.chat import Rendering
 from tools.generation.loaded import LoadedModel
 from tools.generation.progress import RequestProgress
 from tools.generation.texts import text_of
@@ -86,7 +87,14 @@ def _fault(line: bytes) -> str | None:
     return None
 
 
-def answer_file(model: LoadedModel, together: Together, prompts: PromptFile, sampling: Sampling, out: Path) -> int:
+def answer_file(
+    model: LoadedModel,
+    together: Together,
+    prompts: PromptFile,
+    sampling: Sampling,
+    out: Path,
+    render: Rendering | None = None,
+) -> int:
     """Answers all prompts of a file into another, in their order; on rank 0, the others follow.
 
     Args:
@@ -95,6 +103,7 @@ def answer_file(model: LoadedModel, together: Together, prompts: PromptFile, sam
         prompts: the file.
         sampling: of the answers.
         out: JSON lines, an answer each; beside it a file has what is answered while the command runs.
+        render: makes of a prompt what the model gets; None leaves it as it is.
 
     Returns:
         How many answers were there before.
@@ -105,10 +114,12 @@ def answer_file(model: LoadedModel, together: Together, prompts: PromptFile, sam
     """
     how = replace(sampling, stop_tokens=sampling.stop_tokens or model.ends)
     identity = {**model.identity(), "prompts": prompts.digest, "sampling": repr(how)}
+    if render is not None:
+        identity["chat"] = render("\N{OBJECT REPLACEMENT CHARACTER}")
     log = AnsweredLog(out.with_name(out.name + ".answered"), identity)
     before, total = len(log), prompts.count * how.samples
     progress = RequestProgress("answers")
-    for requests in _asked(model, prompts, how):
+    for requests in _asked(model, prompts, how, render):
         missing = [request for request in requests if _key(request) not in log]
         for part in in_parts(missing, _PART * together.replicas):
             progress(len(log), total)
@@ -116,7 +127,7 @@ def answer_file(model: LoadedModel, together: Together, prompts: PromptFile, sam
             log.keep({_key(one): _kept(model, answers[one.number], how) for one in part})
     progress.close()
     with atomic_open(out) as file:
-        for record, requests in zip(prompts.records(), _by_prompt(model, prompts, how), strict=True):
+        for record, requests in zip(prompts.records(), _by_prompt(model, prompts, how, render), strict=True):
             for request in requests:
                 line = {**record, **log[_key(request)], "sample": request.sample}
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
@@ -124,18 +135,22 @@ def answer_file(model: LoadedModel, together: Together, prompts: PromptFile, sam
     return before
 
 
-def _by_prompt(model: LoadedModel, prompts: PromptFile, how: Sampling) -> Iterator[list[Request]]:
+def _by_prompt(
+    model: LoadedModel, prompts: PromptFile, how: Sampling, render: Rendering | None
+) -> Iterator[list[Request]]:
     number = 0
     records = prompts.records()
     while texts := [record[FIELD] for record in islice(records, _PROMPTS)]:
-        for ids in model.tokenizer.encode_batch(texts):
+        for ids in model.tokenizer.encode_batch(list(map(render, texts)) if render is not None else texts):
             yield [Request(tuple(ids), how, number + sample, sample) for sample in range(how.samples)]
             number += how.samples
 
 
-def _asked(model: LoadedModel, prompts: PromptFile, how: Sampling) -> Iterator[Sequence[Request]]:
+def _asked(
+    model: LoadedModel, prompts: PromptFile, how: Sampling, render: Rendering | None
+) -> Iterator[Sequence[Request]]:
     """Requests to be answered, many at a time; those of equal prompts once."""
-    by_prompt = _by_prompt(model, prompts, how)
+    by_prompt = _by_prompt(model, prompts, how, render)
     while some := list(islice(by_prompt, _PROMPTS)):
         yield list({_key(request): request for requests in some for request in requests}.values())
 

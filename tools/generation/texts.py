@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_qwen.inference.request import Answer, FinishReason, Request, Sampling
+from tools.generation.chat import Rendering
 from tools.generation.loaded import LoadedModel
 
 
@@ -35,13 +36,21 @@ class Completion:
         return {**found, "sample": self.sample, "finish_reason": None if reason is None else reason.value}
 
 
-def complete(model: LoadedModel, prompts: Sequence[str], sampling: Sampling) -> Iterator[Completion]:
+def complete(
+    model: LoadedModel, prompts: Sequence[str], sampling: Sampling, render: Rendering | None = None
+) -> Iterator[Completion]:
     """Answers to prompts, in the order in which they are finished.
+
+    Args:
+        model: that answers.
+        prompts: as they are shown.
+        sampling: of the answers.
+        render: makes of a prompt what the model gets; None leaves it as it is.
 
     Raises:
         DataError: a prompt is too long for the model or for the cache.
     """
-    ids = model.tokenizer.encode_batch(list(prompts))
+    ids = model.tokenizer.encode_batch(list(map(render, prompts) if render is not None else prompts))
     how = replace(sampling, stop_tokens=sampling.stop_tokens or model.ends)
     for request, answer in model.engine.answer(_requests(ids, how)):
         prompt = prompts[request.number // how.samples]

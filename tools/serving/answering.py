@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from megatron_qwen.errors import UserError
 from megatron_qwen.inference.request import Answer, Sampling
 from megatron_qwen.inference.service import Service
-from tools.serving.text_stream import TextStream
+from tools.generation.text_stream import TextStream
 
 
 @dataclass(frozen=True)
