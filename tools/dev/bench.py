@@ -22,6 +22,7 @@ _NAMES = {
     "convert": "a 7B-shaped model to a checkpoint and back against cp, and the memory of both (50 GB in TMPDIR)",
     "quantize": "quantized releases of a 7B-shaped slice against to-hf of it, and their memory (10 GB in TMPDIR)",
     "quantize_quality": "perplexity and KL of every quantized format of two models trained here, against theirs",
+    "quantize_time": "hours of GPTQ for a 7B on this machine, predicted from a measured layer of its widths",
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
     "restart": "seconds from a fault to the next step, inside the allocation against a requeue (needs Slurm)",
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",

@@ -46,7 +46,7 @@ def run(*, rounds: int, layers: int = _LAYERS) -> list[BenchmarkRow]:
     taken: dict[str, list[Timed]] = {name: [] for name in ("to-hf", *encoders)}
     with tempfile.TemporaryDirectory(prefix="mq-bench-") as folder:
         root = Path(folder)
-        size = write_directory(model, root / "hf", noise=_noise())
+        size = write_directory(model, root / "hf", noise=bf16_noise())
         timed(_words("from-hf", root / "hf", root / "checkpoint"), cold=False)
         shutil.rmtree(root / "hf")
         for _ in range(rounds):
@@ -73,7 +73,7 @@ def _words(*words: object) -> list[str]:
     return [sys.executable, "-P", "-m", "checkpoints_convert.convert", *map(str, words), "--json"]
 
 
-def _noise() -> bytes:
+def bf16_noise() -> bytes:
     """Values as weights have them: quantizing random bits would meet infinities."""
     values = numpy.random.default_rng(1).standard_normal(_NOISE_VALUES, dtype=numpy.float32) * numpy.float32(_STD)
     # The upper half of a float32 is a bf16.
