@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING, TextIO
 
 import psutil
 
+from megatron_qwen.resilience.standby import block_begin, wait_for_turn
+
+if __name__ == "__main__" and "--standby" in sys.argv:
+    block_begin()  # before torch is imported, which takes a while on a node that has not read it yet
+
 from megatron_qwen import device
 from megatron_qwen.core_patches.install import prepare_process
 from megatron_qwen.errors import EXIT_FAILURE
@@ -22,7 +27,6 @@ from megatron_qwen.log_lines import LogFormatter
 from megatron_qwen.resilience import dump_watch, stack_dump
 from megatron_qwen.resilience.rank_end import attempt_of_controller, rank_end
 from megatron_qwen.resilience.signals import StopSignals
-from megatron_qwen.resilience.standby import wait_for_turn
 from megatron_qwen.rundir import RunDirectory
 
 if TYPE_CHECKING:

@@ -58,6 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     """Prints scores."""
     options = parser().parse_intermixed_args(arguments)
     if _is_comparison(options):
+        _refuse_others(options, allowed=("json", "source", "overrides"), where="a comparison")
         from tools.evaluation.compare import compare, table
 
         compared = compare(options.source, Path(options.overrides[0]))
@@ -176,7 +177,23 @@ def _is_comparison(options: argparse.Namespace) -> bool:
     return not options.tasks and len(options.overrides) == 1 and "=" not in options.overrides[0]
 
 
+def _refuse_others(options: argparse.Namespace, *, allowed: Sequence[str], where: str) -> None:
+    """Raises ConfigError with options that have been given and would not be looked at."""
+    usual = vars(parser().parse_args([str(options.source)]))
+    given = [name for name, value in vars(options).items() if name not in allowed and value != usual[name]]
+    fix = f"has no effect on {where}; omit it."
+    if given:
+        raise ConfigError([Problem(f"--{name.replace('_', '-')}", getattr(options, name), fix) for name in given])
+
+
 def _check(options: argparse.Namespace) -> None:
+    search = ("ngram", "workers")
+    common = ("source", "tasks", "task_dir", "output", "json", "iteration")
+    if options.contamination:
+        _refuse_others(options, allowed=(*common, *search, "contamination"), where="--contamination")
+    else:
+        everything = [name for name in vars(options) if name not in search]
+        _refuse_others(options, allowed=everything, where="scores without --contamination")
     problems = []
     if not options.source.is_dir():
         problems.append(Problem("SOURCE", options.source, "is not there; name a run, a checkpoint or a directory."))

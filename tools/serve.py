@@ -115,7 +115,7 @@ def _serve(model: "LoadedModel", options: argparse.Namespace, info: "RankInfo") 
     finally:
         http.stop()
     if http.error is not None:
-        raise ConfigError(Problem("--port", f"{options.host}:{options.port}", f"cannot be listened at ({http.error})."))
+        raise ConfigError(Problem("--port", f"{options.host}:{options.port}", f"cannot be served ({http.error})."))
 
 
 def _chat(model: "LoadedModel") -> "ChatTemplate | None":

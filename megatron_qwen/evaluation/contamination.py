@@ -48,6 +48,7 @@ class TestIndex:
 
     Args:
         items: token ids of each.
+        tests: to which test each belongs; None: to one.
         ngram: length of the runs that are looked for.
 
     Attributes:
@@ -56,7 +57,9 @@ class TestIndex:
 
     __test__ = False  # not a test of pytest
 
-    def __init__(self, items: Sequence[Sequence[int]], *, ngram: int = NGRAM) -> None:
+    def __init__(
+        self, items: Sequence[Sequence[int]], *, tests: Sequence[str] | None = None, ngram: int = NGRAM
+    ) -> None:
         self.items, self.ngram = [np.asarray(item, dtype=np.int64) for item in items], ngram
         hashes, owners, starts = [], [], []
         for number, item in enumerate(self.items):
@@ -66,13 +69,15 @@ class TestIndex:
             starts.append(np.arange(len(found)))
         every = np.concatenate(hashes) if hashes else np.zeros(0, np.uint64)
         owner, start = (np.concatenate(part) if part else np.zeros(0, np.int64) for part in (owners, starts))
-        limit = max(_COMMON_ITEMS, _COMMON_SHARE * len(self.items))
-        once = np.unique(np.stack((every.view(np.int64), owner)), axis=1)[0].view(np.uint64)
-        in_items = Counter(once.tolist())
-        frequent = np.array([value for value, count in in_items.items() if count > limit], dtype=np.uint64)
-        kept = ~np.isin(every, frequent)
+        kept = np.ones(len(every), dtype=bool)
+        self.common = 0
+        of = np.array(tests if tests is not None else [""] * len(items), dtype=object)
+        for test in dict.fromkeys(of.tolist()):
+            own = (of == test)[owner] if len(owner) else kept
+            frequent = _frequent(every[own], owner[own], int((of == test).sum()))
+            kept &= ~(own & np.isin(every, frequent))
+            self.common += len(frequent)
         order = np.argsort(every[kept], kind="stable")
-        self.common = len(frequent)
         self._hashes: _Hashes = every[kept][order]
         self._owners, self._starts = owner[kept][order], start[kept][order]
         # Whether the n-gram that begins one token earlier in the item is looked for, too.
@@ -132,6 +137,13 @@ def merged(parts: Iterable[dict[int, Overlap]]) -> dict[int, Overlap]:
             if before is None or (-one.tokens, one.sample) < (-before.tokens, before.sample):
                 found[number] = one
     return found
+
+
+def _frequent(hashes: _Hashes, owners: Tokens, items: int) -> _Hashes:
+    """Hashes that are in many of a test's items."""
+    limit = max(_COMMON_ITEMS, _COMMON_SHARE * items)
+    once = np.unique(np.stack((hashes.view(np.int64), owners)), axis=1)[0].view(np.uint64)
+    return np.array([value for value, count in Counter(once.tolist()).items() if count > limit], dtype=np.uint64)
 
 
 def _hashes(tokens: Tokens, ngram: int) -> _Hashes:

@@ -142,6 +142,10 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
     ) -> list[tuple[float, bool]]:
         """Log-probability of each continuation behind its context, in nats, and whether greedy choice gives it."""
         asked = []
+        longest = max((len(continuation) for _, _, continuation in requests), default=0)
+        if longest > self.max_length:
+            fix = f"does not fit into {self.max_length:,} positions; raise --context, or leave the task out."
+            raise ConfigError(Problem("an answer to be scored", f"{longest:,} tokens", fix))
         for _text, context, continuation in requests:
             whole = (*context, *continuation)[-(self.max_length + 1) :]
             first = max(1, len(whole) - len(continuation))

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from megatron_qwen.errors import ConfigError, Problem
-from megatron_qwen.files import sync_stream
+from megatron_qwen.files import LockHeldError, exclusive_lock, sync_stream
 from megatron_qwen.json_lines import objects
 
 
@@ -18,7 +19,7 @@ class AnsweredLog:
         identity: everything that decides the answers and is not in their keys: model, precision, tokenizer.
 
     Raises:
-        ConfigError: the file has answers of something else.
+        ConfigError: the file has answers of something else, or another process writes it.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, Any]) -> None:
@@ -26,8 +27,23 @@ class AnsweredLog:
         self._places: dict[str, int] = {}  # where a line begins: answers of millions of prompts stay on the disk
         self._held: dict[str, Any] = {}
         self._whole = 0  # bytes of complete lines
-        if path is not None and path.is_file():
+        self._held_open = ExitStack()
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            # Until this process ends, or ``remove``: two writers would overwrite each other's lines.
+            self._held_open.enter_context(exclusive_lock(self._lock, timeout_s=0, inherited=False))
+        except LockHeldError:
+            fix = "is being written by another command; wait for it, or choose another output."
+            raise ConfigError(Problem(str(path), None, fix)) from None
+        if path.is_file():
             self._read(path)
+
+    @property
+    def _lock(self) -> Path:
+        assert self._path is not None
+        return self._path.with_name(self._path.name + ".lock")
 
     def __contains__(self, key: str) -> bool:
         return key in self._places or key in self._held
@@ -37,7 +53,9 @@ class AnsweredLog:
             return self._held[key]
         with self._path.open("rb") as file:
             file.seek(self._places[key])
-            return json.loads(file.readline())["answer"]
+            record = json.loads(file.readline())
+        assert record["key"] == key, f"{self._path} was changed by another program"
+        return record["answer"]
 
     def __len__(self) -> int:
         return len(self._places) or len(self._held)
@@ -54,7 +72,6 @@ class AnsweredLog:
         for key, answer in answers.items():
             places[key] = self._whole + len(content)
             content += json.dumps({"key": key, "answer": answer}).encode() + b"\n"
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("r+b" if self._path.exists() else "w+b") as file:
             file.seek(self._whole)
             file.truncate()  # half a line of a killed process
@@ -67,6 +84,8 @@ class AnsweredLog:
         """Removes the file."""
         if self._path is not None:
             self._path.unlink(missing_ok=True)
+            self._lock.unlink(missing_ok=True)
+            self._held_open.close()
 
     def _read(self, path: Path) -> None:
         with path.open("rb") as file:

@@ -141,7 +141,7 @@ class Engine:
             if left:
                 left = self._fill(self._lanes[self._now % self._stages], waiting)
             yield from self.step()
-            if not self._anybody(left or self.is_busy):
+            if not self.anybody(left or self.is_busy):
                 return
 
     def add(self, request: Request) -> None:
@@ -183,10 +183,10 @@ class Engine:
         spans = lane.scheduler.step()
         assert spans or not lane.scheduler.has_work, "a sequence that fits into the empty cache was not admitted"
         # Ranks with other experts of the same layers wait for the tokens of all: nothing, filled up, is a step, too.
-        lane.under_way = self.stage.tokens(spans) if self._anybody(bool(spans)) else None
+        lane.under_way = self.stage.tokens(spans) if self.anybody(bool(spans)) else None
 
-    def _anybody(self, value: bool) -> bool:
-        """Whether it holds on any rank that has experts of the same layers."""
+    def anybody(self, value: bool) -> bool:
+        """Whether it holds on any rank that has experts of the same layers; all of them ask together."""
         group = self.stage.groups.ep
         if group.size() == 1:
             return value

@@ -135,7 +135,7 @@ class Scheduler:
         """Takes the blocks up to a position, from those that joined later if need be; False if it was put back."""
         while (missing := blocks_of(stop) - len(sequence.blocks)) > self.pool.free:
             last = self.running.pop()
-            self.pool.give_back(last.forget())
+            self.pool.give_back(last.put_back())
             self.waiting.appendleft(last)
             self.preempted += 1
             if last is sequence:

@@ -98,3 +98,9 @@ class Sequence:
         """Gives up what is cached, to be computed again later; the blocks that it held."""
         blocks, self.blocks, self.cached = self.blocks, [], 0
         return blocks
+
+    def put_back(self) -> list[int]:
+        """As ``forget``, of one that is not finished: what a scored text has so far will be found again."""
+        self.answer.prompt_logprobs.clear()
+        self.answer.prompt_greedy.clear()
+        return self.forget()

@@ -2,7 +2,6 @@
 
 import itertools
 import queue
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Protocol
 
 import torch.distributed as dist
 
-from megatron_qwen.errors import UserError
+from megatron_qwen.errors import Problem, UserError
 from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.request import Answer, Request, Sampling
 
@@ -59,7 +58,7 @@ class Service:
         self.engine = engine
         self._inbox: queue.SimpleQueue[Callable[[_News], None]] = queue.SimpleQueue()
         self._numbers, self._listeners = itertools.count(), dict[int, Listener]()
-        self._stopping = threading.Event()
+        self._stopping = self._has_ended = False
         self.answered = 0
         self.tokens = 0
 
@@ -71,7 +70,7 @@ class Service:
     @property
     def is_stopping(self) -> bool:
         """Whether no more requests are taken."""
-        return self._stopping.is_set()
+        return self._stopping
 
     def submit(self, prompt: tuple[int, ...], sampling: Sampling, listener: Listener, *, sample: int = 0) -> int:
         """Asks; from any thread of rank 0.
@@ -81,6 +80,8 @@ class Service:
         """
         number = next(self._numbers)
         self._listeners[number] = listener
+        if self._has_ended and self._listeners.pop(number, None) is not None:
+            listener.failed(_ended())
         self._inbox.put(lambda news: news.requests.append(Request(prompt, sampling, number, sample)))
         return number
 
@@ -91,7 +92,7 @@ class Service:
 
     def stop(self) -> None:
         """Has the loop end when all is answered; from any thread of rank 0, or a signal handler."""
-        self._stopping.set()
+        self._stopping = True  # no lock: a signal handler may interrupt another
         self._inbox.put(lambda news: None)
 
     def loop(self) -> None:
@@ -99,15 +100,20 @@ class Service:
         self.engine.on_token = self._token
         while True:
             news = self._exchange()
-            for number in news.cancelled:
-                self.engine.cancel(number)
             for request in news.requests:
                 self._begin(request)
-            if self.engine.is_busy:
+            for number in news.cancelled:  # one that came in the same tick, too
+                self.engine.cancel(number)
+            # Replicas of a model with other experts may end an answer a tick apart where their bits differ.
+            if self.engine.anybody(self.engine.is_busy):
                 for request, answer in self.engine.step():
                     self._finish(request.number, answer)
             elif news.stop:
-                return
+                break
+        self._has_ended = True
+        for number in list(self._listeners):  # asked between the last look and now
+            if (listener := self._listeners.pop(number, None)) is not None:
+                listener.failed(_ended())
 
     def _exchange(self) -> _News:
         """What is new, on every rank."""
@@ -148,3 +154,7 @@ class Service:
         listener = self._listeners.pop(number, None)
         if listener is not None:
             listener.finished(answer)
+
+
+def _ended() -> UserError:
+    return UserError(Problem("request", None, "came when the server had ended."))

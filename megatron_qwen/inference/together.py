@@ -62,6 +62,7 @@ class Together:
         found = {request.number: answer for request, answer in self.engine.answer(mine)}
         if dist.get_world_size() == 1:
             return found
+        self._meet()
         parts: list[Mapping[int, Answer]] = [{}] * dist.get_world_size()
         dist.gather_object(found if self._leads else {}, parts if dist.get_rank() == 0 else None)
         return {number: answer for part in parts for number, answer in part.items()}
@@ -78,6 +79,13 @@ class Together:
         heard: list[list[Request] | None] = [None]
         dist.broadcast_object_list(heard, device=self.engine.stage.device)
         return heard[0]
+
+    def _meet(self) -> None:
+        """Waits until every rank is done: replicas need not be, within the time of a collective."""
+        store, key = self._store(), f"{self._key()}/done"
+        if store.add(key, 1) == dist.get_world_size():
+            store.set(f"{key}/all", "")
+        store.wait([f"{key}/all"], _PATIENCE)
 
     def _key(self) -> str:
         return f"mq/asked/{self._asked}"

@@ -70,8 +70,10 @@ class JobController:
         except EnvironmentChangedError as error:
             return self._refused(error)
         finally:
-            self.allocation.close()
-            self.alerts.close()
+            try:
+                self.alerts.close()
+            finally:
+                self.allocation.close()  # asks Slurm, which may take a while
 
     def _run(self) -> int:
         while True:

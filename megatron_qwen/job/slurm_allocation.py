@@ -18,6 +18,7 @@ from megatron_qwen.job.node_choice import choose
 from megatron_qwen.job.ranks import HEALTH_STEP, RANKS_STEP, Ranks, SrunRanks, environment_of_ranks, placement
 from megatron_qwen.job.settings import JobSettings
 from megatron_qwen.job.standby import STANDBY_STEP, Standby
+from megatron_qwen.resilience.standby import lay_out
 
 log = logging.getLogger(__name__)
 _RANK = ("-P", "-m", "megatron_qwen.train")
@@ -67,8 +68,10 @@ class SlurmAllocation:
     def start(self, run_dir: Path, *, attempt: int, logs: Path) -> Ranks:
         """Starts the ranks under srun, one task per rank, or has those that wait begin."""
         environment = self.environment(attempt)
-        standby, self._standby = self._standby, None
-        if standby is not None and (ranks := standby.begin(self.nodes, environment, logs)) is not None:
+        standby = self._standby
+        ranks = None if standby is None else standby.begin(self.nodes, environment, logs)
+        self._standby = None  # not before: ``close`` ends it where ``begin`` fails
+        if standby is not None and ranks is not None:
             self._steps.add(standby.name)
             return ranks
         return self._srun(run_dir, environment=environment, logs=logs)
@@ -76,7 +79,7 @@ class SlurmAllocation:
     def prepare(self, run_dir: Path, *, attempt: int, folder: Path) -> None:
         """Starts ranks beside those that run, which wait."""
         self.close()
-        folder.mkdir(exist_ok=True)
+        lay_out(folder)
         environment, name = self.environment(attempt), f"{STANDBY_STEP}_{attempt}"
         ranks = self._srun(run_dir, "--standby", str(folder), environment=environment, logs=folder, name=name)
         self._standby = Standby(ranks, name, self.nodes, environment, folder)

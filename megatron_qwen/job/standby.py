@@ -48,9 +48,9 @@ class Standby:
         if why := self._why_not(nodes, environment):
             log.info("the ranks that wait are not used: %s", why)
         else:
-            self.ranks.keep_log_in(logs)
             self.ranks.send(standby.BEGIN)
             if self._has_begun():
+                self.ranks.keep_log_in(logs)  # not before: the end of ranks that are given up is none of this attempt
                 log.info("the ranks that waited begin")
                 return self.ranks
             log.warning("the ranks that wait are not used: the signal that they wait for did not reach them")
@@ -76,8 +76,8 @@ class Standby:
         return None if standby.is_ready(self.folder) else "they are not ready"
 
     def end(self) -> None:
-        """Ends the ranks. Their output is removed unless they had ended before."""
-        kept = bool(self.ranks.poll())
+        """Ends the ranks. Their output is removed unless they had ended before, which it explains."""
+        kept = self.ranks.poll() is not None
         self.ranks.kill()
         if not kept:
             shutil.rmtree(self.folder, ignore_errors=True)

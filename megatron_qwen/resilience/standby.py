@@ -15,14 +15,37 @@ _READY, _BEGUN = "ready", "begun"
 _LOOK_S = 1.0
 
 
+def lay_out(folder: Path) -> None:
+    """Makes the folder through which waiting ranks are heard.
+
+    Its files are there from the start: a network file system may hide a new name for a minute, but not what is in a
+    file that is opened.
+    """
+    folder.mkdir(exist_ok=True)
+    for name in (_READY, _BEGUN):
+        (folder / name).write_bytes(b"")
+
+
 def is_ready(folder: Path) -> bool:
     """Whether the waiting ranks of a folder can begin; asked of rank 0, whose imports take as long as any rank's."""
-    return (folder / _READY).exists()
+    return _says(folder / _READY)
 
 
 def has_begun(folder: Path) -> bool:
     """Whether rank 0 has begun."""
-    return (folder / _BEGUN).exists()
+    return _says(folder / _BEGUN)
+
+
+def _says(path: Path) -> bool:
+    try:
+        return bool(path.read_bytes())
+    except FileNotFoundError:
+        return False
+
+
+def block_begin() -> None:
+    """Has the signal that begins a rank wait until the rank does; its default would end the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {BEGIN})
 
 
 def wait_for_turn(folder: Path, logs: Path, signals: StopSignals, load: Callable[[], bool]) -> float:
@@ -40,20 +63,20 @@ def wait_for_turn(folder: Path, logs: Path, signals: StopSignals, load: Callable
     Returns:
         When the attempt began for this rank, seconds since 1970.
     """
-    signal.pthread_sigmask(signal.SIG_BLOCK, {BEGIN})  # before the imports: it stays pending while they run
+    block_begin()  # here at the latest: it stays pending while the imports run
     parent = os.getppid()
     if load():
         print("not kept ready: an import has started CUDA, and would hold memory of the GPU", file=sys.stderr)
         sys.exit(0)
     rank = os.environ.get("SLURM_PROCID", "0")
     if rank == "0":
-        (folder / _READY).touch()
+        (folder / _READY).write_bytes(b"1")
     while signal.sigtimedwait({BEGIN}, _LOOK_S) is None:
         if signals.received is not None or os.getppid() != parent:
             sys.exit(0)
     begun = time.time()
     if rank == "0":
-        (folder / _BEGUN).touch()
+        (folder / _BEGUN).write_bytes(b"1")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {BEGIN})
     _write_output_to(logs / f"rank_{rank}.log")
     return begun

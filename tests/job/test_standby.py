@@ -4,6 +4,7 @@ import pytest
 
 from megatron_qwen.job import standby
 from megatron_qwen.job.standby import Standby
+from megatron_qwen.resilience.standby import lay_out
 
 ENVIRONMENT = {"MQ_ATTEMPT": "2", "MASTER_PORT": "15001"}
 NODES = ("n1", "n2")
@@ -28,14 +29,14 @@ class Step:
     def send(self, number):
         self.asked.append(number.name)
         if self.answers:
-            (self.folder / "begun").touch()
+            (self.folder / "begun").write_text("1")
 
 
 @pytest.fixture
 def folder(tmp_path):
     path = tmp_path / "standby"
-    path.mkdir()
-    (path / "ready").touch()
+    lay_out(path)
+    (path / "ready").write_text("1")
     return path
 
 
@@ -46,7 +47,7 @@ def waiting(folder, **step) -> Standby:
 def test_ranks_that_are_ready_begin(folder, tmp_path):
     found = waiting(folder)
     assert found.begin(NODES, dict(ENVIRONMENT), tmp_path) is found.ranks
-    assert found.ranks.asked == [tmp_path, "SIGUSR1"]
+    assert found.ranks.asked == ["SIGUSR1", tmp_path]
 
 
 @pytest.mark.parametrize(
@@ -63,16 +64,16 @@ def test_ranks_that_are_ready_begin(folder, tmp_path):
 def test_others_are_ended(folder, tmp_path, caplog, nodes, change, ready, code, why):
     caplog.set_level("INFO")
     if not ready:
-        (folder / "ready").unlink()
+        lay_out(folder)
     found = waiting(folder, code=code)
     assert found.begin(nodes, ENVIRONMENT | change, tmp_path) is None
     assert found.ranks.asked == ["kill"]
     assert why in caplog.text
-    assert folder.exists() is bool(code), "the output of ranks that failed is kept"
+    assert folder.exists() is (code is not None), "the output of ranks that ended by themselves is kept"
 
 
 def test_ranks_that_do_not_answer_are_ended(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(standby, "_ANSWER_S", 0.0)
     found = waiting(folder, answers=False)
     assert found.begin(NODES, ENVIRONMENT, tmp_path) is None
-    assert found.ranks.asked == [tmp_path, "SIGUSR1", "kill"]
+    assert found.ranks.asked == ["SIGUSR1", "kill"], "what srun says of their end is none of the attempt's"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_qwen.resilience.standby import BEGIN, has_begun, is_ready
+from megatron_qwen.resilience.standby import BEGIN, has_begun, is_ready, lay_out
 from tests.conftest import command, environment
 
 
@@ -19,7 +19,7 @@ def start(tmp_path):
     def one(*prefix: str) -> "subprocess.Popen[bytes]":
         run_dir, folder = tmp_path / "run", tmp_path / "standby"
         (run_dir / "logs/attempt_002").mkdir(parents=True)
-        folder.mkdir()
+        lay_out(folder)
         words = [*prefix, *command("megatron_qwen.train", run_dir, "--standby", folder)]
         env = {**environment(), "MQ_ATTEMPT": "2", "SLURM_PROCID": "0"}
         begun.append(subprocess.Popen(words, env=env, stderr=subprocess.DEVNULL))

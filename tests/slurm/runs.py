@@ -240,7 +240,8 @@ def lost_iterations(path: Path) -> int:
 def hold_for_standby(runs: Runs, name: str, iteration: int) -> str:
     """Line of a patch: the first attempt takes this step once ranks wait for its end."""
     ready = runs.root / name / "logs/attempt_001/standby/ready"
-    return f"while attempt == '1' and iteration == {iteration} and not os.path.exists('{ready}'): time.sleep(0.1)"
+    waits = f"not (os.path.exists('{ready}') and os.path.getsize('{ready}'))"
+    return f"while attempt == '1' and iteration == {iteration} and {waits}: time.sleep(0.1)"
 
 
 def kill(process: int, number: int) -> None:

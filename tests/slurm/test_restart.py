@@ -39,8 +39,10 @@ def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
 
     The harder case: slurmctld is away at the first fault, and the dead node's ranks live on.
     """
-    late = f"attempt == '2' and iteration > {2 * SAVE_INTERVAL + 4}"
-    pause = f"time.sleep(1.5 if {harder} and {late} else 0.12)"  # Slurm takes half a minute to notice
+    # Ranks that nobody ends must not finish the run: slurmctld is away for 12 s, then takes half a minute to notice.
+    early, late = SAVE_INTERVAL + 1, 2 * SAVE_INTERVAL + 4
+    slow = f"(attempt == '1' and iteration > {early} or attempt == '2' and iteration > {late})"
+    pause = f"time.sleep(2.0 if {harder} and {slow} else 0.12)"
     run = runs.submit(f"spare_{harder}", *TP2, options=("--spares", 1), patch=pause)
     run.wait_for_step(SAVE_INTERVAL + 2)
     before = run.rank_processes()

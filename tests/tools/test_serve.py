@@ -237,7 +237,7 @@ def test_what_cannot_be_served(hf, server):
     port = re.search(r":(\d+)/", server.url)[1]
     done = run("tools.serve", hf, "--port", port)
     assert done.returncode == 2
-    assert "cannot be listened at" in done.stderr
+    assert "cannot be served" in done.stderr
     assert "Traceback" not in done.stderr
     assert "MQ_SERVE_KEY" not in os.environ
     done = run("tools.serve", hf, "--host", "0.0.0.0", "--port", 70_000, "--max-pending", 0)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from typing import Any
 
@@ -43,11 +44,15 @@ class WhatWasRead:
     config: RunConfig
     ledger: Mapping[str, Any]
 
+    @cached_property
+    def _replay(self) -> Replay:
+        """One for all that a process reads: it finds a sample by going on from the one before."""
+        return Replay(self.config, self.ledger)
+
     def samples(self, begin: int, stop: int) -> Iterator[tuple[int, str, Tokens]]:
         """Number, source and tokens, those that are only predicted included."""
-        replay = Replay(self.config, self.ledger)
         for number in range(begin, stop):
-            source, _, sample = replay[number]
+            source, _, sample = self._replay[number]
             tokens = sample.tokens[: len(sample.tokens) - sample.padding]
             if not sample.padding and sample.labels[-1] >= 0:
                 tokens = np.append(tokens, sample.labels[-1])
@@ -63,8 +68,8 @@ def search(read: WhatWasRead, items: Sequence[Item], *, ngram: int, workers: int
         parts += [(begin, min(begin + step, first + count)) for begin in range(first, first + count, step)]
     progress, done, found = RequestProgress("samples"), 0, []
     total = sum(count for _, count, _ in phases)
-    texts = [item.tokens for item in items]
-    used, begin_with = max(1, min(workers, len(parts))), (read, texts, ngram)
+    texts = [(item.task, item.tokens) for item in items]
+    used, begin_with = max(1, min(workers, len(parts))), (WhatWasRead(read.config, read.ledger), texts, ngram)
     with ProcessPoolExecutor(used, get_context("spawn"), initializer=_begin, initargs=begin_with) as pool:
         for (begin, stop), part in zip(parts, pool.map(_part, parts), strict=True):
             found.append(part)
@@ -77,8 +82,9 @@ def search(read: WhatWasRead, items: Sequence[Item], *, ngram: int, workers: int
 _state: dict[str, Any] = {}
 
 
-def _begin(read: WhatWasRead, texts: Sequence[Sequence[int]], ngram: int) -> None:
-    _state.update(read=read, index=TestIndex(texts, ngram=ngram))
+def _begin(read: WhatWasRead, texts: Sequence[tuple[str, Sequence[int]]], ngram: int) -> None:
+    index = TestIndex([tokens for _, tokens in texts], tests=[task for task, _ in texts], ngram=ngram)
+    _state.update(read=read, index=index)
 
 
 def _part(bounds: tuple[int, int]) -> dict[int, Overlap]:

@@ -9,6 +9,9 @@ from lm_eval.tasks import TaskManager
 
 from megatron_qwen.errors import ConfigError, Problem
 
+# Attributes of the harness's tasks.
+_NOT_DONE = {"UNSAFE_CODE": "runs code that models write", "MULTIMODAL": "asks about images or sound"}
+
 
 def find_tasks(names: Sequence[str], directories: Sequence[Path]) -> tuple[TaskManager, list[str]]:
     """The tasks that names and patterns (``mmlu_*``) mean.
@@ -65,6 +68,9 @@ def load_tasks(manager: TaskManager, names: Sequence[str], *, shots: int | None)
         fixed = [task for task, one in loaded["tasks"].items() if shots and one.get_config("num_fewshot") == 0]
         if fixed:
             wrong.append(Problem("--shots", shots, f"cannot be given to {', '.join(fixed)}, which fixes 0 examples."))
+        for kind, what in _NOT_DONE.items():
+            if unfit := [task for task, one in loaded["tasks"].items() if getattr(one, kind, False)]:
+                wrong.append(Problem("--tasks", ", ".join(unfit), f"{what}, which mq eval does not do; leave it out."))
         found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     if not wrong:
         try:

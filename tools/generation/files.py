@@ -82,6 +82,10 @@ def _fault(line: bytes) -> str | None:
         return "is not JSON."
     if not isinstance(record, dict) or not isinstance(record.get(FIELD), str) or not record[FIELD]:
         return f'must be an object with "{FIELD}", a text that is not empty.'
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "has half of a surrogate pair, which is no character."
     if taken := [name for name in _OURS if name in record]:
         return f"has the field {taken[0]}, which is one of an answer; rename it."
     return None

@@ -28,6 +28,7 @@ from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.exactness import largest_difference
 from megatron_qwen.inference.loading import inference_config, load_stage
 from megatron_qwen.inference.scheduler import Limits
+from megatron_qwen.resilience.parent import die_with_launcher
 
 log = logging.getLogger(__name__)
 _LAYOUT = "parallel."
@@ -142,6 +143,7 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
     Raises:
         UserError: as ``open_for_inference``.
     """
+    die_with_launcher()
     source, config, tokenizer = open_for_inference(path, options)
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
     device.set_threads(device.fair_threads(info.local_world_size))

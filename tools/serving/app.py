@@ -22,6 +22,7 @@ from tools.serving.replies import Reply, error_body
 from tools.serving.tool_calls import begins_call, for_template, split_calls
 
 _GONE_LOOK_S = 0.5
+_OPEN_PATHS = ("/health", "/metrics")
 _CLIENT_GONE = 499  # as nginx writes it into its log; nobody receives it
 _BAD, _AUTH, _SERVER = "invalid_request_error", "authentication_error", "server_error"
 
@@ -65,7 +66,8 @@ def build_app(server: Server) -> FastAPI:
     """The application."""
 
     async def guard(request: Request) -> None:
-        if request.url.path.startswith("/v1/") and not _has_key(server, request):
+        # Not request.url, part of which the client writes.
+        if request.scope["path"] not in _OPEN_PATHS and not _has_key(server, request):
             raise _Refused(401, error_body("Wrong or missing API key.", kind=_AUTH, code="invalid_api_key"))
 
     # Not a middleware: it would stand between a stream and the news that its client is gone.

@@ -8,14 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_qwen.inference.request import Sampling
 
-_MOST_STOPS = 16
+_MOST_STOPS, _LONGEST_STOP = 16, 256
 _ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+_Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
 
 
 class _Asked(BaseModel):
     """Fields of both kinds. An unknown one is refused: it would change the answer, or the client thinks so."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -28,7 +31,7 @@ class _Asked(BaseModel):
     n: Annotated[int, Field(ge=1, le=64)] = 1
     stream: bool = False
     stream_options: dict[Literal["include_usage"], bool] | None = None
-    stop: str | Annotated[list[str], Field(max_length=_MOST_STOPS)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=_MOST_STOPS)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
     user: str | None = None  # for a provider's records
@@ -84,7 +87,7 @@ class ChatAsked(_Asked):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: Literal["none", "auto"] | None = None  # the engine cannot force a call
-    parallel_tool_calls: bool | None = None
+    parallel_tool_calls: Literal[True] | None = None
     logprobs: bool | None = False
     top_logprobs: Literal[0] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
@@ -118,6 +121,15 @@ def _is_call(call: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str) and "arguments" in function
 
 
+def is_text(content: Any) -> bool:
+    """Whether all that JSON has said can be written as UTF-8: it may spell half of a surrogate pair."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 class BadRequest(Exception):
     """A request that is not understood: what is wrong, and with which field."""
 
@@ -136,6 +148,8 @@ def understood[Kind: _Asked](kind: type[Kind], body: bytes) -> Kind:
         content = json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequest("The body is not valid JSON.") from None
+    if not is_text(content):
+        raise BadRequest("The body has half of a surrogate pair, which is no character.")
     try:
         return kind.model_validate(content)
     except ValidationError as error:

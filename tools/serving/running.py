@@ -23,12 +23,13 @@ class HttpServer:
         failed: called if it ends by itself.
 
     Attributes:
-        error: why it could not start; None if it could.
+        error: why it could not start, or has ended; None if all is well.
         port: that it listens at.
     """
 
     def __init__(self, app: FastAPI, host: str, port: int, *, failed: Callable[[], None]) -> None:
-        self.error: OSError | None = None
+        self.error: Exception | None = None
+        self._told_to_stop = False
         self.port, self._failed = port, failed
         try:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -50,16 +51,21 @@ class HttpServer:
         deadline = time.monotonic() + _START_S
         while not self._server.started and self._thread.is_alive() and time.monotonic() < deadline:
             time.sleep(0.02)
+        if not self._server.started:
+            self.error = self.error or TimeoutError(f"it did not start within {_START_S:.0f} s")
         return self._server.started
 
     def stop(self) -> None:
         """Ends when the replies have been sent."""
-        self._server.should_exit = True
+        self._told_to_stop = self._server.should_exit = True
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         try:
             self._server.run(sockets=[self._socket] if self._socket is not None else None)
-        finally:
+        except Exception as error:  # whatever uvicorn raises: the program must not end as if all were well
+            self.error = error
+        if not self._told_to_stop:
+            self.error = self.error or RuntimeError("it has ended by itself")
             self._failed()

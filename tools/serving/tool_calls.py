@@ -63,6 +63,8 @@ def _call(body: str) -> dict[str, Any] | None:
         return None
     arguments = said.get("arguments", {})
     text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    if not text.isprintable() and any("\ud800" <= sign <= "\udfff" for sign in text):
+        return None  # half of a surrogate pair, which no reply can hold
     function = {"name": said["name"], "arguments": text}
     return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 

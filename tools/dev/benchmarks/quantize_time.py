@@ -60,11 +60,10 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
                 progress=take,
             )
     hours = [predicted_seconds(one, work, target=target, layers=whole.num_layers) / 3600 for one in measured]
-    parts = measured[-1]
-    conditions = (
-        f"{whole.num_layers} layers, {_RELEASE_COUNT} x {_LENGTH} tokens, fp32, {os.cpu_count()} cores; a layer with "
-        f"{_COUNT} x {_LENGTH}: {parts.run:.0f} s of passes, {parts.sums:.0f} s of Hessians, {parts.solve:.0f} s to solve"
-    )
+    last = measured[-1]
+    parts = f"{last.run:.0f} s of passes, {last.sums:.0f} s of Hessians, {last.solve:.0f} s to solve"
+    release = f"{whole.num_layers} layers, {_RELEASE_COUNT} x {_LENGTH} tokens, fp32, {os.cpu_count()} cores"
+    conditions = f"{release}; a layer with {_COUNT} x {_LENGTH}: {parts}"
     middle = statistics.median(hours)
     ratios = [middle / one for one in hours]
     name = f"gptq of {_RECIPE}, predicted"
