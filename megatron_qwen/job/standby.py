@@ -52,6 +52,7 @@ class Standby:
             if self._has_begun():
                 self.ranks.keep_log_in(logs)  # not before: the end of ranks that are given up is none of this attempt
                 log.info("the ranks that waited begin")
+                shutil.rmtree(self.folder, ignore_errors=True)  # one that the signal has not reached ends by that
                 return self.ranks
             log.warning("the ranks that wait are not used: the signal that they wait for did not reach them")
         self.end()

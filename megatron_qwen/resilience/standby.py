@@ -13,6 +13,8 @@ from megatron_qwen.resilience.signals import StopSignals
 BEGIN = signal.SIGUSR1
 _READY, _BEGUN = "ready", "begun"
 _LOOK_S = 1.0
+# Every rank looks for the folder on a shared file system, so not often: 300 times a second for 10,000 ranks.
+_FOLDER_LOOK_S = 30.0
 
 
 def lay_out(folder: Path) -> None:
@@ -51,8 +53,9 @@ def block_begin() -> None:
 def wait_for_turn(folder: Path, logs: Path, signals: StopSignals, load: Callable[[], bool]) -> float:
     """Imports what a rank needs, and returns when its attempt begins; its output goes to the logs of that attempt then.
 
-    Exits with 0 if it is told to stop, if what started it ends, or if an import has begun to use the GPU, whose memory
-    belongs to the ranks that run.
+    Exits with 0 if it is told to stop, if what started it ends, if the folder is removed (on a node that has lost its
+    slurmd nobody can end it otherwise), or if an import has begun to use the GPU, whose memory belongs to the ranks
+    that run.
 
     Args:
         folder: where rank 0 says that it is ready, and that it has begun.
@@ -69,11 +72,18 @@ def wait_for_turn(folder: Path, logs: Path, signals: StopSignals, load: Callable
         print("not kept ready: an import has started CUDA, and would hold memory of the GPU", file=sys.stderr)
         sys.exit(0)
     rank = os.environ.get("SLURM_PROCID", "0")
+    if not folder.is_dir():
+        sys.exit(0)
     if rank == "0":
         (folder / _READY).write_bytes(b"1")
+    looked = time.monotonic()
     while signal.sigtimedwait({BEGIN}, _LOOK_S) is None:
         if signals.received is not None or os.getppid() != parent:
             sys.exit(0)
+        if time.monotonic() - looked > _FOLDER_LOOK_S:
+            looked = time.monotonic()
+            if not folder.is_dir():
+                sys.exit(0)
     begun = time.time()
     if rank == "0":
         (folder / _BEGUN).write_bytes(b"1")

@@ -48,6 +48,7 @@ def test_ranks_that_are_ready_begin(folder, tmp_path):
     found = waiting(folder)
     assert found.begin(NODES, dict(ENVIRONMENT), tmp_path) is found.ranks
     assert found.ranks.asked == ["SIGUSR1", tmp_path]
+    assert not folder.exists(), "a rank that the signal has not reached ends"
 
 
 @pytest.mark.parametrize(

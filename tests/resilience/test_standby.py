@@ -1,12 +1,16 @@
 """A rank that waits: it begins when it is told to, and ends when its job does."""
 
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from megatron_qwen.resilience import standby
+from megatron_qwen.resilience.signals import StopSignals
 from megatron_qwen.resilience.standby import BEGIN, has_begun, is_ready, lay_out
 from tests.conftest import command, environment
 
@@ -54,10 +58,31 @@ def test_it_ends_with_what_started_it(start, tmp_path):
         time.sleep(0.1)
 
 
+def test_it_ends_when_nobody_wants_it(tmp_path, monkeypatch):
+    """On a node that has lost its slurmd no signal arrives."""
+    monkeypatch.setattr(standby, "_FOLDER_LOOK_S", 0.0)
+    monkeypatch.setattr(standby, "_LOOK_S", 0.01)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    folder = tmp_path / "standby"
+    lay_out(folder)
+
+    def remove_soon() -> bool:
+        threading.Timer(0.2, shutil.rmtree, [folder]).start()
+        return False
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        with pytest.raises(SystemExit) as ended:
+            standby.wait_for_turn(folder, tmp_path, StopSignals(), remove_soon)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    assert ended.value.code == 0
+
+
 def test_its_output_goes_to_the_logs_of_its_attempt(start, tmp_path):
     """There is no run.yaml here, so the rank ends with that as its error."""
     process = start()
     process.send_signal(BEGIN)
     assert process.wait(60) == 2
-    assert has_begun(tmp_path / "standby")
+    assert has_begun(tmp_path / "standby")  # no controller here, which would remove it
     assert "run.yaml" in (tmp_path / "run/logs/attempt_002/rank_0.log").read_text()

@@ -85,7 +85,7 @@ def test_ranks_that_wait_take_over(runs):
     runs.cluster.kill_node("n2")
     kill(run.rank_processes()[1], signal.SIGKILL)
     run.wait_for_end(timeout_s=150)
-    run.wait(lambda: not processes_of(run), "end of all processes", timeout_s=30)
+    run.wait(lambda: not processes_of(run), "end of all processes", timeout_s=75)
     first, second, *_, last = run.attempts()
     assert (first.reason, first.nodes, second.nodes, last.nodes) == ("lost peer", *[("n1", "n2")] * 2, ("n1", "n3"))
     assert run.end_of_story().count("the ranks that waited begin") == 1
