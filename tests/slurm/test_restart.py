@@ -39,10 +39,10 @@ def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
 
     The harder case: slurmctld is away at the first fault, and the dead node's ranks live on.
     """
-    # Ranks that nobody ends must not finish the run: slurmctld is away for 12 s, then takes half a minute to notice.
+    # Ranks that nobody ends must not finish the run: slurmctld is away for 12 s, then takes up to a minute to notice.
     early, late = SAVE_INTERVAL + 1, 2 * SAVE_INTERVAL + 4
-    slow = f"(attempt == '1' and iteration > {early} or attempt == '2' and iteration > {late})"
-    pause = f"time.sleep(2.0 if {harder} and {slow} else 0.12)"
+    slow = f"2.0 if attempt == '1' and iteration > {early} else 5.0 if attempt != '1' and iteration > {late} else 0.12"
+    pause = f"time.sleep({slow})" if harder else PAUSE
     run = runs.submit(f"spare_{harder}", *TP2, options=("--spares", 1), patch=pause)
     run.wait_for_step(SAVE_INTERVAL + 2)
     before = run.rank_processes()
@@ -54,7 +54,7 @@ def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
         runs.cluster.start_controller()
     run.wait_for_attempt(2)
     assert not [process for process in before.values() if is_running(process)], "ranks of two attempts side by side"
-    run.wait(lambda: len(run.rank_processes()) == 2, "second attempt", timeout_s=60)  # the spare node runs none
+    run.wait(lambda: len(run.rank_processes()) == 2, "second attempt", timeout_s=180)  # the spare node runs none
     run.wait_for_step(2 * SAVE_INTERVAL + 4)
     processes = run.rank_processes()
     runs.cluster.kill_node("n2")
