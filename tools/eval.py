@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import ConfigError, Problem
+from tools.generation.options import add_model_options, load_options
 from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
-    from tools.generation.loaded import LoadOptions
 
 
 def parser() -> Parser:
@@ -46,11 +46,7 @@ def parser() -> Parser:
     found.add_argument("--contamination", action="store_true", help="whether the run has read the items, by its ledger")
     found.add_argument("--ngram", type=int, default=13, help="with it: tokens that an item must share (%(default)s)")
     found.add_argument("--workers", type=int, default=os.cpu_count(), help="with it: processes (%(default)s)")
-    found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
-    found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
-    found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
-    found.add_argument("--dtype", choices=["bf16", "fp32"], help="to compute in; default: that of the weights")
-    found.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
+    add_model_options(found)
     return found
 
 
@@ -77,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     info = RankInfo.from_environment()
     if info.world_size == 1:
         # Everything that is wrong with the source is said before ranks are started.
-        _, config, _ = open_for_inference(options.source, _load_options(options))
+        _, config, _ = open_for_inference(options.source, load_options(options))
         if (ranks := smallest_world(config) * options.replicas) > 1:
             return start_ranks("tools.eval", options.source, arguments, ranks)
     set_up_log(rank=info.rank)
@@ -103,7 +99,7 @@ def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] |
         output=options.output,
     )
     prepared = None if info.rank else prepare(wanted)
-    model = load(options.source, _load_options(options), info)
+    model = load(options.source, load_options(options), info)
     together = Together(model.engine)
     if prepared is None:
         together.follow()
@@ -139,20 +135,6 @@ def _contamination(options: argparse.Namespace) -> int:
             parts = [f"{name} {'-' if value is None else format(value, '.4f')}" for name, value in scores.items()]
             print(f"    {metric.partition(',')[0]}: {', '.join(parts)}")
     return 0
-
-
-def _load_options(options: argparse.Namespace) -> "LoadOptions":
-    from tools.generation.loaded import LoadOptions
-
-    return LoadOptions(
-        iteration=options.iteration,
-        words=options.overrides,
-        config=options.config,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        longest=options.context,
-        replicas=options.replicas,
-    )
 
 
 def _show(found: dict[str, Any], *, as_json: bool) -> None:

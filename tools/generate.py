@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.inference.request import Sampling
+from tools.generation.options import add_model_options, load_options
 from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
     from tools.generation.chat import Rendering
-    from tools.generation.loaded import LoadedModel, LoadOptions
+    from tools.generation.loaded import LoadedModel
 
 _TOP_P = 0.95
 
@@ -61,11 +62,7 @@ def parser() -> Parser:
     found.add_argument("--logprobs", action="store_true", help="with --json: of each token, in nats")
     found.add_argument("--json", action="store_true", help="a list of {prompt, text, tokens, logprobs, ...}")
     found.add_argument("--replicas", type=int, default=1, help="with --prompts: copies of the model (%(default)s)")
-    found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
-    found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
-    found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
-    found.add_argument("--dtype", choices=["bf16", "fp32"], help="to compute in; default: that of the weights")
-    found.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
+    add_model_options(found)
     found.add_argument(
         "--with", dest="by", choices=["engine", "transformers"], default="engine", help="what computes (%(default)s)"
     )
@@ -113,7 +110,7 @@ def _answer_file(options: argparse.Namespace, sampling: Sampling, info: "RankInf
     from tools.generation.loaded import load
 
     prompts = None if info.rank else PromptFile.of(options.prompts)
-    model = load(options.source, _load_options(options), info)
+    model = load(options.source, load_options(options), info)
     together = Together(model.engine)
     if prompts is None:
         together.follow()
@@ -126,7 +123,7 @@ def _answers(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") 
     from tools.generation.loaded import load
     from tools.generation.texts import complete
 
-    model = load(options.source, _load_options(options), info)
+    model = load(options.source, load_options(options), info)
     render = _rendering(options, model)
     done = sorted(complete(model, options.prompt, sampling, render), key=lambda one: one.number)
     return [one.as_json(logprobs=options.logprobs) for one in done]
@@ -138,7 +135,7 @@ def _talk(options: argparse.Namespace, sampling: Sampling, info: "RankInfo") -> 
     from tools.generation.loaded import load
     from tools.generation.session import ChatSession, talk
 
-    model = load(options.source, _load_options(options), info)
+    model = load(options.source, load_options(options), info)
     service = Service(model.engine)
     if info.rank:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal all ranks get it; rank 0 decides
@@ -157,26 +154,12 @@ def _rendering(options: argparse.Namespace, model: "LoadedModel") -> "Rendering 
     return chat_template(model.source.tokenizer).of_a_question(options.system)
 
 
-def _load_options(options: argparse.Namespace) -> "LoadOptions":
-    from tools.generation.loaded import LoadOptions
-
-    return LoadOptions(
-        iteration=options.iteration,
-        words=options.overrides,
-        config=options.config,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        longest=options.context,
-        replicas=options.replicas,
-    )
-
-
 def _ranks(options: argparse.Namespace) -> int:
     """Local ranks to start; everything that is wrong with the source is said before they are."""
     from megatron_qwen.config.world import smallest_world
     from tools.generation.loaded import open_for_inference
 
-    _, config, _ = open_for_inference(options.source, _load_options(options))
+    _, config, _ = open_for_inference(options.source, load_options(options))
     return smallest_world(config) * int(options.replicas)
 
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 
 from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import ConfigError, Problem, UserError
+from tools.generation.options import add_model_options, load_options
 from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
     from tools.generation.chat import ChatTemplate
-    from tools.generation.loaded import LoadedModel, LoadOptions
+    from tools.generation.loaded import LoadedModel
 
 _KEY = "MQ_SERVE_KEY"
 _LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -43,11 +44,7 @@ def parser() -> Parser:
     found.add_argument("--max-pending", type=int, default=256, help="requests that wait or run (%(default)s)")
     found.add_argument("--max-sequences", type=int, default=64, help="answered at a time (%(default)s)")
     found.add_argument("--timeout", type=float, default=600.0, help="seconds for a request (%(default)s)")
-    found.add_argument("--iteration", type=int, help="which checkpoint of a run; default: the newest")
-    found.add_argument("--config", help="recipe or run.yaml of a checkpoint that another program wrote")
-    found.add_argument("--tokenizer", type=Path, help="tokenizer directory; default: the source's")
-    found.add_argument("--dtype", choices=["bf16", "fp32"], help="to compute in; default: that of the weights")
-    found.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
+    add_model_options(found)
     return found
 
 
@@ -65,11 +62,11 @@ def main(arguments: Sequence[str]) -> int:
     info = RankInfo.from_environment()
     if info.world_size == 1:
         # Everything that is wrong with the source is said before ranks are started.
-        _, config, _ = open_for_inference(options.source, _load_options(options))
+        _, config, _ = open_for_inference(options.source, load_options(options, sequences=options.max_sequences))
         if (ranks := smallest_world(config)) > 1:
             return start_ranks("tools.serve", options.source, arguments, ranks)
     set_up_log(rank=info.rank)
-    model = load(options.source, _load_options(options), info)
+    model = load(options.source, load_options(options, sequences=options.max_sequences), info)
     _serve(model, options, info)
     leave()
     return 0
@@ -125,20 +122,6 @@ def _chat(model: "LoadedModel") -> "ChatTemplate | None":
         return chat_template(model.source.tokenizer)
     except UserError:
         return None  # completions only; a chat gets an error that says so
-
-
-def _load_options(options: argparse.Namespace) -> "LoadOptions":
-    from tools.generation.loaded import LoadOptions
-
-    return LoadOptions(
-        iteration=options.iteration,
-        words=options.overrides,
-        config=options.config,
-        tokenizer=options.tokenizer,
-        dtype=options.dtype,
-        longest=options.context,
-        sequences=options.max_sequences,
-    )
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -9,7 +9,6 @@ from tests.conftest import make_run, run
 from tests.evaluation.tasks import ANSWER, CHOICE, TEXT, write_tasks
 from tests.tiers import cases, count
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")  # never in CI: the extra `eval` is part of `test`
 ITEMS = count(quick=12, thorough=300)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 CONTEXT = 192  # some texts are longer

@@ -168,7 +168,7 @@ def test_a_file_of_prompts(finished_run, asked, answered):
 
 @pytest.mark.parametrize("words", cases([("--replicas", 2)], [("parallel.pipeline_model_parallel_size=2",)]))
 def test_a_file_of_prompts_goes_on_after_a_kill(words, finished_run, asked, answered, tmp_path):
-    """Under another layout; what had been answered is not computed again."""
+    """Under another layout, to the same bytes."""
     out = tmp_path / "answers.jsonl"
     log = tmp_path / "answers.jsonl.answered"
     arguments = (finished_run, "--prompts", asked, "--output", out, *SAMPLED)
