@@ -39,9 +39,10 @@ def test_a_killed_srun_and_then_a_node_that_dies(runs, harder):
 
     The harder case: slurmctld is away at the first fault, and the dead node's ranks live on.
     """
-    # Ranks that nobody ends must not finish the run: slurmctld is away for 12 s, then takes up to a minute to notice.
+    # Ranks that nobody ends must not finish the run: slurmctld is away for 12 s, and takes up to a minute to notice a
+    # node without slurmd.
     early, late = SAVE_INTERVAL + 1, 2 * SAVE_INTERVAL + 4
-    slow = f"2.0 if attempt == '1' and iteration > {early} else 5.0 if attempt != '1' and iteration > {late} else 0.12"
+    slow = f"2.0 if attempt == '1' and iteration > {early} else 5.0 if attempt == '2' and iteration > {late} else 0.12"
     pause = f"time.sleep({slow})" if harder else PAUSE
     run = runs.submit(f"spare_{harder}", *TP2, options=("--spares", 1), patch=pause)
     run.wait_for_step(SAVE_INTERVAL + 2)
