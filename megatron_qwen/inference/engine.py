@@ -13,13 +13,14 @@ import torch.distributed as dist
 
 from megatron_qwen.errors import DataError, Problem
 from megatron_qwen.inference.blocks import BLOCK, BlockPool, blocks_of
+from megatron_qwen.inference.gathered import GatheredSets
 from megatron_qwen.inference.kv_cache import KvCache
 from megatron_qwen.inference.request import Answer, Request
 from megatron_qwen.inference.sampler import choose
 from megatron_qwen.inference.scheduler import Limits, Scheduler, Span
 from megatron_qwen.inference.sequence import Sequence as Answered
 from megatron_qwen.inference.stage import Stage, StepTokens
-from megatron_qwen.models.torch_backend.dense_gemm import INVARIANT_ROWS
+from megatron_qwen.models.torch_backend.invariant_gemm import INVARIANT_ROWS
 
 _LOGIT_ROWS = 128  # of a scored text at a time: of a vocabulary of 152,064 they take 78 MB
 _AHEAD = 4  # times as many requests are waiting as can be answered at a time
@@ -32,11 +33,13 @@ class _Lane:
     Args:
         scheduler: of them.
         cache: their keys and values on this rank.
+        sets: of the cache.
         under_way: what they compute at the moment.
     """
 
     scheduler: Scheduler
     cache: KvCache
+    sets: GatheredSets
     under_way: StepTokens | None = field(default=None)
 
 
@@ -65,10 +68,8 @@ class Engine:
         groups = stage.groups
         self._stages, self._rank = groups.pp.size(), groups.pp.rank()
         each = blocks // self._stages
-        self._lanes = [
-            _Lane(Scheduler(BlockPool(each), limits), KvCache(stage.shape, each, device=stage.device))
-            for _ in range(self._stages)
-        ]
+        caches = [KvCache(stage.shape, each, device=stage.device) for _ in range(self._stages)]
+        self._lanes = [_Lane(Scheduler(BlockPool(each), limits), cache, GatheredSets(cache)) for cache in caches]
         self._blocks, self._limits = each, limits
         self._received: torch.Tensor | None = None
         self._now = 0  # ticks so far
@@ -198,7 +199,7 @@ class Engine:
         mine = self._lanes[(tick - self._rank) % self._stages]
         out = None
         if mine.under_way is not None:
-            out = self.stage(mine.under_way, mine.cache, self._received)
+            out = self.stage(mine.under_way, mine.cache, mine.sets, self._received)
         self._received = None
         last = self._lanes[(tick - self._stages + 1) % self._stages]
         if self._stages > 1:
@@ -253,7 +254,7 @@ class Engine:
             span.sequence.answer.prompt_logprobs += logprobs[at : at + count]
             at += count
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _chosen(
         self, tokens: StepTokens, rows: torch.Tensor, ends: Sequence[Span], scored: Sequence[Span]
     ) -> torch.Tensor:
@@ -273,7 +274,7 @@ class Engine:
         parts = []
         if ends:
             places = [first[id(span)] + span.stop - span.start - 1 for span in ends]
-            logits = head.logits(_at_least(rows, places))
+            logits = self.stage.logits(_at_least(rows, places))
             chosen = choose(head.whole_logits(logits)[: len(ends)], [span.sequence.row() for span in ends])
             filled = torch.tensor(chosen + [0] * (len(logits) - len(ends)), device=device)
             logprobs = head.log_probs_of(logits, filled)[: len(ends)]
@@ -285,7 +286,7 @@ class Engine:
             wanted = span.sequence.tokens[start + 1 : start + 1 + len(places)]
             for at in range(0, len(places), _LOGIT_ROWS):
                 some, label = places[at : at + _LOGIT_ROWS], wanted[at : at + _LOGIT_ROWS]
-                logits = head.logits(_at_least(rows, some))
+                logits = self.stage.logits(_at_least(rows, some))
                 likeliest = head.whole_logits(logits)[: len(some)].argmax(1)
                 filled = torch.tensor(label + [0] * (len(logits) - len(some)), device=device)
                 logprobs = head.log_probs_of(logits, filled)[: len(some)]

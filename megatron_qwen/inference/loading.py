@@ -41,7 +41,12 @@ def inference_config(config: RunConfig, *, dtype: Literal["bf16", "fp32"] | None
 
 
 def load_stage(
-    config: RunConfig, groups: ProcessGroupCollection, weights: WeightRows, *, longest: int | None = None
+    config: RunConfig,
+    groups: ProcessGroupCollection,
+    weights: WeightRows,
+    *,
+    longest: int | None = None,
+    copy_bytes: int = 0,
 ) -> Stage:
     """This rank's part of a model.
 
@@ -50,6 +55,7 @@ def load_stage(
         groups: of its layout.
         weights: all of them; a rank reads its part.
         longest: positions that a sequence can have; None is what the model has.
+        copy_bytes: that copies of weights may take (``Stage``).
     """
     backend = choose_backend(config.precision)
     machine = Machine(backend.name, gpu=has_cuda())
@@ -57,7 +63,8 @@ def load_stage(
     module = bare_chunk(config, groups, backend).to(device.current())
     module.eval()
     fill(slices([module], groups), config, weights)
-    return Stage(module, config, groups, longest=longest or config.model.max_position_embeddings)
+    longest = longest or config.model.max_position_embeddings
+    return Stage(module, config, groups, longest=longest, copy_bytes=copy_bytes)
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Packed sequences: several sequences concatenated in one row (THD), without attention between them."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +18,6 @@ class PackedSequences(PackedSeqParams):
 
     lengths: tuple[int, ...] = ()
     positions: torch.Tensor | None = None
-
-
-@dataclass
-class CachedSequences(PackedSequences):
-    """Tokens of sequences whose earlier tokens are in a cache of keys and values: inference.
-
-    Args:
-        attend: attention of a layer: its number in the whole model from 1, query [1, heads, n, d], key and value
-            [1, key heads, n, d], and the factor on the scores -> [1, heads, n, d].
-    """
-
-    attend: Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor] | None = None
 
 
 def packed_sequences(cu_seqlens: torch.Tensor, lengths: tuple[int, ...], positions: torch.Tensor) -> PackedSequences:

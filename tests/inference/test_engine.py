@@ -1,6 +1,7 @@
 """The engine against the training forward, to the last bit, under every kind of layout; sequences join and leave."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -60,6 +61,18 @@ def test_bits_of_the_training_forward(recipe, pool, alone):
     scored = [Request(tuple(text), None, number=index) for index, text in enumerate(whole)]
     again = pool[1].run(jobs.answers, RECIPES[recipe](), scored)[0]["answers"]
     assert [answer.prompt_logprobs for answer in again] == trained
+
+
+def test_bits_of_a_wide_model(pool):
+    """With inner dimensions at which MKL's products depend on the number of rows, and wide heads."""
+    config = RECIPES["tiny_qwen3"]()
+    wide = {"hidden_size": 640, "ffn_hidden_size": 1024, "num_attention_heads": 4, "num_query_groups": 2}
+    config = replace(config, model=replace(config.model, kv_channels=192, **wide))
+    asked = requests("tiny_qwen3", 9)
+    answers = pool[1].run(jobs.answers, config, asked)[0]["answers"]
+    trained = pool[1].run(jobs.whole_texts, config, texts(asked, answers))[0]
+    for request, answer, expected in zip(asked, answers, trained, strict=True):
+        assert answer.logprobs == expected[len(request.prompt) - 1 :]
 
 
 @pytest.mark.parametrize(

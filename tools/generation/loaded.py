@@ -32,7 +32,7 @@ from megatron_qwen.resilience.parent import die_with_launcher
 
 log = logging.getLogger(__name__)
 _LAYOUT = "parallel."
-_OF_FREE = 4  # of the memory that is free, a part for the cache of a rank where nobody says how much
+_OF_FREE = 4  # of the memory that is free, a part for the cache where nobody says how much, and one for copies
 
 
 @dataclass(frozen=True)
@@ -152,19 +152,22 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
         raise ConfigError(Problem("ranks", info.world_size, fix))
     groups = process_groups.create(config.parallel, seed=config.training.seed)
     longest = options.longest or config.model.max_position_embeddings
-    stage = load_stage(config, groups, source.core_weights, longest=longest)
+    copies = available_bytes() // _OF_FREE // info.local_world_size
+    stage = load_stage(config, groups, source.core_weights, longest=longest, copy_bytes=copies)
     stages = config.parallel.pipeline_model_parallel_size
     wanted = stages * options.sequences * blocks_of(longest)
     room = options.cache_bytes or available_bytes() // _OF_FREE
-    fitting = room // info.local_world_size // stage.shape.block_bytes
+    each = stage.shape.block_bytes + stage.shape.gathered_bytes
+    fitting = room // info.local_world_size // each
     blocks = _of_all_ranks(max(stages * (blocks_of(longest) + 1), min(wanted, fitting)), stage.device)
     if info.rank == 0:
         log.info(
-            "%s: the cache takes %s a token on a rank, %s for %s tokens",
+            "%s: the cache takes %s a token on a rank, at most %s for %s tokens; copies of weights take %s",
             source.name,
-            gb(stage.shape.token_bytes),
-            gb(blocks * stage.shape.block_bytes),
+            gb(each // BLOCK),
+            gb(blocks * each),
             f"{blocks * BLOCK:,}",
+            gb(stage.products.copied_bytes),
         )
     engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
     _say_whether_exact(largest_difference(engine), rank=info.rank)

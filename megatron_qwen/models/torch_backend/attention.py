@@ -15,7 +15,8 @@ from megatron.core.transformer.enums import AttnMaskType
 
 from megatron_qwen.distributed.sequence import in_global_order
 from megatron_qwen.estimate.cpu_attention import BLOCK
-from megatron_qwen.models.sequences import CachedSequences, PackedSequences
+from megatron_qwen.models.sequences import PackedSequences
+from megatron_qwen.models.torch_backend import batch_invariance
 from megatron_qwen.models.torch_backend.causal_attention import BlockwiseCausalAttention, pays
 from megatron_qwen.models.torch_backend.functions import RotateQKV
 
@@ -83,14 +84,7 @@ class TorchAttention(torch.nn.Module):
         config: megatron-core's configuration; its attention dropout is read.
         softmax_scale: factor on the scores; None is 1 / sqrt(head dimension).
         pg_collection: groups; ``cp`` is used.
-
-    Attributes:
-        batch_invariant: whether a token's result depends on the tokens before it alone, to the last bit, and not on how
-            many come after it or beside it: blocks of queries in any case, the last one filled up. Inference computes
-            the same bits token by token (inference/kv_cache.py). On a CPU, without dropout and context parallelism.
     """
-
-    batch_invariant = False
 
     def __init__(
         self,
@@ -125,10 +119,7 @@ class TorchAttention(torch.nn.Module):
         Returns:
             [s / CP, b, heads / TP x d].
         """
-        if isinstance(sequences, CachedSequences):
-            assert sequences.attend is not None
-            context = sequences.attend(self.layer_number, query, key, value, self.scale or query.shape[3] ** -0.5)
-        elif self.cp_group.size() > 1:
+        if self.cp_group.size() > 1:
             context = self._attend_gathered(query, key, value, sequences)
         elif sequences is not None:
             context = self._attend_each(query, key, value, sequences.lengths)
@@ -169,9 +160,10 @@ class TorchAttention(torch.nn.Module):
     ) -> torch.Tensor:
         """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
         dropout = self.dropout if self.training else 0.0
-        if allowed is None and not dropout and (self.batch_invariant or pays(query, key)):
+        whole_blocks = batch_invariance.is_on()
+        if allowed is None and not dropout and (whole_blocks or pays(query, key)):
             scale, length = self.scale or query.shape[3] ** -0.5, query.shape[2]
-            if self.batch_invariant:
+            if whole_blocks:
                 assert query.shape[2] == key.shape[2]
                 query, key, value = (F.pad(part, (0, 0, 0, -length % BLOCK)) for part in (query, key, value))
             out: torch.Tensor = BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())

@@ -6,15 +6,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from megatron_qwen.models.torch_backend import formulas
+from megatron_qwen.models.torch_backend import formulas, invariant_gemm
+from megatron_qwen.models.torch_backend.invariant_gemm import INVARIANT_ROWS, filled
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 # From this many rows and weights on, oneDNN's faster weight-gradient GEMM outweighs the transposed copy that it needs.
 # Chosen by hand; docs/performance.md has what it gains in a step of two threads.
 _LEAST_ROWS, _LEAST_WEIGHTS = 1024, 2**18
-# With fewer rows MKL and oneDNN run other code, which sums in another order. From here on a row's bits do not depend on
-# the other rows, so that inference computes token by token what training computes at once.
-INVARIANT_ROWS = 4
 
 
 def linear(
@@ -37,11 +35,6 @@ def linear(
     if out is not None:
         return torch.mm(x, weight.t(), out=out)
     return F.linear(x, weight, bias)
-
-
-def filled(rows: torch.Tensor) -> torch.Tensor:
-    """Rows [n, k] with rows of zeros behind them, up to ``INVARIANT_ROWS``; themselves where they are as many."""
-    return F.pad(rows, (0, 0, 0, max(0, INVARIANT_ROWS - len(rows))))
 
 
 def add_weight_gradient_(total: torch.Tensor, gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -87,6 +80,5 @@ def _onednn_pays() -> bool:
     On two cores of an AMD EPYC 9004 oneDNN was 5 to 20 % faster for outputs and input gradients. torch already uses
     oneDNN for bf16.
     """
-    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     cpuinfo = Path("/proc/cpuinfo")
-    return there and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()
+    return invariant_gemm.has_onednn() and cpuinfo.exists() and "AuthenticAMD" in cpuinfo.read_text()

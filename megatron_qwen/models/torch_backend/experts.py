@@ -15,8 +15,8 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_qwen import device
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
-from megatron_qwen.models.torch_backend.dense_gemm import INVARIANT_ROWS, filled
 from megatron_qwen.models.torch_backend.functions import swiglu, swiglu_gradient
+from megatron_qwen.models.torch_backend.invariant_gemm import INVARIANT_ROWS, filled
 
 # Compute capability from which grouped_mm is used (Hopper). It needs the weights of all experts in one tensor, which
 # costs a copy that the loop does not need.

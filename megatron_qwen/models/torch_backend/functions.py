@@ -55,15 +55,9 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """[..., h] -> [..., h]."""
-        if kernel := PROCESS_KERNELS.of(formulas.rms_norm):
-            out, scale = kernel(x.flatten(0, -2), weight, eps)
-            ctx.save_for_backward(x, weight, scale.view(*x.shape[:-1], 1))
-            return out.view_as(x)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out, scale = rms_norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        scaled: torch.Tensor = x * scale.to(x.dtype)
-        return scaled.mul_(weight)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -81,6 +75,17 @@ class RMSNormFunction(torch.autograd.Function):
         return grad_x, grad_weight.to(weight.dtype), None
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x / rms(x) x weight, [..., h], and 1 / rms(x), [..., 1] in fp32; without autograd."""
+    if kernel := PROCESS_KERNELS.of(formulas.rms_norm):
+        out, scale = kernel(x.flatten(0, -2), weight, eps)
+        return out.view_as(x), scale.view(*x.shape[:-1], 1)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    scale = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+    scaled: torch.Tensor = x * scale.to(x.dtype)
+    return scaled.mul_(weight), scale
+
+
 class RotateQKV(torch.autograd.Function):
     """Splits the QKV projection into Q, K and V in the layout of attention, and applies RoPE to Q and K.
 
@@ -92,27 +97,10 @@ class RotateQKV(torch.autograd.Function):
     def forward(
         ctx: Any, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Splits and rotates.
-
-        Args:
-            mixed: output of linear_qkv, [s, b, groups, query heads per group + 2, d]; the last two are key and value.
-            cos: [s, d / 2].
-            sin: [s, d / 2].
-
-        Returns:
-            Q [b, heads, s, d], K [b, groups, s, d], V [b, groups, s, d].
-        """
+        """See ``rotate_qkv``."""
         ctx.save_for_backward(cos, sin)
         ctx.mixed_shape = mixed.shape
-        if kernel := PROCESS_KERNELS.of(formulas.rotate_qkv):
-            return kernel(mixed, cos, sin)
-        s, b, groups, slots, d = mixed.shape
-        by_head = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
-        query = mixed.new_empty(b, groups, slots - 2, s, d)
-        key = mixed.new_empty(b, groups, s, d)
-        _rotate(by_head[:, :, :-2], cos, sin, out=query)
-        _rotate(by_head[:, :, -2], cos, sin, out=key)
-        return query.view(b, -1, s, d), key, by_head[:, :, -1].contiguous()
+        return rotate_qkv(mixed, cos, sin)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
@@ -128,6 +116,30 @@ class RotateQKV(torch.autograd.Function):
         _rotate(grad_key, cos, -sin, out=by_head[:, :, -2])
         by_head[:, :, -1].copy_(grad_value)
         return result, None, None
+
+
+def rotate_qkv(
+    mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Splits and rotates; without autograd.
+
+    Args:
+        mixed: output of linear_qkv, [s, b, groups, query heads per group + 2, d]; the last two are key and value.
+        cos: [s, d / 2].
+        sin: [s, d / 2].
+
+    Returns:
+        Q [b, heads, s, d], K [b, groups, s, d], V [b, groups, s, d].
+    """
+    if kernel := PROCESS_KERNELS.of(formulas.rotate_qkv):
+        return kernel(mixed, cos, sin)
+    s, b, groups, slots, d = mixed.shape
+    by_head = mixed.permute(1, 2, 3, 0, 4)  # [b, groups, slots, s, d]
+    query = mixed.new_empty(b, groups, slots - 2, s, d)
+    key = mixed.new_empty(b, groups, s, d)
+    _rotate(by_head[:, :, :-2], cos, sin, out=query)
+    _rotate(by_head[:, :, -2], cos, sin, out=key)
+    return query.view(b, -1, s, d), key, by_head[:, :, -1].contiguous()
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, out: torch.Tensor) -> None:
