@@ -232,11 +232,10 @@ class Engine:
         """Chooses tokens, and log-probabilities of scored texts, on the last stage; all stages take them over."""
         ends = [span for span in tokens.spans if span.is_at_end and not span.sequence.is_scored]
         scored = [span for span in tokens.spans if span.sequence.is_scored]
-        labels = sum(_labels(span) for span in scored)
+        labels = sum(len(span.asked) for span in scored)
         found = torch.zeros(2, len(ends) + labels, dtype=torch.float64, device=self.stage.device)
         if hidden is not None and found.numel():
-            rows = self.stage.head().rows(hidden)
-            found = self._chosen(tokens, rows, ends, scored)
+            found = self._chosen(tokens, hidden, ends, scored)
         if self._stages > 1 and found.numel():
             source = dist.get_global_rank(self.stage.groups.pp, self._stages - 1)
             dist.broadcast(found, source, group=self.stage.groups.pp)
@@ -249,7 +248,7 @@ class Engine:
                 span.sequence.stop_at_strings(self._decode)
         at = len(ends)
         for span in scored:
-            count = _labels(span)
+            count = len(span.asked)
             span.sequence.answer.prompt_greedy += [bool(one) for one in ids[at : at + count]]
             span.sequence.answer.prompt_logprobs += logprobs[at : at + count]
             at += count
@@ -262,28 +261,27 @@ class Engine:
 
         Args:
             tokens: of the step.
-            rows: hidden states of all tokens, [n, h].
+            rows: hidden states of those that are asked for, [n, h].
             ends: whose next token is chosen.
             scored: whose log-probabilities are wanted.
         """
         first, begin = {}, 0
         for span in tokens.spans:
             first[id(span)] = begin
-            begin += span.stop - span.start
+            begin += len(span.asked)
         head, device = self.stage.head(), self.stage.device
         parts = []
         if ends:
-            places = [first[id(span)] + span.stop - span.start - 1 for span in ends]
+            places = [first[id(span)] for span in ends]
             logits = self.stage.logits(_at_least(rows, places))
             chosen = choose(head.whole_logits(logits)[: len(ends)], [span.sequence.row() for span in ends])
             filled = torch.tensor(chosen + [0] * (len(logits) - len(ends)), device=device)
             logprobs = head.log_probs_of(logits, filled)[: len(ends)]
             parts.append(torch.stack((torch.tensor(chosen, device=device).double(), logprobs.double())))
         for span in scored:
-            start = _first_label(span)
-            begin = first[id(span)] + start - span.start
-            places = list(range(begin, begin + _labels(span)))
-            wanted = span.sequence.tokens[start + 1 : start + 1 + len(places)]
+            begin, asked = first[id(span)], span.asked
+            places = list(range(begin, begin + len(asked)))
+            wanted = span.sequence.tokens[asked.start + 1 : asked.stop + 1]
             for at in range(0, len(places), _LOGIT_ROWS):
                 some, label = places[at : at + _LOGIT_ROWS], wanted[at : at + _LOGIT_ROWS]
                 logits = self.stage.logits(_at_least(rows, some))
@@ -293,16 +291,6 @@ class Engine:
                 same = likeliest == filled[: len(some)]
                 parts.append(torch.stack((same.double(), logprobs.double())))
         return torch.cat(parts, dim=1)
-
-
-def _labels(span: Span) -> int:
-    """Tokens of a scored span whose next token's log-probability is wanted."""
-    return max(0, min(span.stop, len(span.sequence.tokens) - 1) - _first_label(span))
-
-
-def _first_label(span: Span) -> int:
-    """Position of the first token of a scored span whose next token's log-probability is wanted."""
-    return max(span.start, span.sequence.request.score_from - 1)
 
 
 def _at_least(rows: torch.Tensor, places: Sequence[int]) -> torch.Tensor:

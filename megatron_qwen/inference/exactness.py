@@ -11,7 +11,7 @@ def largest_difference(engine: Engine) -> float:
     """Largest difference between log-probabilities of new tokens and of the same tokens in a whole text, in nats.
 
     A GEMM's rows may depend on how many rows there are: that is a matter of the library, the processor and the shape.
-    The engine fills small steps up so that they do not where this is possible (``models/torch_backend/dense_gemm.py``).
+    The engine computes so that they do not where this is possible (``models/torch_backend/invariant_gemm.py``).
 
     Every rank of the layout must call it, with nothing else under way.
 

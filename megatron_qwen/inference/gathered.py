@@ -84,9 +84,11 @@ class _Set:
             self._slot_of[sequence] = self._free.pop()
         if stop:
             table = torch.tensor(sequence.blocks[: blocks_of(stop)], device=self._cache.device)
-            slot, found = self._slot_of[sequence], self._cache.both[:, :, table].transpose(2, 3).flatten(3, 4)
-            self._keys[:, slot, :, :, : found.shape[3]] = found[:, 0].transpose(2, 3)
-            self._values[:, slot, :, : found.shape[3]] = found[:, 1]
+            slot = self._slot_of[sequence]
+            for keys, values, cached in zip(self._keys, self._values, self._cache.both, strict=True):
+                found = cached[:, table].transpose(1, 2).flatten(2, 3)
+                keys[slot, :, :, : found.shape[2]] = found[0].transpose(1, 2)
+                values[slot, :, : found.shape[2]] = found[1]
 
 
 class _LayerOfSet:
@@ -107,13 +109,13 @@ class _LayerOfSet:
 
     def scores(self, queries: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
         """Of queries [slots x heads, n, d], plus a bias [slots x heads, 1, L]."""
-        if invariant_gemm.is_whole(self.d, self.length, torch.float32):
+        if invariant_gemm.is_one(queries, self.length):
             return torch.baddbmm(bias, queries, self.keys)
         return invariant_gemm.batched(queries, self.keys).add_(bias)
 
     def weighted(self, weights: torch.Tensor) -> torch.Tensor:
         """Sums of values, [slots x heads, n, d]."""
-        if self.length <= invariant_gemm.INNER and invariant_gemm.is_whole(self.length, self.d, weights.dtype):
+        if invariant_gemm.is_one(weights, self.d):
             return torch.bmm(weights, self.values)
         return invariant_gemm.batched(weights, self.values)
 
@@ -176,7 +178,8 @@ class GatheredStep:
         query = query.permute(2, 0, 1, 3)
         query = query[: self._count] if self._row_of is None else query.index_select(0, self._row_of)
         if self._queries is None:  # a product needs some rows for its bits; those behind the queries stay 0
-            rows = _rows(share, kept.d, kept.length, kept.values.dtype)
+            here = invariant_gemm.is_batched_here(kept.keys)
+            rows = _rows(share, kept.d, kept.length) if here else share
             self._queries = torch.zeros(kept.slots, kept.heads, rows, kept.d, device=query.device)
         torch.mul(query.float(), scale, out=self._queries[: len(query), :, :share])
         scores = kept.scores(self._queries.flatten(0, 1), self._bias)
@@ -187,10 +190,9 @@ class GatheredStep:
         return F.pad(out, (0, 0, 0, self._filling)) if self._filling else out
 
 
-def _rows(share: int, d: int, length: int, dtype: torch.dtype) -> int:
-    """Rows of both products that give the bits of training's."""
-    products = [(d, length, torch.float32)]
-    products += [(seen, d, dtype) for seen in range(BLOCK, min(length, invariant_gemm.INNER) + 1, BLOCK)]
+def _rows(share: int, d: int, length: int) -> int:
+    """Rows of both products that give the bits of training's: of `share` queries a key head, in slots of a length."""
+    products = [(d, length), *((seen, d) for seen in range(BLOCK, min(length, invariant_gemm.INNER) + 1, BLOCK))]
     rows = share
     while (more := max(invariant_gemm.batched_rows(rows, *one) for one in products)) > rows:
         rows = more
@@ -218,37 +220,39 @@ class GatheredSets:
             if span.stop - span.start == 1:
                 size = _capacity(blocks_of(span.stop))
                 one = Single(row, span)
-                there = size in self._sets and self._sets[size].holds(one)
                 # What another sequence writes in this step, and this one shares, cannot be copied before it.
-                if there or all(writer.get(block, span.sequence) is span.sequence for block in span.sequence.blocks):
+                if all(writer.get(block, span.sequence) is span.sequence for block in span.sequence.blocks):
                     singles[size].append((place, one))
             row += span.stop - span.start
         for gone in self._sets.keys() - singles.keys():
             del self._sets[gone]
         steps, places = [], set()
         for size, found in singles.items():
-            alone = len(found) == len(spans)
             kept = self._set(size, len(found))
             if kept is not None:
+                found.sort(key=lambda one: (not kept.holds(one[1]), one[0]))
+                found = sorted(found[: kept.slots], key=lambda one: one[0])
+                alone = len(found) == len(spans)
                 steps.append(kept.enter([one for _, one in found], tokens if alone else None))
                 places |= {place for place, _ in found}
         return steps, places
 
     def _set(self, size: int, wanted: int) -> _Set | None:
-        """The set of a size, with enough slots and not too many; None where there is no room."""
-        if self._cache.shape.heads == 1:
-            wanted = max(wanted, 2)  # a batched product of one is computed by other code
+        """The set of a size, with enough slots or as many as find room, and not too many; None where none does."""
+        least = 2 if self._cache.shape.heads == 1 else 1  # a batched product of one is computed by other code
+        room = (self._cache.blocks - sum(one.size for number, one in self._sets.items() if number != size)) // size
+        slots = min(room, max(wanted, least))
         kept = self._sets.get(size)
-        if kept is not None and wanted <= kept.slots <= 2 * wanted + 2:
+        if kept is not None and slots <= kept.slots <= min(room, 2 * slots + 2):
             return kept
-        others = sum(one.size for number, one in self._sets.items() if number != size)
-        self._sets.pop(size, None)
         # A set that grows or shrinks will do so again.
-        for slots in (wanted,) if kept is None else (wanted + wanted // 4, wanted):
-            if others + size * slots <= self._cache.blocks:
-                self._sets[size] = _Set(self._cache, size, slots)
-                return self._sets[size]
-        return None
+        slots = slots if kept is None else min(room, slots + slots // 4)
+        self._sets.pop(size, None)
+        del kept  # before its successor takes memory
+        if slots < least:
+            return None
+        self._sets[size] = _Set(self._cache, size, slots)
+        return self._sets[size]
 
 
 def _written(span: Span) -> Iterator[int]:

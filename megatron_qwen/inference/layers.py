@@ -16,7 +16,7 @@ from megatron.core.transformer.mlp import MLP
 
 from megatron_qwen.inference.weight_product import Product
 from megatron_qwen.models.torch_backend.batch_invariance import BatchInvariant
-from megatron_qwen.models.torch_backend.functions import rms_norm, swiglu
+from megatron_qwen.models.torch_backend.functions import rms_norm, rotate_qkv, swiglu
 from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
 
@@ -59,18 +59,30 @@ class Layers:
         self._layers = [_Layer(layer, number, traffic, product) for number, layer in enumerate(decoder.layers)]
         self._final = None if decoder.final_layernorm is None else _Norm(decoder.final_layernorm)
 
-    def __call__(self, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def __call__(
+        self,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        attend: Attend,
+        *,
+        only: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[n, h] -> [n, h]; n / TP under sequence parallelism.
 
         Args:
-            hidden: of the tokens; overwritten.
+            hidden: of the tokens.
             cos: of the tokens' rotary angles, [n, d / 2].
             sin: the same.
             attend: attention of this step.
+            only: rows that are wanted, at least 4; not under sequence parallelism. None is all.
+
+        Returns:
+            Of these rows.
         """
         rotation = _Rotation(cos, sin)
         for layer in self._layers:
-            hidden = layer(hidden, rotation, attend)
+            hidden = layer(hidden, rotation, attend, only if layer is self._layers[-1] else None)
         return hidden if self._final is None else self._final(hidden)
 
 
@@ -124,6 +136,9 @@ class _Rotation:
 
     def __call__(self, mixed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[n, groups, slots, d] -> queries [groups, slots - 2, n, d], and keys and values [2, groups, n, d]."""
+        if PROCESS_KERNELS.present is not None:
+            query, *both = rotate_qkv(mixed.unsqueeze(1), self._cos, self._sin)
+            return query[0].unflatten(0, (mixed.shape[1], -1)), torch.cat(both)
         by_head = mixed.permute(1, 2, 0, 3)
         first, second = by_head[:, :-1].chunk(2, dim=-1)
         groups, slots, count, d = by_head.shape
@@ -158,7 +173,9 @@ class _Layer:
             self._q_norm, self._k_norm = _Norm(attention.q_layernorm), _Norm(attention.k_layernorm)
         self._mlp = _dense(layer.mlp, traffic, product) if isinstance(layer.mlp, MLP) else _module(layer.mlp)
 
-    def __call__(self, hidden: torch.Tensor, rotation: _Rotation, attend: Attend) -> torch.Tensor:
+    def __call__(
+        self, hidden: torch.Tensor, rotation: _Rotation, attend: Attend, only: torch.Tensor | None
+    ) -> torch.Tensor:
         mixed = self._qkv(self._traffic.before(self._first(hidden)))
         mixed = mixed.view(-1, self._groups, self._slots, self._d)
         if self._q_norm is not None and self._k_norm is not None:
@@ -166,6 +183,8 @@ class _Layer:
             mixed = torch.cat((self._q_norm(query), self._k_norm(key), value), dim=2)
         query, both = rotation(mixed)
         context = attend(self._number, query, both, self._scale)
+        if only is not None:
+            context, hidden = context[only], hidden[only]
         hidden = self._traffic.after(self._proj(context)).add_(hidden)
         return self._mlp(self._second(hidden)).add_(hidden)
 

@@ -33,6 +33,15 @@ class Span:
         """Whether the next token can be chosen after it."""
         return self.stop == len(self.sequence.tokens)
 
+    @property
+    def asked(self) -> range:
+        """Positions whose logits are asked for: of the next token, or of every label of a scored text."""
+        sequence = self.sequence
+        if sequence.is_scored:
+            first = max(self.start, sequence.request.score_from - 1)
+            return range(first, max(first, min(self.stop, len(sequence.tokens) - 1)))
+        return range(self.stop - 1, self.stop) if self.is_at_end else range(0)
+
 
 @dataclass(frozen=True)
 class Limits:

@@ -30,11 +30,14 @@ class StepTokens:
         spans: what is computed.
         ids: token ids, [n].
         positions: of each in its sequence, [n].
+        asked: rows whose logits are asked for, in the order of the spans; filled up with rows that are not. None where
+            these are all rows.
     """
 
     spans: Sequence[Span]
     ids: torch.Tensor
     positions: torch.Tensor
+    asked: torch.Tensor | None
 
     @property
     def count(self) -> int:
@@ -85,10 +88,16 @@ class Stage:
         positions = [position for span in spans for position in range(span.start, span.stop)]
         count = max(INVARIANT_ROWS, len(ids))
         more = count + -count % self._split - len(ids)
+        asked, first = [], 0
+        for span in spans:
+            asked += [first + position - span.start for position in span.asked]
+            first += span.stop - span.start
+        asked += [0] * (INVARIANT_ROWS - len(asked))
         return StepTokens(
             spans,
             torch.tensor(ids + [0] * more, dtype=torch.int64, device=self.device),
             torch.tensor(positions + [0] * more, dtype=torch.int64, device=self.device),
+            None if asked == list(range(count)) else torch.tensor(asked, dtype=torch.int64, device=self.device),
         )
 
     def hidden_shape(self, tokens: int) -> tuple[int, int, int]:
@@ -108,7 +117,8 @@ class Stage:
             hidden: what the stage before it gave, ``hidden_shape``; None on the first.
 
         Returns:
-            Hidden states, ``hidden_shape``; of the last stage behind the final norm.
+            Hidden states, ``hidden_shape``. The last stage: behind the final norm, of the rows that are asked for,
+            [asked, h], on every TP rank.
         """
         if self.is_first:
             assert hidden is None
@@ -116,7 +126,15 @@ class Stage:
         assert hidden is not None
         cos, sin = self._cos[tokens.positions], self._sin[tokens.positions]
         attend = CachedAttention(cache, sets, tokens.spans, tokens.count)
-        return self._layers(hidden.squeeze(1), cos, sin, attend).unsqueeze(1)
+        # Of the last layer nothing but keys and values is needed of the other tokens.
+        early = self.is_last and self._split == 1
+        found = self._layers(hidden.squeeze(1), cos, sin, attend, only=tokens.asked if early else None)
+        if not self.is_last:
+            return found.unsqueeze(1)
+        if early:
+            return found
+        rows = self.head().rows(found)
+        return rows if tokens.asked is None else rows[tokens.asked]
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """This rank's logits of tokens on the last stage, [n, h] -> [n, padded vocabulary / TP]; n is 4 and more."""

@@ -100,8 +100,8 @@ def probed(config: RunConfig, longest: int, spoilt: bool) -> float:
     if spoilt:
         compute = stage._layers
 
-        def other(hidden: torch.Tensor, *args: Any) -> torch.Tensor:
-            found = compute(hidden, *args)
+        def other(*args: Any, **kwargs: Any) -> torch.Tensor:
+            found = compute(*args, **kwargs)
             return found * 1.001 if len(found) <= 4 else found
 
         stage._layers = other

@@ -77,4 +77,7 @@ def test_what_decodes_beside_what():
     assert sets.enter([*after, shares], 4)[1] == {0, 1, 2}
     assert sets.enter([*after[1:], shares], 4)[1] == {0, 1, 2}
     small = GatheredSets(KvCache(CacheShape(1, 2, 16, torch.float32), 3, device=torch.device("cpu")))
-    assert small.enter([decoding(block, 5) for block in range(4)], 4) == ([], set()), "four slots, three blocks"
+    four = [decoding(block, 5) for block in range(4)]
+    assert small.enter(four, 4)[1] == {0, 1, 2}, "three blocks hold three slots; the others are gathered"
+    assert small.enter([Span(span.sequence, 6, 7) for span in (four[3], *four[:3])], 4)[1] == {1, 2, 3}, "who is there"
+    assert small.enter([decoding(0, 300)], 4) == ([], set())

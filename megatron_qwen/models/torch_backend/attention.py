@@ -161,10 +161,11 @@ class TorchAttention(torch.nn.Module):
         """[b, heads, sq, d], [b, kv_heads, sk, d] -> [b, heads, sq, d]; the last query sees the last key."""
         dropout = self.dropout if self.training else 0.0
         whole_blocks = batch_invariance.is_on()
+        if whole_blocks and (dropout or allowed is not None or query.shape[2] != key.shape[2]):
+            raise ValueError("batch-invariant attention has neither dropout nor context parallelism")
         if allowed is None and not dropout and (whole_blocks or pays(query, key)):
             scale, length = self.scale or query.shape[3] ** -0.5, query.shape[2]
             if whole_blocks:
-                assert query.shape[2] == key.shape[2]
                 query, key, value = (F.pad(part, (0, 0, 0, -length % BLOCK)) for part in (query, key, value))
             out: torch.Tensor = BlockwiseCausalAttention.apply(query, key, value, scale, torch.is_grad_enabled())
             return out[:, :, :length]

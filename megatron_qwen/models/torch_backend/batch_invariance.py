@@ -20,8 +20,7 @@ class BatchInvariant(TorchDispatchMode):
     """Context of batch-invariant forward passes.
 
     Whatever multiplies matrices inside, of megatron-core's modules as well, does so by ``invariant_gemm``; attention
-    is computed in whole blocks of queries (attention.py). On a CPU, in fp32; other tensors are computed as outside,
-    but for batched products.
+    is computed in whole blocks of queries (attention.py). On a CPU, in fp32; other tensors are computed as outside.
     """
 
     def __init__(self) -> None:
@@ -33,9 +32,7 @@ class BatchInvariant(TorchDispatchMode):
         """Computes one operation."""
         ours = _OURS.get(func)
         if ours is not None and invariant_gemm.concerns(args[0]):
-            func = ours
-        elif func is aten.bmm.default and args[0].device.type == "cpu":
-            func = invariant_gemm.batched
+            return ours(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
 
@@ -65,4 +62,5 @@ _OURS: dict[Any, Callable[..., torch.Tensor]] = {
     aten.mm.out: _mm_out,
     aten.addmm.default: _addmm,
     aten.linear.default: invariant_gemm.linear,
+    aten.bmm.default: invariant_gemm.batched,
 }

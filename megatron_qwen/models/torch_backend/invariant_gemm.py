@@ -22,7 +22,8 @@ INVARIANT_ROWS = 4  # of a product with a weight
 INNER = 256  # of a batched product: longer ones are added up in parts
 _MANY = 64  # rows of a batched product, and multiples of it, as training has them
 _FEWER = (4, 8, 12, 16, 24, 32, 48)
-_PART = 64  # columns, where more of them do not give the same bits for all numbers of rows
+_WIDE = 256  # columns at a time: how many there are may decide as well, and few numbers have to be tried
+_PART = 64  # columns at a time, where so many do not give the same bits for all numbers of rows
 
 
 def has_onednn() -> bool:
@@ -58,59 +59,75 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def batched(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Products of a batch, [b, n, k] times [b, k, m] -> [b, n, m]; without autograd. Also of other formats and devices.
+    """Products of a batch, [b, n, k] times [b, k, m] -> [b, n, m]; without autograd.
 
     Args:
-        first: whose rows do not depend on each other.
+        first: whose rows do not depend on each other, in fp32 on a CPU; else this is torch's product.
         second: the other operands.
     """
+    if not is_batched_here(first):
+        return torch.bmm(first, second)
     count, rows, inner = first.shape
-    columns, second = second.shape[2], second.contiguous()
+    columns, second = second.shape[2], second if second.stride(2) == 1 else second.contiguous()
     if count == 1:
         first, second = (operand.expand(2, -1, -1) for operand in (first, second))
-    wide = columns if is_whole(inner, columns, first.dtype) else _PART
-    parts = []
-    for begin in range(0, columns, wide):
-        some = second[:, :, begin : begin + wide]
-        filled_up = filled(first, batched_rows(rows, inner, some.shape[2], first.dtype))
-        out = torch.bmm(filled_up[:, :, :INNER], some[:, :INNER])
+    parts, begin = [], 0
+    while begin < columns:
+        wide = min(_WIDE, columns - begin)
+        some = second[:, :, begin : begin + (wide if _same(inner, wide) else _PART)]
+        more = filled(first, _rows(rows, inner, some.shape[2]))
+        out = torch.bmm(more[:, :, :INNER], some[:, :INNER])
         for start in range(INNER, inner, INNER):
-            out.baddbmm_(filled_up[:, :, start : start + INNER], some[:, start : start + INNER])
+            out.baddbmm_(more[:, :, start : start + INNER], some[:, start : start + INNER])
         parts.append(out[:count, :rows])
+        begin += some.shape[2]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-def is_whole(inner: int, columns: int, dtype: torch.dtype) -> bool:
-    """Whether a batched product of so many columns need not be computed in parts for its rows' bits.
+def is_one(first: torch.Tensor, columns: int) -> bool:
+    """Whether a batched product of two members and more is one call of torch's, if its rows are as many as they must.
 
     Args:
-        inner: dimension that is summed over.
-        columns: of the second operand.
-        dtype: of the operands.
+        first: its first operands, [b, n, k].
+        columns: of the second.
     """
-    return columns <= _PART or _MANY in _good(min(inner, INNER), columns, dtype)
+    inner = first.shape[2]
+    return not is_batched_here(first) or (inner <= INNER and columns <= _WIDE and _same(inner, columns))
 
 
-def batched_rows(rows: int, inner: int, columns: int, dtype: torch.dtype) -> int:
-    """How many rows a batched product is filled up to, so that their bits do not depend on it.
+def batched_rows(rows: int, inner: int, columns: int) -> int:
+    """How many rows a batched product on a CPU is filled up to, so that their bits do not depend on it.
 
     Args:
         rows: that are wanted.
         inner: dimension that is summed over.
-        columns: of the second operand.
-        dtype: of the operands.
+        columns: of the second operands.
     """
+    wide = min(columns, _WIDE)
+    return _rows(rows, inner, wide if _same(inner, wide) else min(wide, _PART))
+
+
+def is_batched_here(first: torch.Tensor) -> bool:
+    """Whether batched products of these operands are computed here: fp32 on a CPU."""
+    return first.device.type == "cpu" and first.dtype == torch.float32
+
+
+def _same(inner: int, columns: int) -> bool:
+    return columns <= _PART or _MANY in _good(min(inner, INNER), columns)
+
+
+def _rows(rows: int, inner: int, columns: int) -> int:
     if rows > _MANY // 2:
         return rows + -rows % _MANY
-    return next((count for count in _good(min(inner, INNER), columns, dtype) if count >= rows), _MANY)
+    return next((count for count in _good(min(inner, INNER), columns) if count >= rows), _MANY)
 
 
 @cache
-def _good(inner: int, columns: int, dtype: torch.dtype) -> tuple[int, ...]:
+def _good(inner: int, columns: int) -> tuple[int, ...]:
     """Numbers of rows that give the bits of many on this machine; none where 64, 128 and 192 rows differ."""
     dice = torch.Generator().manual_seed(inner)
-    first = torch.randn(2, 3 * _MANY, inner, generator=dice).to(dtype)
-    second = torch.randn(2, inner, columns, generator=dice).to(dtype)
+    first = torch.randn(2, 3 * _MANY, inner, generator=dice)
+    second = torch.randn(2, inner, columns, generator=dice)
     many = torch.bmm(first, second)
     few = {count: torch.bmm(first[:, :count].contiguous(), second) for count in (*_FEWER, _MANY, 2 * _MANY)}
     same = [count for count, found in few.items() if torch.equal(found, many[:, :count])]
