@@ -1,14 +1,15 @@
 """GEMMs on a CPU whose rows do not depend on which other rows are there, nor on how many.
 
 MKL and oneDNN choose their code by the shape. A product of 4 rows may therefore sum in another order than the same rows
-among 2,048, and token-by-token decoding would not give the bits of a whole text. What was found on an Intel Xeon with
-AVX-512 and on an AMD EPYC 9004:
+among 2,048, and token-by-token decoding would not give the bits of a whole text. What was found on two cores of an
+Intel Xeon with AVX-512, also with both libraries held to AVX2:
 
-- oneDNN's fp32 products of two rows and more have the same bits for every number of rows, with AVX2 as well. MKL's have
-  not: on the Xeon they depend on it up to 600 rows where the inner dimension exceeds 384.
-- MKL's batched products, whose inner dimension is at most 256 here, have the same bits for 64 rows and multiples of it;
-  which smaller numbers give them as well depends on the processor, so this is tried. The second operand has to lie as
-  it is multiplied, and the batch must have two members: one is computed by other code.
+- oneDNN's fp32 products of two rows and more have the same bits for every number of rows. MKL's have not: with AVX-512
+  they depend on it up to 600 rows where the inner dimension exceeds 384.
+- MKL's batched products, whose inner dimension is at most 256 here, have the same bits for 64 rows and multiples of it
+  with AVX-512; with AVX2 for some numbers of columns only. Which smaller numbers of rows give them as well depends on
+  the processor, too, so both are tried. The second operand has to lie as it is multiplied, and the batch must have two
+  members: one is computed by other code.
 
 ``inference/exactness.py`` asks the machine itself.
 """
