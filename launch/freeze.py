@@ -158,7 +158,8 @@ def _mounted(request: SubmitRequest) -> list[Path]:
                 if "://" not in source.path
             }
         )
-    wanted += [Path(path) for path in (data.tokenizer, checkpoint.load, checkpoint.branch_from) if path]
+    others = (data.tokenizer, request.config.evaluation.task_dir, checkpoint.load, checkpoint.branch_from)
+    wanted += [Path(path) for path in others if path]
     return list(dict.fromkeys(wanted))
 
 

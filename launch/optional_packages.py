@@ -31,11 +31,11 @@ def optional_packages(request: SubmitRequest) -> Iterator[Finding]:
         return
     # Without the values, which may be secrets that other checks refuse.
     for field, module, extra in _needs(request.config):
-        if not _is_there(module):
+        if not is_there(module):
             way = f"pip install 'megatron_qwen[{extra}]'" if extra else "see the documents of that project"
             fix = f"needs the package {module}, which is not installed: {way}."
             yield error(Problem(field, None, fix))
-    if request.config.metrics.wandb_project is not None and _is_there("wandb") and not _has_key(request):
+    if request.config.metrics.wandb_project is not None and is_there("wandb") and not _has_key(request):
         fix = (
             "needs a key in the job, and there is none: pass WANDB_API_KEY (pass_environment of the cluster), run "
             "`wandb login`, or set WANDB_MODE=offline in environment of the cluster."
@@ -49,6 +49,8 @@ def _needs(config: RunConfig) -> Iterator[tuple[str, str, str | None]]:
         yield "metrics.wandb_project", "wandb", "wandb"
     if config.data.loader == "dali":
         yield "data.loader", "nvidia.dali", "dali"
+    if config.evaluation.tasks:
+        yield "evaluation.tasks", "lm_eval", "eval"
     yield from ((field, "transformer_engine", "gpu") for field in _transformer_engine_fields(config))
     yield from ((field, "deep_ep", None) for field in _lost_without("deep_ep", config))
     for field, path in _token_files(config):
@@ -90,7 +92,8 @@ def _token_files(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield from (("data.blend", source.path) for source in sources.values())
 
 
-def _is_there(module: str) -> bool:
+def is_there(module: str) -> bool:
+    """Whether a module can be imported."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package around it

@@ -14,7 +14,7 @@ from launch.cluster_limits import cluster_limits
 from launch.estimates import RunPrediction, predict
 from launch.finding import Finding, error, warning
 from launch.local_checkpoints import local_findings
-from launch.optional_packages import optional_packages
+from launch.optional_packages import is_there, optional_packages
 from launch.request import SubmitRequest
 from launch.text import control_character
 from megatron_qwen.checkpoint.paths import MANIFEST, RUN_YAML, STATE, committed
@@ -68,7 +68,7 @@ def check(request: SubmitRequest, *, on_site: bool) -> Preflight:
     """
     findings = [error(problem) for problem in checks.problems(request.config, world_size=request.world_size)]
     legal = not findings
-    for rule in (_texts, _secrets, _alerts, _run_directory, optional_packages, _schedule):
+    for rule in (_texts, _secrets, _alerts, _run_directory, optional_packages, _tasks, _schedule):
         findings += rule(request)
     found, digest = _data(request)
     findings += found
@@ -167,6 +167,20 @@ def _data(request: SubmitRequest) -> tuple[list[Finding], str | None]:
         return [error(problem) for problem in failure.problems], None
     digest = data.sources[SINGLE].tokens.digest if config.data.blend is None else None
     return [warning(problem) for problem in warnings(data, plan(data))], digest
+
+
+def _tasks(request: SubmitRequest) -> Iterator[Finding]:
+    """Tasks that there are not. Their data is for the job's node to have."""
+    settings = request.config.evaluation
+    if not settings.tasks or not is_there("lm_eval"):
+        return
+    from megatron_qwen.evaluation.tasks import FIELDS, find_tasks
+
+    directories = [] if settings.task_dir is None else [Path(settings.task_dir)]
+    try:
+        find_tasks(settings.tasks, directories, where=FIELDS)
+    except UserError as failure:
+        yield from (error(problem) for problem in failure.problems)
 
 
 def _schedule(request: SubmitRequest) -> Iterator[Finding]:

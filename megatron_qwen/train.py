@@ -20,6 +20,9 @@ from megatron_qwen.resilience.standby import block_begin, wait_for_turn
 if __name__ == "__main__" and "--standby" in sys.argv:
     block_begin()  # before torch is imported, which takes a while on a node that has not read it yet
 
+# Before torch imports tqdm: bars of libraries do not belong into the log of a rank.
+os.environ.setdefault("TQDM_DISABLE", "1")
+
 from megatron_qwen import device
 from megatron_qwen.core_patches.install import prepare_process
 from megatron_qwen.errors import EXIT_FAILURE

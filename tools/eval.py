@@ -14,6 +14,7 @@ from tools.generation.ranks import set_up_log, start_ranks
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
+    from megatron_qwen.evaluation.tasks import Prepared
 
 
 def parser() -> Parser:
@@ -86,19 +87,13 @@ def main(arguments: Sequence[str]) -> int:
 
 def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] | None:
     from megatron_qwen.inference.together import Together
-    from tools.evaluation.scoring import EvalOptions, evaluate, prepare
+    from tools.evaluation.scoring import EvalOptions, evaluate
     from tools.generation.loaded import load
 
     wanted = EvalOptions(
-        tasks=_names(options),
-        directories=options.task_dir,
-        limit=options.limit,
-        shots=options.shots,
-        chat=options.chat,
-        system=options.system,
-        output=options.output,
+        limit=options.limit, shots=options.shots, chat=options.chat, system=options.system, output=options.output
     )
-    prepared = None if info.rank else prepare(wanted)
+    prepared = None if info.rank else _prepare(options)
     model = load(options.source, load_options(options), info)
     together = Together(model.engine)
     if prepared is None:
@@ -109,14 +104,18 @@ def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] |
     return found
 
 
+def _prepare(options: argparse.Namespace) -> "Prepared":
+    from megatron_qwen.evaluation.tasks import prepare
+
+    return prepare(_names(options), options.task_dir, shots=options.shots)
+
+
 def _contamination(options: argparse.Namespace) -> int:
     from tools.evaluation.contaminated import check
-    from tools.evaluation.scoring import EvalOptions, prepare
 
-    prepared = prepare(EvalOptions(tasks=_names(options), directories=options.task_dir))
     found = check(
         options.source,
-        prepared.by_name(),
+        _prepare(options).by_name(),
         iteration=options.iteration,
         output=options.output,
         ngram=options.ngram,

@@ -22,6 +22,8 @@ from tools.recipes import layout_name
 from tools.report_card import STYLE as CARD_STYLE
 from tools.report_card import card_html, read_card
 from tools.report_ranks import draw, ranks_html, read_history
+from tools.report_scores import draw as draw_scores
+from tools.report_scores import scores_of, source_bits, table
 from tools.run_records import read_metrics
 
 _STYLE = """
@@ -69,6 +71,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         _tiles(records, card),
         "<h2>Loss</h2>",
         f"<figure>{loss_figure(records)}</figure>",
+        *_scores(records, config),
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
         *_ranks(directory, records),
@@ -168,6 +171,15 @@ def loss_figure(records: list[dict[str, Any]]) -> str:
     axis.set(xlabel="million tokens", ylabel="nats per token")
     axis.legend(frameon=False)
     return _svg(figure)
+
+
+def _scores(records: list[dict[str, Any]], config: RunConfig) -> list[str]:
+    scores, sources = scores_of(records), source_bits(records)
+    if not scores and not sources:
+        return []
+    figure, axes = _figure(2)
+    draw_scores(scores, sources, config.evaluation.tasks, axes)
+    return ["<h2>Scores</h2>", f"<figure>{_svg(figure)}</figure>", table(scores)]
 
 
 def step_figure(records: list[dict[str, Any]]) -> str:

@@ -22,6 +22,7 @@ _GOODPUT = {
     "data_wait_s": ("waits for data", "#d8a13a"),
     "save_s": ("saves", "#7a5ea8"),
     "validation_s": ("validation", "#5a9a8b"),
+    "evaluation_s": ("evaluation", "#3f7f72"),
     "startup_s": ("start-up", "#8fa3bf"),
     "between_attempts_s": ("between attempts", "#b9bec6"),
     "other_s": ("other", "#dfe3e8"),

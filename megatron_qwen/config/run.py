@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from megatron_qwen.config.checkpoint import CheckpointConfig
+from megatron_qwen.config.evaluation import EvaluationConfig
 from megatron_qwen.config.fields import FieldInfo, field_infos
 from megatron_qwen.config.resilience import ResilienceConfig
 from megatron_qwen.config.sections import (
@@ -29,13 +30,14 @@ SECTION_TYPES: dict[str, type] = {
     "optim": OptimConfig,
     "training": TrainingConfig,
     "objective": ObjectiveConfig,
+    "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
     "resilience": ResilienceConfig,
     "performance": PerformanceConfig,
 }
 # Fields that name a file or a directory.
-PATHS = {"data": ("path", "blend", "tokenizer"), "checkpoint": ("load", "branch_from")}
+PATHS = {"data": ("path", "blend", "tokenizer"), "evaluation": ("task_dir",), "checkpoint": ("load", "branch_from")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     resilience: ResilienceConfig = field(default_factory=ResilienceConfig)

@@ -1,13 +1,14 @@
-"""A model for lm-evaluation-harness (lm-eval 0.4.13) that answers with this project's engine.
+"""A model for lm-evaluation-harness (lm-eval 0.4.13) that answers with the ranks of any layout.
 
 Requests become ids here as the harness's own ``hf`` model has them, so that both are asked the same. The harness itself
-runs on rank 0 alone and sees one rank; how the layout divides the requests is ``inference.together``'s.
+runs on rank 0 alone and sees one rank; the layout divides the requests where they are answered: in the engine
+(``inference.together``), or in the forward pass of a run (``training.text_scores``).
 """
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 from lm_eval.api.instance import Instance
@@ -19,13 +20,27 @@ from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.inference.answered import AnsweredLog
 from megatron_qwen.inference.request import Answer, FinishReason, Request, Sampling
-from megatron_qwen.inference.together import Together, in_parts
+from megatron_qwen.inference.together import in_parts
 
 _NEW_TOKENS = 256  # of an answer whose task names no number, as the harness's hf model
-_PART = 512  # requests of a replica between two writes of what is answered
 # Of generation arguments, those that say nothing about a greedy or sampled answer.
 _WITHOUT_EFFECT = ("do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "use_cache", "num_beams")
 Progress = Callable[[int, int], None]
+
+
+class Answering(Protocol):
+    """Answers on all ranks; rank 0 has it."""
+
+    @property
+    def longest(self) -> int:
+        """Positions of a text."""
+
+    @property
+    def at_a_time(self) -> int:
+        """Requests that are worth an ``answer``: so many are lost where a process is killed."""
+
+    def answer(self, requests: Sequence[Request]) -> Mapping[int, Answer]:
+        """Answers by the number of the request."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +71,11 @@ class _Asked:
     request: Request
 
 
-class EngineModel(TemplateLM):  # type: ignore[misc]
-    """What the harness asks, through the engine of all ranks.
+class HarnessModel(TemplateLM):  # type: ignore[misc]
+    """What the harness asks, answered by all ranks.
 
     Args:
-        together: the ranks.
+        answering: the ranks.
         tokenizer: of the model.
         ends: ids that end a text.
         end: the id that stands in front of a text without context.
@@ -71,7 +86,7 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
 
     def __init__(
         self,
-        together: Together,
+        answering: Answering,
         tokenizer: Tokenizer,
         *,
         ends: Sequence[int],
@@ -81,9 +96,9 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         progress: Progress = lambda done, of: None,
     ) -> None:
         super().__init__()
-        self._together, self._ids, self._ends, self._end = together, tokenizer, tuple(ends), end
+        self._answering, self._ids, self._ends, self._end = answering, tokenizer, tuple(ends), end
         self._answered, self._chat, self._progress = answered, chat, progress
-        self.max_length = together.engine.stage.longest
+        self.max_length = answering.longest
 
     @property
     def eot_token_id(self) -> int:
@@ -117,6 +132,11 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Ids of a text; a control token that it spells is one id, and nothing is added."""
         return self._ids.encode_batch([string])[0]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Log-probability of answers, in nats, and whether greedy choice gives them."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in nats; long ones in windows that predict every token once."""
@@ -214,8 +234,8 @@ class EngineModel(TemplateLM):  # type: ignore[misc]
         numbered = [_numbered(missing[key], number) for number, key in enumerate(keys)]
         done = len(asked) - len(numbered)
         self._progress(done, len(asked))
-        for part in in_parts(numbered, _PART * self._together.replicas):
-            answers = self._together.answer(part)
+        for part in in_parts(numbered, self._answering.at_a_time):
+            answers = self._answering.answer(part)
             self._answered.keep({keys[one.number]: kept(one, answers[one.number]) for one in part})
             done += len(part)
             self._progress(done, len(asked))

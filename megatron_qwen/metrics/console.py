@@ -3,6 +3,9 @@
 import sys
 from typing import Any, TextIO
 
+_TASKS_SHOWN = 3
+_FIRST = ("acc_norm", "acc", "gold_bits_per_byte", "bits_per_byte")
+
 
 def duration(seconds: float) -> str:
     """``1 h 05 min``, ``3 min 20 s``, ``45 s``."""
@@ -11,6 +14,20 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes:02d} min"
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def _scores(record: dict[str, Any]) -> str:
+    """The first tasks' scores: accuracy where there is one, else bits per byte of the right answer or the text."""
+    by_task: dict[str, dict[str, float]] = {}
+    for name, value in record.items():
+        if name.startswith("eval/"):
+            task, metric = name.removeprefix("eval/").split("/", 1)
+            by_task.setdefault(task, {})[metric] = value
+    shown = []
+    for task, found in list(by_task.items())[:_TASKS_SHOWN]:
+        metric = next((one for one in _FIRST if one in found), next(iter(found)))
+        shown.append(f"{task} {metric} {found[metric]:.4f}")
+    return ", ".join(shown) + (", ..." if len(by_task) > _TASKS_SHOWN else "")
 
 
 class ProgressLine:
@@ -47,9 +64,12 @@ class ProgressLine:
         validation = record.get("validation_loss")
         if validation is not None:
             text += f"  | validation loss {validation:.4f}"
+        if (seconds := record.get("evaluation_s")) is not None:
+            text += f"  | {_scores(record)} ({seconds:.1f} s)"
         if self.live:
-            self.stream.write(f"\r\x1b[2K{text}" + ("\n" if validation is not None else ""))
-            self._open = validation is None
+            keep = validation is not None or seconds is not None
+            self.stream.write(f"\r\x1b[2K{text}" + ("\n" if keep else ""))
+            self._open = not keep
         else:
             self.stream.write(text + "\n")
         self.stream.flush()

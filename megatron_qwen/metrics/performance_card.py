@@ -30,6 +30,7 @@ class AttemptTime:
         data_wait_s: waiting for batches.
         save_s: training stood still for a checkpoint.
         validation_s: measuring the validation loss.
+        evaluation_s: scoring tasks; cards of older versions lack it.
     """
 
     attempt: int
@@ -44,12 +45,13 @@ class AttemptTime:
     data_wait_s: float
     save_s: float
     validation_s: float
+    evaluation_s: float = 0.0
 
     @property
     def other_s(self) -> float:
         """The rest: metrics, other callbacks, the end of the process."""
-        parts = (self.startup_s, self.steps_s, self.skipped_s, self.data_wait_s, self.save_s, self.validation_s)
-        return max(0.0, self.wall_s - sum(parts))
+        training = self.startup_s + self.steps_s + self.skipped_s + self.data_wait_s
+        return max(0.0, self.wall_s - training - self.save_s - self.validation_s - self.evaluation_s)
 
 
 def goodput(attempts: Sequence[AttemptTime]) -> dict[str, float]:
@@ -74,6 +76,7 @@ def goodput(attempts: Sequence[AttemptTime]) -> dict[str, float]:
         "data_wait_s": sum(one.data_wait_s for one in attempts),
         "save_s": sum(one.save_s for one in attempts),
         "validation_s": sum(one.validation_s for one in attempts),
+        "evaluation_s": sum(one.evaluation_s for one in attempts),
         "startup_s": sum(one.startup_s for one in attempts),
         "between_attempts_s": between,
         "other_s": sum(one.other_s for one in attempts),

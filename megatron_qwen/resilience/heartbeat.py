@@ -23,7 +23,7 @@ class Beat:
 
     Args:
         attempt: number of the attempt that wrote it.
-        phase: what the run is doing: starting, training, saving, validating, finishing.
+        phase: what the run is doing: starting, training, saving, validating, evaluating, finishing.
         iteration: last finished iteration.
         resumed_at: iteration that the attempt resumed from.
         count: number of beats written so far; it changes even where nothing else does.

@@ -1,8 +1,8 @@
 """How long a phase of a run may last before the run counts as hung: a number of the user, or learnt from the run.
 
-Phases: ``starting`` (set-up and the first step, which compiles), ``training`` (a step), ``saving``, ``validating`` and
-``finishing``. A learnt timeout may end a hung run early, and must not end a slow one. So it begins at a long one, and
-is shortened only when the run has shown how long the phase takes.
+Phases: ``starting`` (set-up and the first step, which compiles), ``training`` (a step), ``saving``, ``validating``,
+``evaluating`` and ``finishing``. A learnt timeout may end a hung run early, and must not end a slow one. So it begins
+at a long one, and is shortened only when the run has shown how long the phase takes.
 """
 
 from collections.abc import Mapping

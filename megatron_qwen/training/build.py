@@ -7,8 +7,9 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.core_patches.group_step_adam import adam_in_use
 from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
+from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
 from megatron_qwen.data.reading.preflight import require_legal_stages
-from megatron_qwen.data.reading.training_data import HeldOutSamples, TrainingData
+from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.estimate.choices import choose, impossible

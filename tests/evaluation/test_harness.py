@@ -11,6 +11,7 @@ from tests.tiers import cases, count
 
 ITEMS = count(quick=12, thorough=300)
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+GOLD = ("gold_logprob,none", "gold_bits_per_byte,none", "gold_probability,none")
 CONTEXT = 192  # some texts are longer
 
 
@@ -111,6 +112,6 @@ def test_every_answer_is_that_of_the_harness_own_model(recipe, layout, model, th
                 assert math.isclose(found["results"][task][name], value, rel_tol=1e-6), name
     low, high = found["mq"]["intervals"][CHOICE]["acc,none"]
     assert low <= found["results"][CHOICE]["acc,none"] <= high
-    assert {"acc,none", "acc_norm,none"} == set(found["mq"]["intervals"][CHOICE])
+    assert {"acc,none", "acc_norm,none", *GOLD} == set(found["mq"]["intervals"][CHOICE])
     assert {"word_perplexity,none", "byte_perplexity,none", "bits_per_byte,none"} == set(found["mq"]["intervals"][TEXT])
     assert not (tmp_path / "scores/answered.jsonl").exists()

@@ -19,6 +19,7 @@ def findings(*words: str, environ: dict[str, str] | None = None, **cluster) -> l
 NEEDS = {
     "metrics.wandb_project=study": "wandb",
     "data.loader=dali": "nvidia.dali",
+    "evaluation.tasks=[one]": "lm_eval",
     "precision.backend=te": "transformer_engine",
     "data.path=s3://bucket/data": "multistorageclient",
 }
@@ -26,7 +27,7 @@ NEEDS = {
 
 @pytest.fixture
 def none_installed(monkeypatch):
-    monkeypatch.setattr(module, "_is_there", lambda name: name not in NEEDS.values())
+    monkeypatch.setattr(module, "is_there", lambda name: name not in NEEDS.values())
 
 
 @pytest.mark.parametrize("word", NEEDS)
@@ -55,7 +56,7 @@ def test_what_only_transformer_engine_has_needs_it_under_the_automatic_backend(w
     assert found.startswith(f"ERROR: {word.partition('=')[0]}: needs the package transformer_engine")
     assert "pip install 'megatron_qwen[gpu]'" in found
     assert findings("precision.dtype=bf16", word, "precision.backend=torch") == [], "said by the checks of the fields"
-    monkeypatch.setattr(module, "_is_there", lambda _: True)
+    monkeypatch.setattr(module, "is_there", lambda _: True)
     assert findings("precision.dtype=bf16", word) == []
 
 
@@ -70,7 +71,7 @@ def test_emulated_fp8_needs_nothing(none_installed):
 
 @pytest.mark.parametrize("value", ["deepep", "hybridep"])
 def test_a_dispatcher_whose_package_is_missing(value, monkeypatch):
-    monkeypatch.setattr(module, "_is_there", lambda name: name != "deep_ep")
+    monkeypatch.setattr(module, "is_there", lambda name: name != "deep_ep")
     (found,) = findings(f"performance.moe_token_dispatcher={value}")
     assert found.startswith(
         "ERROR: performance.moe_token_dispatcher: needs the package deep_ep, which is not installed"
@@ -82,7 +83,7 @@ def test_all_at_once_and_in_preflight(none_installed):
     words = [word for word in NEEDS if not word.startswith("precision")]
     request = requests.make("tiny_dense", words, nodes=1, cluster="h100_infiniband", dry=True)
     texts = [str(item) for item in check(request, on_site=False).findings]
-    assert sum("needs the package" in text for text in texts) == 3
+    assert sum("needs the package" in text for text in texts) == 4
 
 
 def test_a_blend_whose_sources_lie_in_an_object_store(tmp_path, none_installed):
@@ -109,13 +110,13 @@ def test_what_is_in_a_container_is_not_known(none_installed):
 
 
 def test_a_package_inside_another_that_is_missing():
-    assert not module._is_there("no_such_package.inside")
-    assert module._is_there("json.decoder")
+    assert not module.is_there("no_such_package.inside")
+    assert module.is_there("json.decoder")
     assert "json" in sys.modules
 
 
 def test_a_key_for_weights_and_biases(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_is_there", lambda _: True)
+    monkeypatch.setattr(module, "is_there", lambda _: True)
     word, home = "metrics.wandb_project=study", {"HOME": str(tmp_path)}
     (found,) = findings(word, environ=home, pass_environment=())
     assert found.startswith("warning: metrics.wandb_project: needs a key in the job")
@@ -143,14 +144,14 @@ def test_a_key_for_weights_and_biases(monkeypatch, tmp_path):
     ],
 )
 def test_a_key_is_needed_by_what_the_job_will_have(passed, shell, lines, warned, monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_is_there", lambda _: True)
+    monkeypatch.setattr(module, "is_there", lambda _: True)
     environ = {"HOME": str(tmp_path), **shell}
     found = findings("metrics.wandb_project=study", environ=environ, pass_environment=passed, environment=lines)
     assert len(found) == warned
 
 
 def test_a_key_of_the_server_that_the_job_writes_to(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_is_there", lambda _: True)
+    monkeypatch.setattr(module, "is_there", lambda _: True)
     (tmp_path / ".netrc").write_text("machine wandb.site.org\n  login user\n  password x\n")
     word, home = "metrics.wandb_project=study", {"HOME": str(tmp_path)}
     assert len(findings(word, environ=home)) == 1

@@ -40,6 +40,13 @@ def test_state_that_does_not_fit_is_an_error_and_an_estimate_a_warning():
     assert not any("memory" in text for text in texts(make(wide[0], nodes=1))), "the preset recomputes"
 
 
+def test_tasks_that_there_are_not(tmp_path):
+    words = ("data.tokenizer=/somewhere", "evaluation.tasks=[helaswag]")
+    assert any("ERROR: evaluation.tasks = helaswag" in text and "hellaswag" in text for text in texts(make(*words)))
+    known = texts(make(words[0], "evaluation.tasks=[hellaswag,mmlu]"))
+    assert not any("evaluation." in text for text in known), "their data is not looked for here"
+
+
 def test_disk(tmp_path):
     request = replace(make(recipe="qwen2_5_72b", nodes=128), run_dir=tmp_path / "run")
     found = texts(request, on_site=True)

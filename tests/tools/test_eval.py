@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from megatron_qwen.errors import ConfigError, DataError
+from megatron_qwen.evaluation.tasks import find_tasks, load_tasks
 from tests.conftest import command, environment, run
 from tests.evaluation.tasks import ANSWER, CHOICE, TEXT, write_tasks
 from tools.evaluation.compare import compare, paired, table
 from tools.evaluation.intervals import interval
-from tools.evaluation.tasks import find_tasks, load_tasks
 from tools.generation.chat import chat_template
 
 ITEMS = 12
 ALL = f"{CHOICE},{ANSWER},{TEXT}"
+GOLD = {"gold_logprob", "gold_bits_per_byte"}
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +135,10 @@ def test_tasks_that_cannot_be_loaded(broken, tmp_path):
 
 def test_two_models_are_compared(scores, tmp_path):
     found = compare(*scores)
-    assert {task: set(rows) for task, rows in found.items()} == {CHOICE: {"acc", "acc_norm"}, ANSWER: {"exact_match"}}
+    assert {task: set(rows) for task, rows in found.items()} == {
+        CHOICE: {"acc", "acc_norm", *GOLD, "gold_probability"},
+        ANSWER: {"exact_match", *GOLD},
+    }
     done = run("tools.eval", *scores, check=True)
     assert done.stdout.strip() == table(found)
     assert json.loads(run("tools.eval", *scores, "--json", check=True).stdout) == found

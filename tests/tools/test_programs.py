@@ -68,7 +68,7 @@ def test_report_is_one_file(finished_run, tmp_path):
     page = tmp_path / "report.html"
     assert run("tools.report", finished_run, "--output", page, check=True).stdout.strip() == str(page)
     text = page.read_text()
-    assert text.count("<svg") == 2
+    assert text.count("<svg") == 3
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "https://" not in text
     for word in ("validation loss", "tokens per second", "Attempts", "finished", "12 x layers x heads"):

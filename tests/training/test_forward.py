@@ -55,7 +55,8 @@ def test_an_objective_of_another_kind(size, layout, micro, pool, starts, masked_
 
 
 def test_data_that_lacks_a_field_is_refused(masked_documents, monkeypatch):
-    from megatron_qwen.data.reading.training_data import HeldOutSamples, TrainingData
+    from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
+    from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.training.build import require_fields
 
     config = config_of("tiny_dense", masked_documents)

@@ -44,8 +44,10 @@ def of_items(samples: Sequence[Mapping[str, Any]], metric: str, kind: str) -> Va
     Args:
         samples: the items.
         metric: its name.
-        kind: which of the harness's filters.
+        kind: which of the harness's filters; ``none`` of a task that has others is what no filter changes.
     """
+    if samples and kind == "none" and all(sample.get("filter", "none") != kind for sample in samples):
+        kind = samples[0]["filter"]
     found = [sample.get(metric) for sample in samples if sample.get("filter", "none") == kind]
     try:
         values = np.array(found, dtype=np.float64)

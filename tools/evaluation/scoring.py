@@ -1,10 +1,7 @@
 """Runs tasks on a model, and what is said of their results."""
 
 import json
-import logging
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +13,7 @@ from tools.generation.progress import RequestProgress
 
 if TYPE_CHECKING:
     from megatron_qwen.evaluation.harness import ChatFormat
+    from megatron_qwen.evaluation.tasks import Prepared
 
 ANSWERED, RESULTS, SAMPLES = "answered.jsonl", "results.json", "samples"
 # Metrics whose error the harness finds by drawing samples anew; its default of 100,000 takes minutes.
@@ -27,8 +25,6 @@ class EvalOptions:
     """What is evaluated.
 
     Args:
-        tasks: names and patterns.
-        directories: with task files.
         limit: items of a task; None takes all.
         shots: examples before each item; None leaves that to the task.
         chat: prompts as turns of the tokenizer's chat template.
@@ -36,8 +32,6 @@ class EvalOptions:
         output: directory of what is kept; None keeps nothing.
     """
 
-    tasks: Sequence[str]
-    directories: Sequence[Path] = ()
     limit: int | None = None
     shots: int | None = None
     chat: bool = False
@@ -45,41 +39,7 @@ class EvalOptions:
     output: Path | None = None
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Tasks with their data.
-
-    Args:
-        manager: the harness's, which knows their names.
-        tasks: and groups.
-    """
-
-    manager: Any
-    tasks: Sequence[Any]
-
-    def by_name(self) -> dict[str, Any]:
-        """The tasks alone, those of groups too."""
-        found: dict[str, Any] = self.manager.load(list(self.tasks))["tasks"]
-        return found
-
-
-def prepare(options: EvalOptions) -> Prepared:
-    """Finds the tasks and loads their data; before a model is loaded, which takes longer.
-
-    Raises:
-        ConfigError: a task that there is not, or whose data cannot be read.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of the harness, which do not know how much there is to do
-    for name in ("lm_eval", "datasets", "evaluate"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from tools.evaluation.tasks import find_tasks, load_tasks
-
-    manager, names = find_tasks(options.tasks, options.directories)
-    return Prepared(manager, load_tasks(manager, names, shots=options.shots))
-
-
-def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options: EvalOptions) -> dict[str, Any]:
+def evaluate(model: LoadedModel, together: Together, prepared: "Prepared", options: EvalOptions) -> dict[str, Any]:
     """Runs the tasks, on rank 0; the others follow.
 
     Returns:
@@ -90,13 +50,14 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
     """
     from lm_eval import simple_evaluate
 
-    from megatron_qwen.evaluation.harness import EngineModel
+    from megatron_qwen.evaluation import gold
+    from megatron_qwen.evaluation.harness import HarnessModel
     from tools.evaluation.intervals import intervals
 
     began = time.monotonic()
     answered = AnsweredLog(options.output / ANSWERED if options.output else None, model.identity())
     before, progress = len(answered), RequestProgress("requests of one kind")
-    adapter = EngineModel(
+    adapter = HarnessModel(
         together,
         model.tokenizer,
         ends=model.ends,
@@ -115,6 +76,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: Prepared, options
         system_instruction=options.system,
         bootstrap_iters=_HARNESS_BOOTSTRAP,
     )
+    gold.add_to(found, prepared.by_name(), adapter, chat=options.chat)
     progress.close()
     found["mq"] = {
         "model": model.identity(),

@@ -23,7 +23,7 @@ from tools.generation.texts import text_of
 FIELD = "prompt"
 # Fields of an answer, which a record of prompts must not have.
 _OURS = ("text", "tokens", "logprobs", "sample", "finish_reason")
-_PROMPTS, _PART = 4096, 256  # read at a time; requests of a replica between two writes
+_PROMPTS = 4096  # read at a time
 _MOST_SHOWN = 10
 
 
@@ -125,7 +125,7 @@ def answer_file(
     progress = RequestProgress("answers")
     for requests in _asked(model, prompts, how, render):
         missing = [request for request in requests if _key(request) not in log]
-        for part in in_parts(missing, _PART * together.replicas):
+        for part in in_parts(missing, together.at_a_time):
             progress(len(log), total)
             answers = together.answer(part)
             log.keep({_key(one): _kept(model, answers[one.number], how) for one in part})

@@ -1,6 +1,5 @@
 """A model on this rank, ready to answer: from a run, a checkpoint of any layout, or a Hugging Face directory."""
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,13 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.config.source import with_words
 from megatron_qwen.config.world import smallest_world
-from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.tokenizer import (
+    Tokenizer,
+    beginning_of_text,
+    fingerprint,
+    load_tokenizer,
+    special_ids,
+)
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
@@ -57,16 +62,7 @@ class LoadedModel:
     def end(self) -> int:
         """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
         assert self.source.tokenizer is not None
-        try:
-            stated = json.loads((self.source.tokenizer / "tokenizer_config.json").read_bytes())
-        except (OSError, ValueError):
-            stated = {}
-        for name in ("bos_token", "eos_token"):
-            token = stated.get(name) if isinstance(stated, dict) else None
-            text = token.get("content") if isinstance(token, dict) else token
-            if isinstance(text, str) and (found := self.tokenizer.control_tokens.get(text)) is not None:
-                return found
-        return self.tokenizer.end_of_text
+        return beginning_of_text(self.source.tokenizer, self.tokenizer)
 
     def identity(self) -> dict[str, Any]:
         """What decides its answers: weights, precision, tokenizer, and how many positions it is given."""

@@ -25,12 +25,12 @@ from typing import Any
 from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_source
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import packing, stream
-from megatron_qwen.data.order.apportion import Apportionment
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
 from megatron_qwen.data.reading.extra_fields import ExtraField
+from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
 from megatron_qwen.data.reading.sample_reader import SampleReader
-from megatron_qwen.data.reading.samples import ReadingOptions, Sample
-from megatron_qwen.data.reading.sources import HeldOut, OpenSource, held_out, open_model_sources, require_room
+from megatron_qwen.data.reading.samples import ReadingOptions
+from megatron_qwen.data.reading.sources import OpenSource, held_out, open_model_sources, require_room
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 # Rows whose padding is counted for an estimate. They are a random part of a pool, so their mean is within a few percent
@@ -183,7 +183,7 @@ class TrainingData:
         """The reader of the step that ended with sample ``consumed - 1``; before the first step, the first reader."""
         return self._begun(consumed)[-1]
 
-    def validation_of(self, stage: DataStage) -> "HeldOutSamples":
+    def validation_of(self, stage: DataStage) -> HeldOutSamples:
         """Held-out samples in the mix and at the length of a stage, one sequence per sample.
 
         Raises:
@@ -197,7 +197,7 @@ class TrainingData:
         )
         return HeldOutSamples(parts, stage.weights, seq_length)
 
-    def validation(self, reader: StageReader) -> "HeldOutSamples":
+    def validation(self, reader: StageReader) -> HeldOutSamples:
         """Held-out samples of a reader's stage."""
         return self.validation_of(reader.stage)
 
@@ -312,37 +312,6 @@ class TrainingData:
             resumed=positions,
         )
         return self._reader(stage, phase, positions)
-
-
-class HeldOutSamples:
-    """Held-out samples of several sources, by weight.
-
-    Args:
-        parts: held-out windows by source.
-        weights: share of each source; those without held-out windows are left out.
-        seq_length: tokens of a sample.
-    """
-
-    is_packed = False
-    extra_fields: tuple[ExtraField, ...] = ()
-
-    def __init__(self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int) -> None:
-        self.parts, self.seq_length = dict(parts), seq_length
-        self._names = sorted(parts)
-        self._next = Apportionment([weights[name] for name in self._names])
-        self._order: list[tuple[int, int]] = []
-
-    @property
-    def windows(self) -> int:
-        """Windows held out, over all sources."""
-        return sum(part.windows for part in self.parts.values())
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample ``index`` of an endless stream."""
-        while index >= len(self._order):
-            self._order.append(self._next.next())
-        chosen, own = self._order[index]
-        return self.parts[self._names[chosen]][own]
 
 
 def blend_of(config: RunConfig) -> Blend:

@@ -49,7 +49,8 @@ class TokenizerContent:
             self.model: dict[str, Any] = content["model"]
             _require_forms(content)
             self.added: list[dict[str, Any]] = content.get("added_tokens") or []
-            unknown = None if self._is_byte_level(content) else (self.model.get("unk_token"), self.model.get("unk_id"))
+            self.is_byte_level = self._is_byte_level(content)
+            unknown = None if self.is_byte_level else (self.model.get("unk_token"), self.model.get("unk_id"))
             self.control = {
                 str(token["content"]): int(token["id"])
                 for token in self.added

@@ -69,6 +69,20 @@ class Tokenizer(Protocol):
         """Text of ids."""
 
 
+def beginning_of_text(directory: Path, tokenizer: Tokenizer) -> int:
+    """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
+    try:
+        stated = json.loads((directory / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError):
+        stated = {}
+    for name in ("bos_token", "eos_token"):
+        token = stated.get(name) if isinstance(stated, dict) else None
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str) and (found := tokenizer.control_tokens.get(text)) is not None:
+            return found
+    return tokenizer.end_of_text
+
+
 class BpeTokenizer:
     """A tokenizer.json, through the tokenizers library.
 
@@ -171,6 +185,15 @@ class SentencePieceTokenizer:
     def control_tokens(self) -> dict[str, int]:
         """Id of the piece that ends a document."""
         return {str(self._library.id_to_piece(self.end_of_text)): self.end_of_text}
+
+    def pieces(self) -> list[tuple[int, str]]:
+        """Ids and pieces that stand for text."""
+        plain = self._plain
+        return [
+            (index, str(plain.id_to_piece(index)))
+            for index in range(self.vocab_size)
+            if not (plain.is_control(index) or plain.is_unknown(index) or plain.is_unused(index))
+        ]
 
     def encode_batch(self, texts: Sequence[str], *, control_as_text: bool = False) -> list[list[int]]:
         """Ids of texts."""

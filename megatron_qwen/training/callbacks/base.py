@@ -11,9 +11,9 @@ from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.step_record import StepRecord
 
 # The kinds of callback time that the performance card reports separately.
-TimedAs = Literal["save", "validation"]
+TimedAs = Literal["save", "validation", "evaluation"]
 # What a callback may do for longer than a step takes; the heartbeat reports it.
-CallbackPhase = Literal["saving", "validating"]
+CallbackPhase = Literal["saving", "validating", "evaluating"]
 
 
 class TrainerInterface(Protocol):

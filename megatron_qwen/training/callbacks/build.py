@@ -18,6 +18,7 @@ from megatron_qwen.resilience.straggler_leave import StragglerLeave, can_leave
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.callbacks.base import Callback
 from megatron_qwen.training.callbacks.checkpointing import Checkpointing
+from megatron_qwen.training.callbacks.evaluation import Evaluation
 from megatron_qwen.training.callbacks.expert_load import ExpertLoad
 from megatron_qwen.training.callbacks.garbage import GarbageCollection
 from megatron_qwen.training.callbacks.heartbeat import HeartbeatCallback
@@ -80,7 +81,9 @@ def build_callbacks(
     if config.model.is_moe:
         callbacks.append(ExpertLoad())
     if config.training.eval_iters and config.data.validation_fraction:
-        callbacks.append(Validation())
+        callbacks.append(Validation(None if config.data.tokenizer is None else directory.tokenizer))
+    if config.evaluation.tasks:
+        callbacks.append(Evaluation(directory.tokenizer))
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
     # After Metrics, so that the step that ends the run is recorded. Before Checkpointing, so that it is not saved.

@@ -42,7 +42,7 @@ class Metrics(Callback):
         if self.console is not None and (
             self.console.live
             or record.iteration % trainer.components.config.metrics.log_interval == 0
-            or "validation_loss" in record.extra
+            or not {"validation_loss", "evaluation_s"}.isdisjoint(record.extra)
         ):
             self.console.show(content, last_iteration=trainer.components.config.training.train_iters)
 

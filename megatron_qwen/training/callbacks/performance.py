@@ -102,6 +102,7 @@ class Performance(Callback):
             startup_s=self._begun - self.started,
             save_s=spent.get("save", 0.0),
             validation_s=spent.get("validation", 0.0),
+            evaluation_s=spent.get("evaluation", 0.0),
             **self._seconds,
         )
 

@@ -1,20 +1,41 @@
 """Validation loss at intervals, on the same held-out samples every time."""
 
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
-from megatron_qwen.data.reading.training_data import HeldOutSamples, StageReader
+from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
+from megatron_qwen.data.reading.samples import SampleSource
+from megatron_qwen.data.reading.training_data import StageReader
+from megatron_qwen.data.tokenizers.token_bytes import Counts
+from megatron_qwen.objectives.build import build_objective
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
+from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.forward import ForwardStep
+from megatron_qwen.training.source_losses import SourcedSamples, SourceLosses, bytes_of_tokens
 from megatron_qwen.training.step import run_batch
 from megatron_qwen.training.step_record import StepRecord
 
+log = logging.getLogger(__name__)
+
 
 class Validation(Callback):
-    """Adds validation_loss to the record every eval_interval steps and at the last step."""
+    """Adds validation_loss to the record every eval_interval steps and at the last step.
+
+    In pretraining with a known tokenizer also ``validation_bits_per_byte/SOURCE``.
+
+    Args:
+        tokenizer: directory, for the bytes of the text; None measures the loss alone.
+    """
 
     timed_as = "validation"
 
-    def __init__(self) -> None:
+    def __init__(self, tokenizer: Path | None = None) -> None:
         self._samples: tuple[StageReader, HeldOutSamples] | None = None
+        self._tokenizer = tokenizer
+        self._by_source: _BySource | None = None
 
     def before_training(self, trainer: TrainerInterface) -> None:
         """Opens the held-out samples, so that too few of them are reported before the first step."""
@@ -28,11 +49,19 @@ class Validation(Callback):
         if due:
             trainer.enter("validating")
             record.extra["validation_loss"] = self.measure(trainer)
+            found = {} if self._by_source is None else self._by_source.found
+            record.extra.update({f"validation_bits_per_byte/{name}": value for name, value in found.items()})
 
     def measure(self, trainer: TrainerInterface) -> float:
         """Mean loss of the objective over eval_iters batches; of pretraining in nats per token."""
         components = trainer.components
-        samples, config = self._of(trainer)
+        held_out, config = self._of(trainer)
+        samples: SampleSource = held_out
+        forward_step = components.forward_step
+        if self._tokenizer is not None and config.objective.kind == "pretrain":
+            by_source = self._by_source or self._make_by_source(components, self._tokenizer)
+            if by_source is not None:
+                samples, forward_step = by_source.begin(held_out)
         training = config.training
         components.model.train(False)
         total = weight = 0.0
@@ -44,12 +73,21 @@ class Validation(Callback):
                     batch.to(components.batch_slice.device)
                     for batch in micro_batches(samples, components.batch_slice, request)
                 ]
-                done = run_batch(
-                    config, components.model, components.groups, components.forward_step, batches, forward_only=True
-                )
+                done = run_batch(config, components.model, components.groups, forward_step, batches, forward_only=True)
                 total, weight = total + done.loss * done.weight, weight + done.weight
         components.model.train(True)
+        if self._by_source is not None:
+            self._by_source.end(held_out)
         return total / max(weight, 1.0)
+
+    def _make_by_source(self, components: TrainingComponents, tokenizer: Path) -> "_BySource | None":
+        counts = bytes_of_tokens(tokenizer, components.batch_slice.device)
+        if counts is None:
+            log.info("no bits per byte: the tokens of %s do not say which text they stand for", tokenizer)
+            self._tokenizer = None
+            return None
+        self._by_source = _BySource(components, counts)
+        return self._by_source
 
     def _of(self, trainer: TrainerInterface) -> tuple[HeldOutSamples, RunConfig]:
         """The held-out samples of the data stage of the last step, and the configuration in force there."""
@@ -57,3 +95,30 @@ class Validation(Callback):
         if self._samples is None or self._samples[0] is not reader:
             self._samples = reader, trainer.components.data.validation(reader)
         return self._samples[1], reader.config
+
+
+class _BySource:
+    """Measures every source.
+
+    Args:
+        components: of the run.
+        counts: bytes by id.
+
+    Attributes:
+        found: bits per byte by source.
+    """
+
+    def __init__(self, components: TrainingComponents, counts: Counts) -> None:
+        self._place, self._counts = components.batch_slice.device, counts
+        self._losses = SourceLosses(build_objective(components.config), components.groups)
+        self._forward_step = ForwardStep(components.config, components.groups, self._losses)
+        self.found: Mapping[str, float] = {}
+
+    def begin(self, held_out: HeldOutSamples) -> tuple[SampleSource, ForwardStep]:
+        """What takes the place of samples and forward step."""
+        self._losses.begin(len(held_out.names), self._place)
+        return SourcedSamples(held_out, self._counts), self._forward_step
+
+    def end(self, held_out: HeldOutSamples) -> None:
+        """Adds up what all ranks have."""
+        self.found = self._losses.bits_per_byte(held_out.names)

@@ -109,6 +109,7 @@ def test_goodput_is_what_the_clock_says(run):
         "data_wait_s": 2.5,
         "save_s": 15,
         "validation_s": 1,
+        "evaluation_s": 0,
         "startup_s": 14,
         "between_attempts_s": 100,
         "other_s": 1.25,

@@ -1,0 +1,111 @@
+"""Tasks put to a model again and again, as while it trains: what is scored, and what a record has of it.
+
+Answers are scored, not written: a task whose answers are written (GSM8K) is measured by how likely its own are
+(``gold.py``), which costs a forward pass and is what says something of a small model.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lm_eval.evaluator import evaluate
+
+from megatron_qwen.data.tokenizers.tokenizer import beginning_of_text, load_tokenizer
+from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.evaluation import gold
+from megatron_qwen.evaluation.harness import Answering, HarnessModel
+from megatron_qwen.evaluation.tasks import Prepared, random_states_kept
+from megatron_qwen.inference.answered import AnsweredLog
+from megatron_qwen.inference.request import Answer, Request
+
+_SHOTS_SEED = 1234  # the harness's own
+
+
+@dataclass
+class CountedOnly:
+    """Answers nothing: says how much would be asked, and whether it can be.
+
+    Args:
+        longest: positions of a text.
+        requests: that were asked for.
+        tokens: of them.
+    """
+
+    longest: int
+    requests: int = 0
+    tokens: int = 0
+    at_a_time: int = field(default=1 << 20)
+
+    def answer(self, requests: Sequence[Request]) -> Mapping[int, Answer]:
+        """Every token is as likely as the next."""
+        self.requests += len(requests)
+        self.tokens += sum(len(one.prompt) for one in requests)
+        return {one.number: Answer(prompt_logprobs=[-1.0], prompt_greedy=[False]) for one in requests}
+
+
+def scores(
+    prepared: Prepared, answering: Answering, tokenizer: Path, *, examples: int | None, shots: int | None
+) -> dict[str, float]:
+    """Scores of all tasks and groups, as ``TASK/METRIC``; of a filter of the harness ``TASK/METRIC/FILTER``.
+
+    Args:
+        prepared: the tasks.
+        answering: scores texts.
+        tokenizer: directory.
+        examples: documents of each task; None takes all.
+        shots: examples in front of each; None leaves that to each task.
+
+    Raises:
+        ConfigError: an answer that is longer than the model's context.
+    """
+    loaded, library = prepared.loaded(), load_tokenizer(tokenizer)
+    for task in loaded["tasks"].values():
+        _set_shots(task, shots)
+    model = HarnessModel(
+        answering, library, ends=(), end=beginning_of_text(tokenizer, library), answered=AnsweredLog(None, {})
+    )
+    scored = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE != "generate_until"}
+    found: dict[str, float] = {}
+    with random_states_kept():
+        if scored:
+            # The harness draws errors of some metrics with processes of its own (bootstrap_iters), which a rank may
+            # not start.
+            groups = {name: one for name, one in loaded["groups"].items() if _tasks_of(one) <= set(scored)}
+            results = evaluate(model, {"tasks": scored, "groups": groups}, limit=examples, bootstrap_iters=0)
+            assert results is not None  # this is its only rank
+            gold.add_to(results, scored, model)
+            found |= _flat({**results["results"], **results.get("groups", {})})
+        for name, task in loaded["tasks"].items():
+            if name not in scored:
+                task.build_all_requests(limit=examples)
+                of_documents = gold.of_texts(task, model)
+                found |= {
+                    f"{name}/{metric}": value for metric, value in gold.means(list(of_documents.values())).items()
+                }
+    if not found:
+        fix = "have nothing that can be scored while a run trains; score them with mq eval."
+        raise ConfigError(Problem("evaluation.tasks", ", ".join(loaded["tasks"]), fix))
+    return found
+
+
+def _set_shots(task: Any, shots: int | None) -> None:
+    """As the harness does before it evaluates; the seed is set again: every evaluation has the same examples."""
+    stated = task.get_config("num_fewshot")
+    if stated is None or (shots is not None and stated != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=_SHOTS_SEED)
+
+
+def _tasks_of(group: Any) -> set[str]:
+    return {task.task_name for task in group.get_all_tasks()}
+
+
+def _flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    found = {}
+    for task, figures in results.items():
+        for name, value in figures.items():
+            metric, _, kind = name.partition(",")
+            if isinstance(value, float | int) and kind and not metric.endswith("_stderr"):
+                found[f"{task}/{metric}" + ("" if kind == "none" else f"/{kind}")] = float(value)
+    return found

@@ -1,0 +1,171 @@
+"""Tasks of lm-evaluation-harness by name, with those of a directory beside its own."""
+
+import difflib
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lm_eval.tasks import TaskManager
+
+from megatron_qwen.errors import ConfigError, Problem
+
+# Attributes of the harness's tasks.
+_NOT_DONE = {"UNSAFE_CODE": "runs code that models write", "MULTIMODAL": "asks about images or sound"}
+
+_SEED = 1234  # of what a task draws when its data is read, such as the order of GPQA's choices
+
+
+@dataclass(frozen=True)
+class Names:
+    """What asks for tasks is called, in messages: options of a command, or fields of a configuration.
+
+    Args:
+        tasks: of the tasks.
+        directories: of what has task files.
+        shots: of the number of examples.
+    """
+
+    tasks: str = "--tasks"
+    directories: str = "--task-dir"
+    shots: str = "--shots"
+
+
+OPTIONS = Names()
+FIELDS = Names("evaluation.tasks", "evaluation.task_dir", "evaluation.shots")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tasks with their data.
+
+    Args:
+        manager: the harness's, which knows their names.
+        tasks: and groups.
+    """
+
+    manager: TaskManager
+    tasks: Sequence[Any]
+
+    def loaded(self) -> dict[str, Any]:
+        """``tasks`` and ``groups`` by name, as the harness takes them."""
+        found: dict[str, Any] = self.manager.load(list(self.tasks))
+        return found
+
+    def by_name(self) -> dict[str, Any]:
+        """The tasks alone, those of groups too."""
+        found: dict[str, Any] = self.loaded()["tasks"]
+        return found
+
+
+def prepare(
+    names: Sequence[str], directories: Sequence[Path], *, shots: int | None, where: Names = OPTIONS
+) -> Prepared:
+    """Finds tasks and loads their data; before a model is loaded, which takes longer.
+
+    Args:
+        names: of tasks and groups, or patterns.
+        directories: with task files besides the harness's own.
+        shots: examples in front of each document; None leaves that to each task.
+        where: what asks for them.
+
+    Raises:
+        ConfigError: a task that there is not, or whose data cannot be read.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    for name in ("lm_eval", "datasets", "evaluate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with random_states_kept():
+        manager, found = find_tasks(names, directories, where=where)
+        return Prepared(manager, load_tasks(manager, found, shots=shots, where=where))
+
+
+@contextmanager
+def random_states_kept() -> Iterator[None]:
+    """What tasks draw is the same every time, and draws nothing from the generators of a run."""
+    python, arrays = random.getstate(), np.random.get_state()
+    random.seed(_SEED)
+    np.random.seed(_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+def find_tasks(
+    names: Sequence[str], directories: Sequence[Path], *, where: Names = OPTIONS
+) -> tuple[TaskManager, list[str]]:
+    """The tasks that names and patterns (``mmlu_*``) mean.
+
+    The harness takes some ten seconds to read its own thousands of task files, so it only does where one is needed.
+
+    Args:
+        names: of tasks, groups or tags.
+        directories: with task files (YAML) besides the harness's own.
+        where: what asks for them.
+
+    Raises:
+        ConfigError: a name means none.
+    """
+    wrong = [Problem(where.directories, path, "is not a directory.") for path in directories if not path.is_dir()]
+    if wrong:
+        raise ConfigError(wrong)
+    paths = [str(path) for path in directories]
+    manager = TaskManager(include_path=paths, include_defaults=False)
+    if not set(names) <= set(manager.all_tasks):
+        manager = TaskManager(include_path=paths)
+    found: list[str] = []
+    for name in names:
+        matched = manager.match_tasks([name])
+        if not matched:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            hint = f" Did you mean {', '.join(near)}?" if near else " Tasks of your own need {where.directories}."
+            wrong.append(Problem(where.tasks, name, f"is no task of the harness.{hint}"))
+        found += [task for task in matched if task not in found]
+    if wrong:
+        raise ConfigError(wrong)
+    return manager, found
+
+
+def load_tasks(manager: TaskManager, names: Sequence[str], *, shots: int | None, where: Names = OPTIONS) -> list[Any]:
+    """Loads tasks and groups, with their data.
+
+    Args:
+        manager: of the names.
+        names: of tasks, groups and tags.
+        shots: examples that were asked for; None leaves that to each task.
+        where: what asks for them.
+
+    Raises:
+        ConfigError: the data of a task cannot be read, a task is named twice, or it fixes its examples.
+    """
+    wrong, found = [], []
+    for name in names:
+        try:
+            loaded = manager.load([name])
+        except Exception as error:  # whatever a task's own code, or the library that reads its data, raises
+            told = str(error).strip().splitlines() or [type(error).__name__]
+            fix = "cannot be loaded. Its data must be on this machine where there is no network (docs/evaluate.md)."
+            wrong.append(Problem(where.tasks, name, f"{fix} It said: {told[0]}"))
+            continue
+        fixed = [task for task, one in loaded["tasks"].items() if shots and one.get_config("num_fewshot") == 0]
+        if fixed:
+            wrong.append(Problem(where.shots, shots, f"cannot be given to {', '.join(fixed)}, which fixes 0 examples."))
+        for kind, what in _NOT_DONE.items():
+            if unfit := [task for task, one in loaded["tasks"].items() if getattr(one, kind, False)]:
+                wrong.append(Problem(where.tasks, ", ".join(unfit), f"{what}, which is not done here; leave it out."))
+        found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
+    if not wrong:
+        try:
+            manager.load(found)
+        except ValueError as error:
+            wrong.append(Problem(where.tasks, ",".join(names), f"{error}; name each once."))
+    if wrong:
+        raise ConfigError(wrong)
+    return found
