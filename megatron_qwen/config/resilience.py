@@ -31,7 +31,8 @@ class ResilienceConfig:
     hang_timeout_s: float | None = setting(
         None,
         doc="Seconds that a step, a save, a validation or a part of an evaluation may take before a job considers the "
-        "run hung, dumps all stacks and restarts. null learns each from the run; a number must exceed the longest of them.",
+        "run hung, dumps all stacks and restarts. null learns each from the run; a "
+        "number must exceed the longest of them.",
         above=0,
     )
     startup_timeout_s: float | None = setting(
