@@ -129,55 +129,18 @@ def _status(options: argparse.Namespace, _: list[str]) -> int:
 
 
 def _fit(options: argparse.Namespace, _: list[str]) -> int:
-    problems = [
-        Problem(f"--{name}", value, "must be above 0.")
-        for name, value in (("draws", options.draws), ("delta", options.delta), ("window", options.window))
-        if not 0 < value < float("inf")
-    ]
-    if options.seed < 0:
-        problems.append(Problem("--seed", options.seed, "must be at least 0."))
-    output = options.output or _beside(options.source, "fit.json")
-    if not output.parent.is_dir():
-        problems.append(Problem("--output", output, "is in a folder that does not exist; create it first."))
-    if problems:
-        raise ConfigError(problems)
-    from launch.sweeps import results
-    from tools.scaling import fit_file
-    from tools.scaling.csv_table import column_names
-    from tools.scaling.fit import Settings, fit
-    from tools.scaling.observations import COLUMNS
+    from launch.sweeps.fitting import fit_command
 
-    found = results.read(options.source, column_names(options.columns, COLUMNS))
-    settings = Settings(options.embeddings == "in", options.draws, options.seed, options.delta, options.window)
-    fitted = fit(found.observations, settings)
-    if not _has_law(fitted):
-        fix = f"determine no law: {'; '.join(fitted.notes)}."
-        raise DataError(Problem(str(options.source), f"{len(found.observations)} observations", fix))
-    content = fit_file.document(fitted, source=str(options.source.absolute()))
-    content["notes"] = [*found.notes, *content["notes"]]
-    fit_file.write(output, content)
-    if options.json:
-        print(json.dumps(content, indent=1))
-    else:
-        print(fit_file.table(content), f"written: {output}", sep="\n")
-    return 0
-
-
-def _has_law(fit: Any) -> bool:
-    """Whether something follows from a fit, or from its file."""
-    return fit.surface is not None or fit.basin is not None
-
-
-def _beside(source: Path, name: str) -> Path:
-    """The path in a study directory, or next to a CSV with its name as prefix."""
-    return source / name if source.is_dir() else source.with_suffix(f".{name}")
+    return fit_command(options)
 
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
     """Fits again with the settings of the existing fit, so that page and fit agree. Without a law no fit is written."""
-    page = options.output or _beside(options.source, "report.html")
-    figures = options.figures or _beside(options.source, "figures")
-    fit_json = options.fit or _beside(options.source, "fit.json")
+    from launch.sweeps.fitting import beside, has_law
+
+    page = options.output or beside(options.source, "report.html")
+    figures = options.figures or beside(options.source, "figures")
+    fit_json = options.fit or beside(options.source, "fit.json")
     problems = [
         Problem(name, path, "is in a folder that does not exist; create it first.")
         for name, path in (("--output", page), ("--fit", fit_json))
@@ -199,7 +162,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     if any(one.status == DONE for one in found.observations):
         fitted = fit(found.observations, settings)
         document = fit_file.document(fitted, source=str(options.source.absolute()))
-        no_law = [] if _has_law(fitted) else [_no_law(fit_json)]
+        no_law = [] if has_law(fitted) else [_no_law(fit_json)]
         document["notes"] = notes = [*found.notes, *no_law, *document["notes"]]
         if not no_law:
             fit_file.write(fit_json, document)
@@ -208,7 +171,7 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     written = write.write(shown, page, figures)
     if document:
         print(fit_file.table(document))
-        written += [fit_json] if _has_law(fitted) else []
+        written += [fit_json] if has_law(fitted) else []
     print("\n".join(f"written: {path}" for path in written))
     return 0
 
@@ -233,12 +196,13 @@ def _prescribe(options: argparse.Namespace, overrides: list[str]) -> int:
                 "has data stages, which a prescription cannot set; use a run without a blend.",
             )
         )
+    from launch.sweeps.fitting import has_law
     from tools.scaling.fit_file import FitFile
     from tools.scaling.prescribe import Wish, prescribe
 
     wish = Wish(base, options.params, options.tokens, options.gpu_hours, options.gpus, device, options.refuse_factor)
     fit = FitFile(options.fit)
-    if not _has_law(fit):
+    if not has_law(fit):
         raise DataError(Problem(str(options.fit), None, "holds no law: nothing follows from it; fit more runs."))
     found = prescribe(fit, wish)
     text = found.yaml()
@@ -273,6 +237,7 @@ def _document(found: Any) -> dict[str, Any]:
     return {
         "params": found.params,
         "tokens": found.tokens,
+        "metric": found.metric,
         "loss": found.loss,
         "interval": found.interval,
         "hours": found.hours,
@@ -288,7 +253,7 @@ def _document(found: Any) -> dict[str, Any]:
 def _summary(found: Any, output: Path) -> str:
     model, optim, training = found.config.model, found.config.optim, found.config.training
     step = training.global_batch_size * found.config.data.seq_length
-    loss = "is not predicted"
+    loss, what = "is not predicted", found.metric or "loss"
     if found.loss is not None:
         loss = f"is predicted as {found.loss:.4f} ({found.interval[0]:.4f} to {found.interval[1]:.4f})"
     return "\n".join(
@@ -297,7 +262,7 @@ def _summary(found: Any, output: Path) -> str:
             f"FFN {model.ffn_hidden_size}",
             f"learning rate {optim.learning_rate:.3g}, {training.global_batch_size} sequences per step "
             f"({step:.3g} tokens), {training.train_iters} steps",
-            f"loss {loss}; {found.hours:.3g} h at {found.layout.tokens_per_second:,.0f} tokens/s per device",
+            f"{what} {loss}; {found.hours:.3g} h at {found.layout.tokens_per_second:,.0f} tokens/s per device",
             f"written: {output}",
         ]
     )

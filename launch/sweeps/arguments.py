@@ -58,6 +58,7 @@ def _add_fitting(actions: Any) -> None:
             "mq sweep fit runs/study",
             "mq sweep fit runs.csv",
             "mq sweep fit runs.csv --embeddings in --draws 4000 --json",
+            "mq sweep fit runs/study --metric eval/arc_easy/gold_bits_per_byte --predict 7e9,1e12",
         ],
         help="laws from a study or a CSV",
     )
@@ -77,6 +78,18 @@ def _add_fitting(actions: Any) -> None:
     fit.add_argument("--delta", type=float, default=1e-3, help="threshold of the Huber loss of ln L (%(default)g)")
     within = "how far above the best, in ln L, settings are described by a quadratic (%(default)g)"
     fit.add_argument("--window", type=float, default=0.01, help=within)
+    fit.add_argument(
+        "--metric",
+        metavar="NAME",
+        help="a metric of the runs' last step instead of the loss, such as eval/arc_easy/gold_bits_per_byte",
+    )
+    at = "say what the law gives for a model of this size and so many tokens; may be repeated"
+    fit.add_argument("--predict", action="append", default=[], metavar="PARAMS,TOKENS", help=at)
+    fit.add_argument(
+        "--score",
+        metavar="NAME",
+        help="with --predict: a share of right answers as well (eval/arc_easy/acc_norm), from the metric by a sigmoid",
+    )
     fit.add_argument("--json", action="store_true")
     report = actions.add_parser(
         "report",

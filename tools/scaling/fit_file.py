@@ -21,17 +21,19 @@ FORMAT = 1
 _LOG = "ln_"
 
 
-def document(fit: Fit, *, source: str) -> dict[str, Any]:
+def document(fit: Fit, *, source: str, metric: str | None = None) -> dict[str, Any]:
     """Everything, as JSON holds it.
 
     Args:
         fit: what was found.
         source: the study or CSV it was found from.
+        metric: what was fitted, by its name in metrics.jsonl; None is the loss.
     """
     left = fit.left_out
     return {
         "format": FORMAT,
         "source": source,
+        "metric": metric,
         "settings": asdict(fit.settings),
         "counts": fit.counts,
         "headline": None
@@ -161,6 +163,7 @@ class FitFile:
                 )
             self.settings = Settings(**content["settings"])
             self.source = str(content["source"])
+            self.metric: str | None = content.get("metric")  # fits of earlier versions are of the loss
             self.headline: dict[str, Any] | None = content["headline"]
             self.notes: list[str] = content["notes"]
             points = {name: np.array(content["points"][name]) for name in Points.__dataclass_fields__}
@@ -206,7 +209,7 @@ def _read_basin(content: dict[str, Any]) -> Basin:
 
 def table(content: dict[str, Any]) -> str:
     """The fit in words and numbers, the error of prediction first."""
-    lines = []
+    lines = [f"L is {content['metric']}"] if content.get("metric") else []
     headline = content["headline"]
     if headline:
         lines.append(
@@ -238,8 +241,22 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"best N by {one['approach']}: {one['factor']:.3g} C^{one['exponent']:.3f}{sure}")
     if content["optima"]:
         lines += ["", *_optima(content)]
+    lines += _predicted(content)
     lines += [f"note: {note}" for note in content["notes"]]
     return "\n".join(lines)
+
+
+def _predicted(content: dict[str, Any]) -> list[str]:
+    lines = []
+    for one in content.get("predictions", ()):
+        low, high = one["interval"]
+        text = f"predicted at N = {one['params']:.3g}, D = {one['tokens']:.3g}: {content['metric'] or 'loss'} "
+        text += f"{one['value']:.4f} ({low:.4f} to {high:.4f}, 90 %), {one['beyond']:.3g} times the largest N D"
+        if score := one.get("score"):
+            low, high = score["interval"]
+            text += f"; {score['name']} {score['value']:.4f} ({low:.4f} to {high:.4f}), by {score['models']} models"
+        lines.append(text)
+    return lines
 
 
 def coefficient(name: str, value: dict[str, float]) -> tuple[str, float, float, float]:

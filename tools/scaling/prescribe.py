@@ -12,6 +12,7 @@ from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.layouts import LayoutEstimate, layouts
 from tools.scaling.fit_file import FitFile
 from tools.scaling.ladder import ModelShape, shape_near
+from tools.scaling.predict import predict
 from tools.scaling.surface import Points
 
 # Compute of the wanted run over that of the largest fitted one: said from here on, and refused from there on.
@@ -64,6 +65,7 @@ class Prescription:
         hours: of the run.
         beyond: compute over that of the largest fitted point.
         warnings: what to know before believing it.
+        metric: what ``loss`` is, by its name in metrics.jsonl; None is the loss itself.
     """
 
     config: RunConfig
@@ -77,6 +79,7 @@ class Prescription:
     hours: float
     beyond: float
     warnings: list[str]
+    metric: str | None = None
 
     def yaml(self) -> str:
         """run.yaml with a comment on every number that was prescribed."""
@@ -87,11 +90,10 @@ class Prescription:
             name = line.strip().split(":")[0]
             origin = self.origins.get(f"{section}.{name}") if line[:1].isspace() else None
             lines.append(line + (f"  # {origin}" if origin else ""))
-        head = (
-            [f"# Predicted loss {self.loss:.4f} ({self.interval[0]:.4f} to {self.interval[1]:.4f}, 90 %)."]
-            if (self.loss is not None and self.interval is not None)
-            else []
-        )
+        head = []
+        if self.loss is not None and self.interval is not None:
+            low, high = self.interval
+            head = [f"# Predicted {self.metric or 'loss'} {self.loss:.4f} ({low:.4f} to {high:.4f}, 90 %)."]
         return "\n".join([*head, *(f"# {warning}" for warning in self.warnings), *lines]) + "\n"
 
 
@@ -204,7 +206,9 @@ def _for_shape(
             warnings.append(f"{value:.4g} {name} are the nearest to the {wanted:.4g} asked for")
     loss, interval = _loss(fit, point, warnings)
     hours = iterations * layout.time.seconds / 3600
-    return Prescription(config, origins, layout, shape, params, tokens, loss, interval, hours, beyond, warnings)
+    return Prescription(
+        config, origins, layout, shape, params, tokens, loss, interval, hours, beyond, warnings, fit.metric
+    )
 
 
 def _extrapolation(fit: FitFile, wish: Wish, params: float, tokens: float, beyond: float) -> list[str]:
@@ -351,13 +355,8 @@ def _loss(fit: FitFile, point: Points, warnings: list[str]) -> tuple[float | Non
     if why := _another_kind(fit, point):
         warnings.append(f"{why}: no loss is predicted, and the laws of the settings are of other models")
         return None, None
-    generator = np.random.default_rng(0)
-    draws = np.log(fit.surface.loss_draws(point)[:, 0])
-    # A run scatters about the best of its settings as the cells of the study did.
-    spread = math.hypot(fit.surface.spread, fit.basin.spread if fit.basin is not None else 0.0)
-    seen = draws + spread * generator.standard_normal(len(draws))
-    low, high = np.exp(np.percentile(seen, [5, 95]))
-    return float(fit.surface.loss(point)[0]), (float(low), float(high))
+    found = predict(fit.surface, fit.basin, point)
+    return found.value, found.interval
 
 
 def _another_kind(fit: FitFile, point: Points) -> str | None:

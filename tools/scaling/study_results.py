@@ -4,7 +4,7 @@
 nothing else, so that it does not know how a study was run, and a CSV of anybody's models is as good as a study.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ class StudyResults:
         spent: device-hours by model; empty for a CSV.
         budget_hours: of the study; None without one.
         dropped: what the plan left out.
+        scores: a score of finished cells by name, where one was asked for.
         device: what the cells computed on; empty for a CSV.
     """
 
@@ -53,4 +54,5 @@ class StudyResults:
     spent: Sequence[Spent] = ()
     budget_hours: float | None = None
     dropped: Sequence[dict[str, Any]] = ()
+    scores: Mapping[str, float] = field(default_factory=dict)
     device: str = ""
