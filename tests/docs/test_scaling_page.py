@@ -26,10 +26,13 @@ def test_the_commands_of_the_page(tmp_path, monkeypatch):
     (study,) = re.findall(r"```yaml\n(# study.yaml.*?)```", TEXT, flags=re.DOTALL)
     (tmp_path / "study.yaml").write_text(study)
     monkeypatch.chdir(tmp_path)
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 6
     for line in COMMANDS:
         program, action, *words = shlex.split(line)
         assert (program, action) == ("mq", "sweep"), line
+        if "runs/study" in words:  # takes a study that has run (tests/launch/sweeps/test_metric.py)
+            assert parser().parse_args(words).source == Path("runs/study")
+            continue
         assert main(words) == 0, line
     for name in ("study.plan.yaml", "step_law.json", "chinchilla.json", "run.yaml", "budget.yaml"):
         assert (tmp_path / name).is_file(), name
