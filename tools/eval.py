@@ -23,12 +23,13 @@ def parser() -> Parser:
         "mq eval",
         description="Scores a model in tasks of lm-evaluation-harness, with the modules that train, on the ranks of "
         "any layout. SOURCE is a run, a checkpoint root, one iteration, or a Hugging Face directory. Given two "
-        "directories that --output has made, compares them.",
+        "directories that --output has made, compares them. `mq eval fetch` brings test data here.",
         examples=[
             "mq eval runs/first --tasks arc_challenge --shots 25 --output scores/first",
             "mq eval out/first-hf --tasks ours --task-dir tasks --limit 100 --json",
             "mq eval runs/first parallel.tensor_model_parallel_size=2 --tasks hellaswag,winogrande",
             "mq eval scores/first scores/second",
+            "mq eval fetch MMLU GSM8K HumanEval",
         ],
     )
     found.add_argument("source", type=Path, help="run, checkpoint root, one iteration, or Hugging Face directory")
@@ -44,6 +45,7 @@ def parser() -> Parser:
     found.add_argument("--output", type=Path, help="directory for results.json and items; also resumes after a kill")
     found.add_argument("--json", action="store_true", help="the harness's results object")
     found.add_argument("--replicas", type=int, default=1, help="data-parallel copies of the model (%(default)s)")
+    found.add_argument("--run-code", action="store_true", help="run programs that the model writes, in a sandbox")
     found.add_argument("--contamination", action="store_true", help="whether the run has read the items, by its ledger")
     found.add_argument("--ngram", type=int, default=13, help="with it: tokens that an item must share (%(default)s)")
     found.add_argument("--workers", type=int, default=os.cpu_count(), help="with it: processes (%(default)s)")
@@ -53,6 +55,10 @@ def parser() -> Parser:
 
 def main(arguments: Sequence[str]) -> int:
     """Prints scores."""
+    if arguments and arguments[0] == "fetch":
+        from tools.evaluation.fetch import main as fetch
+
+        return fetch(arguments[1:])
     options = parser().parse_intermixed_args(arguments)
     if _is_comparison(options):
         _refuse_others(options, allowed=("json", "source", "overrides"), where="a comparison")
@@ -105,9 +111,11 @@ def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] |
 
 
 def _prepare(options: argparse.Namespace) -> "Prepared":
-    from megatron_qwen.evaluation.tasks import prepare
+    from megatron_qwen.evaluation.tasks import CodeTasks, prepare
 
-    return prepare(_names(options), options.task_dir, shots=options.shots)
+    # Nothing is run where nothing is answered.
+    code: CodeTasks = "scored" if options.contamination else "run" if options.run_code else "refused"
+    return prepare(_names(options), options.task_dir, shots=options.shots, code=code)
 
 
 def _contamination(options: argparse.Namespace) -> int:

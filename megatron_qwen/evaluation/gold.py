@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 
+from megatron_qwen.evaluation.code_answers import SANDBOXED
 from megatron_qwen.evaluation.harness import HarnessModel
 
 LOGPROB, BITS, PROBABILITY = "gold_logprob", "gold_bits_per_byte", "gold_probability"
@@ -55,8 +56,8 @@ def of_texts(task: Any, model: HarnessModel, *, chat: bool = False) -> dict[int,
         model: that is asked.
         chat: whether the prompts are turns of a chat, which end where an answer begins.
     """
-    if getattr(task, "UNSAFE_CODE", False):
-        return {}  # what such a task calls its target is the code of its tests
+    if getattr(task, "UNSAFE_CODE", False) and not (task.config.metadata or {}).get(SANDBOXED):
+        return {}  # what the harness's tasks of code call their target is the code of its tests
     delimiter = "" if chat else task.config.target_delimiter
     asked: dict[int, Instance] = {}
     for instance in task.instances:

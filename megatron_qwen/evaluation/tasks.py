@@ -4,19 +4,21 @@ import difflib
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from lm_eval.tasks import TaskManager
 
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.evaluation.code_answers import SANDBOXED
+from megatron_qwen.evaluation.sandbox import unavailable
 
-# Attributes of the harness's tasks.
-_NOT_DONE = {"UNSAFE_CODE": "runs code that models write", "MULTIMODAL": "asks about images or sound"}
+# Of tasks whose answers are programs: they are refused, run in the sandbox, or their own answers are scored alone.
+CodeTasks = Literal["refused", "run", "scored"]
 
 _SEED = 1234  # of what a task draws when its data is read, such as the order of GPQA's choices
 
@@ -64,7 +66,12 @@ class Prepared:
 
 
 def prepare(
-    names: Sequence[str], directories: Sequence[Path], *, shots: int | None, where: Names = OPTIONS
+    names: Sequence[str],
+    directories: Sequence[Path],
+    *,
+    shots: int | None,
+    code: CodeTasks = "refused",
+    where: Names = OPTIONS,
 ) -> Prepared:
     """Finds tasks and loads their data; before a model is loaded, which takes longer.
 
@@ -72,6 +79,7 @@ def prepare(
         names: of tasks and groups, or patterns.
         directories: with task files besides the harness's own.
         shots: examples in front of each document; None leaves that to each task.
+        code: what becomes of tasks whose answers are programs.
         where: what asks for them.
 
     Raises:
@@ -82,7 +90,7 @@ def prepare(
         logging.getLogger(name).setLevel(logging.ERROR)
     with random_states_kept():
         manager, found = find_tasks(names, directories, where=where)
-        return Prepared(manager, load_tasks(manager, found, shots=shots, where=where))
+        return Prepared(manager, load_tasks(manager, found, shots=shots, code=code, where=where))
 
 
 @contextmanager
@@ -133,13 +141,21 @@ def find_tasks(
     return manager, found
 
 
-def load_tasks(manager: TaskManager, names: Sequence[str], *, shots: int | None, where: Names = OPTIONS) -> list[Any]:
+def load_tasks(
+    manager: TaskManager,
+    names: Sequence[str],
+    *,
+    shots: int | None,
+    code: CodeTasks = "refused",
+    where: Names = OPTIONS,
+) -> list[Any]:
     """Loads tasks and groups, with their data.
 
     Args:
         manager: of the names.
         names: of tasks, groups and tags.
         shots: examples that were asked for; None leaves that to each task.
+        code: what becomes of tasks whose answers are programs.
         where: what asks for them.
 
     Raises:
@@ -157,9 +173,7 @@ def load_tasks(manager: TaskManager, names: Sequence[str], *, shots: int | None,
         fixed = [task for task, one in loaded["tasks"].items() if shots and one.get_config("num_fewshot") == 0]
         if fixed:
             wrong.append(Problem(where.shots, shots, f"cannot be given to {', '.join(fixed)}, which fixes 0 examples."))
-        for kind, what in _NOT_DONE.items():
-            if unfit := [task for task, one in loaded["tasks"].items() if getattr(one, kind, False)]:
-                wrong.append(Problem(where.tasks, ", ".join(unfit), f"{what}, which is not done here; leave it out."))
+        wrong += _not_done(loaded["tasks"], code, where)
         found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     if not wrong:
         try:
@@ -169,3 +183,22 @@ def load_tasks(manager: TaskManager, names: Sequence[str], *, shots: int | None,
     if wrong:
         raise ConfigError(wrong)
     return found
+
+
+def _not_done(tasks: Mapping[str, Any], code: CodeTasks, where: Names) -> Iterator[Problem]:
+    """Tasks that ask for more than text."""
+    programs = [name for name, one in tasks.items() if getattr(one, "UNSAFE_CODE", False)]
+    ours = [name for name in programs if (tasks[name].config.metadata or {}).get(SANDBOXED)]
+    if unfit := [name for name in programs if name not in ours]:
+        fix = "runs programs that a model writes in this process; `mq eval fetch` writes tasks that use a sandbox."
+        yield Problem(where.tasks, ", ".join(unfit), fix)
+    if ours and code == "refused":
+        yield Problem(
+            where.tasks, ", ".join(ours), "runs programs that the model writes, in a sandbox: add --run-code."
+        )
+    if ours and code == "run" and (reason := unavailable()) is not None:
+        yield Problem("--run-code", None, f"is not possible: {reason}.")
+    if unfit := [name for name, one in tasks.items() if getattr(one, "MULTIMODAL", False)]:
+        yield Problem(
+            where.tasks, ", ".join(unfit), "asks about images or sound, which is not done here; leave it out."
+        )

@@ -75,6 +75,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: "Prepared", optio
         apply_chat_template=options.chat,
         system_instruction=options.system,
         bootstrap_iters=_HARNESS_BOOTSTRAP,
+        confirm_run_unsafe_code=True,  # tasks that would run it here were refused when they were loaded
     )
     gold.add_to(found, prepared.by_name(), adapter, chat=options.chat)
     progress.close()

@@ -90,7 +90,7 @@ class Evaluation(Callback):
         config = trainer.components.config
         settings, began = config.evaluation, time.monotonic()
         directories = [] if settings.task_dir is None else [Path(settings.task_dir)]
-        self._prepared = prepare(settings.tasks, directories, shots=settings.shots, where=FIELDS)
+        self._prepared = prepare(settings.tasks, directories, shots=settings.shots, code="scored", where=FIELDS)
         counted = CountedOnly(config.data.seq_length)
         self._scores(trainer, counted)
         log.info(
