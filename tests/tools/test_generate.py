@@ -1,6 +1,7 @@
 """``mq generate``: from every kind of source, under other layouts, and against transformers."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -174,16 +175,37 @@ def test_a_file_of_prompts_goes_on_after_a_kill(words, finished_run, asked, answ
     arguments = (finished_run, "--prompts", asked, "--output", out, *SAMPLED)
     process = subprocess.Popen(command("tools.generate", *arguments), env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
-    while not log.exists() and process.poll() is None:
+    while not log.exists():
+        assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
     process.kill()
     process.wait()
-    if log.exists():  # else it was faster
-        whole = log.read_bytes()
-        log.write_bytes(whole[: len(whole) // 2])
-    run("tools.generate", *arguments, *words, check=True)
+    whole = log.read_bytes()
+    log.write_bytes(whole[: len(whole) // 2])
+    kept = log.read_bytes().count(b"\n") - 1  # a line says of what they are
+    resumed = run("tools.generate", *arguments, *words, check=True)
+    assert kept > 0
+    assert f"{kept} of 82 answers are there from before" in resumed.stderr
     assert out.read_bytes() == answered.read_bytes()
+
+
+def test_memory_does_not_grow_with_the_prompts(finished_run, tmp_path):
+    """Twice as many: they are read some at a time, and the answers wait on the disk."""
+    few, most = {}, count(quick=400, thorough=10_000)
+    for number in (most // 2, most):
+        path, out = tmp_path / f"{number}.jsonl", tmp_path / f"{number}.out.jsonl"
+        path.write_text("".join(json.dumps({"prompt": f"def f_{index}(x):"}) + "\n" for index in range(number)))
+        words = ("--prompts", path, "--output", out, "--max-new-tokens", 3, "--temperature", 0)
+        process = subprocess.Popen(
+            command("tools.generate", finished_run, *words), env=environment(), stderr=subprocess.DEVNULL
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status
+        assert status == 0
+        assert out.read_bytes().count(b"\n") == number
+        few[number] = usage.ru_maxrss / 1024
+    assert few[most] < few[most // 2] + 30, f"MiB by prompts: {few}"
 
 
 def test_answers_of_other_prompts_are_refused(finished_run, asked, tmp_path):

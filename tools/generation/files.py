@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -98,7 +99,7 @@ def answer_file(
     sampling: Sampling,
     out: Path,
     render: Rendering | None = None,
-) -> int:
+) -> None:
     """Answers all prompts of a file into another, in their order; on rank 0, the others follow.
 
     Args:
@@ -109,9 +110,6 @@ def answer_file(
         out: JSON lines, an answer each; beside it a file has what is answered while the command runs.
         render: makes of a prompt what the model gets; None leaves it as it is.
 
-    Returns:
-        How many answers were there before.
-
     Raises:
         DataError: a prompt is too long for the model or for the cache.
         ConfigError: what is answered is by another model, or of other prompts.
@@ -121,7 +119,9 @@ def answer_file(
     if render is not None:
         identity["chat"] = render("\N{OBJECT REPLACEMENT CHARACTER}")
     log = AnsweredLog(out.with_name(out.name + ".answered"), identity)
-    before, total = len(log), prompts.count * how.samples
+    total = prompts.count * how.samples
+    if len(log):
+        print(f"{len(log):,} of {total:,} answers are there from before", file=sys.stderr)
     progress = RequestProgress("answers")
     for requests in _asked(model, prompts, how, render):
         missing = [request for request in requests if _key(request) not in log]
@@ -136,7 +136,6 @@ def answer_file(
                 line = {**record, **log[_key(request)], "sample": request.sample}
                 file.write((json.dumps(line, ensure_ascii=False) + "\n").encode())
     log.remove()
-    return before
 
 
 def _by_prompt(
