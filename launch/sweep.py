@@ -155,13 +155,14 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     from tools.scaling.observations import COLUMNS, DONE
     from tools.scaling.report import content, write
 
-    found = results.read(options.source, column_names(options.columns, COLUMNS))
-    settings = fit_file.FitFile(fit_json).settings if fit_json.is_file() else Settings()
+    earlier = fit_file.FitFile(fit_json) if fit_json.is_file() else None
+    settings, metric = (earlier.settings, earlier.metric) if earlier is not None else (Settings(), None)
+    found = results.read(options.source, column_names(options.columns, COLUMNS), metric=metric)
     fitted, document = None, {}
     notes = [*found.notes, "no cell is done yet: there is nothing to fit"]
     if any(one.status == DONE for one in found.observations):
         fitted = fit(found.observations, settings)
-        document = fit_file.document(fitted, source=str(options.source.absolute()))
+        document = fit_file.document(fitted, source=str(options.source.absolute()), metric=metric)
         no_law = [] if has_law(fitted) else [_no_law(fit_json)]
         document["notes"] = notes = [*found.notes, *no_law, *document["notes"]]
         if not no_law:

@@ -83,7 +83,7 @@ def _add_fitting(actions: Any) -> None:
         metavar="NAME",
         help="a metric of the runs' last step instead of the loss, such as eval/arc_easy/gold_bits_per_byte",
     )
-    at = "say what the law gives for a model of this size and so many tokens; may be repeated"
+    at = "say what the law gives for a model of this size, counted as --embeddings says, and so many tokens"
     fit.add_argument("--predict", action="append", default=[], metavar="PARAMS,TOKENS", help=at)
     fit.add_argument(
         "--score",

@@ -11,7 +11,10 @@ from tools.run_records import read_lines
 from tools.scaling.observations import DONE, Observation
 
 # A law of the form E + A / N^alpha + B / D^beta falls to what cannot be improved; these rise.
-_RISE = ("acc", "acc_norm", "acc_mutual_info", "exact_match", "f1", "mcc", "gold_probability")
+_RISE = {
+    *("acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match", "f1", "mcc"),
+    *("math_verify", "pass@1", "gold_probability"),
+}
 _NEGATIVE = "gold_logprob"
 _SHOWN = 10
 
@@ -45,6 +48,20 @@ def with_metric(observations: Sequence[Observation], runs: Path, metric: str) ->
     if wrong:
         raise DataError(wrong[:_SHOWN])
     return [replace(one, loss=sign * values[one.name]) if one.status == DONE else one for one in observations]
+
+
+def shares_of_runs(names: Sequence[str], runs: Path, score: str) -> Mapping[str, float]:
+    """A share of right answers of finished runs, by name.
+
+    Raises:
+        DataError: runs do not have it, or it is no share.
+    """
+    found = of_runs(names, runs, score)
+    fix = "is no share of right answers, which are from 0 to 1; --score takes accuracies."
+    wrong = [Problem(f"{name}: {score}", value, fix) for name, value in found.items() if not 0 <= value <= 1]
+    if wrong:
+        raise DataError(wrong[:_SHOWN])
+    return found
 
 
 def of_runs(names: Sequence[str], runs: Path, metric: str) -> Mapping[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from launch.sweeps.database import Database, RunRow
 from launch.sweeps.fitting import beside
 from launch.sweeps.look import look
-from launch.sweeps.metric import of_runs, with_metric
+from launch.sweeps.metric import shares_of_runs, with_metric
 from launch.sweeps.observe import measured, observed
 from launch.sweeps.spent import spent
 from launch.sweeps.study_directory import StudyDirectory
@@ -46,7 +46,7 @@ def read(
     if metric is not None:
         observations, kind = with_metric(observations, study.runs, metric), metric
     done = [one.name for one in observations if one.status == DONE]
-    scores = {} if score is None else of_runs(done, study.runs, score)
+    scores = {} if score is None else shares_of_runs(done, study.runs, score)
     write_csv(beside(study.path, "observations.csv", metric), observations)
     content = plan.content
     return StudyResults(

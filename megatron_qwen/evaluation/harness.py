@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         asked = []
         longest = max((len(continuation) for _, _, continuation in requests), default=0)
         if longest > self.max_length:
-            fix = f"does not fit into {self.max_length:,} positions; raise --context, or leave the task out."
+            fix = f"does not fit into the {self.max_length:,} positions that the model is given; leave the task out."
             raise ConfigError(Problem("an answer to be scored", f"{longest:,} tokens", fix))
         for _text, context, continuation in requests:
             whole = (*context, *continuation)[-(self.max_length + 1) :]

@@ -11,6 +11,7 @@ import functools
 import itertools
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-_PASSED = "passed"
+_STARTED, _PASSED = ".", "passed"
 _MOST_SAID = 400  # bytes of why a program failed
 _TMP_BYTES = 2**26  # of all files that a program writes
 # User ids that nobody has: each program of root's gets its own, because the kernel counts processes by user.
@@ -29,6 +30,9 @@ _counted = itertools.count(os.getpid() * 64)
 _BEGIN = """
 import os, resource, sys
 out, user, memory, processes, file, seconds = map(int, sys.argv[1:])
+nowhere = os.open("/dev/null", os.O_WRONLY)
+os.dup2(nowhere, 1)
+os.dup2(nowhere, 2)
 if user:
     os.setgroups([])
     os.setgid(user)
@@ -40,6 +44,7 @@ for kind, most in (
     resource.setrlimit(kind, (most, most))
 with open("/program.py", encoding="utf-8") as stream:
     text = stream.read()
+os.write(out, b".")
 try:
     exec(compile(text, "/program.py", "exec"), {"__name__": "__main__"})
 except BaseException as error:
@@ -85,13 +90,11 @@ def unavailable() -> str | None:
     """Why programs cannot be run on this machine; None where they can."""
     if shutil.which("bwrap") is None:
         return "bubblewrap is not installed (apt-get install bubblewrap)"
-    done = subprocess.run(
-        [*_walls(), _interpreter(), "-I", "-c", "pass"], capture_output=True, text=True, check=False, timeout=60
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return f"bubblewrap cannot make a sandbox here ({said[-1]}); containers and some kernels forbid it"
-    return None
+    try:
+        found = _run("pass", SandboxLimits())
+    except (OSError, RuntimeError) as error:
+        return f"no sandbox can be made here ({error}); containers and some kernels forbid it"
+    return None if found.passed else f"a program that does nothing fails in the sandbox ({found.why})"
 
 
 def run_programs(
@@ -102,9 +105,9 @@ def run_programs(
     Args:
         programs: source texts.
         limits: of each.
-        workers: at a time; None is one a core.
+        workers: at a time; None is one for each core that this process may use.
     """
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         return list(pool.map(lambda one: run_program(one, limits or SandboxLimits()), programs))
 
 
@@ -112,11 +115,15 @@ def run_program(program: str, limits: SandboxLimits) -> Outcome:
     """Runs a Python program.
 
     Raises:
-        RuntimeError: there is no sandbox here (``unavailable``).
+        RuntimeError: there is no sandbox here (``unavailable``), or it could not be made this time.
     """
     if (reason := unavailable()) is not None:
         raise RuntimeError(reason)
-    user = 0 if os.geteuid() else _FIRST_USER + next(_counted) % _USERS
+    return _run(program, limits)
+
+
+def _run(program: str, limits: SandboxLimits) -> Outcome:
+    user = _FIRST_USER + next(_counted) % _USERS if _is_root() else 0
     numbers = (user, limits.memory_bytes, limits.processes, limits.file_bytes, limits.seconds)
     source = os.memfd_create("program")
     with os.fdopen(source, "wb") as file:
@@ -124,36 +131,51 @@ def run_program(program: str, limits: SandboxLimits) -> Outcome:
         file.flush()
         file.seek(0)
         reading, writing = os.pipe()
-        try:
-            walls = _walls("--perms", "0644", "--ro-bind-data", str(source), "/program.py")
-            inside = [_interpreter(), "-I", "-c", _BEGIN, str(writing), *map(str, numbers)]
-            process = subprocess.Popen(
-                [*walls, *inside],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(source, writing),
-            )
-        finally:
-            os.close(writing)
         with os.fdopen(reading, "rb") as answer:
+            try:
+                walls = _walls("--perms", "0644", "--ro-bind-data", str(source), "/program.py")
+                inside = [_interpreter(), "-I", "-c", _BEGIN, str(writing), *map(str, numbers)]
+                process = subprocess.Popen(
+                    [*walls, *inside],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    pass_fds=(source, writing),
+                )
+            finally:
+                os.close(writing)
             return _ended(process, answer.fileno(), limits)
 
 
 def _ended(process: "subprocess.Popen[bytes]", answer: int, limits: SandboxLimits) -> Outcome:
     try:
-        code = process.wait(limits.seconds)
+        process.wait(limits.seconds)
     except subprocess.TimeoutExpired:
         process.kill()  # everything inside dies with it
-        process.wait()
-        return Outcome(False, f"took longer than {limits.seconds} s")
+    # Of what the program prints nothing comes here: the begin sends it nowhere.
+    _, printed = process.communicate()
     os.set_blocking(answer, False)
     said = ""
     with suppress(BlockingIOError):
         said = os.read(answer, _MOST_SAID).decode(errors="replace")
+    if process.returncode == -signal.SIGKILL and said in ("", _STARTED):
+        return Outcome(False, f"took longer than {limits.seconds} s")
+    if not said.startswith(_STARTED):
+        last = (printed.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        raise RuntimeError(f"bubblewrap: {last[:_MOST_SAID]}")
+    said, code = said.removeprefix(_STARTED), process.returncode
     if said == _PASSED and code == 0:
         return Outcome(True)
-    return Outcome(False, said if said and said != _PASSED else f"ended before its end, with exit code {code}")
+    return Outcome(False, said if said != _PASSED and said else f"ended before its end, with exit code {code}")
+
+
+def _is_root() -> bool:
+    """Whether this is the machine's root: that of a user namespace has few user ids to give away."""
+    try:
+        identity = Path("/proc/self/uid_map").read_text().split()
+    except OSError:
+        return False
+    return os.geteuid() == 0 and identity == ["0", "0", "4294967295"]
 
 
 def _interpreter() -> str:
@@ -168,8 +190,9 @@ def _walls(*more: str) -> list[str]:
     # bubblewrap makes directories on the way to what it shows for itself alone.
     binds = [word for path in parents for word in ("--perms", "0755", "--dir", path)]
     binds += [word for path in dict.fromkeys(shown) for word in ("--ro-bind-try", path, path)]
-    if os.geteuid():
-        own = ["--unshare-all", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
+    if not _is_root():
+        own = ["--unshare-user", "--unshare-all", "--disable-userns"]
+        own += ["--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     else:
         # In a user namespace root's programs would still count as root's, whose processes the kernel does not limit.
         own = ["--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts", "--unshare-cgroup-try"]
@@ -195,4 +218,6 @@ def _walls(*more: str) -> list[str]:
         *binds,
         *("--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp", "--setenv", "OMP_NUM_THREADS", "1"),
         *more,
+        # bubblewrap's own root and /dev would take files without a limit.
+        *("--remount-ro", "/dev", "--remount-ro", "/"),
     ]

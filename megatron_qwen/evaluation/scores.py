@@ -15,11 +15,9 @@ from megatron_qwen.data.tokenizers.tokenizer import beginning_of_text, load_toke
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.evaluation import gold
 from megatron_qwen.evaluation.harness import Answering, HarnessModel
-from megatron_qwen.evaluation.tasks import Prepared, random_states_kept
+from megatron_qwen.evaluation.tasks import Prepared, random_states_kept, set_shots
 from megatron_qwen.inference.answered import AnsweredLog
 from megatron_qwen.inference.request import Answer, Request
-
-_SHOTS_SEED = 1234  # the harness's own
 
 
 @dataclass
@@ -61,44 +59,33 @@ def scores(
     """
     loaded, library = prepared.loaded(), load_tokenizer(tokenizer)
     for task in loaded["tasks"].values():
-        _set_shots(task, shots)
+        set_shots(task, shots)
     model = HarnessModel(
         answering, library, ends=(), end=beginning_of_text(tokenizer, library), answered=AnsweredLog(None, {})
     )
     scored = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE != "generate_until"}
     found: dict[str, float] = {}
+    documents: dict[str, list[Mapping[str, Any]]] = {}
     with random_states_kept():
         if scored:
             # The harness draws errors of some metrics with processes of its own (bootstrap_iters), which a rank may
             # not start.
-            groups = {name: one for name, one in loaded["groups"].items() if _tasks_of(one) <= set(scored)}
+            groups = {name: one for name, one in loaded["groups"].items() if gold.tasks_of(one) <= set(scored)}
             results = evaluate(model, {"tasks": scored, "groups": groups}, limit=examples, bootstrap_iters=0)
             assert results is not None  # this is its only rank
-            gold.add_to(results, scored, model)
+            for name, samples in results["samples"].items():
+                documents[name] = [gold.of_choices(scored[name], sample) for sample in samples]
             found |= _flat({**results["results"], **results.get("groups", {})})
         for name, task in loaded["tasks"].items():
             if name not in scored:
                 task.build_all_requests(limit=examples)
-                of_documents = gold.of_texts(task, model)
-                found |= {
-                    f"{name}/{metric}": value for metric, value in gold.means(list(of_documents.values())).items()
-                }
+                documents[name] = list(gold.of_texts(task, model).values())
+    for name, some in gold.with_groups(documents, loaded["groups"]).items():
+        found |= {f"{name}/{metric}": value for metric, value in gold.means(some).items()}
     if not found:
         fix = "have nothing that can be scored while a run trains; score them with mq eval."
         raise ConfigError(Problem("evaluation.tasks", ", ".join(loaded["tasks"]), fix))
     return found
-
-
-def _set_shots(task: Any, shots: int | None) -> None:
-    """As the harness does before it evaluates; the seed is set again: every evaluation has the same examples."""
-    stated = task.get_config("num_fewshot")
-    if stated is None or (shots is not None and stated != 0):
-        task.set_config(key="num_fewshot", value=shots or 0)
-    task.set_fewshot_seed(seed=_SHOTS_SEED)
-
-
-def _tasks_of(group: Any) -> set[str]:
-    return {task.task_name for task in group.get_all_tasks()}
 
 
 def _flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

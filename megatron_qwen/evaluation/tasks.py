@@ -20,7 +20,7 @@ from megatron_qwen.evaluation.sandbox import unavailable
 # Of tasks whose answers are programs: they are refused, run in the sandbox, or their own answers are scored alone.
 CodeTasks = Literal["refused", "run", "scored"]
 
-_SEED = 1234  # of what a task draws when its data is read, such as the order of GPQA's choices
+_SEED = 1234  # the harness's own: of examples, and of what a task draws when its data is read (GPQA's choices)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def find_tasks(
         matched = manager.match_tasks([name])
         if not matched:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-            hint = f" Did you mean {', '.join(near)}?" if near else " Tasks of your own need {where.directories}."
+            hint = f" Did you mean {', '.join(near)}?" if near else f" Tasks of your own need {where.directories}."
             wrong.append(Problem(where.tasks, name, f"is no task of the harness.{hint}"))
         found += [task for task in matched if task not in found]
     if wrong:
@@ -174,6 +174,8 @@ def load_tasks(
         if fixed:
             wrong.append(Problem(where.shots, shots, f"cannot be given to {', '.join(fixed)}, which fixes 0 examples."))
         wrong += _not_done(loaded["tasks"], code, where)
+        if not fixed and code != "scored":
+            wrong += [problem for one in loaded["tasks"].values() for problem in _first_prompt(one, shots, where)]
         found += [loaded["groups"][name]] if name in loaded["groups"] else list(loaded["tasks"].values())
     if not wrong:
         try:
@@ -183,6 +185,29 @@ def load_tasks(
     if wrong:
         raise ConfigError(wrong)
     return found
+
+
+def _first_prompt(task: Any, shots: int | None, where: Names) -> Iterator[Problem]:
+    """What is wrong with prompts and examples: it is so with the first document."""
+    set_shots(task, shots)
+    try:
+        task.build_all_requests(limit=1)
+    except Exception as error:  # whatever a task's own code raises
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        yield Problem(where.tasks, task.task_name, f"cannot be asked. It said: {told[0]}")
+
+
+def set_shots(task: Any, shots: int | None) -> None:
+    """As the harness does before it evaluates; the seed is set again: every evaluation has the same examples.
+
+    Args:
+        task: of the harness.
+        shots: examples that were asked for; None leaves that to the task.
+    """
+    stated = task.get_config("num_fewshot")
+    if stated is None or (shots is not None and stated != 0):
+        task.set_config(key="num_fewshot", value=shots or 0)
+    task.set_fewshot_seed(seed=_SEED)
 
 
 def _not_done(tasks: Mapping[str, Any], code: CodeTasks, where: Names) -> Iterator[Problem]:

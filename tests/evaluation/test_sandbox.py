@@ -73,6 +73,8 @@ def test_what_passes(program):
         ("open('/etc/passwd')", "FileNotFoundError"),
         ("open('/usr/lib/new', 'w')", "OSError: [Errno 30]"),
         ("import os; os.setuid(0)", "PermissionError"),
+        ("open('/dev/shm/a', 'w')", "OSError: [Errno 30]"),
+        ("open('/a', 'w')", "Error: [Errno"),
         ("import torch", "ModuleNotFoundError"),
     ],
 )
@@ -114,7 +116,8 @@ def test_as_an_ordinary_user():
         pytest.skip("takes root to become another user, and setpriv of util-linux")
     lines = f"import sys\nsys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\nimport sandbox\n"
     lines += "limits = sandbox.SandboxLimits(seconds=3)\nprint(sandbox.unavailable())\n"
-    for program in ("assert True", "import os\nwhile True: os.fork()", "open('/etc/passwd')"):
+    unshare = "import ctypes; assert ctypes.CDLL(None).unshare(0x10000000), 'a namespace of its own'"
+    for program in ("assert True", "import os\nwhile True: os.fork()", "open('/dev/shm/a', 'w')", unshare):
         lines += f"print(sandbox.run_program({program!r}, limits))\n"
     # Another interpreter: an ordinary user may not read root's.
     words = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups", "/usr/bin/python3", "-c", lines]
@@ -123,10 +126,25 @@ def test_as_an_ordinary_user():
     done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False)
     if "None" not in done.stdout:
         pytest.skip(f"this kernel gives ordinary users no namespaces: {done.stdout}{done.stderr[-300:]}")
-    _, one, two, three = done.stdout.splitlines()
+    _, one, two, three, four = done.stdout.splitlines()
     assert "passed=True" in one
     assert "BlockingIOError" in two
-    assert "FileNotFoundError" in three
+    assert "Errno 30" in three
+    assert "passed=True" in four, four
+
+
+def test_a_root_without_user_ids_to_give_is_no_root():
+    """Of a container with a user namespace: the sandbox of ordinary users is taken, or there is none and it says so."""
+    if shutil.which("unshare") is None:
+        pytest.skip("takes unshare of util-linux")
+    lines = f"import sys\nsys.path.insert(0, {str(Path(sandbox.__file__).parent)!r})\nimport sandbox\n"
+    lines += "reason = sandbox.unavailable()\n"
+    lines += "print(reason or sandbox.run_program('assert True', sandbox.SandboxLimits()))\n"
+    words = ["unshare", "--user", "--map-root-user", sys.executable, "-c", lines]
+    done = subprocess.run(words, capture_output=True, text=True, cwd="/", check=False)
+    if done.returncode:
+        pytest.skip(f"this kernel gives no user namespace: {done.stderr[-200:]}")
+    assert "passed=True" in done.stdout or "no sandbox can be made here" in done.stdout, done.stdout
 
 
 def test_programs_of_the_two_kinds():

@@ -174,3 +174,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
         held += low <= 0 <= high
     assert 176 <= held <= 199
     assert interval(np.ones(7), lambda values, axis: values.mean(axis=axis)) == [1.0, 1.0]
+
+
+def test_more_examples_than_there_are(finished_run, folder):
+    done = run("tools.eval", finished_run, "--tasks", CHOICE, "--task-dir", folder, "--shots", 5000)
+    assert done.returncode == 2
+    assert f"{CHOICE}: cannot be asked. It said: " in done.stderr.replace(" =", "")
+    assert "Traceback" not in done.stderr

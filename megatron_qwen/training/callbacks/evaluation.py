@@ -92,7 +92,14 @@ class Evaluation(Callback):
         directories = [] if settings.task_dir is None else [Path(settings.task_dir)]
         self._prepared = prepare(settings.tasks, directories, shots=settings.shots, code="scored", where=FIELDS)
         counted = CountedOnly(config.data.seq_length)
-        self._scores(trainer, counted)
+        try:
+            self._scores(trainer, counted)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a task's own code raises; the other ranks wait for a word
+            told = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fix = f"cannot be asked of a run: {told}"
+            raise ConfigError(Problem("evaluation.tasks", ", ".join(settings.tasks), fix)) from error
         log.info(
             "evaluation: %s; %s texts of %s tokens each time, loaded in %.1f s",
             ", ".join(settings.tasks),

@@ -190,3 +190,11 @@ def test_a_task_that_there_is_not_is_said_before_the_first_step(evaluated, tmp_p
     assert "local_anwser: is no task of the harness. Did you mean local_answer" in done.stderr.replace(" =", "")
     assert "Traceback" not in done.stderr
     assert not read(tmp_path / "run")
+
+
+def test_what_cannot_be_asked_is_said_on_all_ranks(evaluated, tmp_path):
+    words = [*evaluated, "evaluation.shots=5000", "--nproc", 2, "--run-dir", tmp_path / "run"]
+    done = run("launch.train", "tiny_dense", *words)
+    assert done.returncode == 2, done.stderr
+    assert "cannot be asked of a run" in done.stderr
+    assert "Traceback" not in done.stderr
