@@ -1,17 +1,16 @@
 """Tasks put to a model again and again, as while it trains: what is scored, and what a record has of it.
 
-Answers are scored, not written: a task whose answers are written (GSM8K) is measured by how likely its own are
-(``gold.py``), which costs a forward pass and is what says something of a small model.
+Where a run cannot write answers, a task of written ones (GSM8K) is measured by how likely its own are (``gold.py``).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from lm_eval.evaluator import evaluate
 
-from megatron_qwen.data.tokenizers.tokenizer import beginning_of_text, load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import beginning_of_text, load_tokenizer, special_ids
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.evaluation import gold
 from megatron_qwen.evaluation.harness import Answering, HarnessModel
@@ -28,12 +27,14 @@ class CountedOnly:
         longest: positions of a text.
         requests: that were asked for.
         tokens: of them.
+        cannot_write: as of what will answer.
     """
 
     longest: int
     requests: int = 0
     tokens: int = 0
     at_a_time: int = field(default=1 << 20)
+    cannot_write: str | None = None
 
     def answer(self, requests: Sequence[Request]) -> Mapping[int, Answer]:
         """Every token is as likely as the next."""
@@ -42,14 +43,22 @@ class CountedOnly:
         return {one.number: Answer(prompt_logprobs=[-1.0], prompt_greedy=[False]) for one in requests}
 
 
+class Writing(Answering, Protocol):
+    """Answers that may be written, too."""
+
+    @property
+    def cannot_write(self) -> str | None:
+        """Why texts cannot be written; None where they can."""
+
+
 def scores(
-    prepared: Prepared, answering: Answering, tokenizer: Path, *, examples: int | None, shots: int | None
+    prepared: Prepared, answering: Writing, tokenizer: Path, *, examples: int | None, shots: int | None
 ) -> dict[str, float]:
     """Scores of all tasks and groups, as ``TASK/METRIC``; of a filter of the harness ``TASK/METRIC/FILTER``.
 
     Args:
         prepared: the tasks.
-        answering: scores texts.
+        answering: scores texts, and may write them.
         tokenizer: directory.
         examples: documents of each task; None takes all.
         shots: examples in front of each; None leaves that to each task.
@@ -60,10 +69,12 @@ def scores(
     loaded, library = prepared.loaded(), load_tokenizer(tokenizer)
     for task in loaded["tasks"].values():
         set_shots(task, shots)
+    stated, _ = special_ids(tokenizer, below=library.vocab_size)
+    ends = tuple(stated) if isinstance(stated, list) else () if stated is None else (stated,)
     model = HarnessModel(
-        answering, library, ends=(), end=beginning_of_text(tokenizer, library), answered=AnsweredLog(None, {})
+        answering, library, ends=ends, end=beginning_of_text(tokenizer, library), answered=AnsweredLog(None, {})
     )
-    scored = {name: task for name, task in loaded["tasks"].items() if task.OUTPUT_TYPE != "generate_until"}
+    scored = {name: task for name, task in loaded["tasks"].items() if _is_asked(task, answering)}
     found: dict[str, float] = {}
     documents: dict[str, list[Mapping[str, Any]]] = {}
     with random_states_kept():
@@ -74,7 +85,10 @@ def scores(
             results = evaluate(model, {"tasks": scored, "groups": groups}, limit=examples, bootstrap_iters=0)
             assert results is not None  # this is its only rank
             for name, samples in results["samples"].items():
-                documents[name] = [gold.of_choices(scored[name], sample) for sample in samples]
+                if scored[name].OUTPUT_TYPE == "generate_until":
+                    documents[name] = list(gold.of_texts(scored[name], model).values())
+                else:
+                    documents[name] = [gold.of_choices(scored[name], sample) for sample in samples]
             found |= _flat({**results["results"], **results.get("groups", {})})
         for name, task in loaded["tasks"].items():
             if name not in scored:
@@ -86,6 +100,13 @@ def scores(
         fix = "have nothing that can be scored while a run trains; score them with mq eval."
         raise ConfigError(Problem("evaluation.tasks", ", ".join(loaded["tasks"]), fix))
     return found
+
+
+def _is_asked(task: Any, answering: Writing) -> bool:
+    """Whether the harness asks for its answers; programs are not run beside training."""
+    if task.OUTPUT_TYPE != "generate_until":
+        return True
+    return answering.cannot_write is None and not getattr(task, "UNSAFE_CODE", False)
 
 
 def _flat(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ class Announcements:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self._name, self._device, self._count = name, device, 0
+        self._name, self._device, self._count, self._meetings = name, device, 0, 0
 
     def tell(self, what: Any) -> None:
         """Sends a message; rank 0 only."""
@@ -37,10 +37,11 @@ class Announcements:
         return heard[0]
 
     def meet(self) -> None:
-        """Waits until every rank has done what the last message asked for."""
+        """Waits until every rank has come here."""
         if dist.get_world_size() == 1:
             return
-        store, key = _store(), f"{self._key}/done"
+        self._meetings += 1
+        store, key = _store(), f"mq/{self._name}/met/{self._meetings}"
         if store.add(key, 1) == dist.get_world_size():
             store.set(f"{key}/all", "")
         store.wait([f"{key}/all"], _PATIENCE)

@@ -17,14 +17,16 @@ class Together:
 
     Args:
         engine: of this rank.
+        meeting: where ranks wait for one another, where several of these are made in a process; None makes one.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, meeting: Announcements | None = None) -> None:
         groups = engine.stage.groups
         self.engine = engine
         self._replica, self._replicas = int(groups.dp.rank()), int(groups.dp.size())
         self._leads = groups.tp.rank() == 0 and groups.pp.rank() == 0
         self._asked = Announcements("asked", engine.stage.device)
+        self._meeting = meeting or self._asked
 
     @property
     def longest(self) -> int:
@@ -49,23 +51,24 @@ class Together:
             return {}
         self.engine.require(requests)
         self._asked.tell(list(requests))
-        return self._compute(requests)
+        return self.compute(requests)
 
     def follow(self) -> None:
         """Answers with rank 0 until it is done; every other rank."""
         while (requests := self._asked.told()) is not None:
-            self._compute(requests)
+            self.compute(requests)
 
     def close(self) -> None:
         """Lets the other ranks go on; rank 0 only."""
         self._asked.tell(None)
 
-    def _compute(self, requests: Sequence[Request]) -> dict[int, Answer]:
+    def compute(self, requests: Sequence[Request]) -> dict[int, Answer]:
+        """Answers on rank 0, nothing elsewhere; every rank calls it with the same requests."""
         mine = divided(requests, self._replicas)[self._replica]
         found = {request.number: answer for request, answer in self.engine.answer(mine)}
         if dist.get_world_size() == 1:
             return found
-        self._asked.meet()
+        self._meeting.meet()
         parts: list[Mapping[int, Answer]] = [{}] * dist.get_world_size()
         dist.gather_object(found if self._leads else {}, parts if dist.get_rank() == 0 else None)
         return {number: answer for part in parts for number, answer in part.items()}

@@ -2,9 +2,11 @@
 
 The engine (``inference/``) computes with modules of its own. This takes those that train, whatever they are: FP8,
 Transformer Engine, virtual stages, context parallelism. Every text is a row of a micro-batch, filled up at its end.
+Texts that are to be written go to the engine, where it works on the run's modules (``run_engine.py``).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from megatron_qwen.objectives.base import Mean, ObjectiveResult
 from megatron_qwen.objectives.output_head import OutputHead
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import ForwardStep
+from megatron_qwen.training.run_engine import cannot_write, engine_of
 from megatron_qwen.training.step import run_batch
 
 _PLACE = "place"
@@ -85,16 +88,20 @@ class _Rows:
 
 
 class TextScores:
-    """Scores texts on all ranks of a run. Every rank makes one; then rank 0 asks, and all others ``follow``.
+    """Scores and writes texts on all ranks of a run. Every rank makes one; then rank 0 asks, all others ``follow``.
 
     Args:
         components: of the run.
+        tokenizer: directory.
         progress: called after every call of the schedule: so long a silence is no hang.
     """
 
-    at_a_time = 4096
+    at_a_time = 1024
 
-    def __init__(self, components: TrainingComponents, progress: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, components: TrainingComponents, tokenizer: Path, progress: Callable[[], None] = lambda: None
+    ) -> None:
+        self._tokenizer = tokenizer
         self._components, self._progress, self._objective = components, progress, TokenScores()
         config, groups = components.config, components.groups
         self._forward = ForwardStep(config, groups, self._objective)
@@ -113,20 +120,37 @@ class TextScores:
         if (largest := max((max(request.prompt) for request in requests), default=0)) >= vocabulary:
             fix = f"is none of the {vocabulary:,} ids of the model; the run needs the tokenizer that its data has."
             raise DataError(Problem("a token of the tests", largest, fix))
-        assert all(2 <= len(one.prompt) <= self.longest + 1 and one.sampling is None for one in requests)
+        assert all(one.sampling is not None or 2 <= len(one.prompt) <= self.longest + 1 for one in requests)
         if not requests:
             return {}
         self._asked.tell(list(requests))
-        return self._scores(requests)
+        return self._answers(requests)
 
     def follow(self) -> None:
         """Scores with rank 0 until it is done; every other rank."""
         while (requests := self._asked.told()) is not None:
-            self._scores(requests)
+            self._answers(requests)
 
     def close(self) -> None:
         """Lets the other ranks go on; rank 0 only."""
         self._asked.tell(None)
+
+    @property
+    def cannot_write(self) -> str | None:
+        """Why texts cannot be written under this run; None where they can."""
+        return cannot_write(self._components)
+
+    def _answers(self, requests: Sequence[Request]) -> dict[int, Answer]:
+        model, found = self._components.model, dict[int, Answer]()
+        model.train(False)
+        with model.whole_parameters():
+            if scored := [one for one in requests if one.sampling is None]:
+                found |= self._scores(scored)
+            if written := [one for one in requests if one.sampling is not None]:
+                found |= engine_of(self._components, self._tokenizer, self._asked).compute(written)
+                self._progress()
+        model.train(True)
+        return found
 
     def _scores(self, requests: Sequence[Request]) -> dict[int, Answer]:
         components = self._components
@@ -135,11 +159,8 @@ class TextScores:
         by_length: dict[int, list[tuple[Request, int]]] = {}
         for request, first in sorted(zip(requests, firsts, strict=False), key=lambda one: len(one[0].prompt)):
             by_length.setdefault(self._length(len(request.prompt) - 1), []).append((request, first))
-        components.model.train(False)
-        with components.model.whole_parameters():
-            for length, texts in by_length.items():
-                self._run(texts, length)
-        components.model.train(True)
+        for length, texts in by_length.items():
+            self._run(texts, length)
         found = self._objective.found
         if components.groups.tp.rank() > 0:
             found.zero_()  # tensor-parallel ranks all have the same

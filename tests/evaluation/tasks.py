@@ -7,6 +7,7 @@ from pathlib import Path
 from launch.demo import standard_library
 
 CHOICE, ANSWER, TEXT = "local_choice", "local_answer", "local_text"
+WRITTEN = "local_written"  # measured by what was written, where accuracy of a tiny model is 0 whatever it writes
 _LINES, _LONGEST = 6, 60
 _FILES = {
     CHOICE: """
@@ -29,6 +30,17 @@ _FILES = {
         generation_kwargs: {until: ["\\n"], max_gen_toks: 12}
         metric_list:
           - {metric: exact_match, aggregation: mean, higher_is_better: true}
+        """,
+    WRITTEN: """
+        fewshot_split: test
+        output_type: generate_until
+        doc_to_text: "{{context}}\\n"
+        doc_to_target: answer
+        num_fewshot: 1
+        generation_kwargs: {until: ["\\n"], max_gen_toks: 12}
+        process_results: !function written.measure
+        metric_list:
+          - {metric: sum_of_characters, aggregation: mean, higher_is_better: true}
         """,
     TEXT: """
         output_type: loglikelihood_rolling
@@ -64,8 +76,12 @@ def write_tasks(folder: Path, *, items: int, repeats: int = 2) -> Path:
         records[CHOICE].append(
             {"context": "\n".join(context), "choices": [*choices[:gold], last, *choices[gold:]], "gold": gold}
         )
-        records[ANSWER].append({"context": "\n".join(context[:3]), "answer": context[3]})
+        for name in (ANSWER, WRITTEN):
+            records[name].append({"context": "\n".join(context[:3]), "answer": context[3]})
         records[TEXT].append({"text": "\n".join(group * repeats)})
+    (folder / "written.py").write_text(
+        "def measure(doc, results):\n    return {'sum_of_characters': sum(map(ord, results[0]))}\n"
+    )
     for name, rule in _FILES.items():
         data = folder / f"{name}.jsonl"
         data.write_text("".join(json.dumps(record) + "\n" for record in records[name]))

@@ -15,7 +15,7 @@ from megatron_qwen.training.step_record import StepRecord
 from megatron_qwen.training.text_scores import TextScores
 
 if TYPE_CHECKING:
-    from megatron_qwen.evaluation.harness import Answering
+    from megatron_qwen.evaluation.scores import Writing
     from megatron_qwen.evaluation.tasks import Prepared
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Evaluation(Callback):
             ConfigError: a task that there is not, or whose data cannot be read; on all ranks.
         """
         components = trainer.components
-        self._texts = TextScores(components, progress=lambda: trainer.enter("evaluating"))
+        self._texts = TextScores(components, self._tokenizer, progress=lambda: trainer.enter("evaluating"))
         started = Announcements("evaluation", components.batch_slice.device)
         if dist.get_rank() == 0:
             try:
@@ -91,7 +91,8 @@ class Evaluation(Callback):
         settings, began = config.evaluation, time.monotonic()
         directories = [] if settings.task_dir is None else [Path(settings.task_dir)]
         self._prepared = prepare(settings.tasks, directories, shots=settings.shots, code="scored", where=FIELDS)
-        counted = CountedOnly(config.data.seq_length)
+        assert self._texts is not None
+        counted = CountedOnly(config.data.seq_length, cannot_write=self._texts.cannot_write)
         try:
             self._scores(trainer, counted)
         except UserError:
@@ -100,6 +101,8 @@ class Evaluation(Callback):
             told = (str(error).strip().splitlines() or [type(error).__name__])[0]
             fix = f"cannot be asked of a run: {told}"
             raise ConfigError(Problem("evaluation.tasks", ", ".join(settings.tasks), fix)) from error
+        if counted.cannot_write is not None:
+            log.info("evaluation: answers are scored and none is written under %s", counted.cannot_write)
         log.info(
             "evaluation: %s; %s texts of %s tokens each time, loaded in %.1f s",
             ", ".join(settings.tasks),
@@ -108,7 +111,7 @@ class Evaluation(Callback):
             time.monotonic() - began,
         )
 
-    def _scores(self, trainer: TrainerInterface, answering: "Answering") -> dict[str, float]:
+    def _scores(self, trainer: TrainerInterface, answering: "Writing") -> dict[str, float]:
         from megatron_qwen.evaluation.scores import scores
 
         settings = trainer.components.config.evaluation
