@@ -136,7 +136,8 @@ def _fit(options: argparse.Namespace, _: list[str]) -> int:
 
 def _report(options: argparse.Namespace, _: list[str]) -> int:
     """Fits again with the settings of the existing fit, so that page and fit agree. Without a law no fit is written."""
-    from launch.sweeps.fitting import beside, has_law
+    from launch.sweeps.fit_paths import beside
+    from launch.sweeps.fitting import has_law
 
     page = options.output or beside(options.source, "report.html")
     figures = options.figures or beside(options.source, "figures")

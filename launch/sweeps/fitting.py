@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.sweeps.fit_paths import beside
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 _BEYOND = 1000.0  # times the largest fitted N D, from where on nothing is predicted; as of mq sweep prescribe
@@ -42,14 +43,6 @@ def fit_command(options: argparse.Namespace) -> int:
 def has_law(fit: Any) -> bool:
     """Whether something follows from a fit, or from its file."""
     return fit.surface is not None or fit.basin is not None
-
-
-def beside(source: Path, name: str, metric: str | None = None) -> Path:
-    """The path in a study directory, or next to a CSV with its name as prefix; of a metric with its name in it."""
-    if metric is not None:
-        stem, _, kind = name.rpartition(".")
-        name = f"{stem}.{metric.removeprefix('eval/').replace('/', '-')}.{kind}"
-    return source / name if source.is_dir() else source.with_suffix(f".{name}")
 
 
 def _check(options: argparse.Namespace, output: Path) -> list[tuple[float, float]]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch.sweeps.database import Database, RunRow
-from launch.sweeps.fitting import beside
+from launch.sweeps.fit_paths import beside
 from launch.sweeps.look import look
 from launch.sweeps.metric import shares_of_runs, with_metric
 from launch.sweeps.observe import measured, observed
