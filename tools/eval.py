@@ -99,13 +99,13 @@ def _evaluate(options: argparse.Namespace, info: "RankInfo") -> dict[str, Any] |
     wanted = EvalOptions(
         limit=options.limit, shots=options.shots, chat=options.chat, system=options.system, output=options.output
     )
-    prepared = None if info.rank else _prepare(options)
-    model = load(options.source, load_options(options), info)
+    prepared: list[Prepared] = []
+    model = load(options.source, load_options(options), info, first=lambda: prepared.append(_prepare(options)))
     together = Together(model.engine)
-    if prepared is None:
+    if info.rank:
         together.follow()
         return None
-    found = evaluate(model, together, prepared, wanted)
+    found = evaluate(model, together, prepared[0], wanted)
     together.close()
     return found
 

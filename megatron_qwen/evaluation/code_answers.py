@@ -7,7 +7,8 @@ has written in its own process, and are refused.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_qwen.evaluation.sandbox import Outcome, run_programs
+from megatron_qwen.errors import UserError
+from megatron_qwen.evaluation.sandbox import Outcome, SandboxError, run_programs
 
 METRIC = "pass@1"
 # In the metadata of a task whose programs are run by this module alone.
@@ -49,7 +50,11 @@ def _run(
     answers: Sequence[Sequence[str]], documents: Sequence[Document], program: Callable[[str, Document], str]
 ) -> Ran:
     programs = [program(text, doc) for texts, doc in zip(answers, documents, strict=True) for text in texts]
-    outcomes = iter(run_programs(programs))
+    try:
+        outcomes = iter(run_programs(programs))
+    except SandboxError as error:
+        text = f"the programs of a task cannot be run: {error}. Mend that and repeat the command"
+        raise UserError(f"{text}; with --output it finds the answers that are there.") from error
     return [[_pair(next(outcomes)) for _ in texts] for texts in answers]
 
 

@@ -14,12 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+_AGAIN_S = 1.0
 _STARTED, _PASSED = ".", "passed"
 _MOST_SAID = 400  # bytes of why a program failed
 _TMP_BYTES = 2**26  # of all files that a program writes
@@ -53,6 +55,10 @@ except BaseException as error:
 os.write(out, b"passed")
 os._exit(0)
 """
+
+
+class SandboxError(RuntimeError):
+    """No sandbox can be made: nothing is known of the program."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ def unavailable() -> str | None:
         return "bubblewrap is not installed (apt-get install bubblewrap)"
     try:
         found = _run("pass", SandboxLimits())
-    except (OSError, RuntimeError) as error:
+    except (OSError, SandboxError) as error:
         return f"no sandbox can be made here ({error}); containers and some kernels forbid it"
     return None if found.passed else f"a program that does nothing fails in the sandbox ({found.why})"
 
@@ -115,11 +121,18 @@ def run_program(program: str, limits: SandboxLimits) -> Outcome:
     """Runs a Python program.
 
     Raises:
-        RuntimeError: there is no sandbox here (``unavailable``), or it could not be made this time.
+        SandboxError: there is no sandbox here (``unavailable``), or none could be made this time, nor a second time.
     """
     if (reason := unavailable()) is not None:
-        raise RuntimeError(reason)
-    return _run(program, limits)
+        raise SandboxError(reason)
+    try:
+        return _run(program, limits)
+    except (OSError, SandboxError):
+        time.sleep(_AGAIN_S)  # a machine that is out of memory or processes for a moment
+    try:
+        return _run(program, limits)
+    except OSError as error:
+        raise SandboxError(f"no sandbox can be made now ({error})") from error
 
 
 def _run(program: str, limits: SandboxLimits) -> Outcome:
@@ -162,7 +175,7 @@ def _ended(process: "subprocess.Popen[bytes]", answer: int, limits: SandboxLimit
         return Outcome(False, f"took longer than {limits.seconds} s")
     if not said.startswith(_STARTED):
         last = (printed.decode(errors="replace").strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        raise RuntimeError(f"bubblewrap: {last[:_MOST_SAID]}")
+        raise SandboxError(f"bubblewrap: {last[:_MOST_SAID]}")
     said, code = said.removeprefix(_STARTED), process.returncode
     if said == _PASSED and code == 0:
         return Outcome(True)

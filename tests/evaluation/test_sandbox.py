@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_qwen.errors import UserError
 from megatron_qwen.evaluation import sandbox
 from megatron_qwen.evaluation.code_answers import humaneval, mbpp, passed
 from megatron_qwen.evaluation.sandbox import SandboxLimits, run_program, run_programs, unavailable
@@ -155,6 +156,26 @@ def test_programs_of_the_two_kinds():
     program = {"test_list": ["assert two() == 2"], "test_setup_code": ""}
     found = mbpp([["def two(): return 2"], ["import sys; sys.exit()"]], [program, program])
     assert [one for ((one, _),) in found] == [True, False]
+
+
+def test_a_sandbox_that_fails_in_the_middle_is_tried_once_more(monkeypatch):
+    """No memory for a process, say: one failure is the machine's, two are one clear message and no score."""
+    real, tried = sandbox._walls, []
+
+    def fails(times):
+        def walls(*more):
+            tried.append(1)
+            return [*real(*more), "--no-such-option"] if len(tried) <= times else real(*more)
+
+        return walls
+
+    assert unavailable() is None
+    monkeypatch.setattr(sandbox, "_AGAIN_S", 0.01)
+    monkeypatch.setattr(sandbox, "_walls", fails(1))
+    assert run_program("pass", SHORT).passed
+    monkeypatch.setattr(sandbox, "_walls", fails(100))
+    with pytest.raises(UserError, match=r"cannot be run: bubblewrap: .*no-such-option.* repeat the command"):
+        mbpp([["pass"]], [{"test_list": [], "test_setup_code": ""}])
 
 
 def test_many_at_once():

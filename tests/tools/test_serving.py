@@ -24,6 +24,24 @@ def test_pieces_are_the_text(text, stops):
     assert "\ufffd" in text or not any("\ufffd" in piece for piece in pieces)
 
 
+def test_a_tokenizer_that_leaves_out_the_first_space():
+    words = [" one", " two", "", " three", " 3"]
+    stream = TextStream(lambda ids: "".join(words[one] for one in ids).removeprefix(" "))
+    assert [*(stream.add(word) for word in range(len(words))), stream.end()] == ["one", " two", "", " three", " 3", ""]
+
+
+def test_tokens_are_decoded_a_few_at_a_time():
+    most = [0]
+
+    def counted(ids):
+        most[0] = max(most[0], len(ids))
+        return decode(ids)
+
+    stream, text = TextStream(counted, ["never"]), "né 漢🙂 " * 500
+    assert "".join(stream.add(byte) for byte in text.encode()) + stream.end() == text
+    assert most[0] <= 8  # two characters
+
+
 def test_calls():
     first = '<tool_call>\n{"name": "look", "arguments": {"at": "é"}}\n</tool_call>'
     second = '<tool_call>\n{"name": "go", "arguments": "{}"}\n</tool_call>'

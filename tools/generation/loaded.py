@@ -1,7 +1,7 @@
 """A model on this rank, ready to answer: from a run, a checkpoint of any layout, or a Hugging Face directory."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from megatron_qwen.data.tokenizers.tokenizer import (
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.errors import ConfigError, ConversionError, Problem
+from megatron_qwen.inference.announcements import Announcements
 from megatron_qwen.inference.blocks import BLOCK, blocks_of
 from megatron_qwen.inference.engine import Engine
 from megatron_qwen.inference.exactness import largest_difference
@@ -133,8 +134,16 @@ def open_for_inference(path: Path, options: LoadOptions) -> tuple[ModelSource, R
     return source, config, load_tokenizer(source.tokenizer)
 
 
-def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
+def load(
+    path: Path, options: LoadOptions, info: RankInfo, *, first: Callable[[], object] = lambda: None
+) -> LoadedModel:
     """This rank's part of a model; says what its cache holds.
+
+    Args:
+        path: the source.
+        options: how it is loaded.
+        info: of this rank.
+        first: called on rank 0 before; the others wait for it, which may take longer than a collective.
 
     Raises:
         UserError: as ``open_for_inference``.
@@ -142,6 +151,9 @@ def load(path: Path, options: LoadOptions, info: RankInfo) -> LoadedModel:
     die_with_launcher()
     source, config, tokenizer = open_for_inference(path, options)
     join(info, timeout_minutes=config.parallel.distributed_timeout_minutes)
+    if info.rank == 0:
+        first()
+    Announcements("ready", device.current()).meet()
     device.set_threads(device.fair_threads(info.local_world_size))
     if info.world_size != (needed := smallest_world(config) * options.replicas):
         fix = f"the layout has {needed}: start as many, or change the layout (parallel.*)."
