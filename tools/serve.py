@@ -66,7 +66,9 @@ def main(arguments: Sequence[str]) -> int:
         if (ranks := smallest_world(config)) > 1:
             return start_ranks("tools.serve", options.source, arguments, ranks)
     set_up_log(rank=info.rank)
-    model = load(options.source, load_options(options, sequences=options.max_sequences), info)
+    # Somebody may be reading an answer: it goes on beside other prompts.
+    wanted = load_options(options, sequences=options.max_sequences, prompts_first=False)
+    model = load(options.source, wanted, info)
     _serve(model, options, info)
     leave()
     return 0

@@ -43,19 +43,31 @@ class _Set:
     """
 
     def __init__(self, cache: KvCache, blocks: int, slots: int) -> None:
-        self.blocks, self.slots, self._cache, shape = blocks, slots, cache, cache.shape
-        rows, length = (shape.layers, slots, shape.heads), blocks * BLOCK
-        self._keys = torch.zeros(*rows, shape.head_dim, length, dtype=torch.float32, device=cache.device)
-        self._values = torch.zeros(*rows, length, shape.head_dim, dtype=shape.dtype, device=cache.device)
-        self._layers = [_LayerOfSet(*both) for both in zip(self._keys, self._values, strict=True)]
+        self.blocks, self.slots, self._cache = blocks, slots, cache
+        # Tensors of a layer are apart, so that a set which grows holds no more than one of them twice.
+        self._layers = [_LayerOfSet(*self._zeros(slots)) for _ in range(cache.shape.layers)]
         self._slot_of: dict[Answered, int] = {}
         self._next: dict[Answered, int] = {}  # position that is written next
         self._free = list(reversed(range(slots)))
+
+    def _zeros(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer."""
+        shape, device, length = self._cache.shape, self._cache.device, self.blocks * BLOCK
+        keys = torch.zeros(slots, shape.heads, shape.head_dim, length, dtype=torch.float32, device=device)
+        return keys, torch.zeros(slots, shape.heads, length, shape.head_dim, dtype=shape.dtype, device=device)
 
     @property
     def size(self) -> int:
         """Blocks that it takes."""
         return self.blocks * self.slots
+
+    def grow(self, slots: int) -> None:
+        """Takes more slots; what is there stays."""
+        for number, old in enumerate(self._layers):
+            both = zip(old.whole(), self._zeros(slots - self.slots), strict=True)
+            self._layers[number] = _LayerOfSet(*(torch.cat(parts) for parts in both))
+        self._free = [*reversed(range(self.slots, slots)), *self._free]
+        self.slots = slots
 
     def holds(self, one: Single) -> bool:
         """Whether all before a token is here."""
@@ -85,7 +97,8 @@ class _Set:
         if stop:
             table = torch.tensor(sequence.blocks[: blocks_of(stop)], device=self._cache.device)
             slot = self._slot_of[sequence]
-            for keys, values, cached in zip(self._keys, self._values, self._cache.both, strict=True):
+            for layer, cached in zip(self._layers, self._cache.both, strict=True):
+                keys, values = layer.whole()
                 found = cached[:, table].transpose(1, 2).flatten(2, 3)
                 keys[slot, :, :, : found.shape[2]] = found[0].transpose(1, 2)
                 values[slot, :, : found.shape[2]] = found[1]
@@ -101,6 +114,10 @@ class _LayerOfSet:
         self.slots, self.heads, self.length, self.d = values.shape
         self.keys, self.values = keys.flatten(0, 1), values.flatten(0, 1)
         self._key_elements, self._value_rows = keys.view(-1), values.view(-1, self.d)
+
+    def whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys [slots, heads, d, L] and values [slots, heads, L, d]."""
+        return self.keys.unflatten(0, (self.slots, self.heads)), self.values.unflatten(0, (self.slots, self.heads))
 
     def write(self, elements: torch.Tensor, rows: torch.Tensor, both: torch.Tensor) -> None:
         """Writes keys and values, [2, heads, n, d]: keys to elements, [heads x n x d], values to rows, [heads x n]."""
@@ -245,8 +262,10 @@ class GatheredSets:
         kept = self._sets.get(size)
         if kept is not None and slots <= kept.slots <= min(room, 2 * slots + 2):
             return kept
-        # A set that grows or shrinks will do so again.
-        slots = slots if kept is None else min(room, slots + slots // 4)
+        # Free slots are computed as well, so a set has no more than it needs when it grows.
+        if kept is not None and slots > kept.slots:
+            kept.grow(slots)
+            return kept
         self._sets.pop(size, None)
         del kept  # before its successor takes memory
         if slots < least:

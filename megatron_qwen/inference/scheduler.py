@@ -50,10 +50,13 @@ class Limits:
     Args:
         sequences: that are answered at a time.
         tokens: of prompts that a step computes, at most; at least a block.
+        prompts_first: whether steps with many tokens of prompts have no others. Then sequences begin together and end
+            together, and steps have more of them; but one that is being answered waits for prompts.
     """
 
     sequences: int = 64
     tokens: int = 512
+    prompts_first: bool = True
 
 
 class Scheduler:
@@ -101,6 +104,8 @@ class Scheduler:
             spans.append(Span(sequence, sequence.cached, sequence.cached + part))
             left -= 0 if missing == 1 else part
         spans = [span for span in spans if span.sequence in self.running]
+        single = [span for span in spans if span.stop - span.start == 1]
+        spans = [span for span in spans if span.stop - span.start > 1]
         for span in spans:
             self._publish(span)
         while left > 0 and self.waiting and len(self.running) < self.limits.sequences:
@@ -118,7 +123,11 @@ class Scheduler:
             spans.append(Span(sequence, sequence.cached, stop))
             self._publish(spans[-1])
             left -= stop - sequence.cached
-        return spans
+        if self.limits.prompts_first and left <= self.limits.tokens // 2:
+            return spans
+        for span in single:
+            self._publish(span)
+        return [*single, *spans]
 
     def done(self, spans: list[Span]) -> Iterator[Sequence]:
         """Takes note of a step that was computed; gives the sequences that are finished and releases their blocks."""

@@ -2,6 +2,8 @@
 
 import random
 
+import pytest
+
 from megatron_qwen.inference.blocks import BLOCK, BlockPool, blocks_of
 from megatron_qwen.inference.request import Request, Sampling
 from megatron_qwen.inference.scheduler import Limits, Scheduler
@@ -32,6 +34,35 @@ def test_a_long_prompt_is_computed_in_parts_beside_others():
     assert step(scheduler)[0] == [(0, 100, 200)]
     assert step(scheduler)[0] == [(0, 200, 250), (1, 0, 10)]
     assert step(scheduler)[0] == [(0, 250, 251), (1, 10, 11)]
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_many_tokens_of_prompts_have_a_step_of_their_own_where_it_is_asked_for(first):
+    """Steps of few tokens of prompts have what is being answered beside them in any case."""
+    scheduler = Scheduler(BlockPool(20), Limits(sequences=4, tokens=100, prompts_first=first))
+    scheduler.add(sequence(20, number=0))
+    assert step(scheduler)[0] == [(0, 0, 20)]
+    scheduler.add(sequence(140, number=1, start=1000))
+    answered = [] if first else [(0, 20, 21)]
+    assert step(scheduler)[0] == [*answered, (1, 0, 100)]
+    at = 20 if first else 21
+    assert step(scheduler)[0] == [(0, at, at + 1), (1, 100, 140)]
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.pool.free == 20
+
+
+def test_a_block_is_shared_when_the_step_that_fills_it_is_taken():
+    """A sequence that is being answered fills a block in a step that is put off: nobody takes it over before."""
+    scheduler = Scheduler(BlockPool(20), Limits(sequences=4, tokens=128))
+    scheduler.add(sequence(63, number=0))
+    assert step(scheduler)[0] == [(0, 0, 63)]
+    filled = scheduler.running[0]
+    scheduler.add(sequence(126, number=1, start=1000))
+    assert step(scheduler)[0] == [(1, 0, 126)]
+    assert scheduler.pool.share(filled.name_of(0)) is None
+    assert step(scheduler)[0] == [(0, 63, 64), (1, 126, 127)]
+    assert scheduler.pool.share(filled.name_of(0)) == filled.blocks[0]
 
 
 def test_equal_beginnings_share_blocks():

@@ -78,11 +78,27 @@ def _prepare(actions: Any) -> None:
             "mq data prepare --tokenizer tok --output data/corpus corpus.jsonl notes.txt",
             "mq data prepare --tokenizer tok --output data/web --where lang=en --on-error skip 'crawl/**/*.jsonl.zst'",
             "mq data prepare --tokenizer tok --output data/web --shard-gib 8 --task 3/16 @files.txt",
+            "mq data prepare --chat --tokenizer Qwen2.5-7B-Instruct --output data/chat --max-tokens 32768 chats.jsonl",
         ],
     )
     prepare.set_defaults(module="tools.data.prepare")
     prepare.add_argument("--tokenizer", type=Path, required=True, help="tokenizer directory")
     prepare.add_argument("--output", type=Path, required=True, help="prefix of the token file")
+    chat = prepare.add_argument_group("conversations")
+    chat.add_argument(
+        "--chat",
+        action="store_true",
+        help="records are conversations (OpenAI's, ShareGPT's or Alpaca's form), which the tokenizer's chat template "
+        "renders; the assistant's messages alone carry loss",
+    )
+    chat.add_argument("--max-tokens", type=int, help="leave out longer conversations, and count them")
+    chat.add_argument(
+        "--template-variable",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the chat template, such as enable_thinking=false; VALUE is JSON or a text",
+    )
     prepare.add_argument("--field", default="text", help="field or column that holds the text")
     prepare.add_argument("--prompt-field", help="field of text that goes before it and carries no loss")
     prepare.add_argument(

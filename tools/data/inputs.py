@@ -8,12 +8,12 @@ if TYPE_CHECKING:
     from megatron_qwen.data.text.inputs import Inputs
 
 
-def told_inputs(names: Sequence[str], *, text_field: str) -> "Inputs":
+def told_inputs(names: Sequence[str], *, text_field: str | Sequence[str]) -> "Inputs":
     """The input files for the names that were typed.
 
     Args:
         names: files, folders, patterns or lists.
-        text_field: of JSON lines.
+        text_field: of JSON lines, or several of which a record has one.
 
     Raises:
         DataError: with every name that stands for nothing that can be read.

@@ -14,6 +14,7 @@ from megatron_qwen.errors import ConfigError, Problem
 from tools.data.inputs import told_inputs
 
 if TYPE_CHECKING:
+    from megatron_qwen.data.chat.options import ChatOptions
     from megatron_qwen.data.prepare.workers import EncodingProgress
 
 _TERMINAL_S, _LOG_S = 0.2, 30.0
@@ -21,6 +22,7 @@ _TERMINAL_S, _LOG_S = 0.2, 30.0
 
 def main(options: argparse.Namespace) -> int:
     """Prepares."""
+    from megatron_qwen.data.chat.forms import FORMS
     from megatron_qwen.data.prepare.job import ShardTask, prepare
     from megatron_qwen.data.prepare.plan import make_plan
     from megatron_qwen.data.text.blocks import ReadOptions
@@ -35,8 +37,9 @@ def main(options: argparse.Namespace) -> int:
         where=parse_conditions(options.where),
         separator=options.separator,
         max_document_bytes=options.max_document_mib << 20,
+        chat=options.chat,
     )
-    inputs = told_inputs(options.files, text_field=options.field)
+    inputs = told_inputs(options.files, text_field=FORMS if options.chat else (options.field,))
     documents = DocumentOptions(options.end_token, control_as_text=options.control_tokens == "text")
     plan = make_plan(
         inputs.files,
@@ -44,6 +47,7 @@ def main(options: argparse.Namespace) -> int:
         prefix=options.output,
         options=read,
         documents=documents,
+        chat=_chat_options(options) if options.chat else None,
         skip_bad=options.on_error == "skip",
         left_out=inputs.left_out,
         shard_bytes=None if options.shard_gib is None else int(options.shard_gib * (1 << 30)),
@@ -68,16 +72,41 @@ def main(options: argparse.Namespace) -> int:
             )
             if count
         ]
+        kind = "conversations" if options.chat else "documents"
         shards = f" in {len(whole.shards)} shards" if whole.shards else ""
         print(
-            f"{options.output}: {whole.documents:,} documents{shards}, {whole.tokens:,} tokens"
+            f"{options.output}: {whole.documents:,} {kind}{shards}, {whole.tokens:,} tokens"
             f"{''.join(', ' + text for text in left_out)}; {show.summary()}; {whole.encoder}"
         )
+        if whole.chat:
+            trained, answers = whole.chat["trained_tokens"], whole.chat["answers"]
+            print(
+                f"{options.output}: {trained:,} tokens ({trained / max(1, whole.tokens):.1%}) of {answers:,} answers "
+                f"carry loss; the longest conversation has {whole.chat['longest']:,} tokens"
+            )
+            for reason, count in sorted(whole.chat["reasons"].items(), key=lambda item: -item[1]):
+                print(f"{options.output}: {count:,} left out: {reason}")
         if whole.spelled_control_tokens:
             spelled = ", ".join(f"{name} {count:,}" for name, count in whole.spelled_control_tokens.items())
             what = "text; --control-tokens encode" if documents.control_as_text else "tokens; --control-tokens text"
             print(f"{options.output}: documents spell control tokens ({spelled}), encoded as {what} does otherwise")
     return 0
+
+
+def _chat_options(options: argparse.Namespace) -> "ChatOptions":
+    from megatron_qwen.data.chat.options import ChatOptions
+    from megatron_qwen.data.chat.template import chat_template_of
+
+    variables = {}
+    for word in options.template_variable:
+        name, sign, value = word.partition("=")
+        if not sign or not name.isidentifier():
+            raise ConfigError(Problem("--template-variable", word, "must be NAME=VALUE."))
+        try:
+            variables[name] = json.loads(value)
+        except ValueError:
+            variables[name] = value
+    return ChatOptions(chat_template_of(options.tokenizer, variables), options.max_tokens)
 
 
 def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
@@ -89,6 +118,18 @@ def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
         problems.append(Problem("--max-document-mib", options.max_document_mib, "must be from 1 to 1,048,576."))
     if options.shard_gib is not None and not 0 < options.shard_gib < float("inf"):
         problems.append(Problem("--shard-gib", options.shard_gib, "must be a number above 0."))
+    if options.max_tokens is not None and options.max_tokens < 2:
+        problems.append(Problem("--max-tokens", options.max_tokens, "must be at least 2."))
+    others = {"--max-tokens": options.max_tokens is not None, "--template-variable": bool(options.template_variable)}
+    texts = {
+        "--field": options.field != "text",
+        "--prompt-field": options.prompt_field is not None,
+        "--separator": options.separator is not None,
+    }
+    for name, given in (texts if options.chat else others).items():
+        if given:
+            what = "has no effect on conversations" if options.chat else "needs --chat"
+            problems.append(Problem(name, None, f"{what}; omit it."))
     if options.separator == "":
         problems.append(Problem("--separator", "", "must not be empty."))
     task = (0, 1)

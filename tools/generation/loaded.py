@@ -90,6 +90,7 @@ class LoadOptions:
         sequences: answered at a time.
         cache_bytes: of keys and values, over all ranks of this machine; None is a quarter of what is free.
         replicas: data-parallel ones of the model, which divide the requests.
+        prompts_first: see ``Limits``: faster for many texts, but answers that someone reads as they come stand still.
     """
 
     iteration: int | None = None
@@ -101,6 +102,7 @@ class LoadOptions:
     sequences: int = 64
     cache_bytes: int | None = None
     replicas: int = 1
+    prompts_first: bool = True
 
 
 def open_for_inference(path: Path, options: LoadOptions) -> tuple[ModelSource, RunConfig, Tokenizer]:
@@ -177,7 +179,8 @@ def load(
             f"{blocks * BLOCK:,}",
             gb(stage.products.copied_bytes),
         )
-    engine = Engine(stage, blocks=blocks, limits=Limits(sequences=options.sequences), decode=tokenizer.decode)
+    limits = Limits(sequences=options.sequences, prompts_first=options.prompts_first)
+    engine = Engine(stage, blocks=blocks, limits=limits, decode=tokenizer.decode)
     _say_whether_exact(largest_difference(engine), rank=info.rank)
     return LoadedModel(engine, tokenizer, ends_of(source, tokenizer), source, config.precision.dtype)
 

@@ -17,12 +17,13 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, help="positions of prompt and answer; default: all that the model has")
 
 
-def load_options(options: argparse.Namespace, *, sequences: int = 64) -> "LoadOptions":
+def load_options(options: argparse.Namespace, *, sequences: int = 64, prompts_first: bool = True) -> "LoadOptions":
     """What they say.
 
     Args:
         options: with those of ``add_model_options``, ``overrides`` and, where there is such an option, ``replicas``.
         sequences: answered at a time.
+        prompts_first: see ``Limits``.
     """
     from tools.generation.loaded import LoadOptions
 
@@ -35,4 +36,5 @@ def load_options(options: argparse.Namespace, *, sequences: int = 64) -> "LoadOp
         longest=options.context,
         sequences=sequences,
         replicas=getattr(options, "replicas", 1),
+        prompts_first=prompts_first,
     )

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_qwen.data.chat.conversation import Conversation
+from megatron_qwen.data.prepare.chat_part import chat_encoder
 from megatron_qwen.data.prepare.join import ShardWriter, set_manifest
 from megatron_qwen.data.prepare.part import Part, part_path, read_part
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan, Unit
@@ -17,7 +19,7 @@ from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, rea
 from megatron_qwen.data.token_files.token_index import token_dtype
 from megatron_qwen.data.tokenizers import encoder as encoders
 from megatron_qwen.data.tokenizers.encoder import Encoder, TokenizerEncoder
-from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, Tokenizer, load_tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megatron_qwen.errors import ConfigError, DataError, Problem
 from megatron_qwen.files import LockHeldError, atomic_write_json, exclusive_lock
 
@@ -25,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # File in the work directory that says why the tokenizer's own library is used instead of gigatoken.
 _SLOW = "slow_encoder"
+_SHOWN = 100  # characters of a conversation in a message
 ENDINGS = (".bin", ".idx", ".mask", ".skipped.jsonl", ".json")
 
 
@@ -38,6 +41,10 @@ class ShardTask:
 
 class _OtherIds(Exception):
     """The fast encoder gives other ids than the tokenizer for a text."""
+
+
+class _OtherRendering(_OtherIds):
+    """A conversation has other ids or another mask than by Jinja and the tokenizer's own library."""
 
 
 def prepare(
@@ -75,7 +82,10 @@ def prepare(
             _make(plan, mine, encoder, workers, on_progress)
         except _OtherIds as error:
             tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
-            why = f"slower; {encoders.cause(encoder, tokenizer, str(error), plan.documents)}"
+            if isinstance(error, _OtherRendering):
+                why = f"slower; a conversation is rendered otherwise than by its template: {error}"
+            else:
+                why = f"slower; {encoders.cause(encoder, tokenizer, str(error), plan.documents)}"
             encoder = TokenizerEncoder(tokenizer, why, plan.documents)
             log.warning("%s: restarting with %s", plan.prefix, encoder.name)
             _forget_parts(plan, mine)
@@ -114,7 +124,7 @@ def _make(
         # Loaded while the workers run already: their parts are used only if the comparison with the tokenizer succeeds.
         tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
         dtype = token_dtype(tokenizer.vocab_size)
-        proof = _Proof(encoder, tokenizer, plan.documents)
+        proof = _Proof(plan, encoder, tokenizer)
         for key in old:
             proof.of(parts[key])  # whoever made it may have been killed before it did this
         for message in messages:
@@ -150,13 +160,17 @@ class _Proof:
     """Compares the ids of an encoder with those of the tokenizer's own library; raises _OtherIds if any differs.
 
     Args:
+        plan: of the preparation.
         encoder: what made the parts.
         tokenizer: the reference.
-        options: how documents become ids.
     """
 
-    def __init__(self, encoder: Encoder, tokenizer: Tokenizer, options: DocumentOptions) -> None:
-        self._encoder, self._tokenizer, self._options = encoder, tokenizer, options
+    def __init__(self, plan: PreparationPlan, encoder: Encoder, tokenizer: Tokenizer) -> None:
+        self._encoder, self._tokenizer, self._options = encoder, tokenizer, plan.documents
+        self._chats = None
+        if plan.chat is not None:
+            reference = TokenizerEncoder(tokenizer, "the reference", plan.documents)
+            self._chats = chat_encoder(plan, reference, fast=False)
         self._fast = not isinstance(encoder, TokenizerEncoder)
         self._unproven = self._fast  # for texts that spell control tokens
         if self._fast:
@@ -173,6 +187,13 @@ class _Proof:
             if found != ids:
                 raise _OtherIds(text)
         part.samples.clear()
+        for chat in part.chats:
+            conversation = Conversation(chat["messages"], tuple(chat["tools"]), frozenset(chat["untrained"]))
+            assert self._chats is not None
+            expected = self._chats(conversation)
+            if (expected.ids.tolist(), expected.mask.tolist()) != (chat["ids"], chat["mask"]):
+                raise _OtherRendering(str(chat["messages"])[:_SHOWN])
+        part.chats.clear()
 
     def _prove(self, *, control: bool) -> None:
         texts = encoders.probes(self._tokenizer, control=control)

@@ -12,7 +12,7 @@ import xxhash
 
 from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
-from megatron_qwen.data.token_files.manifest import Manifest, file_digest, with_ending, write_manifest
+from megatron_qwen.data.token_files.manifest import Manifest, chats_together, file_digest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
 from megatron_qwen.errors import DataError, Problem
@@ -35,8 +35,7 @@ class ShardWriter:
     def __init__(self, plan: PreparationPlan, shard: OutputShard) -> None:
         self.plan, self.shard = plan, shard
         self.parts: list[Part] = []
-        masked = plan.options.prompt_field is not None
-        self._endings = ("bin", "mask") if masked else ("bin",)
+        self._endings = ("bin", "mask") if plan.has_mask else ("bin",)
         self._files: dict[str, BinaryIO] = {}
         self._buffer = memoryview(bytearray(_COPY_BYTES))
         self._syncer = ThreadPoolExecutor(1, thread_name_prefix="sync")
@@ -116,6 +115,7 @@ class ShardWriter:
             mask_xxh3_128=self._digests["mask"].hexdigest() if "mask" in self._endings else None,
             options=self.plan.identity["options"],
             inputs=_inputs(self.shard),
+            chat=_chat(self.plan, self.parts),
             left_out=_left_out(self.plan) if prefix == self.plan.prefix else [],
         )
         for temporary, path in names:
@@ -163,7 +163,22 @@ def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
         options=plan.identity["options"],
         inputs=[{"path": str(file.path.absolute()), "size": file.size} for file in plan.files],
         left_out=_left_out(plan),
+        chat=chats_together([shard.chat for shard in shards]),
     )
+
+
+def _chat(plan: PreparationPlan, parts: Sequence[Part]) -> dict[str, Any]:
+    """What a manifest says of conversations; empty where there are none."""
+    if plan.chat is None:
+        return {}
+    reasons = sum((Counter(part.reasons) for part in parts), Counter[str]())
+    return {
+        **plan.chat.identity(),
+        "trained_tokens": sum(part.trained for part in parts),
+        "answers": sum(part.answers for part in parts),
+        "longest": max((part.longest for part in parts), default=0),
+        "reasons": dict(sorted(reasons.items())),
+    }
 
 
 def _spelled(parts: Sequence[Part], tokenizer: Tokenizer) -> dict[str, int]:

@@ -10,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_qwen.data.prepare.chat_part import ChatPart
 from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
-from megatron_qwen.data.text.blocks import BadRecord, Block, Document
+from megatron_qwen.data.text.blocks import BadRecord, Block, ChatDocument, Document
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.data.text.records import read_span
 from megatron_qwen.data.token_files.token_index import token_dtype
@@ -39,6 +40,11 @@ class Part:
         mask: whether the preparation writes a loss mask (documents with prompts).
         spelled: how often documents spell a control token, by its id.
         samples: some texts and their ids, for comparison with the tokenizer.
+        trained: tokens of conversations that carry loss.
+        answers: of the assistant that carry loss.
+        longest: tokens of the longest conversation.
+        reasons: how many conversations are left out, by the reason.
+        chats: some conversations, their ids and masks, for comparison.
     """
 
     key: str
@@ -55,6 +61,11 @@ class Part:
     mask: bool = False
     spelled: dict[str, int] = field(default_factory=dict)
     samples: list[tuple[str, list[int]]] = field(default_factory=list)
+    trained: int = 0
+    answers: int = 0
+    longest: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    chats: list[dict[str, Any]] = field(default_factory=list)
 
 
 COUNTS = ("documents", "tokens", "read", "empty", "filtered", "skipped", "text_bytes")
@@ -91,7 +102,7 @@ def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress
     Raises:
         DataError: a record is bad and ``plan.skip_bad`` is off, or a file is damaged.
     """
-    with _PartWriter(plan.work, unit.key, encoder, masked=plan.options.prompt_field is not None) as out:
+    with _PartWriter(plan, unit.key, encoder) as out:
         read = [0]
 
         def on_read(size: int) -> None:
@@ -99,6 +110,7 @@ def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress
 
         for span in unit.spans:
             for block in read_span(span, plan.options, on_read):
+                out.render(block)
                 if block.bad and not plan.skip_bad:
                     raise DataError([bad.problem() for bad in block.bad[:_REPORTED]])
                 documents, tokens = out.part.documents, out.part.tokens
@@ -114,8 +126,10 @@ def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress
 
 
 class _PartWriter:
-    def __init__(self, work: Path, key: str, encoder: Encoder, *, masked: bool) -> None:
+    def __init__(self, plan: PreparationPlan, key: str, encoder: Encoder) -> None:
+        work, masked = plan.work, plan.has_mask
         self.part = Part(key, mask=masked)
+        self._chats = None if plan.chat is None else ChatPart(plan, encoder)
         self._encoder, self._dtype = encoder, token_dtype(encoder.vocab_size)
         encoder.spelled.clear()
         self._end = np.asarray([encoder.end_of_text], dtype=np.uint32)
@@ -138,11 +152,20 @@ class _PartWriter:
         for path in self._temporary.values():
             path.unlink(missing_ok=True)
 
+    def render(self, block: Block) -> None:
+        """Encodes the conversations of a block: one that its template cannot render is a bad record."""
+        if self._chats is not None:
+            self._chats.encode(block, self.part)
+
     def add(self, block: Block) -> None:
         """Encodes and writes the documents of a block, and its bad records to the file of skipped records."""
         part, lengths = self.part, []
         for text in _drained(block):
             lengths.append(self._document(text))
+        if self._chats is not None:
+            for chat in self._chats.drained():
+                lengths.append(len(chat.ids))
+                self._take(chat.ids, chat.mask)
         part.documents += len(lengths)
         part.tokens += sum(lengths)
         part.read += block.read
@@ -157,6 +180,7 @@ class _PartWriter:
 
     def _document(self, text: Document) -> int:
         length = 0
+        assert not isinstance(text, ChatDocument)
         if isinstance(text, LongText):
             for ids in self._encoder.encode_long(text):
                 self._take(ids, 1)
@@ -177,11 +201,12 @@ class _PartWriter:
         self._take(self._end, 1)
         return length + 1
 
-    def _take(self, ids: npt.NDArray[Any], carries_loss: int) -> None:
+    def _take(self, ids: npt.NDArray[Any], carries_loss: "int | npt.NDArray[np.uint8]") -> None:
         self._pieces.append(ids)
         self._held += len(ids)
         if self.part.mask:
-            self._masks.append(np.full(len(ids), carries_loss, dtype=np.uint8))
+            one_for_all = isinstance(carries_loss, int)
+            self._masks.append(np.full(len(ids), carries_loss, dtype=np.uint8) if one_for_all else carries_loss)
         if self._held >= _FLUSH_TOKENS:
             self._flush()
 
@@ -202,6 +227,8 @@ class _PartWriter:
     def finish(self) -> Part:
         """Renames the files of the part to their final names, the JSON file last."""
         self._flush()
+        if self._chats is not None:
+            self._encoder.spelled.update(self._chats.spelled)
         self.part.spelled = {str(index): count for index, count in sorted(self._encoder.spelled.items())}
         for ending, digest in self._digests.items():
             setattr(self.part, f"{ending}_xxh3_128", digest.hexdigest())
@@ -222,4 +249,6 @@ def _drained(block: Block) -> Iterator[Document]:
 
 def _quarantined(bad: BadRecord) -> bytes:
     record = {"where": bad.where, "why": bad.fix, "raw": bad.raw.decode(errors="replace")}
+    if bad.reason:
+        record["reason"] = bad.reason
     return json.dumps(record, ensure_ascii=False).encode() + b"\n"

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_qwen.data.chat.options import ChatOptions
 from megatron_qwen.data.text.blocks import ReadOptions
 from megatron_qwen.data.text.formats import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.inputs import LeftOut
@@ -64,6 +65,7 @@ class PreparationPlan:
         shards: the output; a single one has the output's own prefix.
         identity: what determines the output, as JSON; attempts with the same identity can continue each other.
         notes: what of the tokenizer's files is not used on documents, or may be meant otherwise; for people.
+        chat: how conversations become ids; None where the records are texts.
     """
 
     prefix: Path
@@ -76,6 +78,12 @@ class PreparationPlan:
     shards: tuple[OutputShard, ...]
     identity: dict[str, Any]
     notes: tuple[str, ...] = ()
+    chat: ChatOptions | None = None
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its token files say which tokens carry loss."""
+        return self.chat is not None or self.options.prompt_field is not None
 
     @property
     def fingerprint(self) -> str:
@@ -95,6 +103,7 @@ def make_plan(
     prefix: Path,
     options: ReadOptions,
     documents: DocumentOptions | None = None,
+    chat: ChatOptions | None = None,
     skip_bad: bool = False,
     left_out: Sequence[LeftOut] = (),
     shard_bytes: int | None = None,
@@ -108,6 +117,7 @@ def make_plan(
         prefix: of the output.
         options: how records are read.
         documents: how documents become ids.
+        chat: how conversations become ids, if the records are conversations.
         skip_bad: write bad records to a file of their own and continue.
         left_out: what lies among the input and is not read.
         shard_bytes: input bytes on disk per shard; None makes one token file.
@@ -117,6 +127,8 @@ def make_plan(
         DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
     """
     stated = {**asdict(options), "where": [f"{one.field}{one.sign}{one.value}" for one in options.where]}
+    if chat is None:
+        del stated["chat"]  # as it was before there were conversations: what was prepared then is recognised
     documents = documents or DocumentOptions()
     encoding = document_encoding(tokenizer, documents)
     deciding = {
@@ -126,6 +138,9 @@ def make_plan(
         "control_tokens": "text" if documents.control_as_text else "tokens",
         "options": stated,
     }
+    assert options.chat == (chat is not None)
+    if chat is not None:
+        deciding["chat"] = chat.identity()
     unit_bytes = min(unit_bytes, shard_bytes or unit_bytes)
     units = tuple(Unit(_key(spans, deciding), spans) for spans in _units(files, options, unit_bytes))
     shards = _shards(units, prefix, shard_bytes)
@@ -148,6 +163,7 @@ def make_plan(
         shards,
         identity,
         tuple(encoding.notes),
+        chat,
     )
 
 

@@ -3,9 +3,12 @@
 Every file format is read into these blocks (``records.py`` and ``parquet.py``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_qwen.data.chat.conversation import Conversation, Rejected
+from megatron_qwen.data.chat.forms import conversation_of
 from megatron_qwen.data.text.filters import Condition, lookup
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.errors import Problem
@@ -21,6 +24,7 @@ class ReadOptions:
         where: conditions a record must meet.
         separator: string that divides a .txt file into documents; None: the file is one document.
         max_document_bytes: a longer document is a bad record.
+        chat: whether records are conversations (``data/chat``); then no field is looked for.
     """
 
     field: str = "text"
@@ -28,16 +32,26 @@ class ReadOptions:
     where: tuple[Condition, ...] = ()
     separator: str | None = None
     max_document_bytes: int = 512 << 20
+    chat: bool = False
 
 
 @dataclass(frozen=True)
 class BadRecord:
-    """A record that is not a document: its place, its beginning, what is wrong with it, and its first bytes."""
+    """A record that is not a document.
+
+    Args:
+        where: its place.
+        snippet: its beginning.
+        fix: what is wrong with it.
+        raw: its first bytes.
+        reason: the kind of mistake, where they are counted.
+    """
 
     where: str
     snippet: str | None
     fix: str
     raw: bytes = b""
+    reason: str = ""
 
     def problem(self) -> Problem:
         """As the problem of an error."""
@@ -46,12 +60,28 @@ class BadRecord:
 
 _MISSING = object()
 
-# A text, a pair of prompt and text, or a text that is too long for one string.
-Document = str | tuple[str, str] | LongText
+
+@dataclass(frozen=True, slots=True)
+class ChatDocument:
+    """A conversation, with its place in the input: whether its template can render it is seen later.
+
+    Args:
+        conversation: the messages.
+        bad: called with what is wrong with it and the kind of mistake, makes a bad record of it.
+    """
+
+    conversation: Conversation
+    bad: Callable[[str, str], BadRecord]
+
+
+# A text, a pair of prompt and text, a text that is too long for one string, or a conversation.
+Document = str | tuple[str, str] | LongText | ChatDocument
 
 
 def as_text(document: Document) -> str:
     """A document as one string."""
+    if isinstance(document, ChatDocument):
+        return "\n".join(str(message["content"]) for message in document.conversation.messages)
     if isinstance(document, LongText):
         return document.text()
     return document if isinstance(document, str) else "".join(document)
@@ -76,6 +106,17 @@ class Block:
     filtered: int = 0
     bad: list[BadRecord] = field(default_factory=list)
     bytes: int = 0
+
+
+def take_chat(block: Block, record: Any, options: ReadOptions, bad: Callable[[str, str], BadRecord]) -> None:
+    """Adds a record's conversation to a block, or a bad record."""
+    found = conversation_of(record)
+    if isinstance(found, Rejected):
+        block.bad.append(bad(found.fix, found.reason))
+    elif not all(condition.holds(record) for condition in options.where):
+        block.filtered += 1
+    else:
+        block.texts.append(ChatDocument(found, bad))
 
 
 def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:

@@ -62,20 +62,20 @@ class Inputs:
         )
 
 
-def find_inputs(names: Sequence[str | Path], *, text_field: str = "text") -> Inputs:
+def find_inputs(names: Sequence[str | Path], *, text_field: str | Sequence[str] = "text") -> Inputs:
     """The input files.
 
     Args:
         names: a file; a folder (every file of a known format below it, sorted by name, links followed); a pattern with
             ``*``, ``?`` or ``[`` (``**`` matches folders), sorted; or ``@list``, a file with one of these on every
             line.
-        text_field: field of the text in JSON lines. A ``.json`` file below a folder whose first record lacks it is
-            about the data, such as a ``dataset_info.json``.
+        text_field: field of the text in JSON lines, or several of which a record has one. A ``.json`` file below a
+            folder whose first record lacks it is about the data, such as a ``dataset_info.json``.
 
     Raises:
         DataError: with every name that is missing, empty, unreadable or of an unknown format.
     """
-    search = _Search(text_field)
+    search = _Search((text_field,) if isinstance(text_field, str) else tuple(text_field))
     for name in map(str, names):
         search.add(name)
     if search.problems:
@@ -84,9 +84,9 @@ def find_inputs(names: Sequence[str | Path], *, text_field: str = "text") -> Inp
 
 
 class _Search:
-    def __init__(self, text_field: str) -> None:
+    def __init__(self, text_fields: tuple[str, ...]) -> None:
         self.found, self.problems = Inputs(), list[Problem]()
-        self._text_field = text_field
+        self._text_fields = text_fields
         self._left_out: set[Path] = set()
         self._by: dict[str, tuple[str, Path]] = {}  # of a file's real path: the name that it was found by, its own name
 
@@ -209,8 +209,8 @@ class _Search:
             record = orjson.loads(first)
         except orjson.JSONDecodeError:
             return None
-        if not others_fields and lookup(record, self._text_field, _MISSING) is _MISSING:
-            return f"no field {self._text_field!r} in its first record"
+        if not others_fields and all(lookup(record, name, _MISSING) is _MISSING for name in self._text_fields):
+            return f"no field {' or '.join(map(repr, self._text_fields))} in its first record"
         return None
 
 

@@ -1,12 +1,14 @@
 """Documents out of parquet files."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take
+from megatron_qwen.data.chat.forms import FIELDS, FORMS
+from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take, take_chat
 from megatron_qwen.data.text.filters import lookup
 from megatron_qwen.data.text.formats import InputFile
 from megatron_qwen.errors import DataError, Problem
@@ -24,6 +26,9 @@ def row_groups(file: InputFile, options: ReadOptions) -> list[int]:
     """
     with _opened(file) as source:
         schema = source.schema_arrow
+        if options.chat and not set(FORMS) & set(schema.names):
+            fix = f"has no conversations: none of its columns is {', '.join(FORMS)}."
+            raise DataError(Problem(str(file.path), ", ".join(sorted(schema.names)), fix))
         if missing := sorted(name for name in _fields(options) if not _has(schema, name)):
             fix = f"has no such column; it has {', '.join(sorted(schema.names))}. See --field."
             raise DataError([Problem(str(file.path), name, fix) for name in missing])
@@ -46,6 +51,8 @@ def parquet_blocks(
         groups = range(start, source.num_row_groups if stop is None else stop)
         row = sum(source.metadata.row_group(index).num_rows for index in range(start))
         columns = sorted({_column(source.schema_arrow, name) for name in _fields(options)})
+        if options.chat:
+            columns = sorted({*columns, *(set(FIELDS) & set(source.schema_arrow.names))})
         share = file.size / max(source.num_row_groups, 1)
         for group in groups:
             try:
@@ -74,7 +81,7 @@ def _opened(file: InputFile) -> Any:
 def _fields(options: ReadOptions) -> set[str]:
     """The fields that a document is made from; conditions on other fields fail where there is none."""
     return {
-        options.field,
+        *([] if options.chat else [options.field]),
         *([options.prompt_field] if options.prompt_field is not None else []),
         *(condition.field for condition in options.where),
     }
@@ -130,6 +137,10 @@ def _block(rows: list[dict[str, Any] | str], where: str, first: int, options: Re
         if isinstance(row, str):
             block.bad.append(BadRecord(f"{where}{first + index}", None, row))
             continue
+        if options.chat:
+            block.bytes += len(str(row))
+            take_chat(block, row, options, partial(_bad_row, f"{where}{first + index}"))
+            continue
         text = lookup(row, options.field)
         if isinstance(text, bytes):
             try:
@@ -146,3 +157,7 @@ def _block(rows: list[dict[str, Any] | str], where: str, first: int, options: Re
         if (fix_text := take(block, row, text, options)) is not None:
             block.bad.append(BadRecord(f"{where}{first + index}", None, fix_text))
     return block
+
+
+def _bad_row(where: str, fix: str, reason: str) -> BadRecord:
+    return BadRecord(where, None, fix, reason=reason)

@@ -3,11 +3,12 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import orjson
 
-from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take
+from megatron_qwen.data.text.blocks import BadRecord, Block, Document, ReadOptions, as_text, take, take_chat
 from megatron_qwen.data.text.filters import lookup
 from megatron_qwen.data.text.formats import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.long import LONG_BYTES, LongText, take_apart
@@ -217,10 +218,10 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
     for index, line in enumerate(lines):
         if line is None:
             block.read += 1
-            block.bad.append(BadRecord(number[index], None, _too_long(options)))
+            block.bad.append(BadRecord(number[index], None, _too_long(options), reason="too large"))
             continue
         block.bytes += len(line) + 1
-        if len(line) > LONG_BYTES:
+        if len(line) > LONG_BYTES and not options.chat:
             _take_long(block, bytearray(line) if isinstance(line, bytes) else line, options, number[index])
             continue
         try:
@@ -230,9 +231,12 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
                 continue
             if (record := _with_extensions(line, options)) is None:
                 block.read += 1
-                block.bad.append(BadRecord(number[index], _snippet(line), _why_no_json(line), _raw(line)))
+                block.bad.append(_bad_line(number, index, line, _why_no_json(line), "no JSON"))
                 continue
         block.read += 1
+        if options.chat:
+            take_chat(block, record, options, partial(_bad_line, number, index, line))
+            continue
         text = record.get(name) if isinstance(record, dict) else None
         if plain and type(text) is str and text:
             texts.append(text)
@@ -242,6 +246,10 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
         if (fix := take(block, record, text, options)) is not None:
             block.bad.append(BadRecord(number[index], _snippet(line), fix, _raw(line)))
     return block
+
+
+def _bad_line(number: _LineNumbers, index: int, line: bytes | bytearray, fix: str, reason: str) -> BadRecord:
+    return BadRecord(number[index], _snippet(line), fix, _raw(line), reason)
 
 
 def _take_long(block: Block, line: bytearray, options: ReadOptions, where: str) -> None:
@@ -277,6 +285,8 @@ def _with_extensions(line: bytes | bytearray, options: ReadOptions) -> Any:
     """A record with what Python's writer allows and JSON does not (NaN, half a surrogate pair) in fields that are not
     read; None otherwise.
     """
+    if options.chat:
+        return None  # all of a conversation is read
     try:
         record = json.loads(bytes(line).decode())  # of bytes it would guess the encoding
         for name in filter(None, (options.field, options.prompt_field)):

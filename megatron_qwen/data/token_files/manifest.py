@@ -1,6 +1,8 @@
 """PREFIX.json next to a token file: its content, the text it was made from, and its checksums."""
 
 import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_origin
@@ -44,6 +46,8 @@ class Manifest:
         inputs: path and size of every input file.
         left_out: path of everything else that lay among the input, and why it was not read; of a set, not of its
             shards.
+        chat: of conversations: the template that rendered them, tokens with loss, answers with loss, tokens of the
+            longest, and how many records were left out for which reason; else empty.
         made_by: hash of everything that determines the output, by which the same command recognises its own output.
     """
 
@@ -69,6 +73,7 @@ class Manifest:
     options: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    chat: dict[str, Any] = field(default_factory=dict)
 
 
 def with_ending(prefix: str | Path, ending: str) -> Path:
@@ -104,6 +109,19 @@ def read_manifest(prefix: str | Path) -> Manifest | None:
     except (ValueError, KeyError, TypeError):
         raise DataError(Problem(str(path), None, "is damaged; prepare the data again.")) from None
     return manifest
+
+
+def chats_together(chats: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """``Manifest.chat`` of several token files; of files with other templates what they have in common."""
+    there = [chat for chat in chats if chat]
+    if not there:
+        return {}
+    found = {name: value for name, value in there[0].items() if all(one.get(name) == value for one in there)}
+    for name in ("trained_tokens", "answers"):
+        found[name] = sum(chat.get(name, 0) for chat in there)
+    found["longest"] = max(chat.get("longest", 0) for chat in there)
+    reasons = sum((Counter(chat.get("reasons", {})) for chat in there), Counter[str]())
+    return {**found, "reasons": dict(sorted(reasons.items()))}
 
 
 def write_manifest(prefix: str | Path, manifest: Manifest) -> None:

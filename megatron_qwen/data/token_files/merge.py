@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.token_files.manifest import Manifest, file_digest, read_manifest, with_ending, write_manifest
+from megatron_qwen.data.token_files.manifest import (
+    Manifest,
+    chats_together,
+    file_digest,
+    read_manifest,
+    with_ending,
+    write_manifest,
+)
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.errors import ConfigError, DataError, Problem
@@ -114,6 +121,7 @@ def _together(noted: Sequence[Manifest]) -> Manifest:
         spelled_control_tokens=dict(sum((Counter(one.spelled_control_tokens) for one in noted), Counter())),
         inputs=[item for manifest in noted for item in manifest.inputs],
         left_out=[item for manifest in noted for item in manifest.left_out],
+        chat=chats_together([manifest.chat for manifest in noted]),
     )
 
 

@@ -70,6 +70,9 @@ class Encoder(Protocol):
     def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
         """The ids of a text that is too long for one string."""
 
+    def ids(self, text: str, *, as_text: bool) -> npt.NDArray[np.int32]:
+        """The ids of a text, in which control tokens are recognised, or text. They are not counted."""
+
 
 class TokenizerEncoder:
     """Encodes with the tokenizer's own library, one text at a time.
@@ -100,6 +103,13 @@ class TokenizerEncoder:
     def encode_long(self, text: LongText) -> Iterator[npt.NDArray[Any]]:
         """The ids of a long text, encoded whole: where it may be cut for this tokenizer is not known."""
         yield from self.encode(text.text())
+
+    def ids(self, text: str, *, as_text: bool) -> npt.NDArray[np.int32]:
+        """See ``Encoder``."""
+        found = np.asarray(self.tokenizer.encode_batch([text], control_as_text=as_text)[0], dtype=np.int32)
+        if as_text:
+            self._control.require_none(found, text)
+        return found
 
 
 class GigatokenEncoder:
@@ -162,6 +172,11 @@ class GigatokenEncoder:
             return
         for part in text.parts():
             yield self._part(part)
+
+    def ids(self, text: str, *, as_text: bool) -> npt.NDArray[np.int32]:
+        """See ``Encoder``."""
+        found = self._encoded_as_text(text) if as_text else self._encoded(text)
+        return found.view(np.int32) if found.dtype == np.uint32 else found.astype(np.int32)
 
     def _part(self, text: str) -> npt.NDArray[Any]:
         ids = self._encoded(text)

@@ -89,6 +89,9 @@ class BpeTokenizer:
     Args:
         path: the file.
         end: token that ends a document; None takes the tokenizer's own.
+
+    Attributes:
+        written: control tokens that the file does not call special: a model writes them, as it writes text.
     """
 
     def __init__(self, path: Path, end: str | None = None) -> None:
@@ -108,6 +111,11 @@ class BpeTokenizer:
         added = self._library.get_added_tokens_decoder()
         self.control_tokens = {token.content: index for index, token in sorted(added.items())}
         self.spellable = self._content.control
+        self.written = frozenset(
+            token["content"]
+            for token in self._content.added
+            if not token.get("special") and token["content"] in self.spellable
+        )
         self._plain: Any = None
 
     @cached_property
@@ -119,6 +127,12 @@ class BpeTokenizer:
         """Ids of texts, on all cores."""
         library = self._without_control() if control_as_text else self._library
         return [encoding.ids for encoding in library.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def offsets(self, text: str, *, control_as_text: bool = False) -> list[tuple[int, int]]:
+        """Characters [a, b) of a text that each of its tokens stands for."""
+        library = self._without_control() if control_as_text else self._library
+        found: list[tuple[int, int]] = library.encode(text, add_special_tokens=False).offsets
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""

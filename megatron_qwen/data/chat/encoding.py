@@ -1,0 +1,255 @@
+"""Conversations to ids and loss masks: the ids of transformers' apply_chat_template, the mask by position.
+
+A tokenizer takes control tokens out of a text first and encodes what is between them, so a conversation may be encoded
+piece by piece, and what a message spells is encoded as text, whatever stands around it. Where nothing is spelled the
+whole text is encoded in one call, and answers are found by the places of the control tokens.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_qwen.data.chat.answers import AnswerForm, answer_form, marked_spans
+from megatron_qwen.data.chat.conversation import Conversation
+from megatron_qwen.data.chat.marks import AS_TEXT, any_of, marked, without
+from megatron_qwen.data.chat.plain_turns import PlainTurns, learn
+from megatron_qwen.data.chat.template import ChatTemplate
+from megatron_qwen.data.tokenizers.encoder import Encoder
+from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Ids and mask of a conversation.
+
+    Args:
+        ids: [n].
+        mask: 1 where a token is one that the assistant wrote, [n].
+        spelled: how often messages spell a control token, by its name.
+    """
+
+    ids: Ids
+    mask: Mask
+    spelled: Mapping[str, int]
+
+
+class ChatEncoder:
+    """Encodes conversations.
+
+    Args:
+        template: of the tokenizer.
+        encoder: text to ids.
+        tokenizer: the reference, which knows the control tokens.
+        as_text: whether control tokens that messages spell are text; else they are the tokens.
+        fast: whether plain conversations may be rendered without Jinja.
+
+    Raises:
+        DataError: the template's answers cannot be told apart (``answer_form``).
+    """
+
+    def __init__(
+        self,
+        template: ChatTemplate,
+        encoder: Encoder,
+        tokenizer: BpeTokenizer,
+        *,
+        as_text: bool = True,
+        fast: bool = True,
+    ) -> None:
+        self._template, self._encoder, self._tokenizer, self._as_text = template, encoder, tokenizer, as_text
+        self._control = dict(tokenizer.spellable)
+        names = tuple(self._control)
+        self._form = answer_form(template, names)
+        self._names = any_of(names)
+        self._cut = re.compile(f"({self._names.pattern})")
+        # A model writes these itself, where its tokenizer does not call them special: thinking, calls of tools.
+        own = tokenizer.written
+        self._not_own = any_of([name for name in names if name not in own])
+        self._plain: _PlainEncoding | None = None
+        if fast and self._form is not None and (turns := learn(template)) is not None:
+            self._plain = _PlainEncoding.of(turns, self._form, self._cut, self._control, encoder)
+
+    def __call__(self, conversation: Conversation) -> EncodedConversation:
+        """Encodes.
+
+        Raises:
+            TemplateRefuses: the template cannot render it, or its answers are not to be found.
+        """
+        if self._plain is not None and not conversation.tools:
+            found = self._plain(conversation)
+            if found is not None:
+                return found
+        return self._by_jinja(conversation)
+
+    def _by_jinja(self, conversation: Conversation) -> EncodedConversation:
+        messages: Sequence[Mapping[str, Any]] = conversation.messages
+        tools: Any = conversation.tools
+        spelled: dict[str, int] = {}
+        if self._as_text:
+            messages, tools = [self._marked(message) for message in messages], marked(list(tools), self._names)
+        text = self._template.render(messages, tools)
+        text, spans = self._spans(text, conversation)
+        if AS_TEXT in text:
+            spelled = Counter(found[0] for found in self._names.finditer(without(text)))
+            spelled.subtract(found[0] for found in self._names.finditer(text))
+            spelled = {name: count for name, count in spelled.items() if count > 0}
+        ids, mask = self._encoded(text, spans)
+        return EncodedConversation(ids, mask, spelled)
+
+    def _marked(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
+        names = self._not_own if message["role"] == "assistant" else self._names
+        return {name: value if name == "role" else marked(value, names) for name, value in message.items()}
+
+    def _spans(self, text: str, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        answers = [place for place, one in enumerate(conversation.messages) if one["role"] == "assistant"]
+        text, spans = marked_spans(text)
+        if self._form is not None:
+            spans = self._form.spans(text, len(answers))
+        if conversation.untrained and len(spans) == len(answers):
+            spans = [span for place, span in zip(answers, spans, strict=True) if place not in conversation.untrained]
+        return text, spans
+
+    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Ids, Mask]:
+        ids: list[Ids] = [np.zeros(0, dtype=np.int32)]
+        masks: list[Mask] = [np.zeros(0, dtype=np.uint8)]
+        at = 0
+        for number, piece in enumerate(self._cut.split(text)):
+            begin, end = at, at + len(piece)
+            at = end
+            if number % 2:
+                ids.append(np.asarray([self._control[piece]], dtype=np.int32))
+                masks.append(np.full(1, any(a <= begin and end <= b for a, b in spans), dtype=np.uint8))
+            elif piece:
+                own = self._ids(piece)
+                mask = np.zeros(len(own), dtype=np.uint8)
+                for a, b in spans:
+                    if a < end and b > begin:
+                        mask[self._tokens(piece, own, a - begin) : self._tokens(piece, own, b - begin)] = 1
+                ids.append(own)
+                masks.append(mask)
+        found, mask = np.concatenate(ids), np.concatenate(masks)
+        if AS_TEXT in text or np.array_equal(found, whole := self._ids(text)):
+            return found, mask
+        # A control token of this tokenizer takes spaces beside it along.
+        places = self._tokenizer.offsets(text)
+        assert len(places) == len(whole), "the encoder has not the tokenizer's ids"
+        inside = [any(a <= begin < b for a, b in spans) for begin, _ in places]
+        return whole, np.asarray(inside, dtype=np.uint8)
+
+    def _ids(self, piece: str) -> Ids:
+        return self._encoder.ids(without(piece), as_text=AS_TEXT in piece)
+
+    def _tokens(self, piece: str, ids: Ids, characters: int) -> int:
+        """How many tokens of a piece begin before a character of it: one that crosses it was not the model's choice."""
+        if characters <= 0:
+            return 0
+        if characters >= len(piece):
+            return len(ids)
+        head = self._ids(piece[:characters])
+        if np.array_equal(ids[: len(head)], head):
+            return len(head)
+        crossed = len(without(piece[:characters]))
+        places = self._tokenizer.offsets(without(piece), control_as_text=AS_TEXT in piece)
+        return sum(begin < crossed for begin, _ in places)
+
+
+@dataclass(frozen=True)
+class _PlainEncoding:
+    """Plain conversations in one call of the encoder.
+
+    Args:
+        turns: how they are rendered.
+        encoder: text to ids.
+        first: control tokens in front of the first turn, without and with a system message.
+        count: control tokens of a turn by role.
+        before: of them in front of the text, by role.
+        head: ids between the last control token in front of an answer and the answer.
+        end: id that ends an answer.
+        least: least id of a control token.
+        control: whether an id is one of control, [largest + 1].
+        all_above: whether every id from the least on is.
+    """
+
+    turns: PlainTurns
+    encoder: Encoder
+    first: tuple[int, int]
+    count: Mapping[str, int]
+    before: int
+    head: Ids
+    end: int
+    least: int
+    control: npt.NDArray[np.bool_]
+    all_above: bool
+
+    @classmethod
+    def of(
+        cls, turns: PlainTurns, form: AnswerForm, cut: re.Pattern[str], control: Mapping[str, int], encoder: Encoder
+    ) -> "_PlainEncoding | None":
+        """None where answers do not begin and end in the way that this finds them."""
+        before, behind = turns.around["assistant"]
+        if before != form.asks or not behind.startswith(form.ends):
+            return None
+        asked = list(cut.finditer(before))
+        head = before[asked[-1].end() :]
+
+        def tokens(*texts: str) -> int:
+            return sum(len(cut.findall(text)) for text in texts)
+
+        is_control = np.zeros(max(control.values()) + 1, dtype=np.bool_)
+        is_control[list(control.values())] = True
+        return cls(
+            turns,
+            encoder,
+            (tokens(turns.alone), 0 if turns.system is None else tokens(*turns.system)),
+            {role: tokens(*texts) for role, texts in turns.around.items()},
+            len(asked),
+            encoder.ids(head, as_text=False) if head else np.zeros(0, dtype=np.int32),
+            control[form.ends],
+            min(control.values()),
+            is_control,
+            bool(is_control[min(control.values()) :].all()) and encoder.vocab_size <= len(is_control),
+        )
+
+    def __call__(self, conversation: Conversation) -> EncodedConversation | None:
+        """A plain conversation; None where it is none, or spells a control token."""
+        messages = conversation.messages
+        text = self.turns.render(messages)
+        if text is None:
+            return None
+        ids = self.encoder.ids(text, as_text=False)
+        places = np.flatnonzero(ids >= self.least)
+        if not self.all_above:
+            above = ids[places]
+            places = places[(above < len(self.control)) & self.control[np.minimum(above, len(self.control) - 1)]]
+        is_system = messages[0]["role"] == "system"
+        at = self.first[is_system]
+        opened, closed = [], []
+        count, before, untrained = self.count, self.before, conversation.untrained
+        for place, message in enumerate(messages):
+            role = message["role"]
+            if role == "system":
+                continue
+            if role == "assistant" and place not in untrained:
+                opened.append(at + before - 1)
+                closed.append(at + before)
+            at += count[role]
+        if at != len(places):
+            return None
+        starts, stops = places[opened] + 1, places[closed]
+        for offset, one in enumerate(self.head.tolist()):
+            if (ids[starts + offset] != one).any():
+                return None  # a token goes on into the answer
+        if (ids[stops] != self.end).any() or (starts + len(self.head) > stops).any():
+            return None
+        change = np.zeros(len(ids) + 1, dtype=np.int8)
+        change[starts + len(self.head)] = 1
+        change[stops + 1] -= 1
+        return EncodedConversation(ids, np.cumsum(change[:-1], dtype=np.int8).view(np.uint8), {})

@@ -1,0 +1,112 @@
+"""The conversations of a part: encoded, counted, and some of them kept for a comparison."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from megatron_qwen.data.chat.conversation import Conversation
+from megatron_qwen.data.chat.encoding import ChatEncoder, EncodedConversation
+from megatron_qwen.data.chat.template import TemplateRefuses
+from megatron_qwen.data.prepare.plan import PreparationPlan
+from megatron_qwen.data.text.blocks import Block, ChatDocument
+from megatron_qwen.data.tokenizers.encoder import Encoder, TokenizerEncoder
+from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer, load_tokenizer
+from megatron_qwen.errors import DataError, Problem
+
+if TYPE_CHECKING:
+    from megatron_qwen.data.prepare.part import Part
+
+# Conversations of every part that are rendered by Jinja and encoded by the tokenizer's own library as well.
+_COMPARED = 4
+_LONGEST_COMPARED = 1 << 14  # tokens
+
+
+def chat_encoder(plan: PreparationPlan, encoder: Encoder, *, fast: bool) -> ChatEncoder:
+    """Encodes the conversations of a plan.
+
+    Args:
+        plan: of conversations.
+        encoder: text to ids.
+        fast: whether plain conversations may be rendered without Jinja.
+
+    Raises:
+        DataError: answers cannot be told apart with this template, or this kind of tokenizer.
+    """
+    assert plan.chat is not None
+    tokenizer = load_tokenizer(plan.tokenizer, end=plan.documents.end_token)
+    if not isinstance(tokenizer, BpeTokenizer):
+        fix = "is a SentencePiece model; conversations need a tokenizer.json (transformers can write one)."
+        raise DataError(Problem(str(plan.tokenizer), None, fix))
+    return ChatEncoder(plan.chat.template, encoder, tokenizer, as_text=plan.documents.control_as_text, fast=fast)
+
+
+class ChatPart:
+    """Encodes conversations, a block at a time.
+
+    Args:
+        plan: of the preparation.
+        encoder: text to ids.
+
+    Attributes:
+        spelled: how often messages spell a control token, by its id.
+    """
+
+    def __init__(self, plan: PreparationPlan, encoder: Encoder) -> None:
+        assert plan.chat is not None
+        # The tokenizer's own library is taken where something was not as it should be: then Jinja renders as well.
+        fast = not isinstance(encoder, TokenizerEncoder)
+        self._encode, self._most = chat_encoder(plan, encoder, fast=fast), plan.chat.most_tokens
+        self._ids = load_tokenizer(plan.tokenizer, end=plan.documents.end_token).control_tokens
+        self._encoded: list[EncodedConversation] = []
+        self.spelled: Counter[int] = Counter()
+
+    def encode(self, block: Block, part: "Part") -> None:
+        """Takes the conversations out of a block; those that cannot be rendered become its bad records."""
+        reasons = Counter(bad.reason or "other" for bad in block.bad)
+        for document in block.texts:
+            assert isinstance(document, ChatDocument)
+            try:
+                found = self._encode(document.conversation)
+            except TemplateRefuses as error:
+                reason = "the template refuses it"
+                block.bad.append(document.bad(f"the chat template cannot render it: {error}.", reason))
+                reasons[reason] += 1
+                continue
+            if not found.mask.any():
+                reason = "nothing to train"
+                block.bad.append(document.bad("no token of it carries loss.", reason))
+                reasons[reason] += 1
+                continue
+            if self._most is not None and len(found.ids) > self._most:
+                block.filtered += 1
+                reasons[f"longer than {self._most:,} tokens"] += 1
+                continue
+            self._count(document.conversation, found, part)
+        block.texts.clear()
+        part.reasons = dict(Counter(part.reasons) + reasons)
+
+    def drained(self) -> Iterator[EncodedConversation]:
+        """What was encoded since the last call."""
+        encoded, self._encoded = self._encoded, []
+        return iter(encoded)
+
+    def _count(self, conversation: Conversation, found: EncodedConversation, part: "Part") -> None:
+        self._encoded.append(found)
+        part.longest = max(part.longest, len(found.ids))
+        part.trained += int(np.count_nonzero(found.mask))
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        part.answers += answers - len(conversation.untrained)
+        for name, count in found.spelled.items():
+            self.spelled[self._ids[name]] += count
+        if len(part.chats) < _COMPARED and len(found.ids) <= _LONGEST_COMPARED:
+            part.chats.append(
+                {
+                    "messages": conversation.messages,
+                    "tools": list(conversation.tools),
+                    "untrained": sorted(conversation.untrained),
+                    "ids": found.ids.tolist(),
+                    "mask": found.mask.tolist(),
+                }
+            )
