@@ -135,9 +135,9 @@ def stage_configs(config: RunConfig) -> list[RunConfig]:
     return found
 
 
-def single_source(path: str) -> Blend:
+def single_source(path: str, *, packing: Literal["windows", "best_fit"] = "windows") -> Blend:
     """The blend of a run that names one token file."""
-    return Blend({SINGLE: SourceSpec(path=path)}, (DataStage(name=SINGLE, weights={SINGLE: 1.0}),))
+    return Blend({SINGLE: SourceSpec(path=path, packing=packing)}, (DataStage(name=SINGLE, weights={SINGLE: 1.0}),))
 
 
 def read_blend(path: Path) -> Blend:

@@ -189,6 +189,11 @@ class DataConfig:
     blend: str | None = setting(
         None, doc="Blend file: sources, their weights and the stages of the run (docs/data.md); instead of data.path."
     )
+    packing: Literal["windows", "best_fit"] | None = setting(
+        None,
+        doc="How samples are made of data.path: windows over the stream of documents, or whole documents packed by "
+        "best fit, which do not attend to one another; null is best_fit with objective.kind=sft, else windows.",
+    )
     tokenizer: str | None = setting(None, doc="Directory of the Hugging Face tokenizer that the tokens were made with.")
     seq_length: int = setting(4096, doc="Tokens per sample.", minimum=2)
     validation_fraction: float = setting(
@@ -270,7 +275,16 @@ class TrainingConfig:
 class ObjectiveConfig:
     """What the model is trained for."""
 
-    kind: Literal["pretrain"] = setting("pretrain", doc="pretrain: cross-entropy of the next token.")
+    kind: Literal["pretrain", "sft"] = setting(
+        "pretrain",
+        doc="pretrain: cross-entropy of the next token; sft: of what the assistant wrote in whole conversations "
+        "(`mq data prepare --chat`).",
+    )
+    average: Literal["token", "sequence", "sample"] = setting(
+        "token",
+        doc="With sft, what counts the same in the global batch: tokens with loss, sequences (conversations), or "
+        "samples (packed rows).",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

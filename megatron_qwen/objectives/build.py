@@ -6,9 +6,10 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.objectives.base import Objective
 from megatron_qwen.objectives.pretrain import Pretrain
+from megatron_qwen.objectives.sft import Sft
 
 # Each gets the section, for its settings.
-_KINDS: dict[str, Callable[[ObjectiveConfig], Objective]] = {"pretrain": lambda _settings: Pretrain()}
+_KINDS: dict[str, Callable[[ObjectiveConfig], Objective]] = {"pretrain": lambda _settings: Pretrain(), "sft": Sft}
 
 
 def build_objective(config: RunConfig) -> Objective:

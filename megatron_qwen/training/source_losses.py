@@ -18,7 +18,7 @@ from megatron_qwen.data.tokenizers.token_bytes import Counts, token_bytes
 from megatron_qwen.objectives.base import Objective, ObjectiveResult
 from megatron_qwen.objectives.output_head import OutputHead
 
-_SOURCE = ExtraField("source", "int64", "sequence")
+_SOURCE = ExtraField("source", "int64", "token")
 _BYTES = ExtraField("bytes", "int64", "token")
 
 
@@ -30,11 +30,9 @@ class SourcedSamples:
         counts: bytes by id.
     """
 
-    is_packed = False
-
     def __init__(self, samples: HeldOutSamples, counts: Counts) -> None:
         self._samples, self._counts = samples, counts
-        self.seq_length = samples.seq_length
+        self.seq_length, self.is_packed = samples.seq_length, samples.is_packed
         self.extra_fields = (*samples.extra_fields, _SOURCE, _BYTES)
 
     def __getitem__(self, index: int) -> Sample:
@@ -43,7 +41,7 @@ class SourcedSamples:
         known = sample.labels < len(self._counts)
         count = np.where(known, self._counts[np.where(known, sample.labels, 0)], 0)
         count[sample.loss_mask == 0] = 0
-        own = {_SOURCE.name: np.array([self._samples.source_of(index)], dtype=np.int64), _BYTES.name: count}
+        own = {_SOURCE.name: np.full_like(count, self._samples.source_of(index)), _BYTES.name: count}
         return replace(sample, extra={**sample.extra, **own})
 
 
@@ -67,9 +65,9 @@ class SourceLosses:
     def __call__(self, hidden: torch.Tensor, head: OutputHead, batch: Batch) -> ObjectiveResult:
         """See ``Objective``."""
         with torch.no_grad():
-            losses = -(head.log_probs(hidden, batch.labels) * batch.loss_mask).double().sum(1)
-            both = torch.stack((losses, batch.extra[_BYTES.name].double().sum(1)), dim=1)
-            self._sums.index_add_(0, batch.extra[_SOURCE.name], both)
+            losses = -(head.log_probs(hidden, batch.labels) * batch.loss_mask).double()
+            both = torch.stack((losses, batch.extra[_BYTES.name].double()), dim=-1)
+            self._sums.index_add_(0, batch.extra[_SOURCE.name].flatten(), both.flatten(0, 1))
         return self._objective(hidden, head, batch)
 
     def bits_per_byte(self, names: list[str]) -> Mapping[str, float]:

@@ -177,11 +177,17 @@ def _look(actions: Any) -> None:
         examples=[
             "mq data inspect data/corpus --tokenizer tok",
             "mq data inspect data/web data/code --histogram lengths.png",
+            "mq data inspect --chat data/chat --tokenizer tok --head 5",
+            "mq data inspect --chat data/chat data/tools --tokenizer tok --random 1 --html chats.html",
         ],
     )
     inspect.set_defaults(module="tools.data.inspect")
     inspect.add_argument("prefix", nargs="+", type=Path)
     inspect.add_argument("--samples", type=int, default=3, help="documents shown, spread over the file")
+    inspect.add_argument("--chat", action="store_true", help="show conversations, with what carries loss")
+    inspect.add_argument("--head", type=int, default=3, help="conversations of each prefix")
+    inspect.add_argument("--random", type=int, metavar="SEED", help="some from anywhere, instead of the first")
+    inspect.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     inspect.add_argument("--histogram", type=Path, help="picture of the lengths to draw, .png or .svg")
     verify = actions.add_parser(
         "verify",

@@ -18,6 +18,13 @@ _SHOWN_CHARACTERS = 400
 
 def main(options: argparse.Namespace) -> int:
     """Shows every prefix; several of them side by side."""
+    if options.chat:
+        from tools.data.inspect_chat import main as show_chats
+
+        return show_chats(options)
+    given = {"--head": options.head != 3, "--random": options.random is not None, "--html": options.html is not None}
+    if wrong := [Problem(name, None, "needs --chat.") for name, there in given.items() if there]:
+        raise ConfigError(wrong)
     if options.histogram is not None and options.histogram.suffix.lower() not in (".png", ".svg"):
         raise ConfigError(Problem("--histogram", options.histogram, "must end in .png or .svg."))
     from megatron_qwen.data.token_files.statistics import lengths

@@ -3,25 +3,33 @@
 from collections.abc import Mapping
 
 from megatron_qwen.data.order.apportion import Apportionment
-from megatron_qwen.data.reading.extra_fields import ExtraField
-from megatron_qwen.data.reading.samples import Sample
-from megatron_qwen.data.reading.sources import HeldOut
+from megatron_qwen.data.reading.averages import Average, fields_of, with_average
+from megatron_qwen.data.reading.held_out_rows import HeldOutRows
+from megatron_qwen.data.reading.samples import ReadingOptions, Sample
+from megatron_qwen.data.reading.sources import HeldOut, OpenSource
+from megatron_qwen.errors import DataError, Problem
 
 
 class HeldOutSamples:
     """Held-out samples of several sources, by weight.
 
     Args:
-        parts: held-out windows by source.
+        parts: held-out windows or rows by source.
         weights: share of each source; those without held-out windows are left out.
         seq_length: tokens of a sample.
+        average: what counts the same in the loss.
     """
 
-    is_packed = False
-    extra_fields: tuple[ExtraField, ...] = ()
-
-    def __init__(self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int) -> None:
-        self.parts, self.seq_length = dict(parts), seq_length
+    def __init__(
+        self,
+        parts: Mapping[str, HeldOut | HeldOutRows],
+        weights: Mapping[str, float],
+        seq_length: int,
+        *,
+        average: Average = "token",
+    ) -> None:
+        self.parts, self.seq_length, self._average = dict(parts), seq_length, average
+        self.is_packed, self.extra_fields = any(part.is_packed for part in parts.values()), fields_of(average)
         self._names = sorted(parts)
         self._next = Apportionment([weights[name] for name in self._names])
         self._order: list[tuple[int, int]] = []
@@ -39,7 +47,7 @@ class HeldOutSamples:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` of an endless stream."""
         chosen, own = self._place(index)
-        return self.parts[self._names[chosen]][own]
+        return with_average(self.parts[self._names[chosen]][own], self._average)
 
     def source_of(self, index: int) -> int:
         """Which of ``names`` sample ``index`` is of."""
@@ -49,3 +57,43 @@ class HeldOutSamples:
         while index >= len(self._order):
             self._order.append(self._next.next())
         return self._order[index]
+
+
+def held_out(
+    sources: Mapping[str, OpenSource],
+    *,
+    seq_length: int,
+    seed: int,
+    reading: ReadingOptions,
+    fraction: float,
+    rows: bool = False,
+) -> dict[str, HeldOut | HeldOutRows]:
+    """The held-out samples of the sources that have any.
+
+    Args:
+        sources: of a stage.
+        seq_length: tokens of a sample.
+        seed: key of their order.
+        reading: how they are read.
+        fraction: share of the documents that is held out, for a message.
+        rows: whether sources that are packed are so in validation, too; else all have windows over the text.
+
+    Raises:
+        DataError: none has.
+    """
+    found: dict[str, HeldOut | HeldOutRows] = {
+        name: (HeldOutRows if rows and source.spec.packing == "best_fit" else HeldOut)(
+            source, seq_length, seed + 1, reading
+        )
+        for name, source in sources.items()
+        if source.documents < source.tokens.num_documents
+    }
+    full = {name: part for name, part in found.items() if part.windows}
+    if not full:
+        most = max(source.tokens.num_tokens - source.stop for source in sources.values())
+        fix = (
+            f"holds out {most} tokens, fewer than one sample of {seq_length + 1}; "
+            "raise it or set training.eval_iters=0."
+        )
+        raise DataError(Problem("data.validation_fraction", fraction, fix))
+    return full

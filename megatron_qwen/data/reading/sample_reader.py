@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron_qwen.data.order.phase import Phase
 from megatron_qwen.data.order.stream import TokenSpan
-from megatron_qwen.data.reading.extra_fields import ExtraField
+from megatron_qwen.data.reading.averages import Average, fields_of, with_average
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample, cut
 from megatron_qwen.data.reading.sources import OpenSource
 
@@ -23,9 +23,8 @@ class SampleReader:
         reading: how samples are made of tokens.
         lengths: share of the samples that is cut into independent sequences of each length; empty cuts none.
         seed: of the run.
+        average: what counts the same in the loss.
     """
-
-    extra_fields: tuple[ExtraField, ...] = ()
 
     def __init__(
         self,
@@ -35,7 +34,9 @@ class SampleReader:
         reading: ReadingOptions,
         lengths: Mapping[int, float],
         seed: int,
+        average: Average = "token",
     ) -> None:
+        self.average, self.extra_fields = average, fields_of(average)
         self.sources, self.phase, self.reading, self.lengths, self.seed = sources, phase, reading, lengths, seed
         self.seq_length = phase.seq_length
         packs = any(sources[name].spec.packing == "best_fit" for name in phase.names)
@@ -51,7 +52,8 @@ class SampleReader:
         key = (self.seed, zlib.crc32(name.encode()), self.phase.begins[name].ordinal, number)
         read = self.sources[name].read(spans, seq_length=self.seq_length, reading=self.reading, key=key)
         length = self._length(key)
-        return name, spans, read if length == self.seq_length else cut(read, length)
+        whole = read if length == self.seq_length else cut(read, length)
+        return name, spans, with_average(whole, self.average)
 
     def _length(self, key: tuple[int, ...]) -> int:
         """Length of the independent sequences in a sample; over the samples of a source each length has its share."""

@@ -1,6 +1,5 @@
 """The sources of a run, opened: which of their tokens are for training, and how a sample is read from them."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -195,27 +194,3 @@ def require_room(source: OpenSource, seq_length: int, *, where: str = "data.seq_
     fix = f"has {source.stop} training tokens{why}; at least {where} + 1 = {seq_length + 1} are needed."
     more = " Set data.validation_fraction=0 or prepare more documents." if held_out else " Prepare more text."
     raise DataError(Problem(source.where, source.spec.path, fix + more))
-
-
-def held_out(
-    sources: Mapping[str, OpenSource], *, seq_length: int, seed: int, reading: ReadingOptions, fraction: float
-) -> dict[str, HeldOut]:
-    """The held-out windows of the sources that have any.
-
-    Raises:
-        DataError: none has.
-    """
-    found = {
-        name: HeldOut(source, seq_length, seed + 1, reading)
-        for name, source in sources.items()
-        if source.documents < source.tokens.num_documents
-    }
-    full = {name: part for name, part in found.items() if part.windows}
-    if not full:
-        most = max(source.tokens.num_tokens - source.stop for source in sources.values())
-        fix = (
-            f"holds out {most} tokens, fewer than one sample of {seq_length + 1}; "
-            "raise it or set training.eval_iters=0."
-        )
-        raise DataError(Problem("data.validation_fraction", fraction, fix))
-    return full

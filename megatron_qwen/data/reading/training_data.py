@@ -20,17 +20,19 @@ A resume needs only the last phase and the positions. ``replay.py`` finds every 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_source
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
+from megatron_qwen.data.reading.averages import Average, fields_of
+from megatron_qwen.data.reading.conversations import require_whole
 from megatron_qwen.data.reading.extra_fields import ExtraField
-from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
+from megatron_qwen.data.reading.held_out_samples import HeldOutSamples, held_out
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions
-from megatron_qwen.data.reading.sources import OpenSource, held_out, open_model_sources, require_room
+from megatron_qwen.data.reading.sources import OpenSource, open_model_sources, require_room
 from megatron_qwen.errors import ConfigError, DataError, Problem
 
 # Rows whose padding is counted for an estimate. They are a random part of a pool, so their mean is within a few percent
@@ -90,7 +92,9 @@ class StageReader(SampleReader):
         ends: int | None,
         idle: Mapping[str, SourcePosition],
     ) -> None:
-        super().__init__(data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed)
+        super().__init__(
+            data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed, average=data.average
+        )
         self.data, self.stage, self.config, self.ends, self.idle = data, stage, config, ends, dict(idle)
 
     def positions(self, consumed: int) -> dict[str, SourcePosition]:
@@ -123,10 +127,9 @@ class TrainingData:
         DataError: token files are missing, damaged or too small.
     """
 
-    extra_fields: tuple[ExtraField, ...] = ()
-
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
+        self.average: Average = config.objective.average if config.objective.kind == "sft" else "token"
         self.blend = blend_of(config)
         self.sources = open_model_sources(self.blend, config.data)
         self.reading = ReadingOptions(
@@ -137,6 +140,8 @@ class TrainingData:
             for name in stage.weights:
                 if self.sources[name].spec.packing == "windows":
                     require_room(self.sources[name], seq_length)
+        if config.objective.kind == "sft":
+            require_whole(self.sources, self.blend, config)
         self._orders = {name: order_of(source, self.seed) for name, source in self.sources.items()}
         self._row_tokens: dict[tuple[str, int], float] = {}
         self._known: dict[str, dict[str, Any]] = {}  # identities of the sources that closed phases have read
@@ -145,6 +150,11 @@ class TrainingData:
         # The current phase, and later ones that the loader has read ahead into. A checkpoint may be written while it is
         # ahead: the ledger must not contain what only the loader has read.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
+
+    @property
+    def extra_fields(self) -> tuple[ExtraField, ...]:
+        """Fields of its samples and of those held out."""
+        return fields_of(self.average)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Continues from the ledger of a checkpoint. If the blend has changed since, a new phase begins.
@@ -193,9 +203,14 @@ class TrainingData:
         seq_length = stage.configure(self.config).data.seq_length
         reading = ReadingOptions(self.reading.eod_mask_loss, False, self.reading.vocab_size)
         parts = held_out(
-            used, seq_length=seq_length, seed=self.seed, reading=reading, fraction=self.config.data.validation_fraction
+            used,
+            seq_length=seq_length,
+            seed=self.seed,
+            reading=reading,
+            fraction=self.config.data.validation_fraction,
+            rows=self.config.objective.kind == "sft",
         )
-        return HeldOutSamples(parts, stage.weights, seq_length)
+        return HeldOutSamples(parts, stage.weights, seq_length, average=self.average)
 
     def validation(self, reader: StageReader) -> HeldOutSamples:
         """Held-out samples of a reader's stage."""
@@ -314,6 +329,13 @@ class TrainingData:
         return self._reader(stage, phase, positions)
 
 
+def packing_of(config: RunConfig) -> Literal["windows", "best_fit"]:
+    """How samples are made of data.path."""
+    if config.data.packing is not None:
+        return config.data.packing
+    return "best_fit" if config.objective.kind == "sft" else "windows"
+
+
 def blend_of(config: RunConfig) -> Blend:
     """The blend in data.blend, or a blend of the single source data.path.
 
@@ -325,7 +347,7 @@ def blend_of(config: RunConfig) -> Blend:
         return read_blend(Path(config.data.blend))
     if config.data.path is None:
         raise DataError(Problem("data.path", "null", "must name a token file (`mq data prepare` makes one)."))
-    return single_source(config.data.path)
+    return single_source(config.data.path, packing=packing_of(config))
 
 
 def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> SourceOrder:

@@ -68,6 +68,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
 
+    def written_out(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens by their names."""
+
 
 def beginning_of_text(directory: Path, tokenizer: Tokenizer) -> int:
     """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
@@ -137,6 +140,11 @@ class BpeTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens left out."""
         text: str = self._library.decode(list(ids))
+        return text
+
+    def written_out(self, ids: Sequence[int]) -> str:
+        """Text of ids, control tokens by their names."""
+        text: str = self._library.decode(list(ids), skip_special_tokens=False)
         return text
 
     def _without_control(self) -> Any:
@@ -218,6 +226,10 @@ class SentencePieceTokenizer:
         """Text of ids."""
         text: str = self._library.decode(list(ids))
         return text
+
+    def written_out(self, ids: Sequence[int]) -> str:
+        """Text of ids; pieces of control have none here."""
+        return self.decode(ids)
 
     def _id_of(self, piece: str) -> int | None:
         found = int(self._library.piece_to_id(piece))

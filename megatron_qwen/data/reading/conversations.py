@@ -1,0 +1,49 @@
+"""What fine-tuning asks of its sources: conversations are read whole, and do not see one another."""
+
+from collections.abc import Mapping
+
+from megatron_qwen.config.blend import Blend
+from megatron_qwen.config.run import RunConfig
+from megatron_qwen.data.reading.sources import OpenSource
+from megatron_qwen.errors import DataError, Problem
+
+_AT_A_TIME = 1 << 20  # lengths that are looked at
+
+
+def require_whole(sources: Mapping[str, OpenSource], blend: Blend, config: RunConfig) -> None:
+    """Raises DataError where conversations would be cut, or attend to one another, or where nothing is masked.
+
+    Sources without a loss mask are texts, which may be mixed in.
+
+    Args:
+        sources: of the run.
+        blend: their stages.
+        config: of the run.
+    """
+    masked = {name for name, source in sources.items() if any(file.has_mask for file in source.tokens.files)}
+    problems = []
+    if not masked:
+        fix = "has no loss mask: every token would be trained. Prepare conversations (mq data prepare --chat)."
+        problems += [Problem(source.where, source.spec.path, fix) for source in sources.values()]
+    for name in sorted(masked):
+        source = sources[name]
+        if source.spec.packing != "best_fit":
+            fix = "lets conversations attend to one another and cuts them; set packing to best_fit."
+            problems.append(Problem(f"packing of {source.where}", source.spec.packing, fix))
+        lengths = {stage.configure(config).data.seq_length for stage in blend.stages if name in stage.weights}
+        if longer := _longer(source, min(lengths)):
+            fix = (
+                f"are longer than data.seq_length = {min(lengths):,} and would be cut; "
+                "raise it, or prepare them with --max-tokens."
+            )
+            problems.append(Problem(source.where, f"{longer:,} conversations", fix))
+    if problems:
+        raise DataError(problems)
+
+
+def _longer(source: OpenSource, length: int) -> int:
+    count = 0
+    for first in range(0, source.documents, _AT_A_TIME):
+        some = source.tokens.lengths(first, min(first + _AT_A_TIME, source.documents))
+        count += int((some > length).sum())
+    return count
