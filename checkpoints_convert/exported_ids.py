@@ -12,7 +12,8 @@ from typing import Any
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.hf_directory import GENERATION
 from megatron_qwen.checkpoint.paths import TOKENIZER
-from megatron_qwen.data.tokenizers.tokenizer import file_sha256, fingerprint, load_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.named_ids import special_ids
+from megatron_qwen.data.tokenizers.tokenizer import file_sha256, fingerprint, load_tokenizer
 from megatron_qwen.errors import DataError
 from megatron_qwen.hf.kept import IDS
 

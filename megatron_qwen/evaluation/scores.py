@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from lm_eval.evaluator import evaluate
 
-from megatron_qwen.data.tokenizers.tokenizer import beginning_of_text, load_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.named_ids import beginning_of_text, special_ids
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.evaluation import gold
 from megatron_qwen.evaluation.harness import Answering, HarnessModel

@@ -7,7 +7,6 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.core_patches.group_step_adam import adam_in_use
 from megatron_qwen.data.loaders.batches import BatchSlice
 from megatron_qwen.data.loaders.read_ahead import Loader, MemoryMapLoader
-from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
 from megatron_qwen.data.reading.preflight import require_legal_stages
 from megatron_qwen.data.reading.training_data import TrainingData
 from megatron_qwen.distributed import groups as process_groups
@@ -108,7 +107,7 @@ def require_fields(data: TrainingData, objective: Objective) -> None:
     """Raises ConfigError if the objective needs fields that the samples, or those of the validation, do not have."""
     sources = {"this data": data.extra_fields}
     if data.config.training.eval_iters and data.config.data.validation_fraction:
-        sources["its held-out part (training.eval_iters)"] = HeldOutSamples.extra_fields
+        sources["its held-out part (training.eval_iters)"] = data.extra_fields
     problems = []
     for source, fields in sources.items():
         there = {field.name for field in fields}

@@ -10,7 +10,8 @@ import pytest
 from checkpoints_convert.checkpoint_source import open_checkpoint
 from checkpoints_convert.from_hf import ImportOptions, convert
 from checkpoints_convert.to_hf import ExportOptions, export
-from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer, special_ids
+from megatron_qwen.data.tokenizers.named_ids import special_ids
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from tests.checkpoints_convert.models import make, with_tokenizer
 
 GENERATION = "generation_config.json"

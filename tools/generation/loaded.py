@@ -18,13 +18,8 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.config.source import with_words
 from megatron_qwen.config.world import smallest_world
-from megatron_qwen.data.tokenizers.tokenizer import (
-    Tokenizer,
-    beginning_of_text,
-    fingerprint,
-    load_tokenizer,
-    special_ids,
-)
+from megatron_qwen.data.tokenizers.named_ids import beginning_of_text, special_ids
+from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
 from megatron_qwen.errors import ConfigError, ConversionError, Problem

@@ -2,21 +2,18 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.chat.encoding import ChatEncoder, EncodedConversation
 from megatron_qwen.data.chat.template import TemplateRefuses
+from megatron_qwen.data.prepare.part_file import Part
 from megatron_qwen.data.prepare.plan import PreparationPlan
 from megatron_qwen.data.text.blocks import Block, ChatDocument
 from megatron_qwen.data.tokenizers.encoder import Encoder, TokenizerEncoder
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer, load_tokenizer
 from megatron_qwen.errors import DataError, Problem
-
-if TYPE_CHECKING:
-    from megatron_qwen.data.prepare.part import Part
 
 # Conversations of every part that are rendered by Jinja and encoded by the tokenizer's own library as well.
 _COMPARED = 4
@@ -62,7 +59,7 @@ class ChatPart:
         self._encoded: list[EncodedConversation] = []
         self.spelled: Counter[int] = Counter()
 
-    def encode(self, block: Block, part: "Part") -> None:
+    def encode(self, block: Block, part: Part) -> None:
         """Takes the conversations out of a block; those that cannot be rendered become its bad records."""
         reasons = Counter(bad.reason or "other" for bad in block.bad)
         for document in block.texts:
@@ -92,7 +89,7 @@ class ChatPart:
         encoded, self._encoded = self._encoded, []
         return iter(encoded)
 
-    def _count(self, conversation: Conversation, found: EncodedConversation, part: "Part") -> None:
+    def _count(self, conversation: Conversation, found: EncodedConversation, part: Part) -> None:
         self._encoded.append(found)
         part.longest = max(part.longest, len(found.ids))
         part.trained += int(np.count_nonzero(found.mask))

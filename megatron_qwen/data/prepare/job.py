@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.prepare.chat_part import chat_encoder
 from megatron_qwen.data.prepare.join import ShardWriter, set_manifest
-from megatron_qwen.data.prepare.part import Part, part_path, read_part
+from megatron_qwen.data.prepare.part_file import Part, part_path, read_part
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan, Unit
 from megatron_qwen.data.prepare.workers import EncodingProgress, Workers
 from megatron_qwen.data.token_files.manifest import Manifest, manifest_path, read_manifest, with_ending, write_manifest

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.prepare.part import COUNTS, Part, part_path
+from megatron_qwen.data.prepare.part_file import COUNTS, Part, part_path
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
 from megatron_qwen.data.token_files.manifest import Manifest, chats_together, file_digest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import write_index

@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_qwen import process_settings
 from megatron_qwen.data.prepare.forked import garbage_left_to_the_parent
-from megatron_qwen.data.prepare.part import Part, encode_unit
+from megatron_qwen.data.prepare.part import encode_unit
+from megatron_qwen.data.prepare.part_file import Part
 from megatron_qwen.data.prepare.plan import PreparationPlan, Unit
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import tokenizers_without_threads

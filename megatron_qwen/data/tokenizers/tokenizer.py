@@ -1,6 +1,5 @@
 """Tokenizer directories: byte-level BPE in Hugging Face form, or a SentencePiece model."""
 
-import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -70,20 +69,6 @@ class Tokenizer(Protocol):
 
     def written_out(self, ids: Sequence[int]) -> str:
         """Text of ids, control tokens by their names."""
-
-
-def beginning_of_text(directory: Path, tokenizer: Tokenizer) -> int:
-    """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
-    try:
-        stated = json.loads((directory / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
-        stated = {}
-    for name in ("bos_token", "eos_token"):
-        token = stated.get(name) if isinstance(stated, dict) else None
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str) and (found := tokenizer.control_tokens.get(text)) is not None:
-            return found
-    return tokenizer.end_of_text
 
 
 class BpeTokenizer:
@@ -256,7 +241,7 @@ def load_tokenizer(directory: str | Path, *, end: str | None = None) -> Tokenize
     Raises:
         DataError: there is none, or it cannot be loaded.
     """
-    path = _deciding_file(Path(directory))
+    path = deciding_file(Path(directory))
     return BpeTokenizer(path, end) if path.suffix == ".json" else SentencePieceTokenizer(path, end)
 
 
@@ -282,7 +267,7 @@ def document_encoding(directory: Path, options: DocumentOptions) -> DocumentEnco
         DataError: there is none, or not the token that is to end a document, or control tokens cannot be treated as
             asked.
     """
-    path = _deciding_file(directory)
+    path = deciding_file(directory)
     if path.suffix != ".json":
         decides, switched_off = file_sha256(directory), list[str]()
         model = SentencePieceTokenizer(path, options.end_token)
@@ -306,7 +291,8 @@ def document_encoding(directory: Path, options: DocumentOptions) -> DocumentEnco
     return DocumentEncoding(decides, ends.id, notes)
 
 
-def _deciding_file(directory: Path) -> Path:
+def deciding_file(directory: Path) -> Path:
+    """The file of a tokenizer directory that decides the ids. Raises DataError if there is none."""
     for name in ("tokenizer.json", "tokenizer.model"):
         if (directory / name).is_file():
             return directory / name
@@ -325,7 +311,7 @@ def fingerprint(directory: str | Path) -> str:
     """SHA-256 of what decides the ids: of a tokenizer.json its function, whatever the file's layout; of a SentencePiece
     model the file.
     """
-    path = _deciding_file(Path(directory))
+    path = deciding_file(Path(directory))
     if path.suffix != ".json":
         return file_sha256(directory)
     from megatron_qwen.data.tokenizers.content import TokenizerContent
@@ -337,58 +323,7 @@ def file_sha256(directory: str | Path) -> str:
     """SHA-256 of the file that decides the ids, by which older manifests know a tokenizer."""
     import hashlib  # with OpenSSL it takes 9 ms, and the command line of `mq train` imports this module
 
-    return hashlib.sha256(_deciding_file(Path(directory)).read_bytes()).hexdigest()
-
-
-def special_ids(directory: Path, *, below: int) -> tuple[int | list[int] | None, int | None]:
-    """(eos, bos) for config.json.
-
-    Taken from generation_config.json if the tokenizer came with one, and that is of this tokenizer. Otherwise both are
-    the token that ends a document, as in the base models of the family, or the one that the tokenizer names as
-    eos_token; None where it has neither.
-
-    Args:
-        directory: of the tokenizer.
-        below: size of the model's vocabulary, which has every id.
-
-    Raises:
-        DataError: the tokenizer cannot be read.
-    """
-    try:
-        noted = json.loads((directory / "generation_config.json").read_text())
-    except FileNotFoundError:
-        noted = {}
-    except (OSError, ValueError):
-        raise DataError(
-            Problem(str(directory / "generation_config.json"), None, "is not valid JSON; fix it.")
-        ) from None
-    if not isinstance(noted, dict) or not _are_ids(noted.get("eos_token_id"), below):
-        end = _named_end(directory)
-        return (end, end) if _are_ids(end, below) else (None, None)
-    bos = noted.get("bos_token_id")
-    return noted["eos_token_id"], bos if isinstance(bos, int) and _are_ids(bos, below) else None
-
-
-def _named_end(directory: Path) -> int | None:
-    """Id that ends a document, or of the eos_token that the tokenizer's files name; None where it has neither."""
-    path = _deciding_file(directory)
-    if path.suffix != ".json":
-        tokenizer = load_tokenizer(directory)
-        try:
-            return tokenizer.end_of_text
-        except DataError:
-            return None
-    from megatron_qwen.data.tokenizers.content import TokenizerContent
-
-    content = TokenizerContent(path)
-    named = end_token(directory, lambda _: 0, asked=None)  # the names alone: no name is refused for having no id
-    found = (content.id_of(name) for name in (named.name, named.passed_over) if name is not None)
-    return next((index for index in found if index is not None), None)
-
-
-def _are_ids(value: Any, below: int) -> bool:
-    ids = value if isinstance(value, list) else [value]
-    return bool(ids) and all(type(item) is int and 0 <= item < below for item in ids)
+    return hashlib.sha256(deciding_file(Path(directory)).read_bytes()).hexdigest()
 
 
 def copy_tokenizer(source: Path, target: Path) -> list[str]:

@@ -57,6 +57,7 @@ class Metrics(Callback):
             "consumed_samples": progress.consumed_samples,
             "consumed_tokens": progress.consumed_tokens,
             "lm_loss": result.loss,
+            **({} if config.objective.kind == "pretrain" else {"loss": result.loss}),
             "grad_norm": result.grad_norm,
             "learning_rate": record.learning_rate,
             "global_batch_size": record.global_batch_size,

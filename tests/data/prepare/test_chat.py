@@ -1,0 +1,207 @@
+"""``mq data prepare --chat`` and ``mq data inspect --chat``: what is prepared, what is left out and why."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from megatron_qwen.data.prepare import job
+from megatron_qwen.data.token_files.manifest import read_manifest
+from megatron_qwen.data.token_files.token_set import TokenSet
+from tests.conftest import run
+from tests.data.chat.conftest import template
+from tests.data.chat.conversations import Dice
+from tests.data.chat.test_forms import WRONG
+
+_UNREADABLE = {"a list": "[1]", "a text": '"hello"'}
+
+
+@pytest.fixture(scope="module")
+def chat(qwen, tmp_path_factory):
+    """A tokenizer with Qwen2.5's template."""
+    directory = tmp_path_factory.mktemp("instruct") / "tokenizer"
+    run(
+        "tools.data",
+        "tokenizer",
+        "import-tiktoken",
+        next(qwen.parent.parent.rglob("*.tiktoken")),
+        "--output",
+        directory,
+        check=True,
+    )
+    (directory / "chat_template.jinja").write_text(template("qwen2_5"))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def talks():
+    """Conversations that pass the checks."""
+    found = []
+    for seed in range(300):
+        messages, tools = Dice(seed, spelled=seed % 4 == 0).conversation(plain=seed % 2 == 0)
+        for message in messages:
+            if not message.get("content", "").strip() and "tool_calls" not in message:
+                message["content"] = "Well."
+        found.append({"messages": messages, **({"tools": tools} if tools else {})})
+    return found
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return path
+
+
+def prepare(chat, out, *words):
+    return run("tools.data", "prepare", "--chat", "--tokenizer", chat, "--output", out, *words)
+
+
+def test_tokens_and_masks(chat, talks, tmp_path):
+    plain = [one for one in talks if "<" not in json.dumps(one)]
+    assert len(plain) > 50
+    done = prepare(chat, tmp_path / "out", write(tmp_path / "in.jsonl", plain), "--json")
+    assert done.returncode == 0, done.stderr
+    shown = json.loads(
+        run("tools.data", "inspect", "--chat", tmp_path / "out", "--head", len(plain), "--json", check=True).stdout
+    )
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(chat / "tokenizer.json"))
+    oracle.chat_template = template("qwen2_5")
+    for record, found in zip(plain, shown, strict=True):
+        messages = [{**one, "content": one.get("content", "")} for one in record["messages"]]
+        expected = oracle.apply_chat_template(messages, tools=record.get("tools"), return_dict=False)
+        assert found["tokens"] == expected
+        assert len(found["mask"]) == len(expected)
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest.documents == len(plain)
+    assert manifest.chat["trained_tokens"] == sum(sum(one["mask"]) for one in shown)
+    assert manifest.chat["longest"] == max(len(one["tokens"]) for one in shown)
+    assert run("tools.data", "verify", tmp_path / "out", check=True).returncode == 0
+
+
+def test_forms_are_one(chat, tmp_path):
+    openai = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    sharegpt = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    alpaca = {"instruction": "a", "input": "", "output": "b"}
+    both = {"prompt": "a", "completion": "b"}
+    files = [write(tmp_path / f"{at}.jsonl", [one]) for at, one in enumerate((openai, sharegpt, alpaca, both))]
+    table = pyarrow.Table.from_pylist([{**openai, "conversations": None, "id": 1}])
+    pyarrow.parquet.write_table(table, tmp_path / "4.parquet")
+    assert prepare(chat, tmp_path / "out", *files, tmp_path / "4.parquet").returncode == 0
+    shown = json.loads(
+        run("tools.data", "inspect", "--chat", tmp_path / "out", "--head", 9, "--json", check=True).stdout
+    )
+    assert len(shown) == 5
+    assert all(one == shown[0] for one in shown)
+
+
+def test_the_same_bytes_with_other_workers_and_after_a_stop(chat, talks, tmp_path, monkeypatch):
+    source = write(tmp_path / "in.jsonl", talks * 4)
+    assert prepare(chat, tmp_path / "one", source, "--workers", 1).returncode == 0
+    assert prepare(chat, tmp_path / "two", source, "--workers", 2).returncode == 0
+    for ending in (".bin", ".mask", ".idx"):
+        assert (tmp_path / f"one{ending}").read_bytes() == (tmp_path / f"two{ending}").read_bytes()
+    again = prepare(chat, tmp_path / "two", source)
+    assert again.returncode == 0, "its own output is recognised"
+    (chat / "chat_template.jinja").write_text(template("qwen2_5") + " ")
+    other = prepare(chat, tmp_path / "two", source)
+    (chat / "chat_template.jinja").write_text(template("qwen2_5"))
+    assert other.returncode == 2, "another template is another output"
+
+
+def test_what_is_left_out_is_counted(chat, talks, tmp_path):
+    wrong = [record for record, _, _ in WRONG.values()]
+    long = {"messages": [{"role": "user", "content": "word " * 900}, {"role": "assistant", "content": "ok"}]}
+    no_json = ["{", '{"messages": NaN}', '"\\ud800"']
+    lines = [json.dumps(one, ensure_ascii=False) for one in (*talks[:40], *wrong, long)] + no_json
+    source = tmp_path / "in.jsonl"
+    source.write_text("\n".join(lines) + "\n")
+    stopped = prepare(chat, tmp_path / "out", source)
+    assert stopped.returncode == 3
+    assert "Traceback" not in stopped.stderr
+    assert f"{source}:41" in stopped.stderr
+    done = prepare(chat, tmp_path / "out", source, "--on-error", "skip", "--max-tokens", 800, "--json")
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads(done.stdout)
+    assert manifest["read"] == len(lines)
+    assert manifest["documents"] == 40
+    assert manifest["filtered"] == 1
+    assert manifest["skipped"] == len(wrong) + len(no_json)
+    reasons = Counter(reason for _, reason, _ in WRONG.values())
+    reasons |= {"no JSON": len(no_json), "longer than 800 tokens": 1}
+    assert manifest["chat"]["reasons"] == dict(sorted(reasons.items()))
+    kept = [json.loads(line) for line in (tmp_path / "out.skipped.jsonl").read_text().splitlines()]
+    assert Counter(one["reason"] for one in kept) == reasons - Counter({"longer than 800 tokens": 1})
+    assert all(one["where"].startswith(f"{source}:") for one in kept)
+
+
+def test_a_rendering_that_differs_is_found(chat, talks, tmp_path, monkeypatch):
+    """The control of the comparison: a way of rendering plain turns that is wrong is not used."""
+    from megatron_qwen.data.chat import plain_turns
+    from megatron_qwen.data.chat.options import ChatOptions
+    from megatron_qwen.data.chat.template import chat_template_of
+    from megatron_qwen.data.prepare.plan import make_plan
+    from megatron_qwen.data.text.blocks import ReadOptions
+    from megatron_qwen.data.text.inputs import find_inputs
+
+    source = write(tmp_path / "in.jsonl", [one for one in talks if "tools" not in one])
+
+    def made(name):
+        plan = make_plan(
+            find_inputs([source], text_field="messages").files,
+            tokenizer=chat,
+            prefix=tmp_path / name,
+            options=ReadOptions(chat=True),
+            chat=ChatOptions(chat_template_of(chat)),
+        )
+        return job.prepare(plan, workers=1)
+
+    right = made("right")
+    real = plain_turns.PlainTurns.render
+
+    def spoilt(self, messages):
+        text = real(self, messages)
+        return None if text is None else text + "\n"
+
+    monkeypatch.setattr(plain_turns.PlainTurns, "render", spoilt)
+    monkeypatch.setattr(plain_turns, "_tried", lambda turns: [])
+    found = made("wrong")
+    assert right.encoder == "gigatoken"
+    assert "rendered otherwise than by its template" in found.encoder
+    assert found.bin_xxh3_128 == right.bin_xxh3_128
+
+
+def test_wrong_words(chat, qwen, talks, tmp_path):
+    source = write(tmp_path / "in.jsonl", talks[:3])
+    for words, message in (
+        (("--field", "x"), "--field: has no effect on conversations"),
+        (("--max-tokens", "1"), "--max-tokens = 1: must be at least 2"),
+        (("--template-variable", "x"), "must be NAME=VALUE"),
+    ):
+        done = prepare(chat, tmp_path / "out", source, *words)
+        assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    done = run("tools.data", "prepare", "--chat", "--tokenizer", qwen, "--output", tmp_path / "out", source)
+    assert done.returncode == 3
+    assert "has no chat template" in done.stderr
+    done = run("tools.data", "prepare", "--tokenizer", qwen, "--output", tmp_path / "out", source, "--max-tokens", 9)
+    assert (done.returncode, "--max-tokens: needs --chat" in done.stderr) == (2, True)
+
+
+def test_what_inspect_shows(chat, talks, tokens, tmp_path):
+    assert prepare(chat, tmp_path / "out", write(tmp_path / "in.jsonl", talks[:20])).returncode == 0
+    words = ("--chat", tmp_path / "out", "--tokenizer", chat)
+    shown = run("tools.data", "inspect", *words, "--head", 2, check=True).stdout
+    assert shown.count("with loss") == 2
+    assert "\u27e6" in shown
+    assert "<|im_end|>\u27e7" in shown
+    page = tmp_path / "page.html"
+    run("tools.data", "inspect", *words, "--random", 3, "--html", page, check=True)
+    assert page.read_text().count('<div class="chat">') == 3
+    other = run("tools.data", "inspect", "--chat", tokens, "--json")
+    assert (other.returncode, "has no loss mask" in other.stderr) == (3, True)
+    assert run("tools.data", "inspect", "--chat", tmp_path / "out").returncode == 2
+    assert run("tools.data", "inspect", tmp_path / "out", "--head", 5).returncode == 2
+    tokens_of = TokenSet(tmp_path / "out")
+    assert np.isin(tokens_of.loss_mask(0, tokens_of.num_tokens), (0, 1)).all()
