@@ -98,6 +98,7 @@ def _serve(model: "LoadedModel", options: argparse.Namespace, info: "RankInfo") 
         model.tokenizer,
         _chat(model),
         model.ends,
+        model.chat_ends,
         options.name or model.source.name,
         key=os.environ.get(_KEY) or None,
         most_pending=options.max_pending,

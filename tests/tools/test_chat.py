@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -116,3 +117,13 @@ def test_what_is_refused(words, told, finished_run):
     assert done.returncode == 2
     assert told in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_an_answer_ends_where_the_template_ends_it(hf):
+    """Files of a base model name the token that ends a text alone."""
+    from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+    from tools.generation.loaded import LoadedModel
+
+    tokenizer = load_tokenizer(hf)
+    model = LoadedModel(None, tokenizer, (tokenizer.end_of_text,), SimpleNamespace(tokenizer=hf), "fp32")
+    assert model.chat_ends == (tokenizer.end_of_text, tokenizer.spellable["<|im_end|>"])

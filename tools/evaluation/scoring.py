@@ -60,7 +60,7 @@ def evaluate(model: LoadedModel, together: Together, prepared: "Prepared", optio
     adapter = HarnessModel(
         together,
         model.tokenizer,
-        ends=model.ends,
+        ends=model.chat_ends if options.chat else model.ends,
         end=model.end,
         answered=answered,
         chat=_chat_format(model) if options.chat else None,

@@ -114,7 +114,7 @@ def answer_file(
         DataError: a prompt is too long for the model or for the cache.
         ConfigError: what is answered is by another model, or of other prompts.
     """
-    how = replace(sampling, stop_tokens=sampling.stop_tokens or model.ends)
+    how = replace(sampling, stop_tokens=sampling.stop_tokens or (model.ends if render is None else model.chat_ends))
     identity = {**model.identity(), "prompts": prompts.digest, "sampling": repr(how)}
     if render is not None:
         identity["chat"] = render("\N{OBJECT REPLACEMENT CHARACTER}")

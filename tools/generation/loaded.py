@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.config.source import with_words
 from megatron_qwen.config.world import smallest_world
+from megatron_qwen.data.chat.answers import answer_form
+from megatron_qwen.data.chat.template import chat_template_of
 from megatron_qwen.data.tokenizers.named_ids import beginning_of_text, special_ids
 from megatron_qwen.data.tokenizers.tokenizer import Tokenizer, fingerprint, load_tokenizer
 from megatron_qwen.distributed import groups as process_groups
 from megatron_qwen.distributed.rank import RankInfo, join
-from megatron_qwen.errors import ConfigError, ConversionError, Problem
+from megatron_qwen.errors import ConfigError, ConversionError, DataError, Problem
 from megatron_qwen.inference.announcements import Announcements
 from megatron_qwen.inference.blocks import BLOCK, blocks_of
 from megatron_qwen.inference.engine import Engine
@@ -59,6 +62,20 @@ class LoadedModel:
         """Id that stands in front of a text without a beginning: the tokenizer's bos_token, or its eos_token."""
         assert self.source.tokenizer is not None
         return beginning_of_text(self.source.tokenizer, self.tokenizer)
+
+    @cached_property
+    def chat_ends(self) -> tuple[int, ...]:
+        """Ids that end an answer of a conversation: those that end a text, and the one that the chat template puts there.
+
+        A base model's files name no token that ends a turn, and after fine-tuning it writes one all the same.
+        """
+        assert self.source.tokenizer is not None
+        control = self.tokenizer.spellable
+        try:
+            form = answer_form(chat_template_of(self.source.tokenizer), tuple(control))
+        except DataError:  # without a chat template, or with one that ends answers by no token
+            return self.ends
+        return self.ends if form is None else tuple(dict.fromkeys((*self.ends, control[form.ends])))
 
     def identity(self) -> dict[str, Any]:
         """What decides its answers: weights, precision, tokenizer, and how many positions it is given."""

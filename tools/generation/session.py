@@ -108,7 +108,7 @@ class ChatSession:
             self._say(f"the conversation has {len(ids):,} tokens, which leave no room for an answer: /reset\n")
             return
         how = replace(
-            self.sampling, max_new_tokens=min(room, self.sampling.max_new_tokens), stop_tokens=self.model.ends
+            self.sampling, max_new_tokens=min(room, self.sampling.max_new_tokens), stop_tokens=self.model.chat_ends
         )
         answer = self._answer(tuple(ids), how)
         if answer is not None:

@@ -51,7 +51,7 @@ def complete(
         DataError: a prompt is too long for the model or for the cache.
     """
     ids = model.tokenizer.encode_batch(list(map(render, prompts) if render is not None else prompts))
-    how = replace(sampling, stop_tokens=sampling.stop_tokens or model.ends)
+    how = replace(sampling, stop_tokens=sampling.stop_tokens or (model.ends if render is None else model.chat_ends))
     for request, answer in model.engine.answer(_requests(ids, how)):
         prompt = prompts[request.number // how.samples]
         yield Completion(prompt, request.number, request.sample, text_of(model, answer, how), answer)

@@ -35,7 +35,8 @@ class Server:
         service: that answers.
         tokenizer: of the model.
         chat: its chat template; None where it has none.
-        ends: ids that end an answer.
+        ends: ids that end a completion.
+        chat_ends: ids that end an answer of a conversation.
         name: of the model.
         key: that clients must send; None asks for none.
         most_pending: requests that may wait or be answered.
@@ -47,6 +48,7 @@ class Server:
     tokenizer: Tokenizer
     chat: ChatTemplate | None
     ends: tuple[int, ...]
+    chat_ends: tuple[int, ...]
     name: str
     key: str | None = None
     most_pending: int = 256
@@ -171,7 +173,8 @@ async def _reply(
     if service.pending + len(prompts) * asked.n > server.most_pending:
         told = f"{service.pending:,} requests wait already; try again later."
         raise _Refused(429, error_body(told, kind="rate_limit_error", code="queue_full"))
-    sampling = replace(asked.sampling(ends=server.ends, most=room), max_new_tokens=most or room, samples=asked.n)
+    ends = server.chat_ends if isinstance(asked, ChatAsked) else server.ends
+    sampling = replace(asked.sampling(ends=ends, most=room), max_new_tokens=most or room, samples=asked.n)
     answering = Answering(
         service, [tuple(prompt) for prompt in prompts], sampling, server.tokenizer.decode, server.timeout_s
     )
