@@ -87,7 +87,8 @@ def main(arguments: Sequence[str]) -> int:
 
     info = RankInfo.from_environment()
     if info.world_size == 1 and (ranks := _ranks(options)) > 1:
-        return start_ranks("tools.generate", options.source, arguments, ranks)
+        talks = options.prompts is None and not options.prompt
+        return start_ranks("tools.generate", options.source, arguments, ranks, talks=talks)
     set_up_log(rank=info.rank)
     if options.prompts is not None:
         _answer_file(options, sampling, info)

@@ -44,6 +44,8 @@ class LocalRanks:
         quiet: rank 0 writes to a file as well.
         options: further words of a rank's command line, behind the run directory.
         program: what a rank is in place of a rank of training: a module, and all words of its command line.
+        talks: rank 0 reads what is typed here. The ranks are then in this process's group, as a terminal gives what is
+            typed to one group alone, and get its Ctrl-C twice: from the terminal and from this process.
     """
 
     def __init__(
@@ -57,7 +59,9 @@ class LocalRanks:
         quiet: bool = False,
         options: Sequence[str] = (),
         program: Sequence[str] | None = None,
+        talks: bool = False,
     ) -> None:
+        self._talks = talks
         self.run_dir, self.world_size, self.log_dir = run_dir, world_size, log_dir
         self._python, self._environment, self._quiet = python, environment, quiet
         self._program = program or ("megatron_qwen.train", str(run_dir), *options)
@@ -111,11 +115,11 @@ class LocalRanks:
         return subprocess.Popen(
             command,
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=None if self._talks and rank == 0 else subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             # In their own process group ranks do not get the terminal's Ctrl-C: this process passes it on once.
-            process_group=0,
+            process_group=None if self._talks else 0,
         )
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:

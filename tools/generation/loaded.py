@@ -65,7 +65,7 @@ class LoadedModel:
 
     @cached_property
     def chat_ends(self) -> tuple[int, ...]:
-        """Ids that end an answer of a conversation: those that end a text, and the one that the chat template puts there.
+        """Ids that end an answer of a conversation: those that end a text, and that of the chat template.
 
         A base model's files name no token that ends a turn, and after fine-tuning it writes one all the same.
         """

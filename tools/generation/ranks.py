@@ -7,12 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def start_ranks(program: str, source: Path, arguments: Sequence[str], ranks: int) -> int:
-    """Runs a program once a rank on this machine, and returns the exit code of the one that failed first, else 0."""
+def start_ranks(program: str, source: Path, arguments: Sequence[str], ranks: int, *, talks: bool = False) -> int:
+    """Runs a program once a rank on this machine, and returns the exit code of the one that failed first, else 0.
+
+    Args:
+        program: module.
+        source: that it loads.
+        arguments: of its command line.
+        ranks: how many.
+        talks: whether rank 0 reads what is typed here.
+    """
     from megatron_qwen.job.local_ranks import LocalRanks
 
     with tempfile.TemporaryDirectory(prefix="mq-ranks-") as folder:
-        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), program=(program, *arguments))
+        started = LocalRanks(source, world_size=ranks, log_dir=Path(folder), program=(program, *arguments), talks=talks)
         return started.run()
 
 
