@@ -26,6 +26,7 @@ _NAMES = {
     "launch": "mq launch dry-run of a 72B against 1.5 s, mq launch status over 500 runs against 2 s",
     "restart": "seconds from a fault to the next step, inside the allocation against a requeue (needs Slurm)",
     "data_prepare": "text to tokens against a stock loop and gigatoken alone, and its memory (8 GB in TMPDIR)",
+    "chat_prepare": "a million conversations to tokens against transformers' loop, and its memory (4 GB in TMPDIR)",
     "data_start": "first batch over 2,000 sources against 2 s and 200 MiB, and against megatron-core's GPTDataset",
     "contamination": "100 million tokens of a run searched for the items of a test, against a minute",
     "loader": "tokens read and collated on one core against 20 million a second",

@@ -110,14 +110,15 @@ def _memory(root: Path, text: Path, tokenizer: Path) -> list[BenchmarkRow]:
     del whole
     rows = []
     for name, corpus in (("2 GB of input", large), ("one document of 300 MB", document)):
-        peak = _peak_gib(["data", "prepare", "--tokenizer", tokenizer, "--output", root / corpus.stem, corpus])
+        peak = peak_gib(["data", "prepare", "--tokenizer", tokenizer, "--output", root / corpus.stem, corpus])
         what = f"memory of mq data prepare, {name}"
         conditions = "peak of all processes' PSS"
         rows.append(against_limit(what, [peak], limit=_MOST_GIB, unit="GiB", conditions=conditions))
     return rows
 
 
-def _peak_gib(words: Sequence[object]) -> float:
+def peak_gib(words: Sequence[object]) -> float:
+    """Most memory that all processes of a command of ``mq`` hold together."""
     command = [str(word) for word in (_MQ, *words)]
     process = psutil.Popen(command, stdout=subprocess.DEVNULL)
     peak = 0

