@@ -156,6 +156,17 @@ def test_conversations_are_neither_cut_nor_mixed(changes, message, masked_docume
         TrainingData(sft("tiny_dense", masked_documents, data=changes))
 
 
+def test_lengths_of_a_stage_would_cut_conversations(masked_documents, tmp_path):
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(
+        f"sources: {{chat: {{path: {masked_documents.prefix}, packing: best_fit}}}}\n"
+        "stages: [{name: one, weights: {chat: 1.0}, seq_length: 256, lengths: {64: 1.0}}]\n"
+    )
+    config = sft("tiny_dense", masked_documents, data={"path": None, "blend": str(blend)})
+    with pytest.raises(DataError, match="lengths of stage one: cuts conversations"):
+        TrainingData(config)
+
+
 def test_texts_alone_are_refused(documents):
     with pytest.raises(DataError, match="has no loss mask: every token would be trained"):
         TrainingData(sft("tiny_dense", documents))

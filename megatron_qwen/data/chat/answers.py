@@ -7,6 +7,7 @@ do, but some of them count what a model never writes, such as the line end behin
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from megatron_qwen.data.chat.marks import BEGIN_ANSWER, END_ANSWER, any_of
@@ -23,13 +24,15 @@ class AnswerForm:
 
     Args:
         asks: the generation prompt, whole.
-        begins: its part up to a second control token, with which every answer begins, whatever follows.
+        begins: its part up to a further control token, with which every answer begins, and no other turn.
         ends: control token that ends a turn.
+        foreign: finds control tokens that no answer holds: the template's own of other turns.
     """
 
     asks: str
     begins: str
     ends: str
+    foreign: re.Pattern[str]
 
     def spans(self, text: str, answers: int) -> list[tuple[int, int]]:
         """Characters [a, b) of every answer.
@@ -48,6 +51,8 @@ class AnswerForm:
             end = text.find(self.ends, start)
             if end < 0:
                 raise TemplateRefuses(f"an answer has no {self.ends} at its end")
+            if (other := self.foreign.search(text, start, end)) is not None:
+                raise TemplateRefuses(f"{other[0]} stands between the beginning of an answer and its end")
             found.append((start, end + len(self.ends)))
             at = end + len(self.ends)
         if len(found) != answers:
@@ -55,12 +60,13 @@ class AnswerForm:
         return found
 
 
-def answer_form(template: ChatTemplate, control: tuple[str, ...]) -> AnswerForm | None:
+def answer_form(template: ChatTemplate, control: Collection[str], written: Collection[str] = ()) -> AnswerForm | None:
     """How a template begins and ends answers; None where it marks them itself and has no control tokens there.
 
     Args:
         template: of the tokenizer.
         control: names of its control tokens.
+        written: those of them that an answer may hold.
 
     Raises:
         DataError: neither is the case, or the template renders no plain conversation.
@@ -74,7 +80,9 @@ def answer_form(template: ChatTemplate, control: tuple[str, ...]) -> AnswerForm 
         raise DataError(Problem("chat_template", None, f"renders no question and answer: {error}.")) from None
     asks = _behind(names, asked, asks)
     place = said.rfind(_SAID)
-    ends = names.search(said, place + len(_SAID)) if place >= 0 else None
+    if place < 0:
+        raise DataError(Problem("chat_template", None, "leaves out what an assistant says as a plain text."))
+    ends = names.search(said, place + len(_SAID))
     tokens = list(names.finditer(asks))
     if not tokens or ends is None:
         if template.marks_answers:
@@ -82,8 +90,13 @@ def answer_form(template: ChatTemplate, control: tuple[str, ...]) -> AnswerForm 
         what = "ends an answer with" if tokens else "asks for an answer with"
         fix = f"{what} no control token, and has no tag `generation`: what the assistant wrote cannot be told apart."
         raise DataError(Problem("chat_template", None, fix))
-    begins = asks[: tokens[1].start()] if len(tokens) > 1 else asks
-    return AnswerForm(asks, begins, ends[0])
+    parts = [asks[: token.start()] for token in tokens[1:]]
+    begins = next((part for part in (*parts, asks) if part not in asked), None)
+    if begins is None:
+        fix = "asks for an answer with what stands in front of other turns as well: answers cannot be told apart."
+        raise DataError(Problem("chat_template", None, fix))
+    foreign = [name for name in control if name not in written and name != ends[0]]
+    return AnswerForm(asks, begins, ends[0], any_of(foreign))
 
 
 def _behind(names: re.Pattern[str], first: str, second: str) -> str:

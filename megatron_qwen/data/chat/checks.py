@@ -11,6 +11,9 @@ from megatron_qwen.data.chat.conversation import ROLES, Conversation, Rejected
 _OTHER_NAMES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older words
 # Names of what the assistant thought; templates read the first, some the second, as transformers gives them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+_READ = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call", *_REASONING))
+_JSON = (str, int, float, bool, list, dict)
+_DEEPEST = 64
 # Unicode keeps these for programs' own use; rendering takes some of them as marks (marks.py).
 _NO_CHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
@@ -108,7 +111,12 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], int]:
     if role not in ROLES:
         raise _Wrong("unknown role", f"{where}.role is {role!r}; known are {', '.join(ROLES)}.")
     # Null is how a table says that a row has no such field.
-    one = {name: value for name, value in message.items() if value is not None or name == "content"}
+    one = {
+        name: value
+        for name, value in message.items()
+        # Of a table a row may have times and the like beside what a template reads.
+        if (value is not None and (name in _READ or isinstance(value, _JSON))) or name == "content"
+    }
     one["role"] = role
     weight = one.pop("weight", 1)
     if weight not in (0, 1) or isinstance(weight, float):
@@ -118,6 +126,8 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], int]:
         if not isinstance(thought, str) or role != "assistant":
             raise _Wrong("reasoning", f"{where}: reasoning must be a text, of the assistant.")
         one = {"thinking": thought, **one, "reasoning_content": thought}
+    if "function_call" in one and one.get("tool_calls"):
+        raise _Wrong("tool calls", f"{where} has both function_call and tool_calls; remove one.")
     if "function_call" in one:
         one["tool_calls"] = [one.pop("function_call")]
     calls = one.get("tool_calls")
@@ -200,19 +210,24 @@ def _has_characters(text: str) -> bool:
 
 
 def _require_characters(value: Any, where: str) -> None:
-    for text in _texts(value):
+    for text in _texts(value, where, 0):
         if not text.isascii() and (found := _NO_CHARACTERS.search(text)) is not None:
             code = f"U+{ord(found[0]):04X}"
             raise _Wrong("no character", f"{where} holds {code}, which Unicode keeps for programs; remove it.")
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: Any, where: str, depth: int) -> Iterator[str]:
+    """All texts in a JSON value; raises _Wrong where it is none, or too deep for the programs that take it further."""
+    if depth > _DEEPEST:
+        raise _Wrong("nested too deeply", f"{where} is nested more than {_DEEPEST} levels deep.")
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
         for name, one in value.items():
-            yield name
-            yield from _texts(one)
+            yield from _texts(name, where, depth)
+            yield from _texts(one, where, depth + 1)
     elif isinstance(value, list):
         for one in value:
-            yield from _texts(one)
+            yield from _texts(one, where, depth + 1)
+    elif value is not None and not isinstance(value, _JSON):
+        raise _Wrong("no JSON value", f"{where} holds a {type(value).__name__}, which is no value of JSON.")

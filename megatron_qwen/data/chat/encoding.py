@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from megatron_qwen.data.chat.answers import AnswerForm, answer_form, marked_span
 from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.chat.marks import AS_TEXT, any_of, marked, without
 from megatron_qwen.data.chat.plain_turns import PlainTurns, learn
-from megatron_qwen.data.chat.template import ChatTemplate
+from megatron_qwen.data.chat.template import ChatTemplate, TemplateRefuses
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer
 
+_NAME, _ARGUMENT, _RESULT = "name8217", "argument8217", "result 8217"
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
@@ -40,6 +42,11 @@ class EncodedConversation:
     mask: Mask
     spelled: Mapping[str, int]
 
+    @cached_property
+    def trained(self) -> int:
+        """Tokens that carry loss."""
+        return int(np.count_nonzero(self.mask))
+
 
 class ChatEncoder:
     """Encodes conversations.
@@ -50,6 +57,9 @@ class ChatEncoder:
         tokenizer: the reference, which knows the control tokens.
         as_text: whether control tokens that messages spell are text; else they are the tokens.
         fast: whether plain conversations may be rendered without Jinja.
+
+    Attributes:
+        control: ids of control tokens by name.
 
     Raises:
         DataError: the template's answers cannot be told apart (``answer_form``).
@@ -65,9 +75,9 @@ class ChatEncoder:
         fast: bool = True,
     ) -> None:
         self._template, self._encoder, self._tokenizer, self._as_text = template, encoder, tokenizer, as_text
-        self._control = dict(tokenizer.spellable)
-        names = tuple(self._control)
-        self._form = answer_form(template, names)
+        self.control = dict(tokenizer.spellable)
+        names = tuple(self.control)
+        self._form = answer_form(template, names, tokenizer.written)
         self._names = any_of(names)
         self._cut = re.compile(f"({self._names.pattern})")
         # A model writes these itself, where its tokenizer does not call them special: thinking, calls of tools.
@@ -75,7 +85,7 @@ class ChatEncoder:
         self._not_own = any_of([name for name in names if name not in own])
         self._plain: _PlainEncoding | None = None
         if fast and self._form is not None and (turns := learn(template)) is not None:
-            self._plain = _PlainEncoding.of(turns, self._form, self._cut, self._control, encoder)
+            self._plain = _PlainEncoding.of(turns, self._form, self._cut, self.control, encoder)
 
     def __call__(self, conversation: Conversation) -> EncodedConversation:
         """Encodes.
@@ -95,14 +105,42 @@ class ChatEncoder:
         spelled: dict[str, int] = {}
         if self._as_text:
             messages, tools = [self._marked(message) for message in messages], marked(list(tools), self._names)
+        if not self._renders_calls and any("tool_calls" in message for message in messages):
+            raise TemplateRefuses("it does not write calls of tools")
         text = self._template.render(messages, tools)
         text, spans = self._spans(text, conversation)
+        if messages != conversation.messages or tools != list(conversation.tools):
+            self._require_as_unmarked(text, conversation)
         if AS_TEXT in text:
             spelled = Counter(found[0] for found in self._names.finditer(without(text)))
             spelled.subtract(found[0] for found in self._names.finditer(text))
             spelled = {name: count for name, count in spelled.items() if count > 0}
         ids, mask = self._encoded(text, spans)
         return EncodedConversation(ids, mask, spelled)
+
+    @cached_property
+    def _renders_calls(self) -> bool:
+        """Whether the template writes a call of a tool, and its result."""
+        call = {"type": "function", "function": {"name": _NAME, "arguments": {_ARGUMENT: 1}}}
+        asked: Mapping[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
+        talk: list[Mapping[str, Any]] = [
+            {"role": "user", "content": "?"},
+            asked,
+            {"role": "tool", "name": _NAME, "content": _RESULT},
+        ]
+        try:
+            text = self._template.render([*talk, {"role": "assistant", "content": "!"}])
+        except TemplateRefuses:
+            return True  # it may want more than this probe has, and refuses what it cannot write
+        return all(word in text for word in (_NAME, _ARGUMENT, _RESULT))
+
+    def _require_as_unmarked(self, text: str, conversation: Conversation) -> None:
+        """Raises TemplateRefuses where marks change more than themselves: a template may compare what they are in."""
+        if AS_TEXT in text and self._tokenizer.strips:
+            raise TemplateRefuses("a message spells a control token, and those of this tokenizer take spaces along")
+        plain, _ = marked_spans(self._template.render(conversation.messages, conversation.tools))
+        if without(text) != plain:
+            raise TemplateRefuses("a message spells a control token that the template looks for")
 
     def _marked(self, message: Mapping[str, Any]) -> Mapping[str, Any]:
         names = self._not_own if message["role"] == "assistant" else self._names
@@ -113,7 +151,9 @@ class ChatEncoder:
         text, spans = marked_spans(text)
         if self._form is not None:
             spans = self._form.spans(text, len(answers))
-        if conversation.untrained and len(spans) == len(answers):
+        if conversation.untrained and len(spans) != len(answers):
+            raise TemplateRefuses("it marks other parts than whole messages of the assistant, and some carry no loss")
+        if conversation.untrained:
             spans = [span for place, span in zip(answers, spans, strict=True) if place not in conversation.untrained]
         return text, spans
 
@@ -125,7 +165,7 @@ class ChatEncoder:
             begin, end = at, at + len(piece)
             at = end
             if number % 2:
-                ids.append(np.asarray([self._control[piece]], dtype=np.int32))
+                ids.append(np.asarray([self.control[piece]], dtype=np.int32))
                 masks.append(np.full(1, any(a <= begin and end <= b for a, b in spans), dtype=np.uint8))
             elif piece:
                 own = self._ids(piece)
@@ -140,7 +180,8 @@ class ChatEncoder:
             return found, mask
         # A control token of this tokenizer takes spaces beside it along.
         places = self._tokenizer.offsets(text)
-        assert len(places) == len(whole), "the encoder has not the tokenizer's ids"
+        if len(places) != len(whole):
+            whole = np.asarray(self._tokenizer.encode_batch([text])[0], dtype=np.int32)
         inside = [any(a <= begin < b for a, b in spans) for begin, _ in places]
         return whole, np.asarray(inside, dtype=np.uint8)
 
@@ -172,6 +213,7 @@ class _PlainEncoding:
         count: control tokens of a turn by role.
         before: of them in front of the text, by role.
         head: ids between the last control token in front of an answer and the answer.
+        offsets: 0, 1 ... of them.
         end: id that ends an answer.
         least: least id of a control token.
         control: whether an id is one of control, [largest + 1].
@@ -184,6 +226,7 @@ class _PlainEncoding:
     count: Mapping[str, int]
     before: int
     head: Ids
+    offsets: npt.NDArray[np.int64]
     end: int
     least: int
     control: npt.NDArray[np.bool_]
@@ -194,11 +237,12 @@ class _PlainEncoding:
         cls, turns: PlainTurns, form: AnswerForm, cut: re.Pattern[str], control: Mapping[str, int], encoder: Encoder
     ) -> "_PlainEncoding | None":
         """None where answers do not begin and end in the way that this finds them."""
-        before, behind = turns.around["assistant"]
-        if before != form.asks or not behind.startswith(form.ends):
+        asks, behind = turns.around["assistant"]
+        if asks != form.asks or not behind.startswith(form.ends):
             return None
-        asked = list(cut.finditer(before))
-        head = before[asked[-1].end() :]
+        asked = list(cut.finditer(asks))
+        text = asks[asked[-1].end() :]
+        head = encoder.ids(text, as_text=False) if text else np.zeros(0, dtype=np.int32)
 
         def tokens(*texts: str) -> int:
             return sum(len(cut.findall(text)) for text in texts)
@@ -211,7 +255,8 @@ class _PlainEncoding:
             (tokens(turns.alone), 0 if turns.system is None else tokens(*turns.system)),
             {role: tokens(*texts) for role, texts in turns.around.items()},
             len(asked),
-            encoder.ids(head, as_text=False) if head else np.zeros(0, dtype=np.int32),
+            head,
+            np.arange(len(head)),
             control[form.ends],
             min(control.values()),
             is_control,
@@ -244,12 +289,11 @@ class _PlainEncoding:
         if at != len(places):
             return None
         starts, stops = places[opened] + 1, places[closed]
-        for offset, one in enumerate(self.head.tolist()):
-            if (ids[starts + offset] != one).any():
-                return None  # a token goes on into the answer
-        if (ids[stops] != self.end).any() or (starts + len(self.head) > stops).any():
-            return None
+        heads = starts[:, None] + self.offsets
+        if not ((ids[heads] == self.head).all() and (ids[stops] == self.end).all()):
+            return None  # a token goes on into the answer
+        starts += len(self.head)
         change = np.zeros(len(ids) + 1, dtype=np.int8)
-        change[starts + len(self.head)] = 1
+        change[starts] = 1
         change[stops + 1] -= 1
         return EncodedConversation(ids, np.cumsum(change[:-1], dtype=np.int8).view(np.uint8), {})

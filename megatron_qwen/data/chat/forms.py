@@ -15,7 +15,8 @@ from megatron_qwen.data.chat.conversation import Conversation, Rejected
 
 FORMS = ("messages", "prompt", "conversations", "instruction")
 # All that a conversation is made of.
-FIELDS = (*FORMS, "completion", "tools", "system", "input", "output", "history")
+_OTHERS = ("completion", "tools", "functions", "system", "input", "output", "history", "chat_template_kwargs")
+FIELDS = (*FORMS, *_OTHERS)
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot"), "assistant"),
@@ -37,6 +38,11 @@ def conversation_of(record: Any) -> Conversation | Rejected:
         wanted = "messages (OpenAI), conversations (ShareGPT), or instruction and output (Alpaca)"
         found = ", ".join(map(repr, list(record)[:8])) or "none"
         return Rejected("no known form", f"has no conversation: its fields are {found}; wanted are {wanted}.")
+    if record.get("chat_template_kwargs"):
+        fix = (
+            "has chat_template_kwargs, which hold for one record here: give --template-variable for all, or divide it."
+        )
+        return Rejected("variables of its own", fix)
     if len(there) > 1:
         return Rejected("several forms", f"has both {there[0]} and {there[1]}: which is meant? Remove one.")
     made = _MAKERS[there[0]](record)
@@ -47,7 +53,15 @@ _Made = tuple[list[Any], Any, int] | Rejected  # messages, tools, messages that 
 
 
 def _openai(record: dict[str, Any]) -> _Made:
-    return record["messages"], record.get("tools"), 0
+    messages = record["messages"]
+    if (system := record.get("system")) and isinstance(messages, list):
+        if messages and isinstance(messages[0], dict) and messages[0].get("role") in ("system", "developer"):
+            return Rejected("two system texts", "has a field system and a system message; remove one.")
+        messages = [{"role": "system", "content": system}, *messages]
+    if record.get("functions") is not None and record.get("tools") is not None:
+        return Rejected("tools", "has both functions and tools; remove one.")
+    tools = record.get("functions") if record.get("tools") is None else record["tools"]
+    return messages, tools, 0
 
 
 def _prompt_and_completion(record: dict[str, Any]) -> _Made:

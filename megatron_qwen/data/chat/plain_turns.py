@@ -135,7 +135,12 @@ def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 def _compared(template: ChatTemplate) -> tuple[str, ...]:
     """Texts in a template that it does not simply write: operands of comparisons, arguments of methods and filters."""
     found = set()
-    for node in template.tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
+    for node in template.tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test, nodes.List, nodes.Dict)):
         found |= {one.value for one in node.find_all(nodes.Const) if isinstance(one.value, str)}
+    values = [node.node for node in template.tree.find_all(nodes.Assign)]
+    values += [one for node in template.tree.find_all(nodes.Macro) for one in node.defaults]
+    for value in values:
+        found |= {one.value for one in (value, *value.find_all(nodes.Const)) if isinstance(one, nodes.Const)}
+    found = {one for one in found if isinstance(one, str)}
     names = {"role", "content", "tool_calls", "function", "name", "system", "tool"}
     return tuple(sorted(text for text in found - names - set(_ROLES) if text.strip()))

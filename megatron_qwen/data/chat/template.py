@@ -51,7 +51,9 @@ class ChatTemplate:
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        # One time for a preparation, and for all of it on a day: the same input has the same ids.
+        today = datetime.datetime.combine(datetime.date.today(), datetime.time())
+        environment.globals["strftime_now"] = today.strftime
         try:
             self.tree = environment.parse(source)
             self._compiled = environment.from_string(source)

@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
-
 from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.chat.encoding import ChatEncoder, EncodedConversation
 from megatron_qwen.data.chat.template import TemplateRefuses
@@ -39,6 +37,23 @@ def chat_encoder(plan: PreparationPlan, encoder: Encoder, *, fast: bool) -> Chat
     return ChatEncoder(plan.chat.template, encoder, tokenizer, as_text=plan.documents.control_as_text, fast=fast)
 
 
+def keep_ready(plan: PreparationPlan, encoder: Encoder) -> None:
+    """Makes what workers need before they are forked: they share its memory, and none makes its own."""
+    _kept(plan, encoder, fast=not isinstance(encoder, TokenizerEncoder))
+
+
+# By plan and encoder, which are kept with it so that their ids stay theirs.
+_READY: dict[tuple[int, int, bool], tuple[PreparationPlan, Encoder, ChatEncoder]] = {}
+
+
+def _kept(plan: PreparationPlan, encoder: Encoder, *, fast: bool) -> ChatEncoder:
+    key = (id(plan), id(encoder), fast)
+    if key not in _READY:
+        _READY.clear()
+        _READY[key] = plan, encoder, chat_encoder(plan, encoder, fast=fast)
+    return _READY[key][2]
+
+
 class ChatPart:
     """Encodes conversations, a block at a time.
 
@@ -54,8 +69,8 @@ class ChatPart:
         assert plan.chat is not None
         # The tokenizer's own library is taken where something was not as it should be: then Jinja renders as well.
         fast = not isinstance(encoder, TokenizerEncoder)
-        self._encode, self._most = chat_encoder(plan, encoder, fast=fast), plan.chat.most_tokens
-        self._ids = load_tokenizer(plan.tokenizer, end=plan.documents.end_token).control_tokens
+        self._encode, self._most = _kept(plan, encoder, fast=fast), plan.chat.most_tokens
+        self._ids = self._encode.control
         self._encoded: list[EncodedConversation] = []
         self.spelled: Counter[int] = Counter()
 
@@ -71,7 +86,7 @@ class ChatPart:
                 block.bad.append(document.bad(f"the chat template cannot render it: {error}.", reason))
                 reasons[reason] += 1
                 continue
-            if not found.mask.any():
+            if not found.trained:
                 reason = "nothing to train"
                 block.bad.append(document.bad("no token of it carries loss.", reason))
                 reasons[reason] += 1
@@ -92,7 +107,7 @@ class ChatPart:
     def _count(self, conversation: Conversation, found: EncodedConversation, part: Part) -> None:
         self._encoded.append(found)
         part.longest = max(part.longest, len(found.ids))
-        part.trained += int(np.count_nonzero(found.mask))
+        part.trained += found.trained
         answers = sum(message["role"] == "assistant" for message in conversation.messages)
         part.answers += answers - len(conversation.untrained)
         for name, count in found.spelled.items():

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_qwen.data.chat.conversation import Conversation
-from megatron_qwen.data.prepare.chat_part import chat_encoder
+from megatron_qwen.data.chat.template import TemplateRefuses
+from megatron_qwen.data.prepare.chat_part import chat_encoder, keep_ready
 from megatron_qwen.data.prepare.join import ShardWriter, set_manifest
 from megatron_qwen.data.prepare.part_file import Part, part_path, read_part
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan, Unit
@@ -117,6 +118,8 @@ def _make(
     for part in parts.values():
         on_progress(EncodingProgress(0, part.text_bytes, part.documents, part.tokens))
     writers = (ShardWriter(plan, shard) for shard in open_shards)
+    if missing and plan.chat is not None:
+        keep_ready(plan, encoder)
     pool = Workers(min(workers, len(missing)), plan, encoder, missing) if missing else None
     messages = pool.run() if pool is not None else ()
     current = next(writers, None)
@@ -190,7 +193,10 @@ class _Proof:
         for chat in part.chats:
             conversation = Conversation(chat["messages"], tuple(chat["tools"]), frozenset(chat["untrained"]))
             assert self._chats is not None
-            expected = self._chats(conversation)
+            try:
+                expected = self._chats(conversation)
+            except TemplateRefuses as error:
+                raise _OtherRendering(str(chat["messages"])[:_SHOWN]) from error
             if (expected.ids.tolist(), expected.mask.tolist()) != (chat["ids"], chat["mask"]):
                 raise _OtherRendering(str(chat["messages"])[:_SHOWN])
         part.chats.clear()

@@ -27,6 +27,10 @@ _SAMPLE_CHARACTERS = 4096
 _REPORTED = 10
 
 
+class _BadRecords(Exception):
+    """A block has some, and none is to be skipped."""
+
+
 def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress: Callable[..., None]) -> Part:
     """Reads, encodes and writes a unit; the part's files get their names when all of them are complete.
 
@@ -47,12 +51,14 @@ def encode_unit(unit: Unit, plan: PreparationPlan, encoder: Encoder, on_progress
 
         for span in unit.spans:
             for block in read_span(span, plan.options, on_read):
-                out.render(block)
-                if block.bad and not plan.skip_bad:
-                    raise DataError([bad.problem() for bad in block.bad[:_REPORTED]])
                 documents, tokens = out.part.documents, out.part.tokens
                 try:
+                    out.render(block)
+                    if block.bad and not plan.skip_bad:
+                        raise _BadRecords
                     out.add(block)
+                except _BadRecords:
+                    raise DataError([bad.problem() for bad in block.bad[:_REPORTED]]) from None
                 except DataError as error:  # a document that this tokenizer cannot encode as it is asked to
                     there = [replace(one, fix=f"in {span.file.path}: {one.fix}") for one in error.problems]
                     raise DataError(there) from None

@@ -17,6 +17,7 @@ from megatron_qwen.data.text.formats import Compression, FileFormat, InputFile
 from megatron_qwen.data.text.inputs import LeftOut
 from megatron_qwen.data.text.records import FileSpan
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, document_encoding
+from megatron_qwen.errors import DataError, Problem
 
 # Of input: the unit that a worker encodes and that a kill can lose, small enough that the last ones end at about the
 # same time on all workers. Chosen by hand.
@@ -139,6 +140,9 @@ def make_plan(
         "options": stated,
     }
     assert options.chat == (chat is not None)
+    if chat is not None and (texts := [file.path for file in files if file.format is FileFormat.TXT]):
+        fix = "is a text; conversations are JSON lines or Parquet."
+        raise DataError([Problem(str(path), None, fix) for path in texts])
     if chat is not None:
         deciding["chat"] = chat.identity()
     unit_bytes = min(unit_bytes, shard_bytes or unit_bytes)

@@ -30,6 +30,10 @@ def require_whole(sources: Mapping[str, OpenSource], blend: Blend, config: RunCo
         if source.spec.packing != "best_fit":
             fix = "lets conversations attend to one another and cuts them; set packing to best_fit."
             problems.append(Problem(f"packing of {source.where}", source.spec.packing, fix))
+        cut = [stage.name for stage in blend.stages if name in stage.weights and stage.lengths]
+        if cut:
+            fix = f"cuts conversations of {source.where} into parts; give text a stage of its own."
+            problems.append(Problem(f"lengths of stage {', '.join(cut)}", None, fix))
         lengths = {stage.configure(config).data.seq_length for stage in blend.stages if name in stage.weights}
         if longer := _longer(source, min(lengths)):
             fix = (
@@ -43,7 +47,7 @@ def require_whole(sources: Mapping[str, OpenSource], blend: Blend, config: RunCo
 
 def _longer(source: OpenSource, length: int) -> int:
     count = 0
-    for first in range(0, source.documents, _AT_A_TIME):
-        some = source.tokens.lengths(first, min(first + _AT_A_TIME, source.documents))
+    for first in range(0, source.tokens.num_documents, _AT_A_TIME):
+        some = source.tokens.lengths(first, min(first + _AT_A_TIME, source.tokens.num_documents))
         count += int((some > length).sum())
     return count

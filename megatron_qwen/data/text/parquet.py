@@ -139,7 +139,7 @@ def _block(rows: list[dict[str, Any] | str], where: str, first: int, options: Re
             continue
         if options.chat:
             block.bytes += len(str(row))
-            take_chat(block, row, options, partial(_bad_row, f"{where}{first + index}"))
+            take_chat(block, _without_null(row), options, partial(_bad_row, f"{where}{first + index}"))
             continue
         text = lookup(row, options.field)
         if isinstance(text, bytes):
@@ -161,3 +161,10 @@ def _block(rows: list[dict[str, Any] | str], where: str, first: int, options: Re
 
 def _bad_row(where: str, fix: str, reason: str) -> BadRecord:
     return BadRecord(where, None, fix, reason=reason)
+
+
+def _without_null(value: Any) -> Any:
+    """A value without the fields that are null: the objects of a column all have the fields of any of them."""
+    if isinstance(value, dict):
+        return {name: _without_null(one) for name, one in value.items() if one is not None}
+    return [_without_null(one) for one in value] if isinstance(value, list) else value

@@ -1,6 +1,7 @@
 """Reads documents from files, a block at a time; every record is counted."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from megatron_qwen.errors import DataError, Problem
 _BLOCK_BYTES = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _SNIPPET = 60
+_LONG_NUMBER = re.compile(rb"\d{19}")
 _KEPT_BYTES = 1 << 16  # of a bad line, for the file of rejected records
 
 
@@ -214,7 +216,7 @@ def _skip_line(file: BinaryIO, limit: int) -> int:
 def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: _LineNumbers) -> Block:
     block = Block()
     name, plain = options.field, options.prompt_field is None and not options.where
-    texts, loads = block.texts, orjson.loads
+    texts, loads = block.texts, _loads_exactly if options.chat else orjson.loads
     for index, line in enumerate(lines):
         if line is None:
             block.read += 1
@@ -246,6 +248,12 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
         if (fix := take(block, record, text, options)) is not None:
             block.bad.append(BadRecord(number[index], _snippet(line), fix, _raw(line)))
     return block
+
+
+def _loads_exactly(line: bytes | bytearray) -> Any:
+    """JSON with whole numbers of any size: orjson gives those of more than 64 bits as floating-point ones."""
+    record = orjson.loads(line)
+    return json.loads(bytes(line).decode()) if _LONG_NUMBER.search(line) else record
 
 
 def _bad_line(number: _LineNumbers, index: int, line: bytes | bytearray, fix: str, reason: str) -> BadRecord:

@@ -80,6 +80,7 @@ class BpeTokenizer:
 
     Attributes:
         written: control tokens that the file does not call special: a model writes them, as it writes text.
+        strips: whether any added token takes spaces beside it along.
     """
 
     def __init__(self, path: Path, end: str | None = None) -> None:
@@ -104,6 +105,7 @@ class BpeTokenizer:
             for token in self._content.added
             if not token.get("special") and token["content"] in self.spellable
         )
+        self.strips = any(token.get("lstrip") or token.get("rstrip") for token in self._content.added)
         self._plain: Any = None
 
     @cached_property

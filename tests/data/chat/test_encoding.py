@@ -14,6 +14,7 @@ from megatron_qwen.data.chat.template import ChatTemplate, TemplateRefuses, chat
 from megatron_qwen.data.tokenizers.encoder import TokenizerEncoder, open_encoder
 from megatron_qwen.data.tokenizers.tokenizer import DocumentOptions, load_tokenizer
 from megatron_qwen.errors import DataError
+from tests.data.chat.conftest import template
 from tests.data.chat.conversations import Dice
 from tests.tiers import count
 
@@ -210,3 +211,71 @@ def test_tokens_that_take_spaces_along(chat_tokenizer):
     found = encoder(other)(Conversation(messages))
     assert found.ids.tolist() == ids_of(theirs, messages)
     assert theirs.decode(found.ids[found.mask == 1]) == "two<|end|>"
+
+
+def made(directory, name, *more):
+    """A tokenizer directory with more control tokens and a template."""
+    from tokenizers import AddedToken, Tokenizer
+
+    library = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    library.add_tokens([AddedToken(token, special=True, normalized=False) for token in more])
+    other = directory / f"with_{name}"
+    other.mkdir(exist_ok=True)
+    library.save(str(other / "tokenizer.json"))
+    (other / "chat_template.jinja").write_text(template(name))
+    return other
+
+
+TALK = [
+    {"role": "user", "content": "first question"},
+    {"role": "assistant", "content": "first answer"},
+    {"role": "user", "content": "second question"},
+    {"role": "assistant", "content": "second answer"},
+]
+
+
+def test_every_turn_begins_with_the_same_token(chat_tokenizer):
+    """Cohere's: what begins an answer is longer than what begins a turn."""
+    turn = ("<|START_OF_TURN_TOKEN|>", "<|END_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>")
+    more = ("<|SYSTEM_TOKEN|>", "<|START_RESPONSE|>", "<|END_RESPONSE|>", "<BOS_TOKEN>")
+    directory = made(chat_tokenizer("qwen2_5"), "cohere2", *turn, *more)
+    found = encoder(directory)(Conversation(TALK))
+    said = load_tokenizer(directory).written_out(found.ids[found.mask == 1].tolist())
+    assert "question" not in said
+    assert said.count("answer") == 2
+
+
+def test_an_answer_that_would_hold_another_turn_is_refused(chat_tokenizer):
+    """GLM's answers end where a user begins: behind a call of a tool that is behind the tool's result."""
+    names = ("[gMASK]", "<sop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    directory = made(chat_tokenizer("qwen2_5"), "glm4moe", *names)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    talk = [TALK[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "TOOL"}]
+    try:
+        ours = encoder(directory)
+    except DataError:
+        return  # nothing ends its last answer
+    with pytest.raises(TemplateRefuses):
+        ours(Conversation([*talk, TALK[2], TALK[3], TALK[2]]))
+
+
+def test_a_template_that_does_not_write_calls_is_not_given_any(chat_tokenizer):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    talk = [
+        TALK[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        TALK[1],
+    ]
+    with pytest.raises(TemplateRefuses, match="does not write calls of tools"):
+        encoder(chat_tokenizer("phi3"))(Conversation(talk))
+    assert encoder(chat_tokenizer("qwen2_5"))(Conversation(talk)).mask.any()
+
+
+def test_a_spelled_token_that_the_template_looks_for(chat_tokenizer):
+    """Qwen3's looks for <tool_response> in users' messages: as text it would be another conversation."""
+    directory = made(chat_tokenizer("qwen3"), "qwen3", "<tool_response>", "</tool_response>")
+    thought = {"role": "assistant", "reasoning_content": "hm", "thinking": "hm", "content": "Let me see."}
+    result = {"role": "user", "content": "<tool_response>\n42\n</tool_response>"}
+    with pytest.raises(TemplateRefuses, match="spells a control token that the template looks for"):
+        encoder(directory)(Conversation([TALK[0], thought, result, TALK[3]]))

@@ -19,6 +19,10 @@ def calls(*several):
     return {"role": "assistant", "content": "", "tool_calls": list(several)}
 
 
+def nested(depth):
+    return [nested(depth - 1)] if depth else 1
+
+
 # Record, reason, and a part of the message that names the place.
 WRONG = {
     "a list": ([1], "no object", "not a JSON object"),
@@ -153,6 +157,27 @@ WRONG = {
     "an empty instruction": ({"instruction": "", "input": "", "output": "a"}, "empty turn", "messages[0]"),
     "a history of texts": ({"instruction": "q", "output": "a", "history": ["b"]}, "history", "pairs"),
     "a prompt and no list": ({"prompt": [ASKED], "completion": "a"}, "messages are no list", "completion"),
+    "both kinds of calls": (
+        messages(ASKED, {**CALL, "function_call": {"name": "g", "arguments": "{}"}}),
+        "tool calls",
+        "function_call",
+    ),
+    "functions and tools": (messages(ASKED, SAID, tools=[], functions=[]), "tools", "functions"),
+    "two system texts": (
+        messages({"role": "system", "content": "s"}, ASKED, SAID, system="t"),
+        "two system texts",
+        "field system",
+    ),
+    "variables of its own": (
+        messages(ASKED, SAID, chat_template_kwargs={"enable_thinking": False}),
+        "variables of its own",
+        "--template-variable",
+    ),
+    "arguments too deep": (
+        messages(ASKED, calls({"name": "f", "arguments": {"x": nested(80)}})),
+        "nested too deeply",
+        "messages[1]",
+    ),
     "a prompt alone": ({"prompt": "q"}, "no known form", "'prompt'"),
 }
 
@@ -174,6 +199,21 @@ def test_sixty_kinds():
 def roles(conversation):
     assert isinstance(conversation, Conversation), conversation
     return [(one["role"], one["content"]) for one in conversation.messages]
+
+
+def test_a_system_text_beside_the_messages():
+    found = conversation_of(messages(ASKED, SAID, system="s", functions=[{"name": "f"}]))
+    assert roles(found)[0] == ("system", "s")
+    assert found.tools == ({"name": "f"},)
+
+
+def test_times_of_a_table_are_no_part_of_a_message():
+    import datetime
+
+    said = {**SAID, "at": datetime.datetime(2026, 1, 1), "weight": 1}
+    assert conversation_of(messages(ASKED, said)).messages[1] == SAID
+    record = messages(ASKED, calls({"name": "f", "arguments": {"x": datetime.datetime(2026, 1, 1)}}))
+    assert conversation_of(record).reason == "no JSON value"
 
 
 def test_openai():

@@ -189,6 +189,34 @@ def test_wrong_words(chat, qwen, talks, tmp_path):
     assert (done.returncode, "--max-tokens: needs --chat" in done.stderr) == (2, True)
 
 
+def test_what_json_and_tables_have_besides(chat, tmp_path):
+    """Numbers of any size; fields of a table's objects that another row has; no texts, and no depth without end."""
+    large = 123456789012345678901234
+    call = {"name": "f", "arguments": {"id": large}}
+    asked = {"role": "user", "content": "a"}
+    record = {"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    deep = json.dumps({"messages": [asked, {"role": "assistant", "content": "b"}], "tools": [{"name": "f", "x": 0}]})
+    deep = deep.replace("0", "[" * 600 + "]" * 600)
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps(record) + "\n" + deep + "\n")
+    rows = []
+    for name, field in (("f", "x"), ("g", "y")):
+        call = {"name": name, "arguments": {field: 1}}
+        rows.append({"messages": [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    done = prepare(chat, tmp_path / "out", source, tmp_path / "in.parquet", "--on-error", "skip", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["chat"]["reasons"] == {"nested too deeply": 1}
+    words = ("--chat", tmp_path / "out", "--tokenizer", chat, "--head", 9)
+    shown = run("tools.data", "inspect", *words, check=True).stdout
+    assert str(large) in shown
+    assert '"arguments": {"x": 1}' in shown
+    assert '"arguments": {"y": 1}' in shown
+    (tmp_path / "notes.txt").write_text("text")
+    done = prepare(chat, tmp_path / "other", tmp_path / "notes.txt")
+    assert (done.returncode, "is a text; conversations are" in done.stderr) == (3, True), done.stderr
+
+
 def test_what_inspect_shows(chat, talks, tokens, tmp_path):
     assert prepare(chat, tmp_path / "out", write(tmp_path / "in.jsonl", talks[:20])).returncode == 0
     words = ("--chat", tmp_path / "out", "--tokenizer", chat)

@@ -1,5 +1,6 @@
 """``mq bench chat_prepare``: conversations to token files against transformers' loop, and the memory it takes."""
 
+import importlib
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from tools.dev.benchmarks.data_prepare import peak_gib
 from tools.dev.benchmarks.qwen_vocabulary import qwen_tokenizer
@@ -83,9 +85,8 @@ def _template() -> str:
 
 def _write(path: Path) -> int:
     """Parts of 2 to 16 turns of conversations between people, grown to a million; returns the bytes."""
-    import chitchat_dataset
-
-    talks = [[text for text in turns if text.strip()] for turns in chitchat_dataset.ConversationDataset()]
+    real: Any = importlib.import_module("chitchat_dataset")
+    talks = [[text for text in turns if text.strip()] for turns in real.ConversationDataset()]
     talks = [turns for turns in talks if len(turns) >= 2]
     dice, roles = random.Random(0), ("user", "assistant")
     with path.open("w", encoding="utf-8") as out:
