@@ -48,7 +48,6 @@ def _checked(messages: Any, tools: Any, prompt: int) -> Conversation:
     made, untrained, answers = [], set[int](), 0
     calls: _Calls | None = None  # of the assistant's last message, while results may come
     for place, message in enumerate(messages):
-        where = f"messages[{place}]"
         # Nearly all messages: two fields, and a text with something in it.
         if type(message) is dict and len(message) == 2:
             role, content = message.get("role"), message.get("content")
@@ -61,6 +60,7 @@ def _checked(messages: Any, tools: Any, prompt: int) -> Conversation:
                     if place < prompt:
                         untrained.add(place)
                 continue
+        where = f"messages[{place}]"
         one, weight = _message(message, where)
         _require_characters(one, where)
         role = one["role"]

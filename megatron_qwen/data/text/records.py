@@ -253,7 +253,9 @@ def _parse(lines: list[bytes | bytearray | None], options: ReadOptions, number: 
 def _loads_exactly(line: bytes | bytearray) -> Any:
     """JSON with whole numbers of any size: orjson gives those of more than 64 bits as floating-point ones."""
     record = orjson.loads(line)
-    return json.loads(bytes(line).decode()) if _LONG_NUMBER.search(line) else record
+    # Numbers that are trained on stand in calls and schemas of tools alone.
+    has_tools = b"tool" in line or b"function" in line
+    return json.loads(bytes(line).decode()) if has_tools and _LONG_NUMBER.search(line) else record
 
 
 def _bad_line(number: _LineNumbers, index: int, line: bytes | bytearray, fix: str, reason: str) -> BadRecord:
