@@ -241,8 +241,7 @@ class GatheredSets:
                 if all(writer.get(block, span.sequence) is span.sequence for block in span.sequence.blocks):
                     singles[size].append((place, one))
             row += span.stop - span.start
-        # A step of prompts alone stands between two of the same sequences.
-        for gone in self._sets.keys() - singles.keys() if singles else ():
+        for gone in self._sets.keys() - singles.keys():
             del self._sets[gone]
         steps, places = [], set()
         for size, found in singles.items():

@@ -23,7 +23,9 @@ def stage_of(config: RunConfig, longest: int) -> Any:
     from megatron_qwen.models.backend import choose as choose_backend
     from megatron_qwen.models.build import bare_chunk
     from megatron_qwen.models.initialise import initialise
+    from megatron_qwen.models.torch_backend.process_kernels import PROCESS_KERNELS
 
+    PROCESS_KERNELS.use(None)  # a rank of a pool may have trained with compiled ones, whose bits are others
     config = inference_config(config)
     groups = process_groups.create(config.parallel, seed=config.training.seed)
     backend = choose_backend(config.precision)

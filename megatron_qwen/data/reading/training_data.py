@@ -130,6 +130,7 @@ class TrainingData:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
         self.average: Average = config.objective.average if config.objective.kind == "sft" else "token"
+        self.extra_fields: tuple[ExtraField, ...] = fields_of(self.average)  # of samples, and of those held out
         self.blend = blend_of(config)
         self.sources = open_model_sources(self.blend, config.data)
         self.reading = ReadingOptions(
@@ -150,11 +151,6 @@ class TrainingData:
         # The current phase, and later ones that the loader has read ahead into. A checkpoint may be written while it is
         # ahead: the ledger must not contain what only the loader has read.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
-
-    @property
-    def extra_fields(self) -> tuple[ExtraField, ...]:
-        """Fields of its samples and of those held out."""
-        return fields_of(self.average)
 
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Continues from the ledger of a checkpoint. If the blend has changed since, a new phase begins.
