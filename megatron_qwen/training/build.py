@@ -107,7 +107,7 @@ def require_fields(data: TrainingData, objective: Objective) -> None:
     """Raises ConfigError if the objective needs fields that the samples, or those of the validation, do not have."""
     sources = {"this data": data.extra_fields}
     if data.config.training.eval_iters and data.config.data.validation_fraction:
-        sources["its held-out part (training.eval_iters)"] = data.extra_fields
+        sources["its held-out part (training.eval_iters)"] = data.held_out_fields
     problems = []
     for source, fields in sources.items():
         there = {field.name for field in fields}

@@ -54,8 +54,7 @@ def test_an_objective_of_another_kind(size, layout, micro, pool, starts, masked_
         assert found["metrics"]["scale"] == pytest.approx(expected["scale"], rel=1e-6)
 
 
-def test_data_that_lacks_a_field_is_refused(masked_documents, monkeypatch):
-    from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
+def test_data_that_lacks_a_field_is_refused(masked_documents):
     from megatron_qwen.data.reading.training_data import TrainingData
     from megatron_qwen.training.build import require_fields
 
@@ -69,7 +68,7 @@ def test_data_that_lacks_a_field_is_refused(masked_documents, monkeypatch):
     data.config = validated
     with pytest.raises(ConfigError, match=r"which its held-out part \(training.eval_iters\) does not have"):
         require_fields(data, advantages.Advantages())
-    monkeypatch.setattr(HeldOutSamples, "extra_fields", advantages.FIELDS)
+    data.held_out_fields = advantages.FIELDS
     require_fields(data, advantages.Advantages())
 
 

@@ -130,7 +130,8 @@ class TrainingData:
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
         self.average: Average = config.objective.average if config.objective.kind == "sft" else "token"
-        self.extra_fields: tuple[ExtraField, ...] = fields_of(self.average)  # of samples, and of those held out
+        self.extra_fields: tuple[ExtraField, ...] = fields_of(self.average)
+        self.held_out_fields = self.extra_fields
         self.blend = blend_of(config)
         self.sources = open_model_sources(self.blend, config.data)
         self.reading = ReadingOptions(
