@@ -23,7 +23,7 @@ from megatron_qwen.data.chat.template import ChatTemplate, TemplateRefuses
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer
 
-_NAME, _ARGUMENT, _RESULT = "name8217", "argument8217", "result 8217"
+_NAME, _ARGUMENT, _RESULT, _ID = "name8217", "argument8217", "result 8217", "call08217"
 Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
@@ -109,7 +109,7 @@ class ChatEncoder:
             raise TemplateRefuses("it does not write calls of tools")
         text = self._template.render(messages, tools)
         text, spans = self._spans(text, conversation)
-        if messages != conversation.messages or tools != list(conversation.tools):
+        if self._as_text and (messages != conversation.messages or tools != list(conversation.tools)):
             self._require_as_unmarked(text, conversation)
         if AS_TEXT in text:
             spelled = Counter(found[0] for found in self._names.finditer(without(text)))
@@ -121,12 +121,12 @@ class ChatEncoder:
     @cached_property
     def _renders_calls(self) -> bool:
         """Whether the template writes a call of a tool, and its result."""
-        call = {"type": "function", "function": {"name": _NAME, "arguments": {_ARGUMENT: 1}}}
+        call = {"type": "function", "id": _ID, "function": {"name": _NAME, "arguments": {_ARGUMENT: 1}}}
         asked: Mapping[str, Any] = {"role": "assistant", "content": "", "tool_calls": [call]}
         talk: list[Mapping[str, Any]] = [
             {"role": "user", "content": "?"},
             asked,
-            {"role": "tool", "name": _NAME, "content": _RESULT},
+            {"role": "tool", "name": _NAME, "tool_call_id": _ID, "content": _RESULT},
         ]
         try:
             text = self._template.render([*talk, {"role": "assistant", "content": "!"}])

@@ -1,32 +1,21 @@
 """Held-out conversations: whole documents packed into rows, as training reads them."""
 
-from dataclasses import dataclass
 from functools import cached_property
 
 from megatron_qwen.data.order.packing import best_fit
 from megatron_qwen.data.order.permutation import KeyedPermutation
 from megatron_qwen.data.order.stream import TokenSpan
-from megatron_qwen.data.reading.samples import ReadingOptions, Sample, packed
-from megatron_qwen.data.reading.sources import OpenSource
+from megatron_qwen.data.reading.samples import Sample, packed
+from megatron_qwen.data.reading.sources import HeldOut
 
 _MOST = 1 << 16  # documents: they are packed at once, in well under a second
 
 
-@dataclass(frozen=True)
-class HeldOutRows:
+class HeldOutRows(HeldOut):
     """Rows of the documents at the end of a source that are never trained on, always in the same order.
 
-    Args:
-        source: whose.
-        seq_length: tokens of a row; a longer document is left out.
-        seed: key of the order.
-        reading: how samples are read.
+    No document is longer than a row: fine-tuning refuses such sources (``conversations.py``).
     """
-
-    source: OpenSource
-    seq_length: int
-    seed: int
-    reading: ReadingOptions
 
     is_packed = True
 
@@ -43,7 +32,7 @@ class HeldOutRows:
         rows = best_fit([end - begin for begin, end in spans], self.seq_length)
         return [[spans[item] for item in row] for row in rows]
 
-    @property
+    @cached_property
     def windows(self) -> int:
         """How many rows there are."""
         return len(self._rows)

@@ -21,12 +21,7 @@ class HeldOutSamples:
     """
 
     def __init__(
-        self,
-        parts: Mapping[str, HeldOut | HeldOutRows],
-        weights: Mapping[str, float],
-        seq_length: int,
-        *,
-        average: Average = "token",
+        self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int, *, average: Average = "token"
     ) -> None:
         self.parts, self.seq_length, self._average = dict(parts), seq_length, average
         self.is_packed, self.extra_fields = any(part.is_packed for part in parts.values()), fields_of(average)
@@ -67,7 +62,7 @@ def held_out(
     reading: ReadingOptions,
     fraction: float,
     rows: bool = False,
-) -> dict[str, HeldOut | HeldOutRows]:
+) -> dict[str, HeldOut]:
     """The held-out samples of the sources that have any.
 
     Args:
@@ -81,7 +76,7 @@ def held_out(
     Raises:
         DataError: none has.
     """
-    found: dict[str, HeldOut | HeldOutRows] = {
+    found: dict[str, HeldOut] = {
         name: (HeldOutRows if rows and source.spec.packing == "best_fit" else HeldOut)(
             source, seq_length, seed + 1, reading
         )
