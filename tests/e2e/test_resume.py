@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
 from tests.distributed import jobs
+from tests.processes.waiting import wait_for_lines
 
 STEPS, HALF = 24, 12
 LAYOUT = ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]
@@ -41,15 +41,6 @@ def losses(run_dir: Path) -> list[float]:
     return [record["lm_loss"] for record in records]
 
 
-def wait_for_rows(process: subprocess.Popen[bytes], metrics: Path, count: int) -> None:
-    """Until a run has made so many steps."""
-    deadline = time.monotonic() + 120
-    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 @pytest.fixture(scope="module")
 def straight(tokens, tmp_path_factory) -> Path:
     """All steps at a stretch."""
@@ -62,7 +53,7 @@ def test_killed_and_resumed_is_bit_equal(straight, tokens, tmp_path):
     run_dir = tmp_path / "run"
     arguments = command("launch.train", "tiny_dense", *overrides(tokens), "--run-dir", run_dir)
     process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.DEVNULL)
-    wait_for_rows(process, run_dir / "metrics.jsonl", HALF + 5)
+    wait_for_lines(process, run_dir / "metrics.jsonl", HALF + 5)
     os.kill(process.pid, signal.SIGKILL)  # the ranks die with their launcher
     process.wait()
     assert (run_dir / "checkpoints" / "latest").read_text().strip() == f"iter_{HALF:07d}"
@@ -80,7 +71,7 @@ def test_a_killed_rank_costs_the_steps_since_the_last_local_checkpoint(straight,
     local = ["checkpoint.save_interval=0", "checkpoint.local_interval=2", f"checkpoint.local_dir={tmp_path}/local"]
     words = ["launch.train", "tiny_dense", *overrides(tokens), *local, "--run-dir", run_dir]
     process = subprocess.Popen(command(*words), env=environment(), stderr=subprocess.DEVNULL)
-    wait_for_rows(process, run_dir / "metrics.jsonl", HALF + 5)
+    wait_for_lines(process, run_dir / "metrics.jsonl", HALF + 5)
     ranks = [child for child in psutil.Process(process.pid).children() if child.status() != psutil.STATUS_ZOMBIE]
     assert len(ranks) == 2
     ranks[1].kill()

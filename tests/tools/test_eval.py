@@ -3,7 +3,6 @@
 import json
 import signal
 import subprocess
-import time
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from megatron_qwen.errors import ConfigError, DataError
 from megatron_qwen.evaluation.tasks import find_tasks, load_tasks
 from tests.conftest import command, environment, run
 from tests.evaluation.tasks import ANSWER, CHOICE, TEXT, write_tasks
+from tests.processes.waiting import wait_for_lines
 from tools.evaluation.compare import compare, paired, table
 from tools.evaluation.intervals import interval
 from tools.generation.chat import chat_template
@@ -52,11 +52,7 @@ def test_after_a_kill_it_goes_on(finished_run, folder, scores, tmp_path):
     output = tmp_path / "scores"
     words = command("tools.eval", finished_run, "--tasks", ALL, "--task-dir", folder, "--output", output)
     process = subprocess.Popen(words, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (output / "answered.jsonl").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_lines(process, output / "answered.jsonl", 2)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (output / "results.json").exists()

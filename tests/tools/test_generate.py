@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ import torch
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.errors import ConversionError
 from tests.conftest import command, environment, run
+from tests.processes.waiting import wait_for_lines
 from tests.tiers import cases, count
 from tools.generate import main
 
@@ -174,16 +174,12 @@ def test_a_file_of_prompts_goes_on_after_a_kill(words, finished_run, asked, answ
     log = tmp_path / "answers.jsonl.answered"
     arguments = (finished_run, "--prompts", asked, "--output", out, *SAMPLED)
     process = subprocess.Popen(command("tools.generate", *arguments), env=environment(), stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not log.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_for_lines(process, log, 3)
     process.kill()
     process.wait()
-    whole = log.read_bytes()
-    log.write_bytes(whole[: len(whole) // 2])
-    kept = log.read_bytes().count(b"\n") - 1  # a line says of what they are
+    whole = log.read_bytes().rstrip(b"\n")
+    log.write_bytes(whole[:-1])  # the last line is half a line
+    kept = whole.count(b"\n") - 1  # a line says of what they are
     resumed = run("tools.generate", *arguments, *words, check=True)
     assert kept > 0
     assert f"{kept} of 82 answers are there from before" in resumed.stderr
