@@ -1,6 +1,8 @@
 """``mq data prepare --chat`` and ``mq data inspect --chat``: what is prepared, what is left out and why."""
 
 import json
+import signal
+import subprocess
 from collections import Counter
 
 import numpy as np
@@ -12,10 +14,12 @@ from transformers import PreTrainedTokenizerFast
 from megatron_qwen.data.prepare import job
 from megatron_qwen.data.token_files.manifest import read_manifest
 from megatron_qwen.data.token_files.token_set import TokenSet
-from tests.conftest import run
+from tests.conftest import command, environment, run
 from tests.data.chat.conftest import template
 from tests.data.chat.conversations import Dice
 from tests.data.chat.test_forms import WRONG
+from tests.processes import kill_points
+from tests.tiers import count
 
 _UNREADABLE = {"a list": "[1]", "a text": '"hello"'}
 
@@ -109,6 +113,41 @@ def test_the_same_bytes_with_other_workers_and_after_a_stop(chat, talks, tmp_pat
     other = prepare(chat, tmp_path / "two", source)
     (chat / "chat_template.jinja").write_text(template("qwen2_5"))
     assert other.returncode == 2, "another template is another output"
+
+
+def test_killed_at_any_moment(chat, talks, tmp_path):
+    """Before calls that change the state of its files; ten of them in the thorough tier."""
+    source = write(tmp_path / "in.jsonl", talks * 3)
+    words = ("--workers", 2, "--shard-gib", 0.0001)
+    assert prepare(chat, tmp_path / "whole" / "set", source, *words).returncode == 0
+    whole = _files(tmp_path / "whole")
+    assert sum(name.endswith(".mask") for name in whole) > 2
+    interrupted = with_parts = 0
+    moments = count(quick=1, thorough=10)
+    for number in range(30, 31) if moments == 1 else range(3, 100, 5):
+        out = tmp_path / f"out{number}" / "set"
+        process = subprocess.Popen(
+            command("tools.data", "prepare", "--chat", "--tokenizer", chat, "--output", out, source, *words),
+            env={**environment(), kill_points.VARIABLE: str(number)},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        if process.wait(timeout=120) == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        interrupted += 1
+        with_parts += len(list(out.parent.rglob("*.work/*.mask"))) > 0
+        assert prepare(chat, out, source, *words).returncode == 0
+        assert _files(out.parent) == whole
+        if interrupted == moments:
+            break
+    assert interrupted == moments
+    assert with_parts
+
+
+def _files(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_what_is_left_out_is_counted(chat, talks, tmp_path):
