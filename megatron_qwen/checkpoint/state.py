@@ -1,7 +1,7 @@
 """The content of a checkpoint: how it is gathered from a run's components, and loaded into them."""
 
 import json
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def load_sharded(
     groups: ProcessGroupCollection,
     *,
     optimizer_step: int,
+    change: Callable[[], None] | None = None,
 ) -> None:
     """Fills weights and optimizer from a verified checkpoint, whatever layout wrote it.
 
@@ -58,9 +59,11 @@ def load_sharded(
             the main weights are the loaded ones and the moments stay empty.
         groups: groups of this rank.
         optimizer_step: steps the optimizer has taken (``state.json``).
+        change: changes the weights before the optimizer takes them for its main weights. The optimizer's state is then
+            not loaded.
     """
     saved = read_metadata(path).state_dict_metadata
-    with_state = optimizer if has_optimizer(saved) else None
+    with_state = optimizer if has_optimizer(saved) and change is None else None
     wanted = sharded_state(modules, with_state, groups, loading=True)
     _drop_absent_extra_state(wanted, saved)
     with plain_objects_only():
@@ -68,6 +71,8 @@ def load_sharded(
     weights = [loaded["model" if len(modules) == 1 else f"model{index}"] for index in range(len(modules))]
     for module, values in zip(modules, weights, strict=True):
         _fill(module, values)
+    if change is not None:
+        change()
     if with_state is not None:
         optimizer_state.load(with_state, loaded["optimizer"], step=optimizer_step)
     elif optimizer is not None:

@@ -4,6 +4,7 @@ A field has megatron-core's name where megatron-core has one. The bounds of a si
 legal combinations of fields are checked in ``checks.py``.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -284,6 +285,12 @@ class ObjectiveConfig:
         "token",
         doc="With sft, what counts the same in the global batch: tokens with loss, sequences (conversations), or "
         "samples (packed rows).",
+    )
+    token_descriptions: Mapping[str, str] = setting(
+        factory=dict,
+        doc="With sft, control tokens whose rows begin as the mean of the rows of describing words, as "
+        '{"<|im_end|>": "end of the turn"}: those that the model of checkpoint.load never trained. Of that model only '
+        "the weights are then taken, without moments.",
     )
 
 

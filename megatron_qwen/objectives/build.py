@@ -1,6 +1,6 @@
 """The objective of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ObjectiveConfig
@@ -8,10 +8,18 @@ from megatron_qwen.objectives.base import Objective
 from megatron_qwen.objectives.pretrain import Pretrain
 from megatron_qwen.objectives.sft import Sft
 
-# Each gets the section, for its settings.
-_KINDS: dict[str, Callable[[ObjectiveConfig], Objective]] = {"pretrain": lambda _settings: Pretrain(), "sft": Sft}
+# Each gets the section, for its settings, and the ids that end an answer in its data.
+_KINDS: dict[str, Callable[[ObjectiveConfig, Sequence[int]], Objective]] = {
+    "pretrain": lambda _settings, _ends: Pretrain(),
+    "sft": Sft,
+}
 
 
-def build_objective(config: RunConfig) -> Objective:
-    """The objective that objective.kind names."""
-    return _KINDS[config.objective.kind](config.objective)
+def build_objective(config: RunConfig, *, ends_of_turn: Sequence[int] = ()) -> Objective:
+    """The objective that objective.kind names.
+
+    Args:
+        config: the run.
+        ends_of_turn: ids that end an answer in its data.
+    """
+    return _KINDS[config.objective.kind](config.objective, ends_of_turn)

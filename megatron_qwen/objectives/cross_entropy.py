@@ -38,6 +38,11 @@ class LogitLayout:
     vocab_size: int
     chunk_tokens: int
 
+    def block_rows(self, weight: torch.Tensor) -> int:
+        """Rows whose logits are processed at a time on a CPU with the whole vocabulary, else 1."""
+        alone = self.group.size() == 1 and not weight.is_cuda
+        return max(1, _BLOCK_ELEMENTS // weight.shape[0]) if alone else 1
+
     def chunks(
         self, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor
     ) -> Iterator[tuple[slice, "_Target"]]:
@@ -57,8 +62,8 @@ class LogitLayout:
 
 def weighted_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, layout: LogitLayout
-) -> torch.Tensor:
-    """Sum of weight x cross-entropy over all rows, the same on every rank of the group.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of weight x cross-entropy over all rows, and the cross-entropy of each; the same on every rank of the group.
 
     Args:
         hidden: [n, h]; the gradient that it gets is this rank's part, to be summed over the group.
@@ -68,11 +73,38 @@ def weighted_cross_entropy(
         layout: of the logits.
 
     Returns:
-        A scalar in fp32.
+        A scalar and [n] in fp32; the second has no gradient.
     """
     training = torch.is_grad_enabled()  # read here: inside an autograd Function it is always off
-    loss: torch.Tensor = _WeightedCrossEntropy.apply(hidden, weight, targets, weights, layout, training)
-    return loss
+    found: tuple[torch.Tensor, torch.Tensor] = _WeightedCrossEntropy.apply(
+        hidden, weight, targets, weights, layout, training
+    )
+    return found
+
+
+def with_weight(
+    hidden: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, multiple: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The rows that have a weight, filled by rows of weight 0 to a multiple; all where these would not be fewer.
+
+    With ``multiple`` the rows of a block, every block has the shape that it has without this: one kernel is compiled
+    for all steps, so that a resumed run computes with those of the run that was not stopped.
+
+    Args:
+        hidden: [n, h].
+        targets: [n].
+        weights: [n].
+        multiple: that the number of rows is one of.
+    """
+    (kept,) = weights.nonzero(as_tuple=True)
+    number = -(-max(len(kept), 1) // multiple) * multiple
+    if number >= len(weights):
+        return hidden, targets, weights
+    index = torch.zeros(number, dtype=torch.int64, device=hidden.device)
+    index[: len(kept)] = kept
+    factors = torch.zeros(number, dtype=weights.dtype, device=weights.device)
+    factors[: len(kept)] = weights[kept]
+    return hidden.index_select(0, index), targets[index], factors
 
 
 def log_probs(hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, layout: LogitLayout) -> torch.Tensor:
@@ -95,7 +127,7 @@ def log_probs_of_logits(logits: torch.Tensor, targets: torch.Tensor, layout: Log
 
 
 class _WeightedCrossEntropy(torch.autograd.Function):
-    """hidden [n, h], weight [v / TP, h], targets [n], weights [n] -> scalar."""
+    """hidden [n, h], weight [v / TP, h], targets [n], weights [n] -> scalar, and [n] without a gradient."""
 
     @staticmethod
     def forward(
@@ -106,18 +138,21 @@ class _WeightedCrossEntropy(torch.autograd.Function):
         weights: torch.Tensor,
         layout: LogitLayout,
         training: bool,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradients = _Gradients(hidden, weight, layout.chunk_tokens) if training else None
         for span, target in layout.chunks(weight, targets, weights):
             loss, gradient = _chunk_loss(dense_gemm.linear(hidden[span], weight), target, with_gradient=training)
             total += torch.dot(loss, weights[span])
+            losses[span] = loss
             if gradients is not None and gradient is not None:
                 gradients.add(span, gradient)
         if gradients is not None:
             ctx.save_for_backward(gradients.hidden, gradients.weight)
             ctx.weight_dtype = weight.dtype
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

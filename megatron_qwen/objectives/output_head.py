@@ -7,7 +7,30 @@ import torch.distributed as dist
 from megatron.core import tensor_parallel
 
 from megatron_qwen.models.torch_backend import dense_gemm
-from megatron_qwen.objectives.cross_entropy import LogitLayout, log_probs, log_probs_of_logits, weighted_cross_entropy
+from megatron_qwen.objectives.cross_entropy import (
+    LogitLayout,
+    log_probs,
+    log_probs_of_logits,
+    weighted_cross_entropy,
+    with_weight,
+)
+
+
+@dataclass(frozen=True)
+class RowLosses:
+    """Cross-entropy of a micro-batch, in nats.
+
+    Args:
+        total: sum of weight x loss, a scalar in fp32 with a gradient.
+        losses: of each row that was computed, without a gradient, [n].
+        targets: of each row, [n].
+        weights: of each row, [n].
+    """
+
+    total: torch.Tensor
+    losses: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -28,8 +51,10 @@ class OutputHead:
     vocab_size: int
     chunk_tokens: int
 
-    def cross_entropy(self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Sum over tokens of weight x cross-entropy, a scalar in fp32; the same on every TP rank.
+    def cross_entropy(
+        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *, skip_weightless: bool = False
+    ) -> RowLosses:
+        """Sum over tokens of weight x cross-entropy, and the loss of each; the same on every TP rank.
 
         The gradients are computed in the forward pass, while the logits of a chunk are there. So the weights must be
         known before the loss is.
@@ -38,9 +63,15 @@ class OutputHead:
             hidden: output of the last layer, [s, b, h], or [s / TP, b, h] under sequence parallelism.
             labels: next tokens, [b, s].
             weights: of each token's loss, [b, s].
+            skip_weightless: leaves out tokens of weight 0, whose share must be known on the host: on a GPU this waits
+                for it. It pays where much of a batch carries no loss.
         """
         rows, targets = self._rows(hidden), labels.t().reshape(-1)
-        return weighted_cross_entropy(rows, self.weight, targets, weights.t().reshape(-1).float(), self._layout)
+        factors = weights.t().reshape(-1).float()
+        if skip_weightless:
+            rows, targets, factors = with_weight(rows, targets, factors, self._layout.block_rows(self.weight))
+        total, losses = weighted_cross_entropy(rows, self.weight, targets, factors, self._layout)
+        return RowLosses(total, losses, targets, factors)
 
     def log_probs(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Log-probability of each label, [b, s] in fp32; the same on every TP rank.

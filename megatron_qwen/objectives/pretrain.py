@@ -16,4 +16,5 @@ class Pretrain:
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead, batch: Batch) -> ObjectiveResult:
         """See ``Objective``."""
-        return ObjectiveResult(Mean(head.cross_entropy(hidden, batch.labels, batch.loss_mask), batch.loss_mask.sum()))
+        found = head.cross_entropy(hidden, batch.labels, batch.loss_mask)
+        return ObjectiveResult(Mean(found.total, batch.loss_mask.sum()))

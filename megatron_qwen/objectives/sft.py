@@ -1,5 +1,7 @@
 """Supervised fine-tuning: cross-entropy of what the assistant wrote."""
 
+from collections.abc import Sequence
+
 import torch
 
 from megatron_qwen.config.sections import ObjectiveConfig
@@ -8,18 +10,21 @@ from megatron_qwen.data.reading.averages import COUNT, WEIGHT, fields_of
 from megatron_qwen.objectives.base import Mean, ObjectiveResult
 from megatron_qwen.objectives.output_head import OutputHead
 
+_TRAINED, _END = "trained_fraction", "end_probability"
+
 
 class Sft:
     """Mean cross-entropy over the tokens that carry loss, in nats; over all of the global batch, whatever its layout.
 
     Args:
         settings: ``average`` says what counts the same: tokens, sequences (conversations) or samples (packed rows).
+        ends_of_turn: ids that end an answer. Where there are any, ``end_probability`` is the mean probability that the
+            model gives to the end where an answer ends: near 0, it goes on for ever.
     """
 
-    metrics = ("trained_fraction",)
-
-    def __init__(self, settings: ObjectiveConfig) -> None:
-        self._by_token = settings.average == "token"
+    def __init__(self, settings: ObjectiveConfig, ends_of_turn: Sequence[int] = ()) -> None:
+        self._by_token, self._ends = settings.average == "token", tuple(ends_of_turn)
+        self.metrics = (_TRAINED, _END) if self._ends else (_TRAINED,)
         self.extra_fields = fields_of(settings.average)
 
     def __call__(self, hidden: torch.Tensor, head: OutputHead, batch: Batch) -> ObjectiveResult:
@@ -29,6 +34,9 @@ class Sft:
         count = mask.sum() if self._by_token else batch.extra[COUNT.name].sum()
         held = mask.numel() if batch.padding is None else (~batch.padding).sum()
         trained = Mean((mask > 0).sum().float(), torch.as_tensor(held, device=mask.device))
-        return ObjectiveResult(
-            Mean(head.cross_entropy(hidden, batch.labels, weights), count), {self.metrics[0]: trained}
-        )
+        found = head.cross_entropy(hidden, batch.labels, weights, skip_weightless=True)
+        metrics = {_TRAINED: trained}
+        if self._ends:
+            ends = torch.isin(found.targets, torch.tensor(self._ends, device=mask.device)) & (found.weights > 0)
+            metrics[_END] = Mean((found.losses.neg().exp() * ends).sum(), ends.sum())
+        return ObjectiveResult(Mean(found.total, count), metrics)

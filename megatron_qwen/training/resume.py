@@ -1,6 +1,7 @@
 """Where a run gets its state: its own newest checkpoint, that of the run it branches from, or given weights."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.environment_log import log_changes
 from megatron_qwen.training.local_resume import resume_local
+from megatron_qwen.training.turn_rows import describe, described_rows, tell_of_untrained
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +51,21 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
     reader = CheckpointReader(chosen.path)
     CheckpointWeights(reader, components.config.model)
     saved = state.read_state(chosen.path)
+    rows = {} if continues else described_rows(components.config)
+    change = partial(describe, components.model.modules, rows, components.groups.tp) if rows else None
     state.load_sharded(
         chosen.path,
         components.model.modules,
         components.optimizer,
         components.groups,
         optimizer_step=saved["optimizer_step"],
+        change=change,
     )
-    if dist.get_rank() == 0 and not state.has_optimizer(reader.tensors()):
-        log.info("%s holds weights only: the optimizer's moments start at zero", chosen.path)
+    if dist.get_rank() == 0 and (rows or not state.has_optimizer(reader.tensors())):
+        what = "objective.token_descriptions takes weights only" if rows else "holds weights only"
+        log.info("%s: %s: the optimizer's moments start at zero", chosen.path, what)
     if not continues:  # a new run takes only weights, and moments if the checkpoint has them
+        tell_of_untrained(components)
         return 0
     components.progress.restore(saved["progress"])
     if "data" not in saved:

@@ -9,7 +9,7 @@ from tests.tiers import cases
 
 
 def chunked(
-    seed: int, chunk: int, vocabulary: int, padded: int, sequence_parallel: bool, by_log_probs: bool
+    seed: int, chunk: int, vocabulary: int, padded: int, sequence_parallel: bool, by_log_probs: bool, skip: bool
 ) -> dict[str, Any]:
     """Loss and gradients of this rank's shard, beside the plain loss of the whole.
 
@@ -39,7 +39,11 @@ def chunked(
         furthest = float((found + losses).abs().max())
         loss = (found.square() * mask).sum()
     else:
-        loss = head.cross_entropy(ours_hidden, labels, mask)
+        found = head.cross_entropy(ours_hidden, labels, mask, skip_weightless=skip)
+        loss, kept = found.total, found.weights > 0
+        expected_rows = losses.t()[mask.t() > 0]
+        assert len(found.losses) == (int(mask.sum()) if skip and size > 1 else mask.numel())
+        furthest = float((found.losses[kept] - expected_rows).abs().max())
     (2 * loss).backward()
     grad_hidden = whole_hidden.grad.chunk(size)[rank] if sequence_parallel else whole_hidden.grad
     return {
@@ -58,9 +62,13 @@ def furthest_from(ours: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("chunk", cases([7], [1, 1000]))
 @pytest.mark.parametrize(("vocabulary", "padded"), cases([(37, 64), (20, 64)], [(40, 40)]))
 @pytest.mark.parametrize(("ranks", "sequence_parallel"), [(1, False), (2, False), (2, True), (4, True)])
-@pytest.mark.parametrize("by_log_probs", [False, True], ids=["cross-entropy", "log-probabilities"])
-def test_equals_plain_torch(by_log_probs, chunk, vocabulary, padded, ranks, sequence_parallel, pool):
-    for answer in pool[ranks].run(chunked, 5, chunk, vocabulary, padded, sequence_parallel, by_log_probs):
+@pytest.mark.parametrize(
+    ("by_log_probs", "skip"),
+    [(False, False), (False, True), (True, False)],
+    ids=["cross-entropy", "cross-entropy of tokens with weight", "log-probabilities"],
+)
+def test_equals_plain_torch(by_log_probs, skip, chunk, vocabulary, padded, ranks, sequence_parallel, pool):
+    for answer in pool[ranks].run(chunked, 5, chunk, vocabulary, padded, sequence_parallel, by_log_probs, skip):
         assert answer["loss"] < 1e-6
         assert answer["log_prob"] < 1e-5
         assert answer["hidden"] < 5e-6
@@ -86,3 +94,20 @@ def without_gradient() -> float:
         expected = expected.gather(2, labels[:, :, None])[:, :, 0]
     assert not found.requires_grad
     return float((found - expected).abs().max())
+
+
+@pytest.mark.parametrize(("weighted", "multiple", "rows"), [(5, 1, 5), (5, 4, 8), (0, 4, 4), (17, 8, 20), (20, 1, 20)])
+def test_rows_of_weight_zero_are_left_out(weighted, multiple, rows):
+    """Blocks keep their size, as kernels are compiled for it; with none to leave out nothing is copied."""
+    from megatron_qwen.objectives.cross_entropy import with_weight
+
+    hidden, targets = torch.randn(20, 3), torch.arange(20)
+    weights = torch.zeros(20)
+    weights[torch.randperm(20)[:weighted]] = torch.rand(weighted) + 0.1
+    found = with_weight(hidden, targets, weights, multiple)
+    assert [len(part) for part in found] == [rows] * 3
+    assert (found[0] is hidden) == (rows == 20)
+    kept = found[2] > 0
+    assert torch.equal(found[1][kept], weights.nonzero().flatten())
+    assert torch.equal(found[0][kept], hidden[weights > 0])
+    assert torch.equal(found[2][kept], weights[weights > 0])

@@ -12,6 +12,7 @@ from megatron_qwen.errors import ConfigError
 _NAMES = {
     "train_step": "a training step against transformers + fused AdamW, fp32 and bf16",
     "layer": "a dense and an MoE layer, forward and backward, against transformers' of the same shape",
+    "sft": "fine-tuning on packed conversations, tokens a second against TRL's SFTTrainer",
     "generate": "prompts and tokens a second against transformers' generate, batch 1, 8 and 32",
     "collectives": "collectives of training between ranks of this machine against a copy in memory",
     "checkpoint": "a step during a save against a normal one, a save against cp of its files",

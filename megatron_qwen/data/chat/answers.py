@@ -7,7 +7,7 @@ do, but some of them count what a model never writes, such as the line end behin
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from megatron_qwen.data.chat.marks import BEGIN_ANSWER, END_ANSWER, any_of
@@ -33,6 +33,10 @@ class AnswerForm:
     begins: str
     ends: str
     foreign: re.Pattern[str]
+
+    def turn_tokens(self, control: Mapping[str, int]) -> dict[str, int]:
+        """Ids of the control tokens that ask for an answer and end it, by name."""
+        return {name: index for name, index in sorted(control.items()) if name in self.asks or name == self.ends}
 
     def spans(self, text: str, answers: int) -> list[tuple[int, int]]:
         """Characters [a, b) of every answer.

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from megatron_qwen.data.chat.answers import answer_form
 from megatron_qwen.data.prepare.part_file import COUNTS, Part, part_path
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
 from megatron_qwen.data.token_files.manifest import Manifest, chats_together, file_digest, with_ending, write_manifest
 from megatron_qwen.data.token_files.token_index import write_index
-from megatron_qwen.data.tokenizers.tokenizer import Tokenizer
+from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer, Tokenizer
 from megatron_qwen.errors import DataError, Problem
 from megatron_qwen.files import publish, sync_stream
 
@@ -115,7 +116,7 @@ class ShardWriter:
             mask_xxh3_128=self._digests["mask"].hexdigest() if "mask" in self._endings else None,
             options=self.plan.identity["options"],
             inputs=_inputs(self.shard),
-            chat=_chat(self.plan, self.parts),
+            chat=_chat(self.plan, self.parts, tokenizer),
             left_out=_left_out(self.plan) if prefix == self.plan.prefix else [],
         )
         for temporary, path in names:
@@ -167,13 +168,18 @@ def set_manifest(plan: PreparationPlan, shards: Sequence[Manifest]) -> Manifest:
     )
 
 
-def _chat(plan: PreparationPlan, parts: Sequence[Part]) -> dict[str, Any]:
+def _chat(plan: PreparationPlan, parts: Sequence[Part], tokenizer: Tokenizer) -> dict[str, Any]:
     """What a manifest says of conversations; empty where there are none."""
     if plan.chat is None:
         return {}
     reasons = sum((Counter(part.reasons) for part in parts), Counter[str]())
+    assert isinstance(tokenizer, BpeTokenizer)  # the preparation began with one
+    form = answer_form(plan.chat.template, tuple(tokenizer.spellable), tokenizer.written)
     return {
         **plan.chat.identity(),
+        # What a base model may never have seen, and where an answer ends: training looks at both.
+        "turn_tokens": {} if form is None else form.turn_tokens(tokenizer.spellable),
+        "end_of_turn": None if form is None else tokenizer.spellable[form.ends],
         "trained_tokens": sum(part.trained for part in parts),
         "answers": sum(part.answers for part in parts),
         "longest": max((part.longest for part in parts), default=0),

@@ -1,5 +1,6 @@
 """The sources of a run, opened: which of their tokens are for training, and how a sample is read from them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from megatron_qwen.data.order.permutation import KeyedPermutation
 from megatron_qwen.data.order.stream import TokenSpan
 from megatron_qwen.data.reading.fim import FillInTheMiddle, Piece
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample, packed, window
-from megatron_qwen.data.token_files.manifest import read_manifest
+from megatron_qwen.data.token_files.manifest import Manifest, read_manifest
 from megatron_qwen.data.token_files.token_set import TokenSet
 from megatron_qwen.errors import DataError, Problem
 
@@ -42,13 +43,22 @@ class OpenSource:
         return "data.path" if self.name == SINGLE and self.spec == SourceSpec(path=self.spec.path) else self.spec.path
 
     @cached_property
+    def manifest(self) -> Manifest | None:
+        """What is known of its token files; None of files that other programs wrote."""
+        return self.tokens.manifest or read_manifest(self.tokens.prefix)
+
+    @property
+    def chat(self) -> Mapping[str, Any]:
+        """``Manifest.chat``: what is known of its conversations, if it has any."""
+        return {} if self.manifest is None else self.manifest.chat
+
+    @cached_property
     def fim(self) -> FillInTheMiddle | None:
         """How its documents are rearranged, if they are."""
         if not self.spec.fim_rate:
             return None
-        noted = read_manifest(self.tokens.prefix)
         return FillInTheMiddle.of(
-            {} if noted is None else noted.control_tokens,
+            {} if self.manifest is None else self.manifest.control_tokens,
             rate=self.spec.fim_rate,
             spm_rate=self.spec.fim_spm_rate,
             where=f"sources.{self.name}.fim_rate",

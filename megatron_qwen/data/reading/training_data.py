@@ -153,6 +153,21 @@ class TrainingData:
         # ahead: the ledger must not contain what only the loader has read.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
 
+    @property
+    def ends_of_turn(self) -> tuple[int, ...]:
+        """Ids of the tokens that end an answer, as the manifests of its conversations say."""
+        ends = {source.chat.get("end_of_turn") for source in self.sources.values()}
+        return tuple(sorted(end for end in ends if end is not None))
+
+    @property
+    def turn_tokens(self) -> dict[str, int]:
+        """Ids of the control tokens that begin and end answers, by name."""
+        return {
+            name: index
+            for source in self.sources.values()
+            for name, index in source.chat.get("turn_tokens", {}).items()
+        }
+
     def resume(self, saved: Mapping[str, Any]) -> None:
         """Continues from the ledger of a checkpoint. If the blend has changed since, a new phase begins.
 

@@ -46,8 +46,8 @@ class Manifest:
         inputs: path and size of every input file.
         left_out: path of everything else that lay among the input, and why it was not read; of a set, not of its
             shards.
-        chat: of conversations: the template that rendered them, tokens with loss, answers with loss, tokens of the
-            longest, and how many records were left out for which reason; else empty.
+        chat: of conversations: the template that rendered them, its control tokens of turns, tokens with loss, answers
+            with loss, tokens of the longest, and how many records were left out for which reason; else empty.
         made_by: hash of everything that determines the output, by which the same command recognises its own output.
     """
 

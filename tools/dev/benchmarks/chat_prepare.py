@@ -39,7 +39,7 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         tokenizer = qwen_tokenizer(root)
-        (tokenizer / "chat_template.jinja").write_text(_template())
+        (tokenizer / "chat_template.jinja").write_text(qwen_template())
         chats = root / "chats.jsonl"
         size = _write(chats)
         ratios, ours, theirs = [], [], []
@@ -77,21 +77,26 @@ def run(*, rounds: int) -> list[BenchmarkRow]:
         ]
 
 
-def _template() -> str:
+def qwen_template() -> str:
     """Qwen2.5's, as TRL has it."""
     (path,) = (one for one in metadata.files("trl") or () if str(one) == "trl/chat_templates/qwen2_5.jinja")
     return path.read_text()
 
 
+def talks() -> list[list[str]]:
+    """Conversations between people, by turns."""
+    module: Any = importlib.import_module("chitchat_dataset")
+    found = [[text for text in turns if text.strip()] for turns in module.ConversationDataset()]
+    return [turns for turns in found if len(turns) >= 2]
+
+
 def _write(path: Path) -> int:
     """Parts of 2 to 16 turns of conversations between people, grown to a million; returns the bytes."""
-    real: Any = importlib.import_module("chitchat_dataset")
-    talks = [[text for text in turns if text.strip()] for turns in real.ConversationDataset()]
-    talks = [turns for turns in talks if len(turns) >= 2]
+    real = talks()
     dice, roles = random.Random(0), ("user", "assistant")
     with path.open("w", encoding="utf-8") as out:
         for _ in range(_CONVERSATIONS):
-            turns = dice.choice(talks)
+            turns = dice.choice(real)
             length = 2 * dice.randint(1, min(8, len(turns) // 2))
             begin = dice.randrange(len(turns) - length + 1)
             messages = [
