@@ -29,12 +29,14 @@ class BatchResult:
         weight: what the mean is over: tokens that carried loss, or sequences.
         tokens: tokens of the batch, without padding.
         metrics: means of the objective's metrics.
+        metric_weights: what each is a mean over.
     """
 
     loss: float
     weight: int
     tokens: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+    metric_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -201,4 +203,5 @@ def _means(
     tokens, *pairs = sums.tolist()
     (loss, weight), *others = batched(pairs, 2)
     means = {name: total / max(count, 1.0) for name, (total, count) in zip(metrics, others, strict=True)}
-    return BatchResult(loss / max(weight, 1.0), int(weight), int(tokens), means)
+    weights = {name: count for name, (_, count) in zip(metrics, others, strict=True)}
+    return BatchResult(loss / max(weight, 1.0), int(weight), int(tokens), means, weights)

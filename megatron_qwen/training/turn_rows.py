@@ -33,7 +33,7 @@ def described_rows(config: RunConfig) -> dict[int, list[int]]:
     """Ids of the words that describe each token, by the token's id.
 
     Raises:
-        ConfigError: a name is no control token of the tokenizer, or a description has no token of its own.
+        ConfigError: a name is no control token of the tokenizer.
     """
     wanted = config.objective.token_descriptions
     if not wanted:
@@ -47,8 +47,6 @@ def described_rows(config: RunConfig) -> dict[int, list[int]]:
         if index is None:
             known = ", ".join(list(tokenizer.spellable)[:8]) or "none"
             wrong.append(Problem(_FIELD, name, f"is no control token of {config.data.tokenizer} (it has {known})."))
-        elif not ids:
-            wrong.append(Problem(f"{_FIELD}: {name}", words, "has no tokens; describe it by words."))
         else:
             found[index] = ids
     if wrong:

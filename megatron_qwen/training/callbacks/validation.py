@@ -24,7 +24,8 @@ log = logging.getLogger(__name__)
 class Validation(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step.
 
-    In pretraining with a known tokenizer also ``validation_bits_per_byte/SOURCE``.
+    In pretraining with a known tokenizer also ``validation_bits_per_byte/SOURCE``; of an objective with metrics these,
+    as ``validation_NAME``.
 
     Args:
         tokenizer: directory, for the bytes of the text; None measures the loss alone.
@@ -36,6 +37,7 @@ class Validation(Callback):
         self._samples: tuple[StageReader, HeldOutSamples] | None = None
         self._tokenizer = tokenizer
         self._by_source: _BySource | None = None
+        self._metrics: dict[str, float] = {}
 
     def before_training(self, trainer: TrainerInterface) -> None:
         """Opens the held-out samples, so that too few of them are reported before the first step."""
@@ -49,6 +51,7 @@ class Validation(Callback):
         if due:
             trainer.enter("validating")
             record.extra["validation_loss"] = self.measure(trainer)
+            record.extra.update({f"validation_{name}": value for name, value in self._metrics.items()})
             found = {} if self._by_source is None else self._by_source.found
             record.extra.update({f"validation_bits_per_byte/{name}": value for name, value in found.items()})
 
@@ -65,6 +68,7 @@ class Validation(Callback):
         training = config.training
         components.model.train(False)
         total = weight = 0.0
+        sums = dict.fromkeys(forward_step.metrics, (0.0, 0.0))
         with components.model.whole_parameters():
             for index in range(training.eval_iters):
                 size = training.global_batch_size
@@ -75,7 +79,11 @@ class Validation(Callback):
                 ]
                 done = run_batch(config, components.model, components.groups, forward_step, batches, forward_only=True)
                 total, weight = total + done.loss * done.weight, weight + done.weight
+                for name, (value, count) in sums.items():
+                    more = done.metric_weights[name]
+                    sums[name] = value + done.metrics[name] * more, count + more
         components.model.train(True)
+        self._metrics = {name: value / count for name, (value, count) in sums.items() if count}
         if self._by_source is not None:
             self._by_source.end(held_out)
         return total / max(weight, 1.0)

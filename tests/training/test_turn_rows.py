@@ -1,0 +1,212 @@
+"""A base model that never saw the tokens of turns learns to end them; a wrong mask and a wrong template are seen."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from launch.demo import standard_library
+from megatron_qwen.checkpoint.find import resolve as find
+from megatron_qwen.checkpoint.read import CheckpointReader
+from megatron_qwen.config.checks import problems
+from megatron_qwen.config.source import resolve
+from megatron_qwen.data.token_files.token_file import TokenFile
+from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+from megatron_qwen.recipes.registry import RECIPES
+from tests.conftest import run
+from tests.data.chat.conftest import template
+from tests.tiers import cases
+from tests.training.attempts import attempt
+
+VOCABULARY, LENGTH = 544, 64  # of a tokenizer of 512, so that 32 rows belong to no token
+STEPS = 200
+STILL = ("optim.learning_rate=1e-12", "optim.min_learning_rate=0")  # a step of no size
+DESCRIBED = 'objective.token_descriptions={"<|im_start|>": "def", "<|im_end|>": "return"}'
+OTHER_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + ': ' + message.content + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tokenizer, a base model that has read source code, and conversations: four digits, answered backwards."""
+    root = tmp_path_factory.mktemp("turns")
+    lines = [json.dumps({"text": document["text"]}) + "\n" for document in standard_library(300_000)]
+    (root / "text.jsonl").write_text("".join(lines))
+    words = ("--vocab-size", 512, "--output", root / "tok", root / "text.jsonl")
+    run("tools.data", "tokenizer", "train", *words, check=True)
+    (root / "tok" / "chat_template.jinja").write_text(template("qwen2_5"))
+    dice = random.Random(0)
+    numbers = [" ".join(str(dice.randrange(10)) for _ in range(4)) for _ in range(3000)]
+    chats = [
+        [
+            {"role": "system", "content": ""},
+            {"role": "user", "content": one},
+            {"role": "assistant", "content": one[::-1]},
+        ]
+        for one in numbers
+    ]
+    (root / "chats.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in chats))
+    prepare(root / "tok", root / "text", root / "text.jsonl")
+    prepare(root / "tok", root / "chats", root / "chats.jsonl", "--chat")
+    # The wrong mask: the end of a turn carries no loss.
+    prepare(root / "tok", root / "endless", root / "chats.jsonl", "--chat")
+    mask = np.fromfile(root / "endless.mask", dtype=np.uint8)
+    tokens = np.fromfile(root / "endless.bin", dtype=TokenFile(root / "endless").dtype)
+    mask[tokens == end_of(root)] = 0
+    mask.tofile(root / "endless.mask")
+    return root
+
+
+def prepare(tokenizer, out, source, *words):
+    run("tools.data", "prepare", *words, "--tokenizer", tokenizer, "--output", out, source, check=True)
+
+
+def end_of(root):
+    return json.loads((root / "chats.json").read_text())["chat"]["end_of_turn"]
+
+
+def configure(root, *words):
+    model = [f"model.vocab_size={VOCABULARY}", f"data.seq_length={LENGTH}", f"data.tokenizer={root / 'tok'}"]
+    batch = ["training.global_batch_size=16", "training.micro_batch_size=8", "metrics.tensorboard=false"]
+    return resolve("tiny_dense", [*model, *batch, *words], RECIPES)
+
+
+def sft(root, load, *words, data="chats", steps=STEPS):
+    optim = ["optim.learning_rate=3e-3", "optim.min_learning_rate=3e-4", "optim.lr_warmup_iters=0"]
+    length = [f"training.train_iters={steps}", "training.eval_iters=2", f"training.eval_interval={steps}"]
+    start = ["objective.kind=sft", f"data.path={root / data}", f"checkpoint.load={load / 'checkpoints'}"]
+    return configure(root, *start, *optim, *length, "data.validation_fraction=0.05", *words)
+
+
+@pytest.fixture(scope="module")
+def base(place, pool):
+    run_dir = place / "base"
+    length = ["training.train_iters=60", "training.eval_iters=0", "optim.learning_rate=3e-3", "optim.lr_warmup_iters=0"]
+    attempt(pool, 2, configure(place, f"data.path={place / 'text'}", *length), run_dir)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def tuned(place, base, pool):
+    """Begun from descriptions."""
+    return attempt(pool, 2, sft(place, base, DESCRIBED), place / "tuned")
+
+
+def test_turns_end(tuned):
+    first, last = tuned[0], tuned[-1]
+    print(f"p(end) {first['end_probability']:.1e} -> {last['end_probability']:.4f}")
+    assert first["end_probability"] < 0.05
+    assert last["end_probability"] >= 0.99
+    assert last["validation_end_probability"] >= 0.99
+
+
+def test_held_out_loss_falls(place, base, tuned, pool):
+    begun = attempt(
+        pool, 2, sft(place, base, "optim.learning_rate=1e-9", "optim.min_learning_rate=0", steps=1), place / "x"
+    )
+    assert tuned[-1]["validation_loss"] < begun[0]["validation_loss"] / 3
+
+
+def test_a_wrong_mask_is_seen(place, base, pool):
+    """The control: where the end carries no loss, it is not learnt, and the metric says so."""
+    attempt(pool, 2, sft(place, base, DESCRIBED, data="endless"), place / "wrong_mask")
+    assert probability_after(pool, place, place / "wrong_mask", "chats") < 0.5
+
+
+def test_a_wrong_template_is_seen(place, tuned, pool):
+    """The control: of prompts that another template wrote the model has learnt nothing."""
+    (place / "other").mkdir()
+    for path in (place / "tok").iterdir():
+        (place / "other" / path.name).write_bytes(path.read_bytes())
+    (place / "other" / "chat_template.jinja").write_text(OTHER_TEMPLATE)
+    prepare(place / "other", place / "other_chats", place / "chats.jsonl", "--chat")
+    right = last_loss(pool, place, place / "tuned", "chats")
+    wrong = last_loss(pool, place, place / "tuned", "other_chats")
+    assert wrong > right + 0.5
+
+
+def probability_after(pool, place, load, data):
+    return one_step(pool, place, load, data)["end_probability"]
+
+
+def last_loss(pool, place, load, data):
+    return one_step(pool, place, load, data)["loss"]
+
+
+def one_step(pool, place, load, data):
+    run_dir = place / f"{load.name}_on_{data}"
+    return attempt(pool, 2, sft(place, load, *STILL, "training.eval_iters=0", data=data, steps=1), run_dir)[0]
+
+
+def rows_at_start(pool, place, base, run_dir, size, *layout):
+    """Embedding and output layer of a run that has taken a step of no size."""
+    attempt(pool, size, sft(place, base, DESCRIBED, *STILL, *layout, steps=1), run_dir)
+    return matrices(run_dir)
+
+
+def matrices(run_dir):
+    reader = CheckpointReader(find(run_dir / "checkpoints")[0].path)
+    names = ("embedding.word_embeddings.weight", "output_layer.weight")
+    return [
+        reader.read(key)
+        for name in names
+        for key in reader.tensors()
+        if key.endswith(name) and not key.startswith("optimizer.")
+    ]
+
+
+LAYOUTS = {"TP2": (2, "parallel.tensor_model_parallel_size=2"), "PP2": (2, "parallel.pipeline_model_parallel_size=2")}
+
+
+@pytest.mark.parametrize("name", cases(["TP2"], ["PP2"]))
+def test_rows_are_means_under_every_layout(name, place, base, pool, tmp_path):
+    size, layout = LAYOUTS[name]
+    (words,) = load_tokenizer(place / "tok").encode_batch(["return"])
+    after = rows_at_start(pool, place, base, tmp_path / "run", size, layout)
+    assert len(after) == 2
+    for before, found in zip(matrices(base), after, strict=True):
+        torch.testing.assert_close(found[end_of(place)], before[words].mean(dim=0), rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[words], before[words])
+
+
+def test_untrained_rows_are_noticed(place, base, tuned):
+    told = run(
+        "launch.train",
+        base / "run.yaml",
+        *("objective.kind=sft", f"data.path={place / 'chats'}", f"checkpoint.load={base / 'checkpoints'}"),
+        *("training.train_iters=1", "training.eval_iters=0", "--run-dir", place / "noticed", "--nproc", 1),
+        check=True,
+    ).stderr
+    assert "the rows of <|im_end|>, <|im_start|> look untrained" in told
+    again = run(
+        "launch.train",
+        base / "run.yaml",
+        *("objective.kind=sft", f"data.path={place / 'chats'}", f"checkpoint.load={place / 'tuned' / 'checkpoints'}"),
+        *("training.train_iters=1", "training.eval_iters=0", "--run-dir", place / "not_noticed", "--nproc", 1),
+        check=True,
+    ).stderr
+    assert "look untrained" not in again
+
+
+def test_wrong_descriptions(place, base):
+    words = ("objective.kind=sft", f"data.path={place / 'chats'}", f"checkpoint.load={base / 'checkpoints'}")
+    told = run(
+        "launch.train",
+        base / "run.yaml",
+        *words,
+        'objective.token_descriptions={"<|no|>": "word", "<|im_end|>": "end"}',
+        *("--run-dir", place / "wrong", "--nproc", 1),
+    )
+    assert told.returncode == 2
+    assert "<|no|>: is no control token of" in told.stderr
+    found = problems(configure(place, f"data.path={place / 'text'}", DESCRIBED, "data.tokenizer=null"))
+    assert [problem.fix.split()[0] for problem in found if problem.where == "objective.token_descriptions"] == [
+        "is",
+        "needs",
+        "needs",
+    ]
