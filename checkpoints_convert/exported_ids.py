@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints_convert.answering import answer_ends
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.hf_directory import GENERATION
 from megatron_qwen.checkpoint.paths import TOKENIZER
@@ -16,6 +17,7 @@ from megatron_qwen.data.tokenizers.named_ids import special_ids
 from megatron_qwen.data.tokenizers.tokenizer import file_sha256, fingerprint, load_tokenizer
 from megatron_qwen.errors import DataError
 from megatron_qwen.hf.kept import IDS
+from megatron_qwen.hf.sampling import SAMPLING
 
 _MOST_NEW_TOKENS = 256  # transformers' own default is 20, which cuts off any answer
 
@@ -30,9 +32,11 @@ def token_ids(source: CheckpointSource, said: Sequence[Mapping[str, Any]]) -> di
     Raises:
         DataError: the tokenizer cannot be read.
     """
+    ends = answer_ends(source)
+    own = {} if ends is None else {"eos_token_id": ends.turn}
     for content in said:
         if content.get("eos_token_id") is not None:
-            return {name: content.get(name) for name in IDS if name in content or name != "pad_token_id"}
+            return {name: content.get(name) for name in IDS if name in content or name != "pad_token_id"} | own
     eos, bos = None, None
     if source.tokenizer is not None:
         try:
@@ -40,7 +44,7 @@ def token_ids(source: CheckpointSource, said: Sequence[Mapping[str, Any]]) -> di
         except DataError:
             if not said:
                 raise
-    return {"eos_token_id": eos, "bos_token_id": bos}
+    return {"eos_token_id": eos, "bos_token_id": bos} | own
 
 
 def has_other_tokenizer(source: CheckpointSource) -> bool:
@@ -64,7 +68,9 @@ def generation_of_source(source: CheckpointSource) -> dict[str, Any] | None:
     """generation_config.json of the directory that a checkpoint was converted from, if its ids are the tokenizer's."""
     noted = source.state.get("converted_from")
     content = noted.get(GENERATION) if isinstance(noted, dict) else None
-    return content if isinstance(content, dict) and not has_other_tokenizer(source) else None
+    if not isinstance(content, dict) or has_other_tokenizer(source) or not _ends_answers(source, content):
+        return None
+    return content
 
 
 def generation_of_tokenizer(source: CheckpointSource) -> dict[str, Any] | None:
@@ -77,6 +83,8 @@ def generation_of_tokenizer(source: CheckpointSource) -> dict[str, Any] | None:
         return None
     if not isinstance(content, dict):
         return None
+    if not _ends_answers(source, content):
+        return None
     # What a published directory says comes back as it was, whatever it says.
     fits = ids_fit(content, source.config.model.vocab_size) or content == generation_of_source(source)
     return content if fits else None
@@ -86,6 +94,10 @@ def new_generation(source: CheckpointSource, ids: Mapping[str, Any]) -> dict[str
     """generation_config.json to write; None where that of the tokenizer's files goes along."""
     if generation_of_tokenizer(source) is not None:
         return None
+    ends = answer_ends(source)
+    if ends is not None and generation_of_source(source) is None:
+        pad = {} if ends.text is None else {"pad_token_id": ends.text}
+        return {"bos_token_id": ids.get("bos_token_id"), **pad, "eos_token_id": ends.both, **SAMPLING}
     own = {**{name: ids.get(name) for name in ("bos_token_id", "eos_token_id")}, "max_new_tokens": _MOST_NEW_TOKENS}
     return generation_of_source(source) or own
 
@@ -119,6 +131,12 @@ def document_end(tokenizer: Path) -> int | None:
         return load_tokenizer(tokenizer).end_of_text
     except DataError:
         return None
+
+
+def _ends_answers(source: CheckpointSource, generation: Mapping[str, Any]) -> bool:
+    """Whether a generation_config.json stops at the end of a turn, if the model was trained to answer."""
+    ends = answer_ends(source)
+    return ends is None or ends.turn in _as_list(generation.get("eos_token_id"))
 
 
 def _as_list(ids: Any) -> list[int]:

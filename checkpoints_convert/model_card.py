@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ from megatron_qwen.provenance import code_version
 
 _UNKNOWN = "not recorded"
 _SOURCES_SHOWN = 10
+_CHAT = [
+    "",
+    'turns = [{"role": "user", "content": "Who are you?"}]',
+    'prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
+    "answer = model.generate(**prompt)[0, prompt.input_ids.shape[1] :]",
+    "print(tokenizer.decode(answer, skip_special_tokens=True))",
+]
 
 
 def model_card(
@@ -50,6 +57,7 @@ def model_card(
         ("Sequence length in training", f"{config.data.seq_length:,}"),
         ("Data", _data(data)),
         ("Validation loss", _validation_loss(source)),
+        *_stage(source),
         ("Checkpoint", _checkpoint(checkpoint)),
         ("Training code", commit_text(source.state.get("code"))),
         ("Conversion code", commit_text(code_version())),
@@ -61,6 +69,7 @@ def model_card(
         "",
         f'model = AutoModelForCausalLM.from_pretrained("{name}", dtype="auto")',
         f'tokenizer = {tokenizer_class}.from_pretrained("{name}")',
+        *(_CHAT if config.objective.kind != "pretrain" else []),
         "```",
     ]
     proof = (
@@ -68,6 +77,30 @@ def model_card(
         f"`mq convert verify {shlex.quote(name)} {shlex.quote(f'{name}/manifest.json')}` compares them."
     )
     return "\n".join([*front, "---", "", f"# {name}", "", *table, "", *use, "", proof, ""])
+
+
+def _stage(source: CheckpointSource) -> list[tuple[str, str]]:
+    """What the last stage of training was, and its scores."""
+    rows = []
+    config = source.config
+    if config.objective.kind == "sft":
+        began = f", from `{_run_name(Path(config.checkpoint.load))}`" if config.checkpoint.load else ""
+        rows.append(("Stage", f"supervised fine-tuning, mean over {config.objective.average}s{began}"))
+    found: dict[str, float] = {}
+    for record in _records(source):
+        found |= {
+            name: float(value)
+            for name, value in record.items()
+            if name.startswith("eval/") or name == "validation_end_probability"
+        }
+    rows += [(f"`{name}`", f"{value:.4f}") for name, value in sorted(found.items())]
+    return rows
+
+
+def _run_name(path: Path) -> str:
+    """Name of the run whose directory, checkpoints or iteration a path is."""
+    parts = path.parts
+    return parts[parts.index("checkpoints") - 1] if "checkpoints" in parts[1:] else path.name
 
 
 def shape_text(model: ModelConfig, rope: RopeConfig) -> str:
@@ -126,16 +159,24 @@ def _checkpoint(noted: Mapping[str, Any]) -> str:
 def _validation_loss(source: CheckpointSource) -> str:
     """The newest one at or before the checkpoint, from the run's metrics."""
     newest: tuple[int, float] | None = None
+    for record in _records(source):
+        try:
+            newest = (int(record["iteration"]), float(record["validation_loss"]))
+        except (ValueError, KeyError, TypeError):
+            continue
+    return _UNKNOWN if newest is None else f"{newest[1]:.4f} nats per token (iteration {newest[0]:,})"
+
+
+def _records(source: CheckpointSource) -> Iterator[dict[str, Any]]:
+    """The run's metrics at or before the checkpoint, as far as they can be read."""
     path = (source.run_dir or Path()) / "metrics.jsonl"
     for line in path.read_text(errors="replace").splitlines() if source.run_dir and path.is_file() else []:
         try:
             record = json.loads(line)
-            iteration, loss = int(record["iteration"]), float(record["validation_loss"])
+            if isinstance(record, dict) and int(record["iteration"]) <= source.iteration:
+                yield record
         except (ValueError, KeyError, TypeError):
             continue
-        if iteration <= source.iteration:
-            newest = (iteration, loss)
-    return _UNKNOWN if newest is None else f"{newest[1]:.4f} nats per token (iteration {newest[0]:,})"
 
 
 def commit_text(code: object) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 import xxhash
 
 from checkpoints_convert import work
+from checkpoints_convert.answering import TOKENIZER_CONFIG, answer_ends, answering_tokenizer_config
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import DTYPES, Converted, predict
@@ -205,6 +206,8 @@ def _texts(
     texts = {CONFIG: json_text(config)}
     if (generation := new_generation(source, config)) is not None:
         texts[GENERATION] = json_text(generation)
+    if (tokenizer := answering_tokenizer_config(source)) is not None:
+        texts[TOKENIZER_CONFIG] = json_text(tokenizer)
     texts["README.md"] = model_card(
         source,
         name=name,
@@ -230,6 +233,8 @@ def _tell(source: CheckpointSource, config: dict[str, Any], loaders: LoaderSearc
         return
     if GENERATION in loaders.files and new_generation(source, config) is not None:
         fix = "is of another model: it has token ids that the vocabulary does not have. The export has one of its own"
+        if answer_ends(source) is not None:
+            fix = "does not stop at the end of a turn, as a base model's. The export has one of its own"
         log.warning("%s next to the tokenizer %s", GENERATION, fix)
     if (why := does_not_stop(source, config)) is not None:
         log.warning("%s", why)

@@ -4,7 +4,7 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,13 +13,15 @@ from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.inference.request import Sampling
 from tools.generation.options import add_model_options, load_options
 from tools.generation.ranks import set_up_log, start_ranks
+from tools.generation.stated_sampling import stated_sampling
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
     from tools.generation.chat import Rendering
     from tools.generation.loaded import LoadedModel
 
-_TOP_P = 0.95
+# Where nobody says otherwise: neither an option nor, with --chat, the files of the model.
+_ASSUMED: dict[str, Any] = {"temperature": 0.8, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.0}
 
 
 def parser() -> Parser:
@@ -51,10 +53,10 @@ def parser() -> Parser:
     found.add_argument("--chat", action="store_true", help="prompts are turns of a chat; without any, a conversation")
     found.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     found.add_argument("--max-new-tokens", type=int, default=100, help="at most (%(default)s)")
-    found.add_argument("--temperature", type=float, default=0.8, help="0 takes the most likely token (%(default)s)")
-    found.add_argument("--top-k", type=int, default=0, help="among so many tokens; 0: all (%(default)s)")
-    found.add_argument("--top-p", type=float, default=_TOP_P, help="among tokens of this probability (%(default)s)")
-    found.add_argument("--repetition-penalty", type=float, default=1.0, help="1 is none (%(default)s)")
+    found.add_argument("--temperature", type=float, help=f"0 takes the most likely token ({_stated('temperature')})")
+    found.add_argument("--top-k", type=int, help=f"among so many tokens; 0: all ({_stated('top_k')})")
+    found.add_argument("--top-p", type=float, help=f"among tokens of this probability ({_stated('top_p')})")
+    found.add_argument("--repetition-penalty", type=float, help=f"1 is none ({_stated('repetition_penalty')})")
     found.add_argument("--presence-penalty", type=float, default=0.0, help="0 is none (%(default)s)")
     found.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be repeated")
     found.add_argument("--samples", type=int, default=1, help="answers to each prompt (%(default)s)")
@@ -72,7 +74,8 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Prints the answers, in the order of the prompts."""
     options = parser().parse_intermixed_args(arguments)
-    sampling = _sampling(options)
+    stated = stated_sampling(options.source) if options.chat else {}
+    sampling = _sampling(options, stated)
     if options.by == "transformers":
         from tools.generation import with_transformers
 
@@ -90,6 +93,9 @@ def main(arguments: Sequence[str]) -> int:
         talks = options.prompts is None and not options.prompt
         return start_ranks("tools.generate", options.source, arguments, ranks, talks=talks)
     set_up_log(rank=info.rank)
+    if info.rank == 0 and (used := {name: value for name, value in stated.items() if getattr(options, name) is None}):
+        told = ", ".join(f"{name} {value}" for name, value in used.items())
+        print(f"sampled as the model's files say: {told}", file=sys.stderr)
     if options.prompts is not None:
         _answer_file(options, sampling, info)
         leave()
@@ -172,13 +178,15 @@ def _show(found: list[dict[str, Any]], *, as_json: bool) -> None:
         print(f"{one['prompt']}{one['text']}\n")
 
 
-def _sampling(options: argparse.Namespace) -> Sampling:
+def _stated(name: str) -> str:
+    return f"{_ASSUMED[name]}, or with --chat as the model's files say"
+
+
+def _sampling(options: argparse.Namespace, stated: Mapping[str, Any]) -> Sampling:
+    asked = {name: getattr(options, name) for name in _ASSUMED if getattr(options, name) is not None}
     sampling = Sampling(
         max_new_tokens=options.max_new_tokens,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
+        **{**_ASSUMED, **stated, **asked},
         presence_penalty=options.presence_penalty,
         stop_strings=tuple(options.stop),
         seed=options.seed,

@@ -12,6 +12,7 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.errors import ConfigError, Problem, UserError
 from tools.generation.options import add_model_options, load_options
 from tools.generation.ranks import set_up_log, start_ranks
+from tools.generation.stated_sampling import stated_sampling
 
 if TYPE_CHECKING:
     from megatron_qwen.distributed.rank import RankInfo
@@ -103,6 +104,7 @@ def _serve(model: "LoadedModel", options: argparse.Namespace, info: "RankInfo") 
         key=os.environ.get(_KEY) or None,
         most_pending=options.max_pending,
         timeout_s=options.timeout,
+        chat_sampling=stated_sampling(options.source),
     )
     http = HttpServer(build_app(server), options.host, options.port, failed=service.stop)
     try:

@@ -3,8 +3,8 @@
 import asyncio
 import hmac
 import json
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
@@ -42,6 +42,7 @@ class Server:
         most_pending: requests that may wait or be answered.
         most_bytes: of a body.
         timeout_s: of a request.
+        chat_sampling: temperature and the like of conversations that name none.
     """
 
     service: Service
@@ -54,6 +55,7 @@ class Server:
     most_pending: int = 256
     most_bytes: int = 8 << 20
     timeout_s: float = 600.0
+    chat_sampling: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Refused(Exception):
@@ -173,8 +175,11 @@ async def _reply(
     if service.pending + len(prompts) * asked.n > server.most_pending:
         told = f"{service.pending:,} requests wait already; try again later."
         raise _Refused(429, error_body(told, kind="rate_limit_error", code="queue_full"))
-    ends = server.chat_ends if isinstance(asked, ChatAsked) else server.ends
-    sampling = replace(asked.sampling(ends=ends, most=room), max_new_tokens=most or room, samples=asked.n)
+    talks = isinstance(asked, ChatAsked)
+    ends, stated = (server.chat_ends, server.chat_sampling) if talks else (server.ends, {})
+    sampling = replace(
+        asked.sampling(ends=ends, most=room, stated=stated), max_new_tokens=most or room, samples=asked.n
+    )
     answering = Answering(
         service, [tuple(prompt) for prompt in prompts], sampling, server.tokenizer.decode, server.timeout_s
     )

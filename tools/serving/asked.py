@@ -2,6 +2,7 @@
 
 import json
 import secrets
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,10 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 _Stop = Annotated[str, Field(max_length=_LONGEST_STOP)]
 
 
+# The model's own distribution, which OpenAI's interface has as default.
+_PLAIN: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+
+
 class _Asked(BaseModel):
     """Fields of both kinds. An unknown one is refused: it would change the answer, or the client thinks so."""
 
@@ -22,10 +27,10 @@ class _Asked(BaseModel):
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0  # no field of OpenAI's, but of every open server
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0  # the same
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None  # each of these: as the model's files say, or plain
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0)] | None = None  # no field of OpenAI's, but of every open server
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None  # the same
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = 0  # the engine has none
     n: Annotated[int, Field(ge=1, le=64)] = 1
@@ -41,20 +46,19 @@ class _Asked(BaseModel):
         """Whether the last event of a stream has the numbers of tokens."""
         return bool((self.stream_options or {}).get("include_usage"))
 
-    def sampling(self, *, ends: tuple[int, ...], most: int) -> Sampling:
+    def sampling(self, *, ends: tuple[int, ...], most: int, stated: Mapping[str, Any]) -> Sampling:
         """How tokens are chosen.
 
         Args:
             ends: ids that end an answer.
             most: new tokens where none are named.
+            stated: what holds where the request names nothing, by field.
         """
+        asked = {name: getattr(self, name) for name in _PLAIN if getattr(self, name) is not None}
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return Sampling(
             max_new_tokens=self.max_tokens or most,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            repetition_penalty=self.repetition_penalty,
+            **{**_PLAIN, **stated, **asked},
             presence_penalty=self.presence_penalty,
             stop_tokens=ends,
             stop_strings=tuple(stop for stop in stops if stop),
