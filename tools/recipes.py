@@ -53,10 +53,11 @@ def main(arguments: Sequence[str]) -> int:
     if options.json:
         print(json.dumps(table, indent=2))
         return 0
-    print(f"{'recipe':<23}{'parameters':>16}{'active':>16}{'layers':>8}  {'layout':<20}what")
+    width = max(len(name) for name in RECIPES) + 1
+    print(f"{'recipe':<{width}}{'parameters':>16}{'active':>16}{'layers':>8}  {'layout':<20}what")
     for row in table:
         print(
-            f"{row['recipe']:<23}{row['parameters']:>16,}{row['active']:>16,}{row['layers']:>8}  "
+            f"{row['recipe']:<{width}}{row['parameters']:>16,}{row['active']:>16,}{row['layers']:>8}  "
             f"{row['layout']:<20}{row['what']}"
         )
     return 0

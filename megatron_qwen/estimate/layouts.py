@@ -153,6 +153,9 @@ def _powers(limit: int) -> list[int]:
 
 def _illegal(config: RunConfig, world_size: int) -> str | None:
     """Why a layout is illegal by the rules of ``config/checks.py``; None where it is legal."""
+    packs = config.objective.kind != "pretrain" and config.precision.backend != "torch"
+    if packs and config.parallel.context_parallel_size > 1:
+        return "packed rows cannot be split over context-parallel ranks in the te backend (precision.backend=torch can)"
     return " ".join(map(str, problems(config, world_size=world_size))) or None
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.recipes import dense, moe, qwen3, small
+from megatron_qwen.recipes import dense, instruct, moe, qwen3, small
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
@@ -19,6 +19,18 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         moe.qwen2_57b_a14b,
         moe.qwen2_5_turbo_standin,
         moe.qwen2_5_plus_standin,
+        instruct.qwen2_5_0_5b_instruct,
+        instruct.qwen2_5_1_5b_instruct,
+        instruct.qwen2_5_3b_instruct,
+        instruct.qwen2_5_7b_instruct,
+        instruct.qwen2_5_14b_instruct,
+        instruct.qwen2_5_32b_instruct,
+        instruct.qwen2_5_72b_instruct,
+        instruct.qwen1_5_moe_a2_7b_instruct,
+        instruct.qwen2_57b_a14b_instruct,
+        instruct.qwen2_5_turbo_standin_instruct,
+        instruct.qwen2_5_turbo_standin_instruct_long,
+        instruct.qwen2_5_plus_standin_instruct,
         qwen3.qwen3_0_6b,
         qwen3.qwen3_1_7b,
         qwen3.qwen3_4b,

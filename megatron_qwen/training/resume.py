@@ -43,6 +43,9 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
     if not candidates:
         beginning = settings.branch_from or settings.load
         if beginning is None:
+            if dist.get_rank() == 0 and components.config.objective.kind != "pretrain":
+                fix = "starts from random weights: checkpoint.load names no model"
+                log.warning("objective.kind=%s %s", components.config.objective.kind, fix)
             return 0
         # A branch resumes another run with all its state; checkpoint.load starts a new run from its weights.
         candidates, continues = find.resolve(Path(beginning)), settings.branch_from is not None

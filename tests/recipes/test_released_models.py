@@ -1,7 +1,14 @@
 """Recipes of released models against the figures of their config.json, written down by hand."""
 
+from dataclasses import replace
+
 import pytest
 
+from megatron_qwen.estimate.choices import choose
+from megatron_qwen.estimate.hardware import hardware
+from megatron_qwen.estimate.layouts import layouts
+from megatron_qwen.estimate.machine import Machine
+from megatron_qwen.estimate.memory import memory_per_stage
 from megatron_qwen.recipes.registry import RECIPES
 
 # Layers, hidden, query heads, KV heads, channels of a head, FFN, tied embeddings, rows, positions, norm epsilon.
@@ -44,6 +51,21 @@ def test_dense(name):
     assert model.init_method_std == 0.02
 
 
+@pytest.mark.parametrize("name", [name for name in RECIPES if "_instruct" in name])
+def test_fine_tuning_has_the_numbers_of_the_report(name):
+    """arXiv 2412.15115, section 4.1; the model is that of the base but for its positions."""
+    config = RECIPES[name]()
+    optim, base = config.optim, RECIPES[name.split("_instruct")[0]]()
+    assert config.recipe == name
+    assert config.objective.kind == "sft"
+    assert (optim.learning_rate, optim.min_learning_rate, optim.weight_decay, optim.clip_grad) == (7e-6, 7e-7, 0.1, 1.0)
+    expected = {"qwen1_5_moe_a2_7b_instruct": 8192, "qwen2_5_turbo_standin_instruct_long": 262_144}
+    assert config.data.seq_length == expected.get(name, 32_768)
+    assert config.data.seq_length * config.training.global_batch_size == 2**21
+    assert config.model == replace(base.model, max_position_embeddings=config.model.max_position_embeddings)
+    assert config.parallel.context_parallel_size == 1
+
+
 @pytest.mark.parametrize("name", MOE)
 def test_mixtures_of_experts(name):
     model = RECIPES[name]().model
@@ -63,3 +85,28 @@ def test_mixtures_of_experts(name):
         model.add_qkv_bias,
     )
     assert model.moe_aux_loss_coeff == 0.001
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.endswith(("_instruct", "_instruct_long"))])
+def test_fine_tuning_fits_as_it_is_laid_out(name):
+    """In the 80 GiB of an H100, recompute as it is chosen at the start."""
+    config = RECIPES[name]()
+    parallel = config.parallel
+    size = parallel.model_parallel_size * max(1, parallel.expert_model_parallel_size) * 2
+    machine = Machine("te", gpu=True, memory_gib=hardware("h100").memory_gib)
+    chosen, _ = choose(config, machine, world_size=size)
+    assert max(stage.total_gib for stage in memory_per_stage(chosen, world_size=size)) < machine.memory_gib
+
+
+def test_the_planner_offers_no_context_parallelism_for_packed_rows():
+    """The te backend refuses it at the start."""
+    config = RECIPES["qwen2_5_3b_instruct"]()
+    found, rejected = layouts(config, world_size=8, device=hardware("h100"))
+    assert found
+    assert all(one.config.parallel.context_parallel_size == 1 for one in found)
+    reasons = [one.reason for one in rejected if one.config.parallel.context_parallel_size > 1]
+    assert reasons
+    assert all("packed rows" in reason for reason in reasons)
+    with_torch = config.with_section("precision", backend="torch")
+    found, _ = layouts(with_torch, world_size=8, device=hardware("h100"))
+    assert any(one.config.parallel.context_parallel_size > 1 for one in found)

@@ -61,7 +61,7 @@ def test_recipes():
     assert {"parameters", "active", "layers", "layout"} <= rows[0].keys()
     text = run("tools.recipes", check=True).stdout
     assert "7,615,616,512" in text
-    assert text.count("STAND-IN") == 2
+    assert text.count("STAND-IN") == 5
 
 
 def test_report_is_one_file(finished_run, tmp_path):
