@@ -9,6 +9,7 @@ from megatron_qwen.errors import DataError
 from tests.distributed.layouts import CP2, EP2, PP2, SP, TP2
 from tests.tiers import cases
 from tests.training import ranks
+from tests.training.attempts import attempt
 from tests.training.cases import config_of
 from tests.training.reference import IGNORED, exported, transformers_model
 
@@ -170,3 +171,26 @@ def test_lengths_of_a_stage_would_cut_conversations(masked_documents, tmp_path):
 def test_texts_alone_are_refused(documents):
     with pytest.raises(DataError, match="has no loss mask: every token would be trained"):
         TrainingData(sft("tiny_dense", documents))
+
+
+@pytest.mark.parametrize(("size", "layout"), cases([(2, {}), (2, TP2 | SP)], [(1, {}), (2, PP2), (2, CP2)]))
+def test_validation_tells_the_loss_by_who_wrote(size, layout, pool, starts, masked_documents, tmp_path):
+    """Of the held-out conversations, each alone in transformers."""
+    config = sft("tiny_dense", masked_documents, starts["tiny_dense"], layout=layout, training={"eval_iters": 1})
+    config = config.with_section("training", train_iters=1).with_section("optim", learning_rate=1e-12)
+    config = config.with_section("optim", min_learning_rate=0.0, lr_warmup_iters=0, lr_decay_iters=None)
+    record = attempt(pool, size, config, tmp_path / "run")[-1]
+    data = TrainingData(config)
+    samples = data.validation(data.at(0))
+    model = transformers_model("tiny_dense", exported(config, starts["tiny_dense"]))
+    found = {"assistant": [], "prompt": []}
+    for index in range(BATCH):
+        sample = samples[index]
+        tokens = torch.from_numpy(sample.tokens[:175].copy())
+        losses = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="none")
+        carries = torch.from_numpy(sample.loss_mask[:174]) > 0
+        found["assistant"] += losses[carries].tolist()
+        found["prompt"] += losses[~carries].tolist()
+    for role, losses in found.items():
+        assert record[f"validation_loss/data/{role}"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert record["validation_loss"] == pytest.approx(record["validation_loss/data/assistant"], rel=1e-5)

@@ -9,12 +9,11 @@ from megatron_qwen.data.loaders.batches import BatchRequest, micro_batches
 from megatron_qwen.data.reading.held_out_samples import HeldOutSamples
 from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.reading.training_data import StageReader
-from megatron_qwen.data.tokenizers.token_bytes import Counts
 from megatron_qwen.objectives.build import build_objective
 from megatron_qwen.training.callbacks.base import Callback, TrainerInterface
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import ForwardStep
-from megatron_qwen.training.source_losses import SourcedSamples, SourceLosses, bytes_of_tokens
+from megatron_qwen.training.part_losses import ConversationParts, PartedSamples, PartLosses, TextParts, bytes_of_tokens
 from megatron_qwen.training.step import run_batch
 from megatron_qwen.training.step_record import StepRecord
 
@@ -24,8 +23,9 @@ log = logging.getLogger(__name__)
 class Validation(Callback):
     """Adds validation_loss to the record every eval_interval steps and at the last step.
 
-    In pretraining with a known tokenizer also ``validation_bits_per_byte/SOURCE``; of an objective with metrics these,
-    as ``validation_NAME``.
+    In pretraining with a known tokenizer also ``validation_bits_per_byte/SOURCE``. In fine-tuning
+    ``validation_loss/SOURCE/assistant`` and ``.../prompt``, in nats per token. Of an objective with metrics these, as
+    ``validation_NAME``.
 
     Args:
         tokenizer: directory, for the bytes of the text; None measures the loss alone.
@@ -36,7 +36,7 @@ class Validation(Callback):
     def __init__(self, tokenizer: Path | None = None) -> None:
         self._samples: tuple[StageReader, HeldOutSamples] | None = None
         self._tokenizer = tokenizer
-        self._by_source: _BySource | None = None
+        self._by_part: _ByPart | None = None
         self._metrics: dict[str, float] = {}
 
     def before_training(self, trainer: TrainerInterface) -> None:
@@ -52,8 +52,7 @@ class Validation(Callback):
             trainer.enter("validating")
             record.extra["validation_loss"] = self.measure(trainer)
             record.extra.update({f"validation_{name}": value for name, value in self._metrics.items()})
-            found = {} if self._by_source is None else self._by_source.found
-            record.extra.update({f"validation_bits_per_byte/{name}": value for name, value in found.items()})
+            record.extra.update({} if self._by_part is None else self._by_part.found)
 
     def measure(self, trainer: TrainerInterface) -> float:
         """Mean loss of the objective over eval_iters batches; of pretraining in nats per token."""
@@ -61,10 +60,9 @@ class Validation(Callback):
         held_out, config = self._of(trainer)
         samples: SampleSource = held_out
         forward_step = components.forward_step
-        if self._tokenizer is not None and config.objective.kind == "pretrain":
-            by_source = self._by_source or self._make_by_source(components, self._tokenizer)
-            if by_source is not None:
-                samples, forward_step = by_source.begin(held_out)
+        by_part = self._by_part or self._make_by_part(components)
+        if by_part is not None:
+            samples, forward_step = by_part.begin(held_out)
         training = config.training
         components.model.train(False)
         total = weight = 0.0
@@ -84,18 +82,21 @@ class Validation(Callback):
                     sums[name] = value + done.metrics[name] * more, count + more
         components.model.train(True)
         self._metrics = {name: value / count for name, (value, count) in sums.items() if count}
-        if self._by_source is not None:
-            self._by_source.end(held_out)
+        if by_part is not None:
+            by_part.end(held_out)
         return total / max(weight, 1.0)
 
-    def _make_by_source(self, components: TrainingComponents, tokenizer: Path) -> "_BySource | None":
-        counts = bytes_of_tokens(tokenizer, components.batch_slice.device)
-        if counts is None:
-            log.info("no bits per byte: the tokens of %s do not say which text they stand for", tokenizer)
-            self._tokenizer = None
-            return None
-        self._by_source = _BySource(components, counts)
-        return self._by_source
+    def _make_by_part(self, components: TrainingComponents) -> "_ByPart | None":
+        if components.config.objective.kind == "sft":
+            self._by_part = _ByPart(components, ConversationParts())
+        elif self._tokenizer is not None:
+            counts = bytes_of_tokens(self._tokenizer, components.batch_slice.device)
+            if counts is None:
+                log.info("no bits per byte: the tokens of %s do not say which text they stand for", self._tokenizer)
+                self._tokenizer = None
+                return None
+            self._by_part = _ByPart(components, TextParts(counts))
+        return self._by_part
 
     def _of(self, trainer: TrainerInterface) -> tuple[HeldOutSamples, RunConfig]:
         """The held-out samples of the data stage of the last step, and the configuration in force there."""
@@ -105,28 +106,29 @@ class Validation(Callback):
         return self._samples[1], reader.config
 
 
-class _BySource:
-    """Measures every source.
+class _ByPart:
+    """Measures the parts of the held-out samples.
 
     Args:
         components: of the run.
-        counts: bytes by id.
+        parts: how they are divided.
 
     Attributes:
-        found: bits per byte by source.
+        found: what a record gets.
     """
 
-    def __init__(self, components: TrainingComponents, counts: Counts) -> None:
-        self._place, self._counts = components.batch_slice.device, counts
-        self._losses = SourceLosses(build_objective(components.config), components.groups)
+    def __init__(self, components: TrainingComponents, parts: TextParts | ConversationParts) -> None:
+        self._place, self._parts = components.batch_slice.device, parts
+        objective = build_objective(components.config, ends_of_turn=components.data.ends_of_turn)
+        self._losses = PartLosses(objective, components.groups, parts)
         self._forward_step = ForwardStep(components.config, components.groups, self._losses)
         self.found: Mapping[str, float] = {}
 
     def begin(self, held_out: HeldOutSamples) -> tuple[SampleSource, ForwardStep]:
         """What takes the place of samples and forward step."""
-        self._losses.begin(len(held_out.names), self._place)
-        return SourcedSamples(held_out, self._counts), self._forward_step
+        self._losses.begin(held_out.names, self._place)
+        return PartedSamples(held_out, self._parts), self._forward_step
 
     def end(self, held_out: HeldOutSamples) -> None:
         """Adds up what all ranks have."""
-        self.found = self._losses.bits_per_byte(held_out.names)
+        self.found = self._losses.means(held_out.names)
