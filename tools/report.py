@@ -21,6 +21,8 @@ from megatron_qwen.rundir import RunDirectory
 from tools.recipes import layout_name
 from tools.report_card import STYLE as CARD_STYLE
 from tools.report_card import card_html, read_card
+from tools.report_chats import draw as draw_chats
+from tools.report_chats import filled, is_fine_tuning
 from tools.report_ranks import draw, ranks_html, read_history
 from tools.report_scores import draw as draw_scores
 from tools.report_scores import scores_of, source_bits, table
@@ -71,6 +73,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         _tiles(records, card),
         "<h2>Loss</h2>",
         f"<figure>{loss_figure(records)}</figure>",
+        *_chats(records),
         *_scores(records, config),
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
@@ -115,6 +118,8 @@ def _tiles(records: list[dict[str, Any]], card: dict[str, Any] | None) -> str:
         "goodput: share of steps that count": [card["goodput"]["share"]] if card is not None else [],
     }
     facts += [(f"{statistics.median(values):.1%}", name) for name, values in optional.items() if values]
+    if is_fine_tuning(records) and (share := filled(records)) is not None:
+        facts.append((f"{share:.1%}", "of the rows' positions held tokens"))
     if memory := [record["peak_memory_gib"] for record in records if record.get("peak_memory_gib")]:
         facts.append((f"{max(memory):.2f} GiB", "peak memory of rank 0"))
     if skipped := sum(bool(record.get("skipped")) for record in records):
@@ -180,6 +185,14 @@ def _scores(records: list[dict[str, Any]], config: RunConfig) -> list[str]:
     figure, axes = _figure(2)
     draw_scores(scores, sources, config.evaluation.tasks, axes)
     return ["<h2>Scores</h2>", f"<figure>{_svg(figure)}</figure>", table(scores)]
+
+
+def _chats(records: list[dict[str, Any]]) -> list[str]:
+    if not is_fine_tuning(records):
+        return []
+    figure, axes = _figure(2)
+    draw_chats(records, axes)
+    return ["<h2>Conversations</h2>", f"<figure>{_svg(figure)}</figure>"]
 
 
 def step_figure(records: list[dict[str, Any]]) -> str:

@@ -86,3 +86,33 @@ def test_what_followed_each_attempt(tmp_path):
         ["1", "lost peer", "rank 1 was killed", "program", "n1, n2", "76", "12", "restart"],
         ["2", "still running, or killed", "", "", "n1, n3", "", "", ""],
     ]
+
+
+def test_fine_tuning_has_its_own_figure(tmp_path):
+    """Loss by who wrote, the ends of turns, and how full rows are: 900 of 1,024 positions after the first step."""
+    run_dir = tmp_path / "run"
+    RunDirectory(run_dir).claim(resolve("tiny_dense", ["data.path=/nowhere/text"], RECIPES))
+    lines = [
+        record(
+            number,
+            seconds=1.0,
+            speed=9.0,
+            seq_length=512,
+            consumed_samples=2 * number,
+            trained_fraction=0.4,
+            end_probability=0.1 * number,
+            **({"validation_loss/chats/assistant": 2.0, "validation_loss/chats/prompt": 5.0} if number > 1 else {}),
+        )
+        | {"consumed_tokens": 900 * number}
+        for number in (1, 2, 3)
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_report(run_dir, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>87.9%</b><span>of the rows' positions held tokens</span>" in page
+    for text in ("<h2>Conversations</h2>", "chats/assistant", "chats/prompt", "end of a turn where one ends, training"):
+        assert text in page
+
+
+def test_pretraining_has_none(tiles):
+    assert "<h2>Conversations</h2>" not in tiles[1]
