@@ -1,5 +1,7 @@
 """Fine-tuning against transformers: every conversation alone in a forward pass, the mean over the whole batch."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -194,3 +196,33 @@ def test_validation_tells_the_loss_by_who_wrote(size, layout, pool, starts, mask
     for role, losses in found.items():
         assert record[f"validation_loss/data/{role}"] == pytest.approx(np.mean(losses), rel=1e-5)
     assert record["validation_loss"] == pytest.approx(record["validation_loss/data/assistant"], rel=1e-5)
+
+
+@pytest.mark.parametrize("packing", cases(["windows"], ["best_fit"]))
+def test_texts_mixed_in_carry_loss_on_every_token(packing, pool, starts, documents, masked_documents, tmp_path):
+    """A blend of conversations and pretraining text; the oracle knows rows, and where sequences begin in them."""
+    blend = tmp_path / "blend.yaml"
+    blend.write_text(
+        f"sources:\n  chat: {{path: {masked_documents.prefix}, packing: best_fit}}\n"
+        f"  text: {{path: {documents.prefix}, packing: {packing}}}\n"
+        "stages: [{name: one, weights: {chat: 1.0, text: 1.0}}]\n"
+    )
+    config = sft("tiny_dense", masked_documents, starts["tiny_dense"], data={"path": None, "blend": str(blend)})
+    model = transformers_model("tiny_dense", exported(config, starts["tiny_dense"]))
+    reader, total, weight, whole = TrainingData(config).at(0), 0.0, 0, 0
+    for number in range(BATCH):
+        sample = reader[number]
+        bounds = [*sample.starts.tolist(), LENGTH]
+        text = sample.loss_mask[: LENGTH - sample.padding - 1]
+        whole += int((text > 0).mean() > 0.95)
+        for begin, end in itertools.pairwise(bounds):
+            carries = torch.from_numpy(sample.loss_mask[begin:end].copy()) > 0
+            if carries.any():
+                tokens, labels = (torch.from_numpy(row[begin:end].copy()) for row in (sample.tokens, sample.labels))
+                with torch.no_grad():
+                    losses = torch.nn.functional.cross_entropy(model(tokens[None]).logits[0], labels, reduction="none")
+                total, weight = total + losses[carries].sum().item(), weight + int(carries.sum())
+    assert BATCH // 2 <= whole < BATCH  # of the conversations some are answers alone
+    (step,) = pool[2].run(ranks.steps_from, config, tmp_path / "run", 1)[0]
+    assert step["weight"] == weight
+    assert step["loss"] == pytest.approx(total / weight, rel=2e-6)
