@@ -53,8 +53,16 @@ def answer_ends(source: CheckpointSource) -> AnswerEnds | None:
     return None if form is None else AnswerEnds(tokenizer.spellable[form.ends], form.ends, tokenizer.end_of_text)
 
 
-def answering_tokenizer_config(source: CheckpointSource) -> dict[str, Any] | None:
+def end_of_answers(source: CheckpointSource | None) -> int | None:
+    """Id that ends a turn, of a checkpoint that was trained to answer; else None."""
+    ends = None if source is None else answer_ends(source)
+    return None if ends is None else ends.turn
+
+
+def answering_tokenizer_config(source: CheckpointSource | None) -> dict[str, Any] | None:
     """tokenizer_config.json with the end of a turn as eos_token; None where it says so, or is not there."""
+    if source is None:
+        return None
     ends = answer_ends(source)
     path = (source.tokenizer or Path()) / TOKENIZER_CONFIG
     if ends is None or not path.is_file():

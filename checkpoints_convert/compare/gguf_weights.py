@@ -82,13 +82,18 @@ class GgufComparison:
         return Difference("tensor", name, detail, error)
 
 
-def tokenizer_differences(file: GgufFile, tokenizer: Path) -> list[Difference]:
+def tokenizer_differences(file: GgufFile, tokenizer: Path, *, eos: int | None = None) -> list[Difference]:
     """The keys of the tokenizer in a file that are not those of a directory's tokenizer.
+
+    Args:
+        file: the file.
+        tokenizer: the directory.
+        eos: id that ends what the model writes, where the tokenizer's files say another.
 
     Raises:
         ConversionError: llama.cpp has no tokenizer that gives the ids of that one.
     """
-    keys = tokenizer_keys(tokenizer, file.config, vocab_size=file.architecture.model.vocab_size)
+    keys = tokenizer_keys(tokenizer, file.config, vocab_size=file.architecture.model.vocab_size, eos=eos)
     return [
         Difference("tokenizer", name, f"is not what {tokenizer} gives")
         for name, value in keys.items()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_convert.answering import TOKENIZER_CONFIG, answering_tokenizer_config
 from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpoint
 from checkpoints_convert.dequantize.quantized_directory import QuantizedDirectory, states_quantization
 from checkpoints_convert.dequantize.quantized_tensors import QuantizedTensors
@@ -17,6 +18,7 @@ from checkpoints_convert.formats.gguf.reading import GgufFile, is_gguf
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.quantize.padding import PaddedWeights, Padding
 from checkpoints_convert.release import ReleaseManifest, sha256
+from checkpoints_convert.released_directory import json_text
 from checkpoints_convert.tensor_set import ExportedWeights, TensorSet
 from megatron_qwen.config.moved import with_moved_fields
 from megatron_qwen.config.run import Architecture
@@ -198,6 +200,8 @@ def _checkpoint_side(path: Path, iteration: int | None, config: str | None, over
     if source.tokenizer is not None:  # an export has them in the form that others load
         released = released_files(source.tokenizer)
         files = {name: hashlib.sha256(content).hexdigest() for name, content in released.items()}
+    if (changed := answering_tokenizer_config(source)) is not None:  # of a model that answers
+        files[TOKENIZER_CONFIG] = hashlib.sha256(json_text(changed).encode()).hexdigest()
     return Side(
         source.path,
         "checkpoint",

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from checkpoints_convert.answering import end_of_answers
 from checkpoints_convert.checkpoint_source import damaged
 from checkpoints_convert.compare.gguf_weights import GgufComparison, GgufSummary, tokenizer_differences
 from checkpoints_convert.compare.grid_error import GridError
@@ -322,7 +323,9 @@ def _set_of(ids: Any) -> Any:
 def _tokenizers(a: Side, b: Side) -> list[Difference]:
     for side, other in ((a, b), (b, a)):
         if side.gguf is not None:
-            return [] if other.tokenizer_dir is None else tokenizer_differences(side.gguf, other.tokenizer_dir)
+            if other.tokenizer_dir is None:
+                return []
+            return tokenizer_differences(side.gguf, other.tokenizer_dir, eos=end_of_answers(other.checkpoint))
     found = []
     # Hugging Face directories have a generation_config.json even where the run's tokenizer has none.
     for name in sorted((a.tokenizer.keys() | b.tokenizer.keys()) - {"generation_config.json"}):

@@ -1,12 +1,14 @@
 """The release of a model that was fine-tuned to answer: it stops where a turn ends, as Qwen2.5's instruct models do."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints_convert.checkpoint_source import open_checkpoint
+from checkpoints_convert.formats.gguf.reading import GgufFile
 from checkpoints_convert.to_hf import ExportOptions, export
 from launch.demo import standard_library
 from megatron_qwen.config.source import resolve
@@ -105,6 +107,33 @@ def test_generate_samples_as_the_files_say(tuned, released):
     assert "files say" not in plain.stderr
     ours = run("tools.generate", released, *words, "--temperature", 0, check=True)
     assert "temperature" not in ours.stderr
+
+
+def test_the_release_is_that_of_the_run(tuned, released, tmp_path):
+    """``mq convert verify`` knows which file the export changes, and sees another change of it."""
+    done = run("checkpoints_convert.convert", "verify", tuned / "run", released, "--logits")
+    assert done.returncode == 0, done.stdout
+    shutil.copytree(released, tmp_path / "other")
+    path = tmp_path / "other" / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"<|im_end|>"', '"<|im_start|>"', 1))
+    done = run("checkpoints_convert.convert", "verify", tuned / "run", tmp_path / "other")
+    assert done.returncode == 1
+    assert "tokenizer_config.json" in done.stdout
+
+
+def test_quantized_releases_end_there_too(tuned, tmp_path):
+    out = tmp_path / "out"
+    words = ("quantize", tuned / "run", out, "--format", "fp8-block,gguf:F16")
+    done = run("checkpoints_convert.convert", *words)
+    assert done.returncode == 0, done.stderr
+    turn = load_tokenizer(tuned / "tok").spellable["<|im_end|>"]
+    (configs,) = out.rglob("tokenizer_config.json")
+    assert json.loads(configs.read_text())["eos_token"] == "<|im_end|>"
+    assert json.loads(configs.with_name("config.json").read_text())["eos_token_id"] == turn
+    (file,) = out.rglob("*.gguf")
+    assert GgufFile(file).keys["tokenizer.ggml.eos_token_id"] == turn
+    done = run("checkpoints_convert.convert", "verify", tuned / "run", file)
+    assert "tokenizer" not in done.stdout, done.stdout
 
 
 def test_published_values_stay(tuned, tmp_path):

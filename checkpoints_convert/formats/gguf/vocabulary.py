@@ -16,13 +16,16 @@ _JSON, _MODEL, _CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.
 _PREFIX = "tokenizer.ggml."
 
 
-def tokenizer_keys(directory: Path, config: Mapping[str, Any], *, vocab_size: int) -> dict[str, Value]:
+def tokenizer_keys(
+    directory: Path, config: Mapping[str, Any], *, vocab_size: int, eos: int | None = None
+) -> dict[str, Value]:
     """The keys of a tokenizer.
 
     Args:
         directory: of the tokenizer.
         config: config.json of the model, whose bos, eos and pad ids are taken where the tokenizer names none.
         vocab_size: rows of the embedding; those without a token get names of their own.
+        eos: id that ends what the model writes, where it is not what the tokenizer's files say.
 
     Raises:
         ConversionError: llama.cpp has no tokenizer that gives its ids.
@@ -53,7 +56,8 @@ def tokenizer_keys(directory: Path, config: Mapping[str, Any], *, vocab_size: in
     if tokens.merges:
         found[f"{_PREFIX}merges"] = Value(ValueType.STRING, tokens.merges)
     found |= {f"{_PREFIX}{key}": value for key, value in tokens.more.items()}
-    for key, index in _special_ids(directory, names, config).items():
+    special = _special_ids(directory, names, config) | ({} if eos is None else {"eos": eos})
+    for key, index in special.items():
         found[f"{_PREFIX}{key}_token_id"] = uint32(index)
     for key in ("add_bos_token", "add_eos_token"):
         found[f"{_PREFIX}{key}"] = Value(ValueType.BOOL, False)

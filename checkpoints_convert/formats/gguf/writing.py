@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import xxhash
 
 from checkpoints_convert import work
+from checkpoints_convert.answering import end_of_answers
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import Converted, predict
 from checkpoints_convert.formats.gguf.card import gguf_card
@@ -180,7 +181,8 @@ def _plan(
     _require(source, kinds, options)
     assert source.tensors is not None
     assert source.tokenizer_dir is not None
-    vocabulary = tokenizer_keys(source.tokenizer_dir, source.stated or {}, vocab_size=model.vocab_size)
+    eos = end_of_answers(source.checkpoint)
+    vocabulary = tokenizer_keys(source.tokenizer_dir, source.stated or {}, vocab_size=model.vocab_size, eos=eos)
     name = options.name or out.name
     planned = []
     for kind in (KINDS[named] for named in dict.fromkeys(kinds)):
