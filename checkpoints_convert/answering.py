@@ -14,9 +14,10 @@ from checkpoints_convert.checkpoint_source import CheckpointSource
 from megatron_qwen.data.chat.answers import answer_form
 from megatron_qwen.data.chat.template import chat_template_of
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer, load_tokenizer
-from megatron_qwen.errors import DataError
+from megatron_qwen.errors import ConversionError, DataError, Problem
 
-TOKENIZER_CONFIG = "tokenizer_config.json"
+# Where both are, transformers takes the second's tokens.
+NAMING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,30 @@ def end_of_answers(source: CheckpointSource | None) -> int | None:
     return None if ends is None else ends.turn
 
 
-def answering_tokenizer_config(source: CheckpointSource | None) -> dict[str, Any] | None:
-    """tokenizer_config.json with the end of a turn as eos_token; None where it says so, or is not there."""
-    if source is None:
-        return None
-    ends = answer_ends(source)
-    path = (source.tokenizer or Path()) / TOKENIZER_CONFIG
-    if ends is None or not path.is_file():
-        return None
-    content: dict[str, Any] = json.loads(path.read_bytes())
-    eos = content.get("eos_token")
-    if (eos.get("content") if isinstance(eos, dict) else eos) == ends.turn_name:
-        return None
-    # What ended texts so far is what rows of a batch are filled with, as in Qwen's files.
-    pad = {} if content.get("pad_token") or eos is None else {"pad_token": eos}
-    return content | pad | {"eos_token": ends.turn_name}
+def answering_files(source: CheckpointSource | None) -> dict[str, dict[str, Any]]:
+    """The tokenizer's files that name tokens, with the end of a turn as eos_token; those that say so already are not.
+
+    Raises:
+        ConversionError: a file is no JSON object.
+    """
+    ends = None if source is None else answer_ends(source)
+    if source is None or ends is None:
+        return {}
+    found = {}
+    for name in NAMING_FILES:
+        path = (source.tokenizer or Path()) / name
+        if not path.is_file():
+            continue
+        try:
+            content = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
+            content = None
+        if not isinstance(content, dict):
+            raise ConversionError(Problem(str(path), None, "is no JSON object; name a tokenizer that is whole."))
+        eos = content.get("eos_token")
+        if (eos.get("content") if isinstance(eos, dict) else eos) == ends.turn_name:
+            continue
+        # What ended texts so far is what rows of a batch are filled with, as in Qwen's files.
+        pad = {} if content.get("pad_token") or eos is None else {"pad_token": eos}
+        found[name] = content | pad | {"eos_token": ends.turn_name}
+    return found

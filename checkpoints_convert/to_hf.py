@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 from checkpoints_convert import work
-from checkpoints_convert.answering import TOKENIZER_CONFIG, answer_ends, answering_tokenizer_config
+from checkpoints_convert.answering import answer_ends, answering_files
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource, damaged
 from checkpoints_convert.conversion import DTYPES, Converted, predict
@@ -206,8 +206,7 @@ def _texts(
     texts = {CONFIG: json_text(config)}
     if (generation := new_generation(source, config)) is not None:
         texts[GENERATION] = json_text(generation)
-    if (tokenizer := answering_tokenizer_config(source)) is not None:
-        texts[TOKENIZER_CONFIG] = json_text(tokenizer)
+    texts |= {name: json_text(content) for name, content in answering_files(source).items()}
     texts["README.md"] = model_card(
         source,
         name=name,

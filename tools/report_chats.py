@@ -38,9 +38,11 @@ def draw(records: Sequence[Mapping[str, Any]], axes: Sequence[Any]) -> None:
         axes: left and right.
     """
     left, right = axes
-    for number, (name, points) in enumerate(sorted(_by_name(records, _LOSS).items())):
+    losses = _by_name(records, _LOSS)
+    sources = sorted({name.rpartition("/")[0] for name in losses})
+    for name, points in sorted(losses.items()):
         style = "--" if name.endswith("/prompt") else "-"
-        colour = _COLOURS[number // 2 % len(_COLOURS)]
+        colour = _COLOURS[sources.index(name.rpartition("/")[0]) % len(_COLOURS)]
         left.plot(*zip(*points, strict=True), style, color=colour, marker="o", markersize=3, linewidth=1.3, label=name)
     for name, (label, colour) in _SHARES.items():
         points = [(record["consumed_tokens"] / 1e6, record[name]) for record in records if record.get(name) is not None]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from checkpoints_convert.answering import TOKENIZER_CONFIG, answering_tokenizer_config
+from checkpoints_convert.answering import answering_files
 from checkpoints_convert.checkpoint_source import CheckpointSource, open_checkpoint
 from checkpoints_convert.dequantize.quantized_directory import QuantizedDirectory, states_quantization
 from checkpoints_convert.dequantize.quantized_tensors import QuantizedTensors
@@ -200,8 +200,8 @@ def _checkpoint_side(path: Path, iteration: int | None, config: str | None, over
     if source.tokenizer is not None:  # an export has them in the form that others load
         released = released_files(source.tokenizer)
         files = {name: hashlib.sha256(content).hexdigest() for name, content in released.items()}
-    if (changed := answering_tokenizer_config(source)) is not None:  # of a model that answers
-        files[TOKENIZER_CONFIG] = hashlib.sha256(json_text(changed).encode()).hexdigest()
+    for name, changed in answering_files(source).items():  # of a model that answers
+        files[name] = hashlib.sha256(json_text(changed).encode()).hexdigest()
     return Side(
         source.path,
         "checkpoint",

@@ -10,7 +10,7 @@ from typing import Any
 import xxhash
 
 from checkpoints_convert import work
-from checkpoints_convert.answering import TOKENIZER_CONFIG, answering_tokenizer_config
+from checkpoints_convert.answering import answering_files
 from checkpoints_convert.conversion import DTYPES, Converted, predict, worker_bytes
 from checkpoints_convert.formats.quantized_format import QuantizedFormat
 from checkpoints_convert.hf_directory import CONFIG, GENERATION, INDEX, SINGLE
@@ -219,8 +219,7 @@ def _texts(plan: _Plan, loader: Loader, *, name: str) -> dict[str, str]:
     texts = {CONFIG: json_text(config), **plan.format.files(plan.architecture.model)}
     if (generation := plan.source.generation(config)) is not None:
         texts[GENERATION] = json_text(generation)
-    if (tokenizer := answering_tokenizer_config(plan.source.checkpoint)) is not None:
-        texts[TOKENIZER_CONFIG] = json_text(tokenizer)
+    texts |= {name: json_text(content) for name, content in answering_files(plan.source.checkpoint).items()}
     texts["README.md"] = quantized_card(
         plan.source,
         plan.facts,

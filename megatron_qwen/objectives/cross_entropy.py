@@ -87,8 +87,7 @@ def with_weight(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The rows that have a weight, filled by rows of weight 0 to a multiple; all where these would not be fewer.
 
-    With ``multiple`` the rows of a block, every block has the shape that it has without this: one kernel is compiled
-    for all steps, so that a resumed run computes with those of the run that was not stopped.
+    With ``multiple`` the rows of a block, compiled kernels meet few shapes, however many tokens of a batch carry loss.
 
     Args:
         hidden: [n, h].

@@ -5,7 +5,7 @@ training minimises, ``prompt`` everything else (system texts, users' turns, resu
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,15 +52,25 @@ class TextParts:
 
 
 class ConversationParts:
-    """Two parts of every source of conversations, measured by tokens: what the assistant wrote, and the rest."""
+    """Two parts of every source of conversations, measured by tokens: what the assistant wrote, and the rest.
+
+    Args:
+        texts: sources without loss masks, which have one part.
+    """
 
     prefix = "validation_loss"
     unit = 1.0
-    _ROLES = ("assistant", "prompt")
+
+    def __init__(self, texts: Collection[str] = ()) -> None:
+        self._texts = frozenset(texts)
 
     def names(self, sources: list[str]) -> list[str]:
-        """``SOURCE/assistant`` and ``SOURCE/prompt``."""
-        return [f"{source}/{role}" for source in sources for role in self._ROLES]
+        """``SOURCE/assistant`` and ``SOURCE/prompt``; of a text ``SOURCE/text``, and one that stays empty."""
+        return [
+            f"{source}/{role}"
+            for source in sources
+            for role in (("text", "none") if source in self._texts else ("assistant", "prompt"))
+        ]
 
     def of(self, sample: Sample, source: int) -> tuple[Counts, Counts]:
         """Of every label its part, and 1; 0 where it is the next conversation's, or padding."""
@@ -68,7 +78,7 @@ class ConversationParts:
         count = np.ones(len(carries), dtype=np.int64)
         count[len(carries) - sample.padding :] = 0
         count[[*(sample.starts[1:] - 1).tolist(), -1]] = 0
-        count[carries] = 1  # a text without a mask is cut, not ended, by a row's end
+        count[carries] = 1  # a text is cut, not ended, by a row's end
         return np.where(carries, 2 * source, 2 * source + 1), count
 
 

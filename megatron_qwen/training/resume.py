@@ -10,8 +10,9 @@ from megatron_qwen.checkpoint import find, state
 from megatron_qwen.checkpoint.paths import RUN_YAML
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.source import resolve
-from megatron_qwen.errors import CheckpointError, Problem, UserError
+from megatron_qwen.errors import CheckpointError, ConfigError, Problem, UserError
 from megatron_qwen.optim.schedule_change import schedule_changes
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
@@ -53,6 +54,8 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
     # Compares the shapes first: megatron-core would fail on a mismatch without naming the field.
     reader = CheckpointReader(chosen.path)
     CheckpointWeights(reader, components.config.model)
+    if not continues:
+        _require_same_rope(chosen.path / RUN_YAML, components)
     saved = state.read_state(chosen.path)
     rows = {} if continues else described_rows(components.config)
     change = partial(describe, components.model.modules, rows, components.groups.tp) if rows else None
@@ -101,6 +104,37 @@ def _own(directory: RunDirectory, before: int | None) -> list[find.CheckpointCan
     except CheckpointError:
         return []
     return [candidate for candidate in found if before is None or candidate.iteration < before]
+
+
+def _require_same_rope(run_yaml: Path, components: TrainingComponents) -> None:
+    """Nothing in the weights tells of RoPE: with another base every position is another one.
+
+    Pretraining changes it on purpose, for longer texts; fine-tuning does not.
+
+    Raises:
+        ConfigError: fine-tuning with a base that the model has not had in any stage.
+    """
+    config = components.config
+    try:
+        before = resolve(str(run_yaml), [], RECIPES)
+    except UserError:
+        return
+    bases, known = {before.rope.base}, True
+    if before.data.blend is not None:
+        try:
+            stages = read_blend(Path(before.data.blend)).stages
+            bases |= {stage.rotary_base for stage in stages if stage.rotary_base is not None}
+        except UserError:
+            known = False
+    if config.rope.base in bases:
+        return
+    told = " or ".join(f"{base:g}" for base in sorted(bases))
+    fix = f"is not that of the model in checkpoint.load ({told}): its positions would be others; set rope.base={told}."
+    problem = Problem("rope.base", f"{config.rope.base:g}", fix)
+    if config.objective.kind != "pretrain" and known:
+        raise ConfigError(problem)
+    if dist.get_rank() == 0:
+        log.warning("%s", problem)
 
 
 def _tell_of_schedule(run_yaml: Path, components: TrainingComponents) -> None:

@@ -13,6 +13,7 @@ from checkpoints_convert.to_hf import ExportOptions, export
 from launch.demo import standard_library
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
+from megatron_qwen.errors import ConfigError, ConversionError
 from megatron_qwen.hf.sampling import SAMPLING
 from megatron_qwen.recipes.registry import RECIPES
 from tests.conftest import run
@@ -119,6 +120,48 @@ def test_the_release_is_that_of_the_run(tuned, released, tmp_path):
     done = run("checkpoints_convert.convert", "verify", tuned / "run", tmp_path / "other")
     assert done.returncode == 1
     assert "tokenizer_config.json" in done.stdout
+
+
+def test_older_files_that_name_tokens_say_the_same(tuned, tmp_path):
+    """special_tokens_map.json wins over tokenizer_config.json in transformers."""
+    for path in (tuned / "tok").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    export(open_checkpoint(tuned / "run", tokenizer=tmp_path), tmp_path / "hf", ExportOptions(quiet=True))
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").eos_token == "<|im_end|>"
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").pad_token == "<|endoftext|>"
+    (tmp_path / "special_tokens_map.json").write_text("[1]")
+    with pytest.raises(ConversionError, match=r"special_tokens_map.json: is no JSON object"):
+        export(open_checkpoint(tuned / "run", tokenizer=tmp_path), tmp_path / "other", ExportOptions(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({"temperature": "hot"}, r"generation_config.json: temperature = hot: must be a number"),
+        ({"top_k": -1, "top_p": 0}, r"top_k = -1: must be 0 .*\n.*top_p = 0"),
+        ([1], r"generation_config.json: is no JSON object"),
+    ],
+)
+def test_values_that_nothing_can_be_sampled_with(said, told, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    content = said if isinstance(said, list) else {"do_sample": True, **said}
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=told):
+        stated_sampling(tmp_path)
+
+
+def test_values_that_are_none(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert stated_sampling(tmp_path) == {}
+    for content, values in (
+        ({"do_sample": True, "temperature": None, "top_k": 20.0}, {"top_k": 20}),
+        ({"do_sample": False, "temperature": 0.7}, {"temperature": 0.0}),
+        ({"temperature": 0.7}, {}),
+    ):
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+        assert stated_sampling(tmp_path) == values
 
 
 def test_quantized_releases_end_there_too(tuned, tmp_path):

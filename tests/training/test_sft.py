@@ -226,3 +226,8 @@ def test_texts_mixed_in_carry_loss_on_every_token(packing, pool, starts, documen
     (step,) = pool[2].run(ranks.steps_from, config, tmp_path / "run", 1)[0]
     assert step["weight"] == weight
     assert step["loss"] == pytest.approx(total / weight, rel=2e-6)
+    validated = config.with_section("training", train_iters=1, eval_iters=2).with_section("optim", lr_decay_iters=None)
+    validated = validated.with_section("optim", lr_warmup_iters=0)
+    record = attempt(pool, 2, validated, tmp_path / "validated")[-1]
+    parts = {name for name in record if name.startswith("validation_loss/")}
+    assert parts == {"validation_loss/chat/assistant", "validation_loss/chat/prompt", "validation_loss/text/text"}

@@ -26,7 +26,8 @@ LAYOUTS = {"one rank": (1, {}), "TP2+SP": (2, TP2 | SP), "PP2": (2, PP2), "CP2 o
 def config_of(recipe, documents, start, layout=None):
     length = {"train_iters": STEPS, "global_batch_size": 2, "eval_iters": 1, "eval_interval": 2}
     config = sft(recipe, documents, start, layout=layout, training=length)
-    return config.with_section("checkpoint", save_interval=HALF).with_section("model", hidden_dropout=0.0)
+    # So large a vocabulary that a row has several blocks of logits, and tokens without loss are left out on one rank.
+    return config.with_section("checkpoint", save_interval=HALF).with_section("model", vocab_size=8192)
 
 
 def losses(run_dir):
@@ -38,11 +39,11 @@ def final_hashes(run_dir):
 
 
 @pytest.fixture(scope="module", params=cases(["tiny_dense"], ["tiny_moe"]))
-def straight(request, pool, starts, masked_documents, tmp_path_factory):
+def straight(request, pool, masked_documents, tmp_path_factory):
     """All steps at a stretch on two ranks, and its configuration."""
     recipe = request.param
     run_dir = tmp_path_factory.mktemp("straight") / "run"
-    config = config_of(recipe, masked_documents, starts[recipe])
+    config = config_of(recipe, masked_documents, None)
     assert 2 * HALF < sum(masked_documents.lengths[:-6]) / LENGTH < 2 * STEPS
     RunDirectory(run_dir).claim(config)
     assert pool[2].run(jobs.attempt, config, run_dir) == [0, 0]
@@ -92,9 +93,9 @@ def test_a_restore_that_forgets_its_place_is_noticed(straight, pool, tmp_path):
     assert losses(again)[-1] != pytest.approx(losses(run_dir)[-1], rel=1e-5)
 
 
-def test_a_killed_run_goes_on(starts, masked_documents, tmp_path):
+def test_a_killed_run_goes_on(masked_documents, tmp_path):
     """Killed between two checkpoints, it takes the steps since the last one again."""
-    config = config_of("tiny_dense", masked_documents, starts["tiny_dense"])
+    config = config_of("tiny_dense", masked_documents, None)
     ends = {}
     for name in ("straight", "killed"):
         (tmp_path / name).mkdir()

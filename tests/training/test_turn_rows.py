@@ -174,6 +174,41 @@ def test_rows_are_means_under_every_layout(name, place, base, pool, tmp_path):
         assert torch.equal(found[words], before[words])
 
 
+def tied_rows(config, rows):
+    """Rows of this rank's copy of a tied matrix, before and after they are described."""
+    from megatron_qwen.training.build import build_components
+    from megatron_qwen.training.turn_rows import describe
+
+    components = build_components(config)
+    (module,) = components.model.modules
+    weight = module.embedding.word_embeddings.weight if module.pre_process else module.output_layer.weight
+    before = weight.detach().clone()
+    describe(components.model.modules, rows, components.groups.tp)
+    return before, weight.detach().clone()
+
+
+def test_both_copies_of_a_tied_matrix_are_described(place, pool):
+    layout = ["parallel.pipeline_model_parallel_size=2", "model.share_embeddings_and_output_weights=true"]
+    answers = pool[2].run(tied_rows, configure(place, f"data.path={place / 'text'}", *layout), {7: [3, 5]})
+    (before, first), (_, last) = answers
+    assert torch.equal(first, last)
+    torch.testing.assert_close(first[7], (before[3] + before[5]) / 2)
+    before[7] = first[7]
+    assert torch.equal(before, first)
+
+
+def test_another_rope_base_is_refused(place, base, tmp_path):
+    """Nothing in the weights tells of it; in pretraining it is changed on purpose, and said."""
+    words = (base / "run.yaml", f"checkpoint.load={base / 'checkpoints'}", "rope.base=12345", "training.train_iters=1")
+    more = ("training.eval_iters=0", "--nproc", 1)
+    sft_words = ("objective.kind=sft", f"data.path={place / 'chats'}")
+    done = run("launch.train", *words, *sft_words, *more, "--run-dir", tmp_path / "sft")
+    assert done.returncode == 2
+    assert "rope.base = 12345: is not that of the model in checkpoint.load" in done.stderr
+    done = run("launch.train", *words, *more, "--run-dir", tmp_path / "longer", check=True)
+    assert "rope.base = 12345: is not that of the model" in done.stderr
+
+
 def test_untrained_rows_are_noticed(place, base, tuned):
     told = run(
         "launch.train",

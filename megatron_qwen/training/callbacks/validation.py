@@ -88,7 +88,9 @@ class Validation(Callback):
 
     def _make_by_part(self, components: TrainingComponents) -> "_ByPart | None":
         if components.config.objective.kind == "sft":
-            self._by_part = _ByPart(components, ConversationParts())
+            sources = components.data.sources
+            texts = [name for name, source in sources.items() if source.tokens.loss_mask(0, 1) is None]
+            self._by_part = _ByPart(components, ConversationParts(texts))
         elif self._tokenizer is not None:
             counts = bytes_of_tokens(self._tokenizer, components.batch_slice.device)
             if counts is None:
