@@ -57,6 +57,7 @@ class RunDirectory:
         self.blend = self.path / "blend.yaml"
         self.checkpoints = self.path / "checkpoints"
         self.tokenizer = self.path / "tokenizer"
+        self.samples = self.path / "samples.jsonl"
         self.tensorboard = self.path / "tensorboard"
         self.profile = self.path / "profile"
         self.heartbeat = self.path / "heartbeat.json"

@@ -24,6 +24,7 @@ from tools.report_card import card_html, read_card
 from tools.report_chats import draw as draw_chats
 from tools.report_chats import filled, is_fine_tuning
 from tools.report_ranks import draw, ranks_html, read_history
+from tools.report_samples import samples_html
 from tools.report_scores import draw as draw_scores
 from tools.report_scores import scores_of, source_bits, table
 from tools.run_records import read_metrics
@@ -74,6 +75,7 @@ def write_report(run_dir: Path, output: Path, *, sections: Sequence[Section] = (
         "<h2>Loss</h2>",
         f"<figure>{loss_figure(records)}</figure>",
         *_chats(records),
+        *_samples(directory),
         *_scores(records, config),
         "<h2>Step</h2>",
         f"<figure>{step_figure(records)}</figure>",
@@ -193,6 +195,11 @@ def _chats(records: list[dict[str, Any]]) -> list[str]:
     figure, axes = _figure(2)
     draw_chats(records, axes)
     return ["<h2>Conversations</h2>", f"<figure>{_svg(figure)}</figure>"]
+
+
+def _samples(directory: RunDirectory) -> list[str]:
+    body = samples_html(directory.samples)
+    return ["<h2>What it says</h2>", body] if body else []
 
 
 def step_figure(records: list[dict[str, Any]]) -> str:

@@ -7,12 +7,17 @@ from megatron_qwen.config.fields import setting
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Tasks that the model is scored in while it trains (docs/evaluate.md)."""
+    """Tasks that the model is scored in, and prompts that it answers, while it trains (docs/evaluate.md)."""
 
     tasks: tuple[str, ...] = setting(
         (), doc="Tasks and groups of lm-evaluation-harness; empty is none. Needs data.tokenizer and the extra eval."
     )
     task_dir: str | None = setting(None, doc="Directory with task files (YAML) beside the harness's own.")
+    prompts: tuple[str, ...] = setting(
+        (),
+        doc="Texts that the model goes on with, at the same intervals, in samples.jsonl; in sft turns of a user. Needs "
+        "data.tokenizer.",
+    )
     interval: int = setting(
         1000,
         doc="Iterations between evaluations; there is one after the last step, too. 0 is that one alone.",

@@ -9,6 +9,8 @@ from megatron_qwen.errors import Problem
 def evaluation_problems(config: RunConfig) -> Iterator[Problem]:
     """What is wrong with the section."""
     settings = config.evaluation
+    if settings.prompts and config.data.tokenizer is None:
+        yield Problem("data.tokenizer", "null", "must name the tokenizer of the data: evaluation.prompts are texts.")
     if not settings.tasks:
         if settings.task_dir is not None:
             fix = "has no effect without evaluation.tasks; name the tasks, or omit it."

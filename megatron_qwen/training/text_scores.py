@@ -94,18 +94,23 @@ class TextScores:
         components: of the run.
         tokenizer: directory.
         progress: called after every call of the schedule: so long a silence is no hang.
+        meeting: name of what rank 0 tells the others; each of several in a run has its own.
     """
 
     at_a_time = 1024
 
     def __init__(
-        self, components: TrainingComponents, tokenizer: Path, progress: Callable[[], None] = lambda: None
+        self,
+        components: TrainingComponents,
+        tokenizer: Path,
+        progress: Callable[[], None] = lambda: None,
+        meeting: str = "scores",
     ) -> None:
         self._tokenizer = tokenizer
         self._components, self._progress, self._objective = components, progress, TokenScores()
         config, groups = components.config, components.groups
         self._forward = ForwardStep(config, groups, self._objective)
-        self._asked = Announcements("scores", components.batch_slice.device)
+        self._asked = Announcements(meeting, components.batch_slice.device)
         self.longest = config.data.seq_length
         # Both are set up for one shape of a micro-batch.
         self._one_shape = config.performance.cuda_graph_impl == "local" or bool(config.performance.tp_comm_overlap)

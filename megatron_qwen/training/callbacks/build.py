@@ -28,6 +28,7 @@ from megatron_qwen.training.callbacks.metrics import Metrics
 from megatron_qwen.training.callbacks.numerics import NumericsGuard
 from megatron_qwen.training.callbacks.performance import Performance
 from megatron_qwen.training.callbacks.profiler import Profiler
+from megatron_qwen.training.callbacks.samples import Samples
 from megatron_qwen.training.callbacks.stopping import Stopping
 from megatron_qwen.training.callbacks.stragglers import EndOfCallbacks, Stragglers
 from megatron_qwen.training.callbacks.validation import Validation
@@ -84,6 +85,8 @@ def build_callbacks(
         callbacks.append(Validation(None if config.data.tokenizer is None else directory.tokenizer))
     if config.evaluation.tasks:
         callbacks.append(Evaluation(directory.tokenizer))
+    if config.evaluation.prompts:
+        callbacks.append(Samples(directory.tokenizer, directory.samples))
     console = ProgressLine() if dist.get_rank() == 0 else None
     callbacks.append(Metrics(build_writers(config, directory, resumed_at), attempt=attempt, console=console))
     # After Metrics, so that the step that ends the run is recorded. Before Checkpointing, so that it is not saved.
