@@ -91,7 +91,7 @@ def _stage(source: CheckpointSource) -> list[tuple[str, str]]:
         found |= {
             name: float(value)
             for name, value in record.items()
-            if name.startswith("eval/") or name == "validation_end_probability"
+            if (name.startswith("eval/") or name == "validation_end_probability") and isinstance(value, int | float)
         }
     rows += [(f"`{name}`", f"{value:.4f}") for name, value in sorted(found.items())]
     return rows

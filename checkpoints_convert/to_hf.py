@@ -235,6 +235,9 @@ def _tell(source: CheckpointSource, config: dict[str, Any], loaders: LoaderSearc
         if answer_ends(source) is not None:
             fix = "does not stop at the end of a turn, as a base model's. The export has one of its own"
         log.warning("%s next to the tokenizer %s", GENERATION, fix)
+    if source.config.objective.kind != "pretrain" and answer_ends(source) is None:
+        fix = "so the export cannot say where answers end, and may not stop; name the run's own tokenizer (--tokenizer)"
+        log.warning("the tokenizer has no chat template whose turns end with a token of its own: %s", fix)
     if (why := does_not_stop(source, config)) is not None:
         log.warning("%s", why)
     if not local_paths and (told := local_path_in(source.tokenizer)):

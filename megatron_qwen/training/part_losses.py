@@ -145,7 +145,7 @@ class PartLosses:
         return {
             f"{self._parts.prefix}/{name}": loss / self._parts.unit / count
             for name, (loss, count) in zip(self._parts.names(sources), self._sums.tolist(), strict=True)
-            if count
+            if count and not name.endswith("/none")
         }
 
 

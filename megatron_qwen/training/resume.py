@@ -10,7 +10,7 @@ from megatron_qwen.checkpoint import find, state
 from megatron_qwen.checkpoint.paths import RUN_YAML
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
-from megatron_qwen.config.blend import read_blend
+from megatron_qwen.config.blend import stage_configs
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError, ConfigError, Problem, UserError
 from megatron_qwen.optim.schedule_change import schedule_changes
@@ -112,23 +112,25 @@ def _require_same_rope(run_yaml: Path, components: TrainingComponents) -> None:
     Pretraining changes it on purpose, for longer texts; fine-tuning does not.
 
     Raises:
-        ConfigError: fine-tuning with a base that the model has not had in any stage.
+        ConfigError: fine-tuning with another base than that of the last stage of the model's data.
     """
     config = components.config
     try:
         before = resolve(str(run_yaml), [], RECIPES)
     except UserError:
+        if dist.get_rank() == 0:
+            log.warning(
+                "%s cannot be read: whether its model had rope.base = %g is not known", run_yaml, config.rope.base
+            )
         return
-    bases, known = {before.rope.base}, True
-    if before.data.blend is not None:
-        try:
-            stages = read_blend(Path(before.data.blend)).stages
-            bases |= {stage.rotary_base for stage in stages if stage.rotary_base is not None}
-        except UserError:
-            known = False
-    if config.rope.base in bases:
+    base, known = before.rope.base, True
+    try:
+        base = stage_configs(before)[-1].rope.base  # the last stage of its data may have another
+    except UserError:
+        known = False
+    if config.rope.base == base:
         return
-    told = " or ".join(f"{base:g}" for base in sorted(bases))
+    told = f"{base:g}"
     fix = f"is not that of the model in checkpoint.load ({told}): its positions would be others; set rope.base={told}."
     problem = Problem("rope.base", f"{config.rope.base:g}", fix)
     if config.objective.kind != "pretrain" and known:

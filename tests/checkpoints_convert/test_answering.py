@@ -122,6 +122,15 @@ def test_the_release_is_that_of_the_run(tuned, released, tmp_path):
     assert "tokenizer_config.json" in done.stdout
 
 
+def test_a_tokenizer_without_turns_is_said(tuned, tmp_path, caplog):
+    """The export cannot stop where it has learnt to."""
+    for path in (tuned / "tok").iterdir():
+        if path.name != "chat_template.jinja":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    export(open_checkpoint(tuned / "run", tokenizer=tmp_path), tmp_path / "hf", ExportOptions(quiet=True))
+    assert "the tokenizer has no chat template whose turns end" in caplog.text
+
+
 def test_older_files_that_name_tokens_say_the_same(tuned, tmp_path):
     """special_tokens_map.json wins over tokenizer_config.json in transformers."""
     for path in (tuned / "tok").iterdir():

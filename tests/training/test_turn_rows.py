@@ -209,6 +209,25 @@ def test_another_rope_base_is_refused(place, base, tmp_path):
     assert "rope.base = 12345: is not that of the model" in done.stderr
 
 
+def test_the_base_of_the_last_stage_counts(place, pool, tmp_path):
+    """A model that was trained on with another base has it only in its blend."""
+    (tmp_path / "blend.yaml").write_text(
+        f"sources: {{text: {{path: {place / 'text'}}}}}\n"
+        "stages:\n  - {name: first, weights: {text: 1.0}, tokens: 2048}\n"
+        "  - {name: longer, weights: {text: 1.0}, rotary_base: 54321.0}\n"
+    )
+    length = ["training.train_iters=4", "training.eval_iters=0", "optim.lr_warmup_iters=0"]
+    attempt(pool, 1, configure(place, f"data.blend={tmp_path / 'blend.yaml'}", *length), tmp_path / "base")
+    words = ("objective.kind=sft", f"data.path={place / 'chats'}", "data.blend=null")
+    load = f"checkpoint.load={tmp_path / 'base' / 'checkpoints'}"
+    more = ("training.train_iters=1", "--nproc", 1)
+    told = run("launch.train", tmp_path / "base" / "run.yaml", *words, load, *more, "--run-dir", tmp_path / "wrong")
+    assert told.returncode == 2
+    assert "is not that of the model in checkpoint.load (54321)" in told.stderr
+    right = ("rope.base=54321", "--run-dir", tmp_path / "right")
+    run("launch.train", tmp_path / "base" / "run.yaml", *words, load, *more, *right, check=True)
+
+
 def test_untrained_rows_are_noticed(place, base, tuned):
     told = run(
         "launch.train",

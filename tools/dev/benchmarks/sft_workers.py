@@ -14,7 +14,7 @@ from typing import Any
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.core_patches.install import prepare_process
-from tools.dev.benchmarks.train_step_workers import LEARNING_RATE, bench_config
+from tools.dev.benchmarks.train_step_workers import LEARNING_RATE, bench_config, peer_model
 from tools.dev.benchmarks.turns import serve
 
 SEQUENCE, BATCH = 1024, 4
@@ -66,27 +66,11 @@ def of_trl(prefix: str, packing: str) -> Callable[[], None]:
         prefix: token files whose conversations are handed over as ids and labels.
         packing: "bfd" for rows packed by best fit, "none" for batches of padded conversations of like length.
     """
-    import torch
-    from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+    from transformers import PreTrainedTokenizerFast
 
     datasets: Any = importlib.import_module("datasets")
     trl: Any = importlib.import_module("trl")  # packages of the tests; their names have no types
-    shape = bench_config("fp32").model
-    torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=shape.vocab_size,
-            hidden_size=shape.hidden_size,
-            intermediate_size=shape.ffn_hidden_size,
-            num_hidden_layers=shape.num_layers,
-            num_attention_heads=shape.num_attention_heads,
-            num_key_value_heads=shape.num_query_groups,
-            max_position_embeddings=shape.max_position_embeddings,
-            tie_word_embeddings=True,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
+    model = peer_model()
     rows = conversations(prefix)
     packed = packing == "bfd"
     # Some 500 tokens a conversation: as many of them a step as four packed rows hold.

@@ -5,6 +5,7 @@ Both train the same Qwen2 shape on the same kind of batch and keep their state f
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
@@ -51,17 +52,14 @@ def ours(dtype: str, data_path: str) -> Callable[[], float]:
     return lambda: trainer.step().result.loss
 
 
-def transformers(dtype: str, data_path: str) -> Callable[[], float]:
-    """The peer: Qwen2ForCausalLM with torch's fused AdamW, bf16 by autocast."""
+def peer_model() -> Any:
+    """The model of ``bench_config`` in transformers, with random weights."""
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from megatron_qwen.data.reading.training_data import TrainingData
-
-    config = bench_config(dtype, data_path)
-    shape = config.model
+    shape = bench_config("fp32").model
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
+    return Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
@@ -74,7 +72,17 @@ def transformers(dtype: str, data_path: str) -> Callable[[], float]:
             use_cache=False,
             attn_implementation="sdpa",
         )
-    ).to(device.current())
+    )
+
+
+def transformers(dtype: str, data_path: str) -> Callable[[], float]:
+    """The peer: Qwen2ForCausalLM with torch's fused AdamW, bf16 by autocast."""
+    import torch
+
+    from megatron_qwen.data.reading.training_data import TrainingData
+
+    config = bench_config(dtype, data_path)
+    model = peer_model().to(device.current())
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=config.optim.weight_decay, fused=True
     )
