@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     _inspect_parser(actions)
     _diff_parser(actions)
     _upcycle_parser(actions)
+    _to_peft_parser(actions)
+    _from_peft_parser(actions)
+    _merge_parser(actions)
     _writing_options(quantize_parser(actions), default=_SHARD_SIZE)
     return parser
 
@@ -171,6 +174,58 @@ def _upcycle_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     share_help = "of the output that routed experts give where the shared expert holds the whole too (%(default)g)"
     parser.add_argument("--routed-share", type=float, default=0.5, help=share_help)
     parser.add_argument("--no-logits", action="store_true", help="do not run both models to compare them")
+    parser.add_argument("--restart", action="store_true", help="discard a different unfinished conversion to OUT")
+    _common_options(parser)
+
+
+_BASE_HELP = "where the weights that its adapters are for are now, if they were moved"
+
+
+def _to_peft_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "to-peft",
+        help="adapters of a run with LoRA as PEFT's files",
+        description="Writes adapter_config.json, adapter_model.safetensors and the tokenizer, which PEFT, transformers "
+        "and others load beside the base model.",
+        examples=["mq convert to-peft runs/lora out/adapter --base-name Qwen/Qwen2.5-7B"],
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
+    parser.add_argument("out", type=Path, help="the directory to create")
+    parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--base", type=Path, help=_BASE_HELP)
+    parser.add_argument("--base-name", help="base_model_name_or_path: the base model as transformers loads it")
+    parser.add_argument("--local-paths", action="store_true", help="name data and checkpoint by their paths, too")
+    parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")
+
+
+def _from_peft_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "from-peft",
+        help="an adapter of PEFT as a checkpoint",
+        description="Writes a checkpoint of adapters, which a run with the same lora.* trains on, and which generate, "
+        "serve, to-hf and merge read as any other.",
+        examples=["mq convert from-peft adapter start/adapter --base start/qwen2.5-7b"],
+    )
+    parser.add_argument("adapter", type=Path, help="directory with adapter_config.json and adapter_model.safetensors")
+    parser.add_argument("out", type=Path, help="the directory to create")
+    parser.add_argument("--base", type=Path, required=True, help="checkpoint of the base model (mq convert from-hf)")
+    parser.add_argument("--restart", action="store_true", help="discard a different unfinished conversion to OUT")
+    _common_options(parser)
+
+
+def _merge_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
+    parser = actions.add_parser(
+        "merge",
+        help="adapters of a run with LoRA and their base as one checkpoint",
+        description="Adds the adapters to the weights that they are for, in fp32, and writes a checkpoint of whole "
+        "weights. (to-hf, generate, serve and eval take the checkpoint of adapters as it is.)",
+        examples=["mq convert merge runs/lora start/merged", "mq convert merge start/adapter start/merged"],
+    )
+    parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
+    parser.add_argument("out", type=Path, help="the directory to create")
+    parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--base", type=Path, help=_BASE_HELP)
+    parser.add_argument("--dtype", choices=_DTYPES, help="default: the dtype of the base")
     parser.add_argument("--restart", action="store_true", help="discard a different unfinished conversion to OUT")
     _common_options(parser)
 

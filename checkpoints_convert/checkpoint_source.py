@@ -1,6 +1,7 @@
 """A checkpoint to convert from: which one, what is known of it, and whether it can be trusted."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,20 @@ import xxhash
 from checkpoints_convert.unexpected_file import what_it_is
 from megatron_qwen.checkpoint import find, manifest
 from megatron_qwen.checkpoint.common_state import read_common_state
+from megatron_qwen.checkpoint.lora_base import locate, noted
 from megatron_qwen.checkpoint.manifest import FileEntry
+from megatron_qwen.checkpoint.merged import MergedWeights
 from megatron_qwen.checkpoint.paths import MANIFEST, RUN_YAML, STATE, TOKENIZER
 from megatron_qwen.checkpoint.read import CheckpointReader
-from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.checkpoint.weights import CheckpointWeights, ModelWeights
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.data.tokenizers.tokenizer import TOKENIZER_FILES
 from megatron_qwen.errors import CheckpointError, ConfigError, ConversionError, DataError, Problem
+from megatron_qwen.hf.adapters import adapter_mappings
 from megatron_qwen.recipes.registry import RECIPES
+
+log = logging.getLogger(__name__)
 
 # Megatron-LM's arguments that say the same as a field of the model section.
 _ARGUMENTS = {
@@ -59,7 +65,7 @@ class CheckpointSource:
         path: one iteration's directory.
         iteration: its number.
         config: the run it belongs to.
-        weights: its weights.
+        weights: its weights; of adapters, with the base that they are merged into.
         entries: what its manifest notes; None for one that another program wrote.
         state: its counters and layout; empty where nothing is noted.
         common: what Megatron-LM noted, of a checkpoint that it wrote.
@@ -69,7 +75,7 @@ class CheckpointSource:
     path: Path
     iteration: int
     config: RunConfig
-    weights: CheckpointWeights
+    weights: ModelWeights
     entries: dict[str, FileEntry] | None
     state: dict[str, Any]
     common: dict[str, Any]
@@ -128,6 +134,7 @@ def open_checkpoint(
     overrides: Sequence[str] = (),
     where_needed: bool = False,
     tokenizer: Path | None = None,
+    base: Path | None = None,
 ) -> CheckpointSource:
     """Opens a checkpoint for reading; everything but the weights is checked at once, the weights when they are read.
 
@@ -138,6 +145,7 @@ def open_checkpoint(
         overrides: ``section.field=value`` words that go with it.
         where_needed: leave ``config`` out of account where the checkpoint has a run.yaml, instead of refusing it.
         tokenizer: tokenizer directory, instead of the run's.
+        base: where the weights that its adapters are for may be, if they were moved.
 
     Raises:
         CheckpointError: it is damaged, or does not fit its configuration; names everything that is wrong.
@@ -159,8 +167,8 @@ def open_checkpoint(
     common = {} if entries is not None else read_common_state(chosen.path)
     if problems := _contradictions(common, resolved, chosen.path):
         raise CheckpointError(problems)
-    weights = CheckpointWeights(CheckpointReader(chosen.path, entries), resolved.model)
     state = read_state(chosen.path)
+    weights = _weights(chosen.path, entries, resolved, state, base)
     return CheckpointSource(
         chosen.path,
         chosen.iteration,
@@ -171,6 +179,21 @@ def open_checkpoint(
         common,
         _tokenizer(chosen.path, resolved, tokenizer),
     )
+
+
+def _weights(
+    path: Path, entries: dict[str, FileEntry] | None, config: RunConfig, state: dict[str, Any], base: Path | None
+) -> ModelWeights:
+    reader, found = CheckpointReader(path, entries), noted(state)
+    if found is None:
+        if base is not None:
+            raise ConfigError(Problem("--base", base, f"is for adapters; {path} has whole weights. Omit it."))
+        return CheckpointWeights(reader, config.model)
+    adapters = CheckpointWeights(reader, config.model, adapter_mappings(config.lora, config.model))
+    place = locate(found, also=base, wanted_by=str(path))
+    log.info("%s: its adapters are merged into the weights of %s", path, place)
+    frozen = CheckpointWeights(CheckpointReader(place, _trusted_entries(place)), config.model)
+    return MergedWeights(frozen, adapters, config.lora)
 
 
 def _trusted_entries(directory: Path) -> dict[str, FileEntry] | None:

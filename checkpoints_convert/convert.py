@@ -144,6 +144,37 @@ def _quantize(options: argparse.Namespace) -> int:
     return run(options)
 
 
+def _to_peft(options: argparse.Namespace) -> int:
+    from checkpoints_convert.checkpoint_source import open_checkpoint
+    from checkpoints_convert.lora.to_peft import to_peft
+    from checkpoints_convert.progress import gb
+
+    source = open_checkpoint(options.checkpoint, iteration=options.iteration, base=options.base)
+    size = to_peft(source, options.out, base_name=options.base_name, local_paths=options.local_paths)
+    said = {"source": str(source.path), "out": str(options.out), "weight_bytes": size}
+    print(json.dumps(said) if options.json else f"{options.out}: {gb(size)} of adapters from {source.path}")
+    return 0
+
+
+def _from_peft(options: argparse.Namespace) -> int:
+    from checkpoints_convert.checkpoint_source import open_checkpoint
+    from checkpoints_convert.lora.from_peft import from_peft
+
+    base = open_checkpoint(options.base)
+    how = {"workers": options.workers, "restart": options.restart, "quiet": options.json}
+    done = from_peft(options.adapter, base, options.out, **how)
+    return _say(done, str(options.adapter), as_json=options.json)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from checkpoints_convert.checkpoint_source import open_checkpoint
+    from checkpoints_convert.lora.merge import merge
+
+    source = open_checkpoint(options.checkpoint, iteration=options.iteration, base=options.base)
+    how = {"workers": options.workers, "restart": options.restart, "quiet": options.json}
+    return _say(merge(source, options.out, dtype=options.dtype, **how), str(source.path), as_json=options.json)
+
+
 def _say(done: "Converted", source: str, *, as_json: bool) -> int:
     from checkpoints_convert.progress import gb
 
@@ -165,6 +196,9 @@ _ACTIONS = {
     "inspect": _inspect,
     "diff": _diff,
     "upcycle": _upcycle,
+    "to-peft": _to_peft,
+    "from-peft": _from_peft,
+    "merge": _merge,
     "quantize": _quantize,
 }
 

@@ -15,7 +15,7 @@ from checkpoints_convert.exported_ids import new_generation
 from checkpoints_convert.hf_directory import CONFIG, HfDirectory
 from checkpoints_convert.origin import checkpoint_origin, data_origin, published_configuration
 from checkpoints_convert.tensor_set import ExportedWeights, ImportedWeights, TensorSet
-from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.checkpoint.weights import ModelWeights
 from megatron_qwen.config.run import Architecture
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import CheckpointError, ConversionError, Problem
@@ -50,7 +50,7 @@ class ModelSource:
         return self.architecture.model
 
     @property
-    def core_weights(self) -> CheckpointWeights | ImportedWeights:
+    def core_weights(self) -> ModelWeights | ImportedWeights:
         """Its weights as a checkpoint names and cuts them."""
         if self.checkpoint is not None:
             return self.checkpoint.weights

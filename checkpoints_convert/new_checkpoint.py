@@ -9,7 +9,7 @@ import json
 import logging
 import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from megatron_qwen.config.run import Architecture, RunConfig
 from megatron_qwen.config.sections import DataConfig, ModelConfig, ParallelConfig, PrecisionConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.hf.mapping import CoreTensor, core_tensors
+from megatron_qwen.hf.mapping import CoreTensor, TensorMapping, core_tensors
 from megatron_qwen.provenance import code_version
 
 log = logging.getLogger(__name__)
@@ -63,6 +63,8 @@ class NewCheckpoint:
         tokenizer: directory of the tokenizer that goes along; None for none.
         note: where it comes from, for conversion.json.
         identity: all that decides its bytes.
+        table: what it holds of the model; None is all of it.
+        state: what state.json has in addition.
     """
 
     out: Path
@@ -71,6 +73,8 @@ class NewCheckpoint:
     tokenizer: Path | None
     note: Mapping[str, Any]
     identity: dict[str, Any]
+    table: Sequence[TensorMapping] | None = None
+    state: Mapping[str, Any] = field(default_factory=dict)
 
 
 def new_run(architecture: Architecture, out: Path, *, dtype: torch.dtype, tokenizer: bool) -> RunConfig:
@@ -150,7 +154,9 @@ def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> N
     (folder / RUN_YAML).write_text(text)
     (root / RUN_YAML).write_text(text)
     (folder / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "sharded_backend_version": 1}))
-    (folder / ".metadata").write_bytes(pickle.dumps(torch_metadata(checkpoint.files, checkpoint.config.model)))
+    (folder / ".metadata").write_bytes(
+        pickle.dumps(torch_metadata(checkpoint.files, checkpoint.config.model, checkpoint.table))
+    )
     counters = ("iteration", "schedule_iteration", "consumed_samples", "consumed_tokens")
     state = {
         "progress": dict.fromkeys((*counters, "skipped_iterations", "consecutive_skips"), 0),
@@ -162,6 +168,7 @@ def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> N
         "torch": torch.__version__,
         "code": code_version(),
         "converted_from": checkpoint.note,
+        **checkpoint.state,
     }
     (folder / STATE).write_text(json.dumps(state, indent=2))
     (root / _CHECKPOINTS / LATEST).write_text(folder.name + "\n")
@@ -179,9 +186,11 @@ def _write_small_files(checkpoint: NewCheckpoint, folder: Path, root: Path) -> N
     (root / NOTE).write_text(json.dumps(note, indent=1) + "\n")
 
 
-def torch_metadata(files: Sequence[OutputFile], model: ModelConfig) -> Metadata:
+def torch_metadata(
+    files: Sequence[OutputFile], model: ModelConfig, table: Sequence[TensorMapping] | None = None
+) -> Metadata:
     """torch's metadata of the shards: which slice of which tensor lies where."""
-    by_name = {"/".join([item.mapping.core, *map(str, item.leading)]): item for item in core_tensors(model)}
+    by_name = {"/".join([item.mapping.core, *map(str, item.leading)]): item for item in core_tensors(model, table)}
     tensors: dict[str, Any] = {}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for file in files:

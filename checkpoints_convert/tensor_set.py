@@ -7,7 +7,7 @@ import torch
 import xxhash
 
 from megatron_qwen.checkpoint.read import TensorInfo
-from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.checkpoint.weights import ModelWeights
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.hf.mapping import CoreTensor, HfTensor, Range, core_tensors, hf_tensors
 
@@ -32,7 +32,7 @@ class ExportedWeights:
         weights: of the checkpoint.
     """
 
-    def __init__(self, weights: CheckpointWeights) -> None:
+    def __init__(self, weights: ModelWeights) -> None:
         self.weights = weights
         self._items = {item.name: item for item in hf_tensors(weights.model)}
         self.tensors = {

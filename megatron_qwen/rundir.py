@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 # A resumed run may change everything except the fields that define the model and the tokens it reads. Lengths, batch
 # sizes and the blend may change: the ledger in its checkpoints records the position in every source.
-_OWNING_SECTIONS = ("model", "rope", "optim", "objective")
+_OWNING_SECTIONS = ("model", "rope", "optim", "objective", "lora")
 # Where the decay ends may change with the length, and resume.py tells what that does to the rate.
 _FREE_FIELDS = {"optim": ("lr_decay_iters", "lr_wsd_decay_iters")}
 _OWNING_FIELDS = {"training": ("seed",), "data": ("path", "tokenizer", "validation_fraction")}
@@ -56,6 +56,7 @@ class RunDirectory:
         self.data = self.path / "data.json"
         self.blend = self.path / "blend.yaml"
         self.checkpoints = self.path / "checkpoints"
+        self.lora_base = self.path / "lora_base.json"
         self.tokenizer = self.path / "tokenizer"
         self.samples = self.path / "samples.jsonl"
         self.tensorboard = self.path / "tensorboard"

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from checkpoints_convert.layerwise.layered import Ends
 from checkpoints_convert.tensor_set import ExportedWeights
-from megatron_qwen.checkpoint.weights import CheckpointWeights
+from megatron_qwen.checkpoint.weights import ModelWeights
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import DataConfig, PrecisionConfig, RopeConfig
 from megatron_qwen.distributed import groups as process_groups
@@ -31,9 +31,7 @@ class CoreLayers:
         place: device to compute on.
     """
 
-    def __init__(
-        self, weights: CheckpointWeights, rope: RopeConfig, *, dtype: torch.dtype, place: torch.device
-    ) -> None:
+    def __init__(self, weights: ModelWeights, rope: RopeConfig, *, dtype: torch.dtype, place: torch.device) -> None:
         self._weights, self._place = weights, place
         self._ends = Ends(ExportedWeights(weights), dtype=dtype, place=place)
         self.num_layers, self.vocab_size = weights.model.num_layers, self._ends.vocab_size

@@ -1,7 +1,7 @@
 """The content of a checkpoint: how it is gathered from a run's components, and loaded into them."""
 
 import json
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron_qwen.checkpoint.paths import GENERATORS, RUN_YAML, STATE, TOKENIZE
 from megatron_qwen.config.sections import ParallelConfig
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.distributed.environment import environment_of_attempt
-from megatron_qwen.models.sharding import sharded_state_dict
+from megatron_qwen.models.sharding import sharded_state_dict, trained_only, without_adapters
 from megatron_qwen.models.te_backend import fp8_weights
 from megatron_qwen.provenance import code_version
 
@@ -32,8 +32,11 @@ _EXTRA_STATE = "_extra_state"
 def sharded_state(
     modules: Sequence[GPTModel], optimizer: ChainedOptimizer | None, groups: ProcessGroupCollection, *, loading: bool
 ) -> dict[str, Any]:
-    """Weights and, where an optimizer is given, its main weights and moments, as megatron-core's sharded state."""
-    state = sharded_state_dict(modules, groups)
+    """What is trained: weights and, where an optimizer is given, its main weights and moments.
+
+    Frozen weights are not in a checkpoint: with LoRA they are those of another one, the base (``adapted.py``).
+    """
+    state = trained_only(sharded_state_dict(modules, groups))
     if optimizer is not None:
         state["optimizer"] = optimizer_state.sharded(optimizer, state, groups, loading=loading)
     if not loading:
@@ -66,18 +69,36 @@ def load_sharded(
     with_state = optimizer if has_optimizer(saved) and change is None else None
     wanted = sharded_state(modules, with_state, groups, loading=True)
     _drop_absent_extra_state(wanted, saved)
-    with plain_objects_only():
-        loaded = dist_checkpointing.load(wanted, str(path))
-    weights = [loaded["model" if len(modules) == 1 else f"model{index}"] for index in range(len(modules))]
-    for module, values in zip(modules, weights, strict=True):
-        _fill(module, values)
+    weights = _load(wanted, path, modules)
     if change is not None:
         change()
     if with_state is not None:
-        optimizer_state.load(with_state, loaded["optimizer"], step=optimizer_step)
+        optimizer_state.load(with_state, wanted["optimizer"], step=optimizer_step)
     elif optimizer is not None:
         optimizer.reload_model_params()
         fp8_weights.load_main_weights(optimizer, modules, weights)
+
+
+def load_base(path: Path, modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> None:
+    """Fills all weights but adapters from the verified checkpoint that the adapters are for; arguments as above."""
+    wanted = without_adapters(sharded_state_dict(modules, groups))
+    _drop_absent_extra_state(wanted, read_metadata(path).state_dict_metadata)
+    _load(wanted, path, modules)
+
+
+def _load(wanted: dict[str, Any], path: Path, modules: Sequence[GPTModel]) -> list[dict[str, Any]]:
+    """Puts into ``wanted`` what a checkpoint holds of it, and weights into the modules; returns those of each."""
+    asked = {model: set(entries) for model, entries in wanted.items()}
+    with plain_objects_only():
+        wanted.update(dist_checkpointing.load(wanted, str(path)))
+    found = []
+    for index, module in enumerate(modules):
+        model = "model" if len(modules) == 1 else f"model{index}"
+        answer = module.load_state_dict(wanted[model], strict=False)
+        wrong = [*answer.unexpected_keys, *(key for key in answer.missing_keys if key in asked[model])]
+        assert not wrong, wrong
+        found.append(wanted[model])
+    return found
 
 
 def has_optimizer(saved: Iterable[str]) -> bool:
@@ -94,12 +115,6 @@ def _drop_absent_extra_state(wanted: dict[str, Any], saved: Container[str]) -> N
                     del state[name]
 
 
-def _fill(module: GPTModel, loaded: dict[str, Any]) -> None:
-    answer = module.load_state_dict(loaded, strict=False)
-    wrong = [*answer.unexpected_keys, *(key for key in answer.missing_keys if not key.endswith(_EXTRA_STATE))]
-    assert not wrong, wrong
-
-
 def write_small_files(
     directory: Path,
     *,
@@ -109,6 +124,7 @@ def write_small_files(
     parallel: ParallelConfig,
     run_yaml: str,
     tokenizer: Path | None,
+    more: Mapping[str, Any],
 ) -> None:
     """Rank 0 writes configuration, counters, tokenizer and generator states of all ranks; every rank must call.
 
@@ -120,6 +136,7 @@ def write_small_files(
         parallel: the layout; generator states are restored under the same layout only.
         run_yaml: the resolved configuration.
         tokenizer: directory of the run's tokenizer, so that a checkpoint can be exported wherever it is moved.
+        more: to be noted in state.json.
     """
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.gather_object(generators.capture(), everyone if dist.get_rank() == 0 else None)
@@ -137,6 +154,7 @@ def write_small_files(
             "torch": torch.__version__,
             "code": code_version(),
             "environment": environment_of_attempt(),
+            **more,
         }
         (directory / RUN_YAML).write_text(run_yaml)
         (directory / STATE).write_text(json.dumps(content, indent=2))

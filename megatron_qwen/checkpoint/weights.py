@@ -5,16 +5,17 @@ megatron-core stores a weight of all layers as one tensor with the layer as firs
 halves of a SwiGLU matrix are two tensors, ``_w`` and ``_v``. Readers of this module see no difference.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
 from megatron_qwen.checkpoint.read import CheckpointReader, Chunk, TensorInfo
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import CheckpointError, Problem
-from megatron_qwen.hf.mapping import CoreTensor, core_tensors
+from megatron_qwen.hf.mapping import CoreTensor, TensorMapping, core_tensors
 
 _SHOWN = 10
 _FORMATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -39,24 +40,49 @@ class _Stored:
     rows: int
 
 
+class ModelWeights(Protocol):
+    """The weights of one model under the names of the mapping table."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its shape."""
+
+    def dtype(self, core: str) -> torch.dtype:
+        """The dtype of a weight."""
+
+    def rows(self, item: CoreTensor, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight at one layer and expert, without its leading dimensions."""
+
+    def chunks(self) -> Iterator[Chunk]:
+        """Every stored slice of the checkpoint that holds a weight."""
+
+
 class CheckpointWeights:
     """The weights of one model in a checkpoint.
 
     Args:
         reader: the checkpoint.
         model: the shape they must have.
+        table: what the checkpoint holds of the model (``hf/adapters.py``); None is all of it.
 
     Raises:
         CheckpointError: with every weight that is missing, of another shape, or not a weight of this model.
     """
 
-    def __init__(self, reader: CheckpointReader, model: ModelConfig) -> None:
-        self.reader, self.model = reader, model
+    def __init__(
+        self, reader: CheckpointReader, model: ModelConfig, table: Sequence[TensorMapping] | None = None
+    ) -> None:
+        self.reader, self._model, self._table = reader, model, table
         self._tensors = reader.tensors()
         self._stored: dict[tuple[str, tuple[int, ...]], tuple[_Stored, ...]] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         if problems := self._problems():
             raise CheckpointError(problems)
+
+    @property
+    def model(self) -> ModelConfig:
+        """The shape that they have."""
+        return self._model
 
     def dtype(self, core: str) -> torch.dtype:
         """The dtype of a weight."""
@@ -86,7 +112,7 @@ class CheckpointWeights:
     def _problems(self) -> list[Problem]:
         where, wrong, missing = str(self.reader.directory), dict[str, Problem](), list[str]()
         used: set[str] = set()
-        for item in core_tensors(self.model):
+        for item in core_tensors(self.model, self._table):
             names = _stored_names(self._tensors, item)
             if names is None:
                 missing.append(f"{item.mapping.core} {item.leading}")

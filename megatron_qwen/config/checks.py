@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from megatron_qwen.config.checkpoint_checks import checkpoint_problems
 from megatron_qwen.config.evaluation_checks import evaluation_problems
 from megatron_qwen.config.fields import bound_problems
+from megatron_qwen.config.lora_checks import lora_problems
 from megatron_qwen.config.objective_checks import objective_problems
 from megatron_qwen.config.pipeline import StageSplitError, layers_per_stage
 from megatron_qwen.config.run import SECTION_TYPES, RunConfig
@@ -27,7 +28,7 @@ def problems(config: RunConfig, *, world_size: int | None = None) -> list[Proble
         return found  # the rules divide by sizes that must be positive
     for rule in (
         _shape, _data, _moe, _tensor, _pipeline, _context, _expert, _precision, _optimizer, _recompute,
-        checkpoint_problems, evaluation_problems, objective_problems,
+        checkpoint_problems, evaluation_problems, objective_problems, lora_problems,
     ):  # fmt: skip
         found += rule(config)
     if world_size is not None:

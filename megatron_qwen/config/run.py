@@ -7,6 +7,7 @@ from typing import Any
 from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.config.evaluation import EvaluationConfig
 from megatron_qwen.config.fields import FieldInfo, field_infos
+from megatron_qwen.config.lora import LoraConfig
 from megatron_qwen.config.resilience import ResilienceConfig
 from megatron_qwen.config.sections import (
     DataConfig,
@@ -30,6 +31,7 @@ SECTION_TYPES: dict[str, type] = {
     "optim": OptimConfig,
     "training": TrainingConfig,
     "objective": ObjectiveConfig,
+    "lora": LoraConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
     "metrics": MetricsConfig,
@@ -61,6 +63,7 @@ class RunConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)

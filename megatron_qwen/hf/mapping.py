@@ -11,7 +11,7 @@ A mapping names the checkpoint tensor (layers and experts are its leading dimens
 tensor, so a conversion only moves rows and never computes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -203,10 +203,15 @@ def _moe(model: ModelConfig) -> list[TensorMapping]:
     return found
 
 
-def core_tensors(model: ModelConfig) -> Iterator[CoreTensor]:
-    """Every tensor of the checkpoint at every index of its leading dimensions, layer by layer."""
-    table = tensor_mappings(model)
-    first = next(index for index, mapping in enumerate(table) if mapping.per_layer)
+def core_tensors(model: ModelConfig, table: Sequence[TensorMapping] | None = None) -> Iterator[CoreTensor]:
+    """Every tensor of the checkpoint at every index of its leading dimensions, layer by layer.
+
+    Args:
+        model: the shape.
+        table: what the checkpoint holds; None is the model.
+    """
+    table = tensor_mappings(model) if table is None else table
+    first = next((index for index, mapping in enumerate(table) if mapping.per_layer), len(table))
     for mapping in table[:first]:
         yield CoreTensor(mapping, (), mapping.hf)
     for layer in range(model.num_layers):

@@ -19,6 +19,7 @@ from megatron_qwen.device import has_cuda
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
 from megatron_qwen.estimate.choices import choose
 from megatron_qwen.estimate.machine import Machine
+from megatron_qwen.models import lora
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
@@ -89,10 +90,13 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
     virtual = config.parallel.virtual_stages
     if config.performance.tp_comm_overlap:
         te_backend.start_tensor_overlap(config)
+    adapters = config.lora.rank is not None
     modules = [
-        _chunk(config, core, groups, backend, vp_stage=stage if virtual > 1 else None) for stage in range(virtual)
+        _chunk(config, core, groups, backend, vp_stage=stage if virtual > 1 else None, adapters=adapters)
+        for stage in range(virtual)
     ]
     for module in modules:
+        lora.attach(module, config, groups)
         module.to(device)
     initialise(modules, config, groups)
     if backend.name == "te":
@@ -151,12 +155,15 @@ def _chunk(
     backend: Backend,
     *,
     vp_stage: int | None,
+    adapters: bool = False,
 ) -> GPTModel:
     model = config.model
     last = config.parallel.virtual_stages - 1
     return QwenModel(
         config=core,
-        transformer_layer_spec=block_spec(core, backend, vp_stage=vp_stage, pp_rank=groups.pp.rank()),
+        transformer_layer_spec=block_spec(
+            core, backend, vp_stage=vp_stage, pp_rank=groups.pp.rank(), adapters=adapters
+        ),
         vocab_size=padded_vocab_size(model.vocab_size, config.parallel.tensor_model_parallel_size),
         max_sequence_length=config.data.seq_length,
         pre_process=is_first_stage(groups) and (vp_stage or 0) == 0,

@@ -6,8 +6,9 @@ any tensor, pipeline, expert or data parallelism, and no rank holds a whole larg
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 import xxhash
@@ -27,7 +28,11 @@ _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialise(modules: Sequence[GPTModel], config: RunConfig, groups: ProcessGroupCollection) -> None:
-    """Initialises the parameters of this rank's chunks: matrices normal, biases 0, norm weights 1."""
+    """Initialises the parameters of this rank's chunks: matrices normal, biases 0, norm weights 1.
+
+    Of an adapter ``lora_A`` is uniform within 1 / sqrt(inputs), as in PEFT (Kaiming's with a = sqrt(5)), and ``lora_B``
+    is 0, so that the model begins as its base.
+    """
     model = config.model
     residual_std = model.init_method_std
     if model.scale_output_init:
@@ -45,15 +50,25 @@ def _fill_all(
     for part in slices(modules, groups):
         if part.name.endswith(("layer_norm_weight", "layernorm.weight")):
             part.data.fill_(1.0)
-        elif part.name.endswith("bias"):
+        elif part.name.endswith(("bias", "lora_B")):
             part.data.zero_()
+        elif part.name.endswith("lora_A"):
+            _fill(part, partial(_uniform, bound=part.global_shape[1] ** -0.5), config.training.seed)
         else:
             assert len(part.global_shape) == 2, part.name
             std = residual_std if part.name.endswith(_RESIDUAL_OUTPUTS) else model.init_method_std
-            _fill(part, std=std, seed=config.training.seed)
+            _fill(part, partial(_normal, std=std), config.training.seed)
 
 
-def _fill(part: Slice, *, std: float, seed: int) -> None:
+def _normal(rows: torch.Tensor, generator: torch.Generator, *, std: float) -> torch.Tensor:
+    return rows.normal_(0.0, std, generator=generator)
+
+
+def _uniform(rows: torch.Tensor, generator: torch.Generator, *, bound: float) -> torch.Tensor:
+    return rows.uniform_(-bound, bound, generator=generator)
+
+
+def _fill(part: Slice, distribution: Callable[[torch.Tensor, torch.Generator], torch.Tensor], seed: int) -> None:
     width = part.global_shape[1]
     local = part.data.view(-1, part.data.shape[-1])  # [rows, columns]: without leading dimensions of size one
     start, column = part.offset
@@ -65,7 +80,7 @@ def _fill(part: Slice, *, std: float, seed: int) -> None:
         key = f"{seed}/{part.name}/{'/'.join(map(str, part.leading))}/{block}"
         generator = torch.Generator().manual_seed(xxhash.xxh3_64_intdigest(key.encode()) & (2**63 - 1))
         # Always a full block: a generator's n-th number may depend on how many are asked for.
-        rows = torch.empty(_BLOCK_ROWS, width).normal_(0.0, std, generator=generator)
+        rows = distribution(torch.empty(_BLOCK_ROWS, width), generator)
         low, high = max(start, first), min(stop, first + _BLOCK_ROWS)
         local[low - start : high - start] = rows[low - first : high - first, column : column + local.shape[1]].to(
             local.device

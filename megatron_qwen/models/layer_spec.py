@@ -1,5 +1,7 @@
 """megatron-core specs of the model's layers, for either backend."""
 
+from typing import Any, cast
+
 from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
@@ -18,12 +20,48 @@ from megatron.core.transformer.transformer_layer import (
 from megatron_qwen.models.backend import Backend
 
 
-def block_spec(core: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int) -> object:
-    """TransformerBlockSubmodules of one model chunk: the specs of its layers, and the final norm."""
+def block_spec(
+    core: TransformerConfig, backend: Backend, *, vp_stage: int | None, pp_rank: int, adapters: bool = False
+) -> object:
+    """TransformerBlockSubmodules of one model chunk: the specs of its layers, and the final norm.
+
+    Args:
+        core: megatron-core's configuration.
+        backend: whose modules the layers are made of.
+        vp_stage: virtual stage of the chunk.
+        pp_rank: pipeline stage.
+        adapters: the layers get adapters, which read a linear layer's input: no norm may be fused with it.
+    """
     count = get_num_layers_to_build(core, vp_stage=vp_stage, pp_rank=pp_rank)
     first = get_transformer_layer_offset(core, vp_stage=vp_stage, pp_rank=pp_rank)
-    layers = [_layer(core, backend, _provider(core, backend, number)) for number in range(first, first + count)]
+
+    def provider(number: int) -> BackendSpecProvider:
+        found = _provider(core, backend, number)
+        return cast(BackendSpecProvider, _Unfused(found)) if adapters else found
+
+    layers = [_layer(core, backend, provider(number)) for number in range(first, first + count)]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=backend.provider.layer_norm(rms_norm=True))
+
+
+class _Unfused:
+    """A provider whose norms and linear layers are modules of their own.
+
+    Args:
+        provider: of the backend.
+    """
+
+    def __init__(self, provider: BackendSpecProvider) -> None:
+        self._provider = provider
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._provider, name)
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        """They are not."""
+        return False
+
+    def column_parallel_layer_norm_linear(self) -> None:
+        """There is no fused module."""
 
 
 def _provider(core: TransformerConfig, backend: Backend, number: int) -> BackendSpecProvider:

@@ -4,7 +4,7 @@ megatron-core's sharded state dict maps each local tensor to a slice of a global
 layout (initial weights, exports, comparisons) uses these names.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,8 @@ import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_qwen.hf.adapters import ADAPTERS
 
 # With this metadata megatron-core gives a tensor the same global name under every layout.
 CHECKPOINT_METADATA: dict[str, Any] = {
@@ -50,6 +52,23 @@ def sharded_state_dict(modules: Sequence[GPTModel], groups: ProcessGroupCollecti
     if len(modules) == 1:
         return {"model": modules[0].sharded_state_dict(metadata=metadata)}
     return {f"model{i}": module.sharded_state_dict(metadata=metadata) for i, module in enumerate(modules)}
+
+
+def trained_only(state: dict[str, Any]) -> dict[str, Any]:
+    """A sharded state dict without frozen weights; what modules save beside weights stays."""
+    return _chosen(state, lambda _, value: not isinstance(value, torch.nn.Parameter) or value.requires_grad)
+
+
+def without_adapters(state: dict[str, Any]) -> dict[str, Any]:
+    """A sharded state dict as the model has it that the adapters are for."""
+    return _chosen(state, lambda key, _: f"{ADAPTERS}." not in key)
+
+
+def _chosen(state: dict[str, Any], keep: Callable[[str, Any], bool]) -> dict[str, Any]:
+    return {
+        model: {key: entry for key, entry in entries.items() if keep(key, getattr(entry, "data", None))}
+        for model, entries in state.items()
+    }
 
 
 def slices(modules: Sequence[GPTModel], groups: ProcessGroupCollection) -> Iterator[Slice]:

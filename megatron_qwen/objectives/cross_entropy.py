@@ -140,7 +140,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradients = _Gradients(hidden, weight, layout.chunk_tokens) if training else None
+        frozen = not ctx.needs_input_grad[1]
+        gradients = _Gradients(hidden, weight, layout.chunk_tokens, frozen=frozen) if training else None
         for span, target in layout.chunks(weight, targets, weights):
             loss, gradient = _chunk_loss(dense_gemm.linear(hidden[span], weight), target, with_gradient=training)
             total += torch.dot(loss, weights[span])
@@ -157,7 +158,8 @@ class _WeightedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = gradients[0]
-        return grad_hidden * scale.to(grad_hidden.dtype), (grad_weight * scale).to(ctx.weight_dtype), *[None] * 4
+        scaled = None if grad_weight is None else (grad_weight * scale).to(ctx.weight_dtype)
+        return grad_hidden * scale.to(grad_hidden.dtype), scaled, *[None] * 4
 
 
 class _LogProbs(torch.autograd.Function):
@@ -183,13 +185,12 @@ class _LogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
-        found = _Gradients(hidden, weight, ctx.layout.chunk_tokens)
+        found = _Gradients(hidden, weight, ctx.layout.chunk_tokens, frozen=not ctx.needs_input_grad[1])
         for span, target in ctx.layout.chunks(weight, targets, weights=-gradients[0].float()):
             _, gradient = _chunk_loss(dense_gemm.linear(hidden[span], weight), target, with_gradient=True)
             assert gradient is not None
             found.add(span, gradient)
-        assert found.weight is not None
-        return found.hidden, found.weight.to(weight.dtype), None, None
+        return found.hidden, None if found.weight is None else found.weight.to(weight.dtype), None, None
 
 
 class _Gradients:
@@ -199,18 +200,21 @@ class _Gradients:
         hidden: [n, h].
         weight: [v / TP, h].
         chunk: rows of a chunk.
+        frozen: the output weight needs no gradient.
     """
 
-    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int) -> None:
-        self._inputs, self._weight = hidden, weight
+    def __init__(self, hidden: torch.Tensor, weight: torch.Tensor, chunk: int, *, frozen: bool) -> None:
+        self._inputs, self._weight, self._frozen = hidden, weight, frozen
         self.hidden = torch.empty_like(hidden)
         # The gradients of several bf16 chunks are summed in fp32. One chunk needs no sum: its GEMM rounds once.
         whole = weight.dtype != torch.float32 and hidden.shape[0] <= chunk
-        self.weight = None if whole else torch.zeros_like(weight, dtype=torch.float32)
+        self.weight = None if whole or frozen else torch.zeros_like(weight, dtype=torch.float32)
 
     def add(self, span: slice, gradient: torch.Tensor) -> None:
         """Adds a chunk's gradient of the logits, [chunk, v / TP]."""
         dense_gemm.linear(gradient, self._weight.t(), out=self.hidden[span])
+        if self._frozen:
+            return
         if self.weight is None:
             self.weight = gradient.t() @ self._inputs[span]
         elif self._weight.dtype == torch.float32:

@@ -16,6 +16,7 @@ from megatron_qwen.checkpoint.local.state import layout_hash, load_tensors, mism
 from megatron_qwen.checkpoint.paths import committed
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
+from megatron_qwen.training.lora_start import LoraStart
 
 log = logging.getLogger(__name__)
 # Names of the generators' states among a rank's tensors.
@@ -50,7 +51,13 @@ def local_place(components: TrainingComponents, directory: RunDirectory) -> Loca
     run_id = everyone[0][1]
     if run_id is None:
         return None
-    layout = layout_hash(components.config, backend=components.backend.name, world_size=dist.get_world_size())
+    start = LoraStart.read(directory.lora_base) if components.config.lora.rank is not None else None
+    layout = layout_hash(
+        components.config,
+        backend=components.backend.name,
+        world_size=dist.get_world_size(),
+        frozen="" if start is None else start.base.digest,
+    )
     return LocalPlace(place_of_run(base, run_id), Nodes(tuple(name for name, _ in everyone)), layout)
 
 

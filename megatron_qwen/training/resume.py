@@ -13,12 +13,14 @@ from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.blend import stage_configs
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError, ConfigError, Problem, UserError
+from megatron_qwen.hf.adapters import adapter_mappings
 from megatron_qwen.optim.schedule_change import schedule_changes
 from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.environment_log import log_changes
 from megatron_qwen.training.local_resume import resume_local
+from megatron_qwen.training.lora_start import load_frozen, require_fitting
 from megatron_qwen.training.turn_rows import describe, described_rows, tell_of_untrained
 
 log = logging.getLogger(__name__)
@@ -37,10 +39,13 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
     Returns:
         The iteration training resumes from.
     """
-    settings = components.config.checkpoint
+    settings, lora = components.config.checkpoint, components.config.lora
+    base = load_frozen(components, directory) if lora.rank is not None else None
     if before is None and settings.local_interval is not None and resume_local(components, directory):
         return components.progress.iteration
     candidates, continues = _own(directory, before), True
+    if not candidates and base is not None:
+        return _begin_beside(base, components)
     if not candidates:
         beginning = settings.branch_from or settings.load
         if beginning is None:
@@ -52,11 +57,13 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
         candidates, continues = find.resolve(Path(beginning)), settings.branch_from is not None
     chosen = find.newest_good(candidates, strict=settings.strict)
     # Compares the shapes first: megatron-core would fail on a mismatch without naming the field.
+    saved = state.read_state(chosen.path)
+    require_fitting(saved, chosen.path, components, directory)
     reader = CheckpointReader(chosen.path)
-    CheckpointWeights(reader, components.config.model)
+    table = adapter_mappings(lora, components.config.model) if lora.rank is not None else None
+    CheckpointWeights(reader, components.config.model, table)
     if not continues:
         _require_same_rope(chosen.path / RUN_YAML, components)
-    saved = state.read_state(chosen.path)
     rows = {} if continues else described_rows(components.config)
     change = partial(describe, components.model.modules, rows, components.groups.tp) if rows else None
     state.load_sharded(
@@ -95,6 +102,16 @@ def resume(components: TrainingComponents, directory: RunDirectory, *, before: i
         if not restored:
             log.info("the parallel layout changed, so dropout generators were reseeded")
     return components.progress.iteration
+
+
+def _begin_beside(base: Path, components: TrainingComponents) -> int:
+    """Begins with new adapters beside a model whose weights are loaded; returns the iteration."""
+    _require_same_rope(base / RUN_YAML, components)
+    if rows := described_rows(components.config):
+        describe(components.model.modules, rows, components.groups.tp)
+    components.optimizer.reload_model_params()
+    tell_of_untrained(components)
+    return 0
 
 
 def _own(directory: RunDirectory, before: int | None) -> list[find.CheckpointCandidate]:

@@ -20,6 +20,8 @@ def cannot_write(components: TrainingComponents) -> str | None:
     parallel = components.config.parallel
     if components.backend.name != "torch":
         return f"the {components.backend.name} backend"
+    if components.config.lora.rank is not None:
+        return "LoRA, whose adapters it does not know before they are merged"
     if parallel.virtual_stages > 1:
         return "virtual pipeline stages"
     if parallel.context_parallel_size > 1:

@@ -5,6 +5,7 @@ have left. Fine-tuning trains them, but from a start that says nothing; and a ru
 that never stops. Here such rows are noticed, and can begin as the mean of the rows of words that describe them.
 """
 
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -72,7 +73,12 @@ def describe(modules: Sequence[GPTModel], rows: Mapping[int, Sequence[int]], tp:
 
 
 def untrained(
-    modules: Sequence[GPTModel], tokens: Mapping[str, int], unused: Sequence[int], tp: dist.ProcessGroup
+    modules: Sequence[GPTModel],
+    tokens: Mapping[str, int],
+    unused: Sequence[int],
+    tp: dist.ProcessGroup,
+    *,
+    frozen: bool = False,
 ) -> list[str]:
     """Names of tokens whose rows are, in any matrix of any rank, like those that no token has; all ranks call it.
 
@@ -81,6 +87,7 @@ def untrained(
         tokens: ids by name.
         unused: ids of rows that no token has.
         tp: ranks that share the vocabulary.
+        frozen: look at matrices that are not trained, alone.
 
     Returns:
         The same on every rank; empty where there are too few unused rows to say.
@@ -91,6 +98,8 @@ def untrained(
     place = next(modules[0].parameters()).device
     like = torch.zeros(len(names), dtype=torch.int32, device=place)
     for weight in _matrices(modules):
+        if frozen and weight.requires_grad:
+            continue
         others = _rows(weight, unused[:_MOST_UNUSED], tp)
         middle = others.mean(dim=0)
         limit = _NEAR * (others - middle).norm(dim=1).max()
@@ -101,10 +110,23 @@ def untrained(
 
 
 def tell_of_untrained(components: TrainingComponents) -> None:
-    """Warns of a start whose rows of turn tokens look untrained; all ranks call it."""
+    """Warns of a start whose rows of turn tokens look untrained; all ranks call it.
+
+    Raises:
+        ConfigError: such rows are frozen.
+    """
     data, model = components.data, components.config.model
     unused = range(tokens_in_use(data), model.vocab_size)
-    found = untrained(components.model.modules, data.turn_tokens, unused, components.groups.tp)
+    modules, tp = components.model.modules, components.groups.tp
+    if stay := untrained(modules, data.turn_tokens, unused, tp, frozen=True):
+        names = ["embed_tokens"] if model.share_embeddings_and_output_weights else ["embed_tokens", "lm_head"]
+        fix = (
+            f"leaves the rows of {', '.join(stay)} as they are, which look untrained: they are like those that no "
+            "token has, and a model with such rows does not end its turns. Train them "
+            f"(lora.modules_to_save={json.dumps(names)}), or begin from a model that knows these tokens."
+        )
+        raise ConfigError(Problem("lora.modules_to_save", list(components.config.lora.modules_to_save), fix))
+    found = untrained(modules, data.turn_tokens, unused, tp)
     if found and dist.get_rank() == 0:
         example = f'{_FIELD}={{"{found[-1]}": "end of the turn"}}'
         log.warning(

@@ -34,15 +34,15 @@ def step(components: Any) -> Any:
     return Trainer(components, []).step().result
 
 
-def save(components: Any, root: Path) -> None:
-    """Commits the state as a checkpoint under ``root``."""
+def save(components: Any, root: Path, *, noted: dict[str, Any] | None = None) -> None:
+    """Commits the state as a checkpoint under ``root``; ``noted`` is what state.json has in addition."""
     from megatron_qwen.attempts import AttemptLog
     from megatron_qwen.checkpoint.write import CheckpointWriter
     from megatron_qwen.training.callbacks.checkpointing import Checkpointing
 
     outside_of_runs = AttemptLog(Path(tempfile.mkdtemp()) / "attempts.jsonl")
     writer = CheckpointWriter(root, attempt=0, attempts=outside_of_runs, keep_last=9, keep_every=None)
-    Checkpointing(writer, saved=0, tokenizer=None).save(components, background=False)
+    Checkpointing(writer, saved=0, tokenizer=None, noted=noted).save(components, background=False)
 
 
 def load_and_save(config: RunConfig, source: Path, out: Path) -> dict[str, Any]:

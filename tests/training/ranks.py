@@ -72,12 +72,13 @@ def _reported(trainer: Any, record: Any) -> dict[str, Any]:
 
 def steps_from(config: RunConfig, run_dir: Path, steps: int) -> list[dict[str, Any]]:
     """Starts from ``checkpoint.load``, takes steps, and saves the last state under the run directory."""
+    from megatron_qwen.training.lora_start import base_of_run
     from megatron_qwen.training.trainer import Trainer
 
     components, directory = _resumed(config, run_dir)
     trainer = Trainer(components, [])
     found = [_reported(trainer, trainer.step()) for _ in range(steps)]
-    jobs.save(components, directory.checkpoints)
+    jobs.save(components, directory.checkpoints, noted=base_of_run(directory))
     return found
 
 

@@ -32,16 +32,19 @@ def own_tensors(model: Model, optimizer: ChainedOptimizer) -> Iterator[tuple[str
                 yield f"{place}.{key}", value
 
 
-def layout_hash(config: RunConfig, *, backend: str, world_size: int) -> str:
+def layout_hash(config: RunConfig, *, backend: str, world_size: int, frozen: str = "") -> str:
     """Hash of everything that decides which tensors a rank holds, 16 hexadecimal digits.
 
     Args:
         config: with all automatic choices filled in.
         backend: of the model.
         world_size: ranks.
+        frozen: names the weights that are not trained, and so are not in it.
     """
     sections = as_dict(config)
     parts = [*(sections[name] for name in ("model", "parallel", "precision")), backend, device.backend(), world_size]
+    if frozen:
+        parts += [sections["lora"], frozen]
     return xxhash.xxh3_64_hexdigest(json.dumps(parts, sort_keys=True).encode())
 
 

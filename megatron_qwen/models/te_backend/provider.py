@@ -43,11 +43,11 @@ def add_into_main_gradients(modules: Iterable[torch.nn.Module]) -> None:
 
     megatron-core's switch for it (gradient_accumulation_fusion) asks NVIDIA's apex for its own output layer as well,
     whose gradient is computed in objectives/cross_entropy.py. Transformer Engine's layers need no apex, so the switch
-    is set on them.
+    is set on them, except where weights are frozen: those have no main gradients.
     """
     for module in modules:
         for layer in module.modules():
-            if hasattr(layer, "fuse_wgrad_accumulation"):
+            if hasattr(layer, "fuse_wgrad_accumulation") and any(one.requires_grad for one in layer.parameters()):
                 setattr(layer, "fuse_wgrad_accumulation", True)  # noqa: B010
 
 

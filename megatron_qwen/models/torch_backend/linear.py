@@ -21,20 +21,19 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x w' + bias."""
         ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
         out = dense_gemm.linear(x.flatten(0, -2), weight, bias)
         # _unsafe_view: autograd forbids in-place operations, which later layers use, on a view from a Function.
         shaped: torch.Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
         return shaped
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """dx = g w, dw = g' x, db = sum of g."""
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """dx = g w, dw = g' x, db = sum of g; of frozen weights only the first."""
         x, weight = ctx.saved_tensors
         gradient, rows = gradients[0].flatten(0, -2), x.flatten(0, -2)
         grad_x = dense_gemm.linear(gradient, weight.t()).view_as(x)
-        grad_bias = gradient.sum(0) if ctx.has_bias else None
-        return grad_x, _weight_gradient(weight, gradient, rows), grad_bias
+        grad_weight = _weight_gradient(weight, gradient, rows) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
 
 
 def _weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -53,7 +52,7 @@ def _weight_gradient(weight: torch.Tensor, gradient: torch.Tensor, rows: torch.T
 
 def _on_a_cpu_alone(x: torch.Tensor, weight: torch.Tensor, options: dict[str, Any]) -> bool:
     communicates = options["allreduce_dgrad"] or options["sequence_parallel"]
-    return x.device.type == "cpu" and weight.requires_grad and not communicates
+    return x.device.type == "cpu" and not communicates
 
 
 class TorchColumnParallelLinear(ColumnParallelLinear):

@@ -36,6 +36,7 @@ from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.integrity.history import recent
 from megatron_qwen.training.integrity.rerun import StepGuard
 from megatron_qwen.training.local_resume import local_place, newest_committed
+from megatron_qwen.training.lora_start import base_of_run
 from megatron_qwen.training.save_schedule import build_schedule
 from megatron_qwen.training.writers import build_writers
 
@@ -201,7 +202,14 @@ def _checkpointing(
     saved = resumed_at if settings.local_interval is None else min(resumed_at, newest_committed(directory))
     restart_s = time.time() - started
     schedule = build_schedule(settings, directory, saved_at=saved, resumed_at=resumed_at, restart_s=restart_s)
-    return Checkpointing(writer, schedule=schedule, saved=saved, tokenizer=directory.tokenizer, before_save=check)
+    return Checkpointing(
+        writer,
+        schedule=schedule,
+        saved=saved,
+        tokenizer=directory.tokenizer,
+        before_save=check,
+        noted=base_of_run(directory) if dist.get_rank() == 0 else None,
+    )
 
 
 def _local_checkpoints(

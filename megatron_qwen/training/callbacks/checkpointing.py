@@ -1,9 +1,10 @@
 """Saves at intervals, at the end, and when the run is asked to stop."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_qwen.checkpoint import state
 from megatron_qwen.checkpoint.optimizer_state import step_count
@@ -26,6 +27,7 @@ class Checkpointing(Callback):
         saved: iteration whose checkpoint exists already.
         tokenizer: the run's copy of its tokenizer, where it has one.
         before_save: checks the state that is to be saved, on all ranks, and raises where it must not be.
+        noted: to be noted in state.json of every checkpoint.
     """
 
     timed_as = "save"
@@ -38,9 +40,10 @@ class Checkpointing(Callback):
         saved: int,
         tokenizer: Path | None,
         before_save: Callable[[TrainingComponents], None] = lambda components: None,
+        noted: Mapping[str, Any] | None = None,
     ) -> None:
         self.writer, self.schedule, self._saved, self._tokenizer = writer, schedule, saved, tokenizer
-        self._due, self._before_save = False, before_save
+        self._due, self._before_save, self._noted = False, before_save, noted or {}
         self._held_up_s = 0.0  # for which training has stood still for the save that is not committed yet
 
     def after_step(self, trainer: TrainerInterface, record: StepRecord) -> None:
@@ -90,6 +93,7 @@ class Checkpointing(Callback):
                 parallel=components.config.parallel,
                 run_yaml=to_yaml(_as_of_now(components)),
                 tokenizer=self._tokenizer,
+                more=self._noted,
             )
 
         with components.model.whole_parameters():

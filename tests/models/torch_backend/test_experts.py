@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_qwen.models.torch_backend import experts as torch_experts
-from megatron_qwen.models.torch_backend.experts import grouped_gemm, grouped_weight_gradients
+from megatron_qwen.models.torch_backend.grouped_gemm import grouped_gemm, grouped_weight_gradients
 
 # Experts without a token at either end and inside; one that has them all.
 COUNTS = [(3, 0, 5, 8), (0, 16, 0, 0), (0, 7, 9, 0)]

@@ -1,0 +1,1 @@
+"""Adapters: PEFT's files out and in, and merged weights."""
