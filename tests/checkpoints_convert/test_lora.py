@@ -1,0 +1,117 @@
+"""Adapters of PEFT in and out: the same bits, the same logits, and a refusal of what would compute something else."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from megatron_qwen.checkpoint.paths import STATE, iteration_dir
+from tests.checkpoints_convert.models import make
+from tests.conftest import run
+from tests.tiers import cases
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TEXT = torch.tensor([[5, 17, 101, 42, 7, 300, 11, 23, 64, 5, 90, 12]])
+KINDS = {
+    "qwen2 odd": ["q_proj", "v_proj", "down_proj"],
+    "qwen2 even tied": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "qwen3 odd": ["k_proj", "o_proj", "up_proj"],
+    "qwen2_moe even": ["q_proj", "o_proj"],
+    "qwen3_moe even": ["q_proj", "gate_proj", "up_proj", "down_proj"],
+}
+
+
+def convert(*words, code=0):
+    done = run("checkpoints_convert.convert", *words)
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def write_adapter(out, hf, targets, **settings):
+    """An adapter with loud numbers in both matrices, as older transformers name the layers of experts."""
+    config = transformers.AutoConfig.from_pretrained(hf)
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf)
+    names = _linear_layers(model, config, targets)
+    generator = torch.Generator().manual_seed(1)
+    rank = settings.get("r", 4)
+    tensors = {}
+    for name, (outputs, inputs) in names.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = 0.2 * torch.randn(rank, inputs, generator=generator)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = 0.2 * torch.randn(outputs, rank, generator=generator)
+    out.mkdir()
+    save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
+    content = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 6, "target_modules": targets}
+    (out / CONFIG).write_text(json.dumps(content | settings))
+    return out
+
+
+def _linear_layers(model, config, targets):
+    found = {}
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            place = name.rsplit(".", 1)[0]
+            for expert in range(config.num_experts):
+                sizes = {"gate_proj": 2, "up_proj": 2} if name.endswith("gate_up_proj") else {"down_proj": 1}
+                for part, share in sizes.items():
+                    if part in targets:
+                        found[f"{place}.{expert}.{part}"] = (parameter.shape[1] // share, parameter.shape[2])
+        elif name.endswith(".weight") and name.rsplit(".", 2)[1] in targets:
+            found[name.removesuffix(".weight")] = tuple(parameter.shape)
+    return found
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(TEXT % model.config.vocab_size).logits
+
+
+@pytest.fixture(
+    scope="module", params=cases(["qwen2 odd", "qwen3_moe even"], ["qwen2 even tied", "qwen3 odd", "qwen2_moe even"])
+)
+def imported(request, tmp_path_factory):
+    """A model, an adapter, and the checkpoint of it."""
+    root = tmp_path_factory.mktemp("lora")
+    hf = make(request.param, root / "hf", dtype=torch.float32, loud=True)
+    adapter = write_adapter(root / "adapter", hf, KINDS[request.param], use_rslora=request.param == "qwen3 odd")
+    convert("from-hf", hf, root / "base")
+    convert("from-peft", adapter, root / "lora", "--base", root / "base")
+    return root
+
+
+def test_there_and_back_is_the_same_file(imported, tmp_path):
+    convert("to-peft", imported / "lora", tmp_path / "back", "--base-name", "somewhere/base")
+    before, after = load_file(imported / "adapter" / WEIGHTS), load_file(tmp_path / "back" / WEIGHTS)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    content = json.loads((tmp_path / "back" / CONFIG).read_text())
+    given = json.loads((imported / "adapter" / CONFIG).read_text())
+    assert content["base_model_name_or_path"] == "somewhere/base"
+    for key in ("r", "lora_alpha", "peft_type", "task_type"):
+        assert content[key] == given[key]
+    if isinstance(content["target_modules"], list):
+        assert sorted(content["target_modules"]) == sorted(given["target_modules"])
+
+
+def test_merged_it_has_the_logits_of_peft_unmerged(imported, tmp_path):
+    convert("to-peft", imported / "lora", tmp_path / "back")
+    convert("to-hf", imported / "lora", tmp_path / "merged")
+    base = transformers.AutoModelForCausalLM.from_pretrained(imported / "hf")
+    plain = logits(base)
+    unmerged = logits(PeftModel.from_pretrained(base, tmp_path / "back"))
+    merged = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert (unmerged - plain).abs().max() > 0.1
+    assert (merged - unmerged).abs().max() < 1e-5 * max(1.0, plain.abs().max())
+
+
+def test_a_merged_checkpoint_is_what_an_export_merges(imported, tmp_path):
+    convert("merge", imported / "lora", tmp_path / "whole")
+    convert("to-hf", imported / "lora", tmp_path / "direct")
+    convert("verify", tmp_path / "whole", tmp_path / "direct")
+    convert("verify", imported / "lora", tmp_path / "direct", "--logits")
+    state = json.loads((iteration_dir(tmp_path / "whole" / "checkpoints", 0) / STATE).read_text())
+    assert "lora_base" not in state
+    convert("verify", imported / "base", tmp_path / "whole", code=1)
