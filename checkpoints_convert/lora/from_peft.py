@@ -1,7 +1,7 @@
 """``mq convert from-peft``: an adapter of PEFT as a checkpoint of adapters, to train on, generate with, or merge."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +17,18 @@ from checkpoints_convert.lora.peft_config import CONFIG, WEIGHTS, lora_of
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
+from checkpoints_convert.tensor_set import ExportedWeights
 from megatron_qwen.checkpoint.lora_base import LORA_BASE, identified
 from megatron_qwen.checkpoint.merged import MergedWeights
-from megatron_qwen.config.lora import LoraConfig, linear_layers
+from megatron_qwen.config.lora import EMBEDDING, HEAD, LoraConfig, possible_targets
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConversionError, Problem
-from megatron_qwen.hf.adapters import PREFIX, adapter_mappings
+from megatron_qwen.hf.adapters import PREFIX, adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
-_KEY = re.compile(re.escape(PREFIX) + r"model\.layers\.\d+\.(.+)\.lora_[AB]\.weight")
+_KEY = re.compile(re.escape(PREFIX) + r"(?:model\.)?(?:layers\.\d+\.)?(.+)\.lora_(?:embedding_)?[AB]\b")
+_COPY = (f"{EMBEDDING}.base_layer.weight", f"{HEAD}.base_layer.weight")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -38,11 +40,13 @@ class PeftAdapter:
         path: the directory.
         lora: its adapters in a run's words.
         tensors: all of its weights, by their names there.
+        copies: weights of the base that PEFT has put in: it does so where a vocabulary matrix has an adapter.
     """
 
     path: Path
     lora: LoraConfig
     tensors: Mapping[str, torch.Tensor]
+    copies: Mapping[str, torch.Tensor]
 
 
 def read_adapter(path: Path, model: ModelConfig) -> PeftAdapter:
@@ -65,15 +69,20 @@ def read_adapter(path: Path, model: ModelConfig) -> PeftAdapter:
         raise ConversionError(problems)
     try:
         with safe_open(path / WEIGHTS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: _turned(name, file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ConversionError(Problem(str(path / WEIGHTS), None, f"cannot be read: {error}.")) from None
-    found = {_EXPERT.sub(".experts.", match.group(1)) for name in tensors if (match := _KEY.fullmatch(name))}
-    known = [layer.name for layer in linear_layers(model)]
+    copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_COPY)}
+    found = {_EXPERT.sub(".experts.", match.group(1)) for name in tensors if (match := _KEY.match(name))}
+    known = [target.name for target in possible_targets(model)]
     lora = lora_of(content, tuple(name for name in known if name in found), path / CONFIG)
     if problems := _misfits(path, lora, model, tensors):
         raise ConversionError(problems)
-    return PeftAdapter(path, lora, tensors)
+    return PeftAdapter(path, lora, tensors, copies)
+
+
+def _turned(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.t() if turned_in_peft(name) and tensor.dim() == 2 else tensor
 
 
 def _misfits(path: Path, lora: LoraConfig, model: ModelConfig, tensors: Mapping[str, torch.Tensor]) -> list[Problem]:
@@ -124,6 +133,8 @@ def from_peft(
         raise ConversionError(Problem("--base", base.path, f"{fix}."))
     model = base.config.model
     adapter = read_adapter(path, model)
+    if problems := list(_other_copies(adapter, base)):
+        raise ConversionError(problems)
     dtype = next(iter(adapter.tensors.values())).dtype
     noted = identified(base.path).as_json()
     hashes = {name: sha256(path / name) for name in (CONFIG, WEIGHTS)}
@@ -146,6 +157,21 @@ def from_peft(
         state={LORA_BASE: noted},
     )
     return write_checkpoint(checkpoint, workers=workers, restart=restart, quiet=quiet)
+
+
+def _other_copies(adapter: PeftAdapter, base: CheckpointSource) -> Iterator[Problem]:
+    """Copies of the base's weights that are not those of the base."""
+    weights = ExportedWeights(base.weights)
+    for name, copy in adapter.copies.items():
+        own = name.removeprefix(PREFIX).replace(".base_layer.", ".")
+        info = weights.tensors.get(own)
+        if (
+            info is None
+            or tuple(copy.shape) != info.shape
+            or not torch.equal(copy, weights.rows(own, 0, info.shape[0]).to(copy.dtype))
+        ):
+            fix = f"is not the weight of {base.path}: the adapter is for another base, or was trained with more tokens."
+            yield Problem(f"{adapter.path / WEIGHTS}: {name}", None, fix)
 
 
 def _any_core(model: ModelConfig) -> str:

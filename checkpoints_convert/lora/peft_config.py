@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.config.lora import EMBEDDING, LoraConfig, LoraTarget, linear_layers, matches, targets
+from megatron_qwen.config.lora import EMBEDDING, LoraConfig, LoraTarget, matches, possible_targets, targets
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConversionError, Problem
 
@@ -50,12 +50,12 @@ def peft_config(lora: LoraConfig, model: ModelConfig, *, base_name: str | None) 
 
 def _target_modules(chosen: tuple[LoraTarget, ...], model: ModelConfig) -> list[str] | str:
     """Last names where they say it; else a regular expression over whole names."""
-    last = sorted({target.name.rsplit(".", 1)[1] for target in chosen})
-    meant = [layer for layer in linear_layers(model) if any(matches(layer.name, name) for name in last)]
+    last = sorted({target.name.rsplit(".", 1)[-1] for target in chosen})
+    meant = [one for one in possible_targets(model) if any(matches(one, name) for name in last)]
     if meant == list(chosen):
         return last
     names = (re.escape(target.name).replace(r"experts\.", r"experts\.\d+\.") for target in chosen)
-    return rf".*\.({'|'.join(names)})"
+    return rf"(?:.*\.)?({'|'.join(names)})"
 
 
 def lora_of(content: Mapping[str, Any], names: tuple[str, ...], path: Path) -> LoraConfig:

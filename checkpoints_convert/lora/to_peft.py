@@ -18,7 +18,7 @@ from megatron_qwen.checkpoint.merged import MergedWeights
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.files import publish, sync_tree, temporary_name
-from megatron_qwen.hf.adapters import adapter_mappings
+from megatron_qwen.hf.adapters import adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -44,7 +44,7 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
     require_free(out)
     lora, model = source.config.lora, source.config.model
     tensors = {
-        item.names[0]: weights.adapters.rows(item, 0, item.mapping.num_rows).contiguous()
+        item.names[0]: _as_in_peft(item.names[0], weights.adapters.rows(item, 0, item.mapping.num_rows))
         for item in core_tensors(model, adapter_mappings(lora, model))
     }
     draft = temporary_name(out.absolute())
@@ -61,6 +61,10 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _as_in_peft(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.t() if turned_in_peft(name) else tensor).contiguous()
 
 
 def adapters_of(source: CheckpointSource) -> MergedWeights:

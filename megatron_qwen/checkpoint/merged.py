@@ -9,7 +9,7 @@ from megatron_qwen.checkpoint.read import Chunk
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.lora import LoraConfig, LoraTarget, targets
 from megatron_qwen.config.sections import ModelConfig
-from megatron_qwen.hf.adapters import CORE_MODULES, adapter_mappings, adapter_tensor
+from megatron_qwen.hf.adapters import adapter_mappings, adapter_tensor, hf_module
 from megatron_qwen.hf.mapping import CoreTensor, TensorMapping, tensor_mappings
 
 
@@ -80,11 +80,8 @@ def _parts_with_adapters(
     """Of a weight's Hugging Face tensors those with an adapter, by their number: lora_A and lora_B."""
     found = {}
     for target in chosen:
-        place, part = target.name.rsplit(".", 1)
-        expert = ".{expert}" if target.per_expert else ""
-        name = f"model.layers.{{layer}}.{place}{expert}.{part}.weight"
+        name = f"{hf_module(target)}.weight"
         if name in mapping.hf:
-            assert CORE_MODULES[target.name] in mapping.core
             pair = (table[adapter_tensor(target, "lora_A")], table[adapter_tensor(target, "lora_B")])
             found[mapping.hf.index(name)] = pair
     return found

@@ -26,8 +26,8 @@ class LoraConfig:
     dropout: float = setting(0.0, doc="Dropout of what goes into an adapter.", minimum=0.0, below=1.0)
     target_modules: tuple[str, ...] = setting(
         (ALL_LINEAR,),
-        doc="Linear layers with an adapter: all-linear, names (q_proj) or patterns (self_attn.*, mlp.experts.*) of "
-        "Hugging Face modules inside a layer.",
+        doc="What gets an adapter: all-linear (all but the vocabulary's matrices), or names (q_proj, lm_head) and "
+        "patterns (self_attn.*, mlp.experts.*) of Hugging Face modules.",
     )
     modules_to_save: tuple[str, ...] = setting(
         (), doc="Vocabulary matrices that are trained whole, beside the adapters: embed_tokens, lm_head."
@@ -42,12 +42,12 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class LoraTarget:
-    """A kind of linear layer, of which every layer of a model (and every expert of it) has one.
+    """A kind of linear layer, of which every layer of a model (and every expert of it) has one; or a vocabulary matrix.
 
     Args:
-        name: of the Hugging Face module inside a layer, as ``self_attn.q_proj``.
-        inputs: features of its input.
-        outputs: features of its output.
+        name: of the Hugging Face module, inside a layer if layers have it, as ``self_attn.q_proj`` or ``lm_head``.
+        inputs: columns of its weight: features of its input, and of an embedding those of its output.
+        outputs: rows of its weight.
     """
 
     name: str
@@ -55,13 +55,30 @@ class LoraTarget:
     outputs: int
 
     @property
+    def per_layer(self) -> bool:
+        """Whether every layer has one."""
+        return self.name not in (EMBEDDING, HEAD)
+
+    @property
     def per_expert(self) -> bool:
         """Whether every routed expert has one."""
         return ".experts." in self.name
 
 
+def possible_targets(model: ModelConfig) -> tuple[LoraTarget, ...]:
+    """Everything in a model that can have an adapter, in the order of transformers' modules.
+
+    Of tied embeddings one matrix is both: an adapter of either would change what the other computes.
+    """
+    layers = linear_layers(model)
+    if model.share_embeddings_and_output_weights:
+        return layers
+    vocabulary = (model.hidden_size, model.vocab_size)
+    return (LoraTarget(EMBEDDING, *vocabulary), *layers, LoraTarget(HEAD, *vocabulary))
+
+
 def linear_layers(model: ModelConfig) -> tuple[LoraTarget, ...]:
-    """Every kind of linear layer of a model that can have an adapter, in the order of transformers' modules."""
+    """Those inside its layers: what ``all-linear`` means."""
     h, d = model.hidden_size, model.head_dim
     query, kv = model.num_attention_heads * d, model.num_query_groups * d
     sizes = {"q_proj": (h, query), "k_proj": (h, kv), "v_proj": (h, kv), "o_proj": (query, h)}
@@ -82,15 +99,17 @@ def _gated(place: str, hidden: int, ffn: int) -> list[LoraTarget]:
     ]
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a layer's name is meant: the name, its end as in PEFT (``q_proj``), or a pattern with ``*``."""
-    return pattern == ALL_LINEAR or name.endswith(f".{pattern}") or fnmatchcase(name, pattern)
+def matches(target: LoraTarget, pattern: str) -> bool:
+    """Whether a module is meant: by its name, its end as in PEFT (``q_proj``), or a pattern with ``*``."""
+    if pattern == ALL_LINEAR:
+        return target.per_layer
+    return target.name.endswith(f".{pattern}") or fnmatchcase(target.name, pattern)
 
 
 def targets(lora: LoraConfig, model: ModelConfig) -> tuple[LoraTarget, ...]:
-    """The linear layers that get an adapter; none where ``lora.rank`` is null."""
+    """What gets an adapter; nothing where ``lora.rank`` is null."""
     if lora.rank is None:
         return ()
     return tuple(
-        layer for layer in linear_layers(model) if any(matches(layer.name, pattern) for pattern in lora.target_modules)
+        one for one in possible_targets(model) if any(matches(one, pattern) for pattern in lora.target_modules)
     )

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from megatron_qwen.config.lora import EMBEDDING, HEAD, linear_layers, matches, targets
+from megatron_qwen.config.lora import EMBEDDING, HEAD, matches, possible_targets, targets
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import Problem
 
@@ -12,10 +12,12 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
     lora, model, parallel = config.lora, config.model, config.parallel
     if lora.rank is None:
         return
-    names = [layer.name for layer in linear_layers(model)]
+    possible = possible_targets(model)
     for pattern in lora.target_modules:
-        if not any(matches(name, pattern) for name in names):
-            fix = f"matches no linear layer of this model; it has {', '.join(names)}."
+        if not any(matches(one, pattern) for one in possible):
+            fix = f"matches nothing of this model; it has {', '.join(one.name for one in possible)}."
+            if model.share_embeddings_and_output_weights and pattern in (EMBEDDING, HEAD):
+                fix = "is one matrix with the other, tied; train it whole instead: lora.modules_to_save=[embed_tokens]."
             yield Problem("lora.target_modules", pattern, fix)
     if not lora.target_modules:
         yield Problem("lora.target_modules", "[]", "names no layer; set lora.rank=null to train all weights.")
@@ -29,6 +31,11 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
         fix = "needs checkpoint.load, the model that the adapters are for: untrained weights would stay as they are."
         yield Problem("lora.rank", lora.rank, fix)
     chosen = targets(lora, model)
+    if parallel.pipeline_model_parallel_size > 1 and chosen and not any(one.per_layer for one in chosen):
+        fix = "names no module of a layer, so that pipeline stages in the middle would have nothing to train; add one."
+        yield Problem("lora.target_modules", ", ".join(lora.target_modules), fix)
+    for name in {one.name for one in chosen} & set(lora.modules_to_save):
+        yield Problem("lora.modules_to_save", name, "has an adapter by lora.target_modules; name it in one of them.")
     if any(layer.per_expert for layer in chosen) and parallel.expert_tensor_size > 1:
         fix = "cannot split experts with adapters; set parallel.expert_tensor_parallel_size=1."
         yield Problem("parallel.expert_tensor_parallel_size", parallel.expert_tensor_size, fix)

@@ -12,7 +12,7 @@ from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.hf.mapping import TensorMapping, tensor_mappings
 
 PREFIX = "base_model.model."
-# megatron-core's module of each Hugging Face layer, inside a layer; experts are below their list.
+# megatron-core's module of each Hugging Face module, inside a layer if layers have it; experts are below their list.
 CORE_MODULES: Mapping[str, str] = {
     **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attention.linear_qkv"),
     "self_attn.o_proj": "self_attention.linear_proj",
@@ -25,14 +25,27 @@ CORE_MODULES: Mapping[str, str] = {
         )
         for part, linear in (("gate_proj", "linear_fc1"), ("up_proj", "linear_fc1"), ("down_proj", "linear_fc2"))
     },
+    EMBEDDING: "embedding.word_embeddings",
+    HEAD: "output_layer",
 }
 # Suffix of the module that holds the adapters of a linear layer of megatron-core, beside it.
 ADAPTERS = "_lora"
+# PEFT has both matrices of an embedding's adapter the other way round, and gives them other names.
+_OF_EMBEDDINGS = {"lora_A": "lora_embedding_B", "lora_B": "lora_embedding_A"}
+
+
+def hf_module(target: LoraTarget) -> str:
+    """Name of a Hugging Face module, with the placeholders ``{layer}`` and ``{expert}``."""
+    if not target.per_layer:
+        return {EMBEDDING: f"model.{EMBEDDING}", HEAD: HEAD}[target.name]
+    place, part = target.name.rsplit(".", 1)
+    return f"model.layers.{{layer}}.{place}{'.{expert}' if target.per_expert else ''}.{part}"
 
 
 def adapter_tensor(target: LoraTarget, kind: str) -> str:
     """Name in a checkpoint of ``lora_A`` or ``lora_B`` of a kind of layer."""
-    return f"decoder.layers.{CORE_MODULES[target.name]}{ADAPTERS}.{target.name.rsplit('.', 1)[1]}.{kind}"
+    inside = "decoder.layers." if target.per_layer else ""
+    return f"{inside}{CORE_MODULES[target.name]}{ADAPTERS}.{target.name.rsplit('.', 1)[-1]}.{kind}"
 
 
 def adapter_mappings(lora: LoraConfig, model: ModelConfig) -> list[TensorMapping]:
@@ -40,12 +53,17 @@ def adapter_mappings(lora: LoraConfig, model: ModelConfig) -> list[TensorMapping
     assert lora.rank is not None
     found = []
     for target in targets(lora, model):
-        place, part = target.name.rsplit(".", 1)
-        expert = ".{expert}" if target.per_expert else ""
-        name = f"{PREFIX}model.layers.{{layer}}.{place}{expert}.{part}."
+        name = f"{PREFIX}{hf_module(target)}"
         for kind, rows, width in (("lora_A", lora.rank, target.inputs), ("lora_B", target.outputs, lora.rank)):
-            found.append(TensorMapping(adapter_tensor(target, kind), (f"{name}{kind}.weight",), (((0, rows),),), width))
+            theirs = f"{name}.{_OF_EMBEDDINGS[kind]}" if target.name == EMBEDDING else f"{name}.{kind}.weight"
+            padded = kind == "lora_B" and not target.per_layer
+            found.append(TensorMapping(adapter_tensor(target, kind), (theirs,), (((0, rows),),), width, padded))
     return found + [mapping for _, mapping in saved_matrices(lora, model)]
+
+
+def turned_in_peft(name: str) -> bool:
+    """Whether PEFT's file holds a tensor with rows and columns exchanged, by its name there."""
+    return name.endswith(tuple(_OF_EMBEDDINGS.values()))
 
 
 def saved_matrices(lora: LoraConfig, model: ModelConfig) -> Iterator[tuple[str, TensorMapping]]:

@@ -19,11 +19,11 @@ from megatron_qwen.device import has_cuda
 from megatron_qwen.distributed.groups import is_first_stage, is_last_stage
 from megatron_qwen.estimate.choices import choose
 from megatron_qwen.estimate.machine import Machine
-from megatron_qwen.models import lora
 from megatron_qwen.models.backend import Backend
 from megatron_qwen.models.core_config import transformer_config
 from megatron_qwen.models.initialise import initialise
 from megatron_qwen.models.layer_spec import block_spec
+from megatron_qwen.models.lora.attach import attach
 from megatron_qwen.models.qwen_model import QwenModel
 from megatron_qwen.models.te_backend import provider as te_backend
 from megatron_qwen.models.vocabulary import padded_vocab_size
@@ -44,7 +44,7 @@ class Model:
     @property
     def modules(self) -> list[GPTModel]:
         """The bare GPTModel of each chunk."""
-        return [_unwrap(chunk) for chunk in self.chunks]
+        return [unwrapped(chunk) for chunk in self.chunks]
 
     @contextmanager
     def whole_parameters(self) -> Iterator[None]:
@@ -96,7 +96,7 @@ def build_model(config: RunConfig, groups: ProcessGroupCollection, backend: Back
         for stage in range(virtual)
     ]
     for module in modules:
-        lora.attach(module, config, groups)
+        attach(module, config, groups)
         module.to(device)
     initialise(modules, config, groups)
     if backend.name == "te":
@@ -176,7 +176,8 @@ def _chunk(
     )
 
 
-def _unwrap(module: Any) -> GPTModel:
+def unwrapped(module: Any) -> GPTModel:
+    """The bare GPTModel of a chunk."""
     while not isinstance(module, GPTModel):
         module = module.module
     return module

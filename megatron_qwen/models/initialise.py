@@ -23,6 +23,7 @@ from megatron_qwen.models.te_backend.fp8_weights import plain_weights
 # Part of what a seed means: another number of rows gives another model. A thread holds one block, 115 MiB for the
 # widest matrix of the 72B (29,568 columns in fp32). Chosen by hand.
 _BLOCK_ROWS = 1024
+_OF_EMBEDDING = "word_embeddings_lora.embed_tokens.lora_A"
 _RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
@@ -31,7 +32,7 @@ def initialise(modules: Sequence[GPTModel], config: RunConfig, groups: ProcessGr
     """Initialises the parameters of this rank's chunks: matrices normal, biases 0, norm weights 1.
 
     Of an adapter ``lora_A`` is uniform within 1 / sqrt(inputs), as in PEFT (Kaiming's with a = sqrt(5)), and ``lora_B``
-    is 0, so that the model begins as its base.
+    is 0 (an embedding's ``lora_A`` is normal), so that the model begins as its base.
     """
     model = config.model
     residual_std = model.init_method_std
@@ -52,6 +53,8 @@ def _fill_all(
             part.data.fill_(1.0)
         elif part.name.endswith(("bias", "lora_B")):
             part.data.zero_()
+        elif part.name.endswith(_OF_EMBEDDING):
+            _fill(part, partial(_normal, std=1.0), config.training.seed)
         elif part.name.endswith("lora_A"):
             _fill(part, partial(_uniform, bound=part.global_shape[1] ** -0.5), config.training.seed)
         else:

@@ -45,6 +45,11 @@ def build_optimizer(config: RunConfig, model: Model, groups: ProcessGroupCollect
         exp_avg_sq_dtype=_MOMENTS[precision.exp_avg_sq_dtype],
     )
     optimizer = get_megatron_optimizer(settings, model.chunks)
+    if config.lora.rank is not None:
+        # With adapters of experts alone the dense part has no parameters on any rank, and a chain with an empty part
+        # cannot be saved (megatron-core 0.19, ChainedOptimizer._synchronize_steps).
+        parts = [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+        optimizer.chained_optimizers = parts
     for part in optimizer.chained_optimizers:
         if part.is_stub_optimizer:  # this rank has no parameters of this kind (dense or expert)
             continue

@@ -10,7 +10,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron_qwen import device
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.loaders.batches import Batch
+from megatron_qwen.models.build import unwrapped
 from megatron_qwen.models.core_config import DTYPES
+from megatron_qwen.models.lora.attach import head_adapter
+from megatron_qwen.models.lora.vocabulary import HeadAdapter
 from megatron_qwen.models.sequences import PackedSequences, packed_sequences
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.vocabulary import padded_vocab_size
@@ -70,19 +73,29 @@ class ForwardStep:
             packed_seq_params=_sequences(batch),
             padding_mask=batch.padding if self._has_routers else None,
             labels=batch.labels,
-            output_processor=self._objective_result,
+            output_processor=partial(self._objective_result, adapter=head_adapter(unwrapped(chunk))),
             output_processor_context=batch,
         )
         return output, partial(_sums, self.metrics, batch)
 
     def _objective_result(
-        self, *, hidden_states: torch.Tensor, output_layer: Any, output_weight: Any, context: Batch, **_: Any
+        self,
+        *,
+        adapter: HeadAdapter | None,
+        hidden_states: torch.Tensor,
+        output_layer: Any,
+        output_weight: Any,
+        context: Batch,
+        **_: Any,
     ) -> ObjectiveResult:
         """What GPTModel returns in place of logits or losses."""
+        # With tied embeddings on the same rank the output layer has no weight of its own: it is passed in, and it has
+        # arrived (``arrival.py``) because the embedding was called before.
+        weight = output_weight if output_layer.weight is None else arrived_weight(output_layer)
+        if adapter is not None:
+            hidden_states, weight = adapter.widened(hidden_states, weight)
         head = OutputHead(
-            # With tied embeddings on the same rank the output layer has no weight of its own: it is passed in, and
-            # it has arrived (``arrival.py``) because the embedding was called before.
-            output_weight if output_layer.weight is None else arrived_weight(output_layer),
+            weight,
             group=self._groups.tp,
             sequence_parallel=self._sequence_parallel,
             vocab_size=self._vocab_size,

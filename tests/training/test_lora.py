@@ -52,6 +52,8 @@ def start_of(pool, documents, starts, tmp_path_factory):
 CASES = [
     ("tiny_dense", WithPeft, {}),
     ("tiny_dense", WithPeft, {"target_modules": ("q_proj", "v_proj", "mlp.down_proj"), "use_rslora": True}),
+    ("tiny_dense", WithPeft, {"target_modules": ("embed_tokens", "lm_head", "k_proj", "gate_proj")}),
+    ("tiny_dense", WithPeft, {"target_modules": ("v_proj",), "modules_to_save": ("embed_tokens", "lm_head")}),
     ("tiny_moe", Merged, {}),
     ("tiny_moe", WithPeft, {"target_modules": ("self_attn.*",)}),
 ]
@@ -107,20 +109,35 @@ def on_one_rank(pool, documents, starts, tmp_path_factory):
     """A few steps on one rank, and the adapters after them, by recipe."""
     kept = {}
 
-    def found(recipe):
-        if recipe not in kept:
+    def found(recipe, lora):
+        key = (recipe, repr(lora))
+        if key not in kept:
             run_dir = tmp_path_factory.mktemp("one")
-            (steps,) = pool[1].run(ranks.steps_from, lora_run(recipe, documents, starts[recipe]), run_dir, FEW)
-            kept[recipe] = steps, load_file(adapter_at(run_dir, run_dir / "peft", FEW) / "adapter_model.safetensors")
-        return kept[recipe]
+            (steps,) = pool[1].run(ranks.steps_from, lora_run(recipe, documents, starts[recipe], **lora), run_dir, FEW)
+            kept[key] = steps, load_file(adapter_at(run_dir, run_dir / "peft", FEW) / "adapter_model.safetensors")
+        return kept[key]
 
     return found
 
 
-@pytest.mark.parametrize(("recipe", "name", "size", "layout"), cases(LAYOUTS, MORE_LAYOUTS))
-def test_a_layout_changes_nothing(recipe, name, size, layout, pool, documents, starts, on_one_rank, tmp_path):
-    alone, adapters = on_one_rank(recipe)
-    config = lora_run(recipe, documents, starts[recipe], layout=layout)
+VOCABULARY = {"target_modules": ("embed_tokens", "lm_head", "self_attn.*")}
+WHOLE = {"target_modules": ("self_attn.*",), "modules_to_save": ("embed_tokens", "lm_head")}
+EXPERTS = {"target_modules": ("mlp.experts.*",)}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name", "size", "layout", "lora"),
+    [(*case, {}) for case in cases(LAYOUTS, MORE_LAYOUTS)]
+    + [("tiny_dense", "TP2+SP", 2, TP2 | SP, VOCABULARY)]
+    + cases(
+        [],
+        [("tiny_dense", *one, lora) for lora in (VOCABULARY, WHOLE) for _, *one in LAYOUTS[:4]]
+        + [("tiny_moe", *one, EXPERTS) for _, *one in (LAYOUTS[4], *MORE_LAYOUTS[8:10])],
+    ),
+)
+def test_a_layout_changes_nothing(recipe, name, size, layout, lora, pool, documents, starts, on_one_rank, tmp_path):
+    alone, adapters = on_one_rank(recipe, lora)
+    config = lora_run(recipe, documents, starts[recipe], layout=layout, **lora)
     for steps in pool[size].run(ranks.steps_from, config, tmp_path, FEW):
         assert [step["loss"] for step in steps] == pytest.approx([step["loss"] for step in alone], rel=1e-6)
         assert [step["grad_norm"] for step in steps] == pytest.approx([step["grad_norm"] for step in alone], rel=1e-5)

@@ -1,4 +1,4 @@
-"""Experts with adapters (``models/lora.py``): the grouped GEMMs of ``experts.py``, each an operation of its own.
+"""Experts with adapters (``models/lora``): the grouped GEMMs of ``experts.py``, each an operation of its own.
 
 Experts without adapters are one operation that recomputes SwiGLU in its backward pass. An adapter reads and adds
 between the GEMMs, so here autograd keeps what lies between them.
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_qwen.hf.adapters import ADAPTERS
-from megatron_qwen.models.lora import Adapters
+from megatron_qwen.models.lora.linear import Adapters
 from megatron_qwen.models.torch_backend.arrival import arrived_weight
 from megatron_qwen.models.torch_backend.functions import SwiGLU
 from megatron_qwen.models.torch_backend.grouped_gemm import grouped_gemm, grouped_weight_gradients, weighed

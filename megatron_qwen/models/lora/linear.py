@@ -1,8 +1,4 @@
-"""Low-rank adapters beside the linear layers of a model whose own weights are frozen.
-
-An adapter is a module of its own next to the linear layer, which is left as it is (any backend's, FP8 too): a hook
-adds its product to the layer's output. megatron-core computes several Hugging Face layers as one (``linear_qkv``: q, k
-and v; ``linear_fc1``: gate and up). Each of them has an adapter of its own here, as in PEFT.
+"""Adapters of a linear layer of megatron-core, which may be several linear layers of Hugging Face.
 
 Under tensor parallelism ``lora_B`` of a column-parallel layer is split as the layer's outputs and ``lora_A`` of a
 row-parallel one as its inputs; the other matrix is whole on every rank. What is communicated has the rank of the
@@ -16,124 +12,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import tensor_parallel
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
-from torch import distributed as dist
 from torch import nn
 
-from megatron_qwen.config.lora import EMBEDDING, HEAD, LoraConfig, targets
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.hf.adapters import ADAPTERS, CORE_MODULES
+from megatron_qwen.models.lora.adapter import Adapter
 from megatron_qwen.models.torch_backend.arrival import arrive
 
 _QKV = ("q_proj", "k_proj", "v_proj")
 _GATE_UP = ("gate_proj", "up_proj")
-_OF_EXPERTS = "mlp.experts.experts"
-
-
-def attach(module: GPTModel, config: RunConfig, groups: ProcessGroupCollection) -> None:
-    """Gives a model chunk its adapters, and freezes all other weights but those of ``lora.modules_to_save``.
-
-    Args:
-        module: the chunk, before it is wrapped.
-        config: of the run; nothing happens where ``lora.rank`` is null.
-        groups: of this rank.
-    """
-    lora = config.lora
-    if lora.rank is None:
-        return
-    module.requires_grad_(False)
-    _train_whole(module, lora)
-    wanted: dict[str, list[str]] = {}
-    for target in targets(lora, config.model):
-        wanted.setdefault(CORE_MODULES[target.name], []).append(target.name.rsplit(".", 1)[1])
-    for layer in module.decoder.layers:
-        for place, parts in wanted.items():
-            for parent, name in _linears(layer, place):
-                _adapt(parent, name, parts, config, groups, expert=_OF_EXPERTS in place)
-    if module.pre_process and EMBEDDING not in lora.modules_to_save:
-        # A layer that is recomputed gets gradients for its weights only if its input asks for one.
-        module.embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
-
-
-def _train_whole(module: GPTModel, lora: LoraConfig) -> None:
-    if module.pre_process and EMBEDDING in lora.modules_to_save:
-        module.embedding.word_embeddings.weight.requires_grad_(True)
-    if module.post_process and module.output_layer.weight is not None:
-        tied = module.share_embeddings_and_output_weights
-        module.output_layer.weight.requires_grad_((EMBEDDING if tied else HEAD) in lora.modules_to_save)
-
-
-def _linears(layer: nn.Module, place: str) -> list[tuple[nn.Module, str]]:
-    """The modules that hold a kind of linear layer, and its name in them: one, or one of each expert of this rank."""
-    path, name = place.rsplit(".", 1)
-    if path == _OF_EXPERTS:
-        experts: Sequence[nn.Module] = layer.get_submodule("mlp.experts").local_experts  # type: ignore[assignment]
-        return [(expert, name) for expert in experts]
-    return [(layer.get_submodule(path), name)]
-
-
-def _adapt(
-    parent: nn.Module,
-    name: str,
-    parts: Sequence[str],
-    config: RunConfig,
-    groups: ProcessGroupCollection,
-    *,
-    expert: bool,
-) -> None:
-    linear: Any = getattr(parent, name)
-    column = name in ("linear_qkv", "linear_fc1")
-    adapters = Adapters(linear.weight, parts, config, groups, column=column, expert=expert)
-    parent.add_module(f"{name}{ADAPTERS}", adapters)
-
-    def add(_module: nn.Module, inputs: tuple[Any, ...], output: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, Any]:
-        return output[0] + adapters(inputs[0]), output[1]
-
-    linear.register_forward_hook(add)
-
-
-class Adapter(nn.Module):
-    """This rank's part of one adapter.
-
-    Args:
-        rank: of the adapter.
-        inputs: features of this rank's input.
-        outputs: features of this rank's output.
-        like: weight of the layer, whose format the adapter has.
-        axes: the axis along which each matrix is split over ``group``; empty where none is.
-        group: the tensor-parallel ranks of the layer.
-    """
-
-    def __init__(
-        self,
-        rank: int,
-        inputs: int,
-        outputs: int,
-        *,
-        like: torch.Tensor,
-        axes: Mapping[str, int],
-        group: dist.ProcessGroup,
-    ) -> None:
-        super().__init__()
-        self.lora_A = nn.Parameter(torch.empty(rank, inputs, dtype=like.dtype, device=like.device))
-        self.lora_B = nn.Parameter(torch.empty(outputs, rank, dtype=like.dtype, device=like.device))
-        self._axes, self._group = dict(axes), group
-        for name, axis in axes.items():
-            set_tensor_model_parallel_attributes(getattr(self, name), is_parallel=True, dim=axis, stride=1)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
-        """Both matrices as slices of the whole ones."""
-        assert metadata is not None
-        own = {"lora_A": self.lora_A, "lora_B": self.lora_B}
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            own, prefix, self._axes, sharded_offsets, tp_group=self._group, dp_cp_group=metadata["dp_cp_group"]
-        )
-        return found
 
 
 class Adapters(nn.Module):

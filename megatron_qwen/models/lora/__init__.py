@@ -1,0 +1,1 @@
+"""Low-rank adapters (LoRA) beside a model whose own weights are frozen."""
