@@ -173,7 +173,11 @@ def _compile(config: RunConfig, machine: Machine, world_size: int) -> _ValueAndR
     if not machine.compiler:
         return False, "no C++ compiler (g++) was found"
     tokens = config.training.train_iters * config.training.global_batch_size * config.data.seq_length
-    work = training_flops_per_token(config.model, config.data.seq_length) * tokens / (world_size * machine.threads)
+    work = (
+        training_flops_per_token(config.model, config.data.seq_length, config.lora)
+        * tokens
+        / (world_size * machine.threads)
+    )
     if work < _COMPILE_FROM_FLOP:
         return (
             False,

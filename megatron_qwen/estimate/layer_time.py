@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.adapters import products
 from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import GemmRate, Hardware
 
@@ -14,6 +15,9 @@ _HIDDEN_PASSES = 29.0
 _FFN_PASSES = 8.0
 # Over [routed tokens, hidden]: permutation, weighting and the inverse permutation, 3 x (2 + 2).
 _ROUTED_PASSES = 12.0
+# Over [tokens, outputs] of a layer with an adapter, by counting: its product is put beside those of other adapters of
+# the layer (2), and added (3). Not measured.
+_ADAPTER_PASSES = 5.0
 # Fraction of the copy bandwidth that memory-bound kernels reach: from the profile of a 7B's step on an H200.
 _BANDWIDTH_SHARE = 0.5
 # Bytes to round one operand element of an FP8 GEMM: bf16 is read twice (amax, cast: 4), and one byte is written in row
@@ -105,9 +109,11 @@ def layer_time(config: RunConfig, device: Hardware, assume: Assumptions, *, fp8:
     again = _recompute(config)
     mlp = _mlp(config, device, assume, rate, tokens)
     # QKV projection [tokens, h] x [h, (q + 2 kv) / TP], output projection [tokens, q / TP] x [q / TP, h].
-    gemm = linear_time(rate, device, tokens, h, (q + 2 * kv) / tp, again.layer)
-    gemm += linear_time(rate, device, tokens, q / tp, h, again.layer)
-    gemm = gemm / assume.power + mlp.gemm
+    trained = config.lora.rank is None
+    gemm = linear_time(rate, device, tokens, h, (q + 2 * kv) / tp, again.layer, trained=trained)
+    gemm += linear_time(rate, device, tokens, q / tp, h, again.layer, trained=trained)
+    adapters = _adapters(config, device, assume, tokens, again.layer)
+    gemm = gemm / assume.power + mlp.gemm + adapters.gemm
     # Each linear layer rounds its input and the gradient of its output.
     rounded = (h + q / tp) + (q + 2 * kv) / tp + h + mlp.rounded
     moved = _HIDDEN_PASSES * h / (tp if parallel.sequence_parallel else 1) + mlp.moved
@@ -116,7 +122,7 @@ def layer_time(config: RunConfig, device: Hardware, assume: Assumptions, *, fp8:
     whole = MicroBatchTime(
         gemm=gemm,
         attention=_attention(config, device, assume, tokens, again.attention),
-        memory_bound=memory_bytes * tokens / (_BANDWIDTH_SHARE * device.memory_gb_s * 1e9),
+        memory_bound=memory_bytes * tokens / (_BANDWIDTH_SHARE * device.memory_gb_s * 1e9) + adapters.memory_bound,
         tp_comm=_tp_comm(config, device, assume, tokens, again.layer),
         cp_comm=_cp_comm(config, device, tokens),
         ep_comm=mlp.ep_comm,
@@ -132,8 +138,11 @@ def _mlp(config: RunConfig, device: Hardware, assume: Assumptions, rate: GemmRat
     model, parallel = config.model, config.parallel
     tp, h, again = parallel.tensor_model_parallel_size, model.hidden_size, _recompute(config).mlp
 
+    trained = config.lora.rank is None
+
     def swiglu(rows: float, f: float) -> float:
-        both = linear_time(rate, device, rows, h, 2 * f, again) + linear_time(rate, device, rows, f, h, again)
+        both = linear_time(rate, device, rows, h, 2 * f, again, trained=trained)
+        both += linear_time(rate, device, rows, f, h, again, trained=trained)
         return both / assume.power
 
     if model.num_moe_experts is None:
@@ -155,6 +164,23 @@ def _mlp(config: RunConfig, device: Hardware, assume: Assumptions, rate: GemmRat
     # Dispatch and combine, in the forward and in the backward pass.
     ep_comm = 4 * _exchange(config, device, tokens, routed, deduplicated=assume.deduplicated)
     return _Mlp(gemm, ep_comm, rounded, moved)
+
+
+def _adapters(config: RunConfig, device: Hardware, assume: Assumptions, tokens: float, again: float) -> MicroBatchTime:
+    """The products of a layer's adapters, always in bf16, and the addition of each to its layer's output."""
+    gemm = moved = 0.0
+    parallel, model = config.parallel, config.model
+    for target, inputs, outputs in products(config):
+        rank, groups, rows = float(config.lora.rank or 0), 1.0, tokens
+        if target.per_expert:
+            groups = (model.num_moe_experts or 0) / parallel.expert_model_parallel_size
+            split = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+            rows = tokens * model.moe_router_topk * assume.imbalance / split / groups
+        gemm += groups * linear_time(device.bf16, device, rows, inputs, rank, again)
+        gemm += groups * linear_time(device.bf16, device, rows, rank, outputs, again)
+        moved += groups * rows * outputs * _ADAPTER_PASSES
+    seconds = moved * 2.0 / (_BANDWIDTH_SHARE * device.memory_gb_s * 1e9)
+    return MicroBatchTime(gemm=gemm / assume.power, memory_bound=seconds)
 
 
 def _attention(config: RunConfig, device: Hardware, assume: Assumptions, tokens: float, again: float) -> float:
@@ -218,7 +244,9 @@ def _exchange(config: RunConfig, device: Hardware, tokens: float, routed: float,
     return max(near, rows * row / (device.network_gb_s * 1e9))
 
 
-def linear_time(rate: GemmRate, device: Hardware, rows: float, inner: float, outer: float, again: float) -> float:
+def linear_time(
+    rate: GemmRate, device: Hardware, rows: float, inner: float, outer: float, again: float, *, trained: bool = True
+) -> float:
     """Seconds of a linear layer's three GEMMs: output, input gradient, and weight gradient accumulated in fp32.
 
     Args:
@@ -228,10 +256,13 @@ def linear_time(rate: GemmRate, device: Hardware, rows: float, inner: float, out
         inner: input features.
         outer: output features.
         again: repetitions of the forward GEMM by recompute.
+        trained: whether there is a weight gradient.
     """
     memory = device.memory_gb_s
     forward = rate.seconds(rows, outer, inner, memory_gb_s=memory)
     input_gradient = rate.seconds(rows, inner, outer, memory_gb_s=memory)
+    if not trained:
+        return forward * (1 + again) + input_gradient
     # The fp32 sum is read and written: 8 bytes an element.
     weight_gradient = rate.seconds(inner, outer, rows, memory_gb_s=memory, result_bytes=8.0)
     return forward * (1 + again) + input_gradient + weight_gradient

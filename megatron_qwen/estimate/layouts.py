@@ -184,5 +184,10 @@ def _judge(
     if need > device.memory_gib:
         return RejectedLayout(config, f"needs {need:.0f} GiB of {device.memory_gib:.0f}.", need)
     time = step_time(config, device=device, world_size=world_size, assumptions=assumptions)
-    flops = training_flops_per_token(config.model, config.data.seq_length) * time.tokens / time.seconds / world_size
+    flops = (
+        training_flops_per_token(config.model, config.data.seq_length, config.lora)
+        * time.tokens
+        / time.seconds
+        / world_size
+    )
     return LayoutEstimate(config, memory, time, world_size, flops / (device.peak_tflops * 1e12))

@@ -12,13 +12,22 @@ from megatron_qwen.config.pipeline import layers_per_stage
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.estimate import cpu_attention
+from megatron_qwen.estimate.adapters import (
+    adapted_parts,
+    adapters_per_rank,
+    adapts_experts,
+    padded_rows,
+    products,
+    trained_parameters,
+    trained_per_rank,
+    trains_output,
+)
 
 # CUDA context, NCCL buffers and fragmentation of a rank. Chosen by hand: what the allocator does not report was not
 # measured (docs/performance.md, "Choosing a layout").
 ALLOWANCE_GIB = 4.0
 # Tokens per chunk of logits in the loss on a GPU (objectives/cross_entropy.py), and bytes per logit in bf16.
 _LOSS_CHUNK_TOKENS, _LOSS_BYTES = 4096, 2
-_VOCABULARY_MULTIPLE = 128  # models/vocabulary.py, which imports no estimate
 _GIB = 2.0**30
 
 
@@ -78,7 +87,7 @@ def parameters_per_rank(config: RunConfig, *, stage: int) -> tuple[int, int]:
     model, parallel = config.model, config.parallel
     stages = layers_per_stage(model.num_layers, parallel)
     tp = parallel.tensor_model_parallel_size
-    rows = _padded_rows(model.vocab_size, tp) // tp
+    rows = padded_rows(config) // tp
     first, last = stage == 0, stage == len(stages) - 1
     embeddings = rows * model.hidden_size * (first + last)
     if first and last and model.share_embeddings_and_output_weights:
@@ -93,19 +102,14 @@ def parameters_per_rank(config: RunConfig, *, stage: int) -> tuple[int, int]:
 
 
 def checkpoint_bytes(config: RunConfig, *, parameters: int) -> float:
-    """Bytes of a checkpoint: weights, and fp32 main weights and two moments a parameter.
+    """Bytes of a checkpoint: trained weights, and fp32 main weights and two moments of each.
 
     Args:
         config: the run.
         parameters: of the whole model.
     """
     weights = 2 if config.precision.dtype == "bf16" else 4
-    return parameters * (weights + 12.0)
-
-
-def _padded_rows(vocab_size: int, tp: int) -> int:
-    multiple = _VOCABULARY_MULTIPLE * tp
-    return -(-vocab_size // multiple) * multiple
+    return (trained_parameters(config) or parameters) * (weights + 12.0)
 
 
 def _dense_layer(model: ModelConfig, tp: int) -> int:
@@ -139,17 +143,19 @@ def _stage(config: RunConfig, index: int, layers: int, world_size: int, backend:
     per_gradient = 4 if precision.grad_reduce_in_fp32 or not bf16 else 2
     stages = parallel.pipeline_model_parallel_size
     tp = parallel.tensor_model_parallel_size
-    rows = _padded_rows(config.model.vocab_size, tp) // tp
+    rows = padded_rows(config) // tp
+    trained = trained_per_rank(config, (dense, experts), stage=index)
+    held = dense + experts + sum(adapters_per_rank(config, stage=index))
     # Transformer Engine keeps each FP8 weight in row and in column order, one byte each.
     in_fp8 = 2.0 * _fp8_parameters(config, index, layers)
     both = 0.0 if config.performance.fp8_param_gather else in_fp8
     on_device = 1 - (config.performance.optimizer_offload_fraction or 0.0)
     return StageMemory(
         stage=index,
-        parameters=dense + experts,
-        weights=(dense + experts) * (2.0 if bf16 else 4.0) + both,
-        gradients=(dense + experts) * float(per_gradient),
-        optimizer=state * on_device * (dense / dense_share + experts / expert_share),
+        parameters=held,
+        weights=held * (2.0 if bf16 else 4.0) + both,
+        gradients=sum(trained) * float(per_gradient),
+        optimizer=state * on_device * (trained[0] / dense_share + trained[1] / expert_share),
         activations=_activations(config, index, layers, world_size, backend, gpu),
         loss=_loss(config, rows) if index == stages - 1 else 0.0,
     )
@@ -159,7 +165,7 @@ def _loss(config: RunConfig, rows: int) -> float:
     """Logits of a chunk, and the gradient of the output matrix: in bf16, and summed in fp32 over several chunks."""
     tokens = config.training.micro_batch_size * config.data.seq_length / config.parallel.context_parallel_size
     chunk = min(tokens, config.performance.cross_entropy_chunk_tokens or _LOSS_CHUNK_TOKENS)
-    gradient = _LOSS_BYTES if tokens <= chunk else _LOSS_BYTES + 4
+    gradient = (_LOSS_BYTES if tokens <= chunk else _LOSS_BYTES + 4) if trains_output(config) else 0
     return rows * (float(chunk) * _LOSS_BYTES + config.model.hidden_size * gradient)
 
 
@@ -174,7 +180,7 @@ def _fp8_parameters(config: RunConfig, stage: int, layers: int) -> float:
     matrices = (stage == 0) + last
     if matrices == 2 and config.model.share_embeddings_and_output_weights:
         matrices = 1
-    outside = _padded_rows(config.model.vocab_size, tp) // tp * config.model.hidden_size * matrices
+    outside = padded_rows(config) // tp * config.model.hidden_size * matrices
     excluded = 0
     if precision.first_last_layers_bf16 and precision.fp8 != "delayed":
         excluded = precision.num_layers_at_start_in_bf16 * (stage == 0) + precision.num_layers_at_end_in_bf16 * last
@@ -188,7 +194,10 @@ def _activations(config: RunConfig, stage: int, layers: int, world_size: int, ba
     kept, whole = _layer_activations(config, backend, gpu)
     in_flight = _in_flight(config, stage, world_size)
     working = tokens * _working(config, backend, gpu)
-    if backend == "torch" and config.model.is_moe and not _one_by_one(config):  # gradients of all of a layer's experts
+    frozen = config.lora.rank is not None
+    if (
+        backend == "torch" and config.model.is_moe and not _one_by_one(config) and not frozen
+    ):  # gradients of all of a layer's experts
         experts = parameters_per_rank(config, stage=stage)[1] / layers
         working += experts * (2.0 if config.precision.dtype == "bf16" else 4.0)
     if training.recompute_granularity != "full":
@@ -249,12 +258,36 @@ def _layer_activations(config: RunConfig, backend: str, gpu: bool) -> tuple[floa
     saved = 0.0
     if config.precision.fp8 is not None and not config.precision.emulate_fp8:
         saved = 2 * h / residual_tp + q / tp + feed_forward / 3
-    whole = size * (residual + attention + feed_forward) - saved
+    whole = size * (residual + attention + feed_forward + _of_adapters(config, residual_tp)) - saved
     if training.recompute_granularity == "full":
         return size * h / residual_tp, whole
     if training.recompute_granularity == "selective" and {"mlp", "moe"} & set(training.recompute_modules):
         return size * (residual + attention), whole
     return whole, whole
+
+
+def _of_adapters(config: RunConfig, residual_tp: int) -> float:
+    """Scalars per token that frozen weights do not need and adapters keep, on a rank.
+
+    A frozen layer needs its input for no weight gradient; its adapter does. An adapter keeps what it has projected.
+    """
+    if config.lora.rank is None:
+        return 0.0
+    model, tp, parts = config.model, config.parallel.tensor_model_parallel_size, adapted_parts(config)
+    kept = 0.0
+    for target, _, _ in products(config):
+        copies = model.moe_router_topk if target.per_expert else 1
+        whole = target.name.endswith(("o_proj", "down_proj"))  # summed over the ranks, and cut again under SP
+        kept += copies * config.lora.rank / (residual_tp if whole else 1)
+    if not parts["qkv"]:
+        kept -= model.hidden_size / residual_tp
+    width = (model.moe_shared_expert_intermediate_size or 0) if model.is_moe else model.ffn_hidden_size
+    adapted = {name: any(not target.per_expert for target in found) for name, found in parts.items()}
+    kept -= 0 if adapted["fc1"] or model.is_moe else model.hidden_size / residual_tp  # routers keep it, too
+    kept -= 0 if adapted["fc2"] else width / tp
+    if model.is_moe and not adapts_experts(config):
+        kept -= model.moe_router_topk * model.hidden_size * config.parallel.expert_tensor_size / residual_tp
+    return kept
 
 
 def _kept_by_attention(config: RunConfig, gpu: bool) -> float:
@@ -271,7 +304,7 @@ def _attends_again(config: RunConfig) -> bool:
 
 def _one_by_one(config: RunConfig) -> bool:
     """Whether the torch backend's experts compute one after the other."""
-    return config.precision.emulate_fp8 or config.performance.moe_grouped_gemm is False
+    return config.precision.emulate_fp8 or config.performance.moe_grouped_gemm is False or adapts_experts(config)
 
 
 def _feed_forward_activations(config: RunConfig, backend: str, residual_tp: int) -> float:

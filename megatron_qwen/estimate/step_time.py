@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from megatron_qwen.config.pipeline import layers_per_stage
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.adapters import trained_per_rank, trains_output
 from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import Hardware
 from megatron_qwen.estimate.layer_time import MicroBatchTime, layer_time, linear_time
@@ -113,7 +114,7 @@ def _data_parallel(
     parallel = config.parallel
     tp = parallel.tensor_model_parallel_size
     stage_ranks = max(1, world_size // parallel.pipeline_model_parallel_size)
-    dense, experts = parameters_per_rank(config, stage=0)
+    dense, experts = trained_per_rank(config, parameters_per_rank(config, stage=0), stage=0)
     # Dense parameters are replicated over all ranks of a stage but the TP ones (context ranks hold them too), experts
     # over the ranks of a stage outside their EP x ETP grid.
     grid = parallel.expert_model_parallel_size * parallel.expert_tensor_size
@@ -175,6 +176,7 @@ def _loss(config: RunConfig, device: Hardware, assume: Assumptions) -> MicroBatc
     model, parallel, training = config.model, config.parallel, config.training
     tokens = training.micro_batch_size * config.data.seq_length / parallel.context_parallel_size
     rows = model.vocab_size / parallel.tensor_model_parallel_size
-    gemm = linear_time(device.bf16, device, tokens, model.hidden_size, rows, 0.0) / assume.power
-    moved = _LOGIT_BYTES * tokens * rows + _OUTPUT_GRADIENT_BYTES * rows * model.hidden_size
+    trained = trains_output(config)
+    gemm = linear_time(device.bf16, device, tokens, model.hidden_size, rows, 0.0, trained=trained) / assume.power
+    moved = _LOGIT_BYTES * tokens * rows + (_OUTPUT_GRADIENT_BYTES * rows * model.hidden_size if trained else 0.0)
     return MicroBatchTime(gemm=gemm, memory_bound=moved / (device.memory_gb_s * 1e9))

@@ -80,8 +80,34 @@ def random_tokens(tmp_path_factory):
 
 @pytest.mark.parametrize(("recipe", "name", "shape"), CASES, ids=[" ".join(case) for case in CASES])
 def test_estimate_is_within_five_percent(recipe, name, shape, random_tokens, pool):
+    compare(recipe, name, shape, random_tokens, pool)
+
+
+LORA = ["lora.rank=16", "checkpoint.load=unused"]
+FEW = [*LORA, "lora.target_modules=[q_proj,v_proj]"]
+WHOLE = [*FEW, "lora.modules_to_save=[lm_head]"]
+LORA_CASES = cases(
+    [("tiny_dense", "one", "narrow", LORA), ("tiny_moe", "EP2", "narrow", LORA), ("tiny_dense", "TP2+SP", "wide", FEW)],
+    [
+        *(("tiny_dense", name, "wide", LORA) for name in ("one", "TP2+SP", "PP2", "full recompute", "CP2")),
+        ("tiny_dense", "one", "narrow", FEW),
+        ("tiny_dense", "one", "narrow", WHOLE),
+        ("tiny_moe", "one", "narrow", LORA),
+        ("tiny_moe", "one", "wide", FEW),
+        ("tiny_moe", "EP2", "wide", LORA),
+    ],
+)
+
+
+@pytest.mark.parametrize(("recipe", "name", "shape", "lora"), LORA_CASES)
+def test_estimate_of_lora_is_within_five_percent(recipe, name, shape, lora, random_tokens, pool):
+    compare(recipe, name, shape, random_tokens, pool, lora)
+
+
+def compare(recipe, name, shape, random_tokens, pool, more=()):
     ranks, layout = TABLES[recipe][name]
     words = [*COMMON, *SHAPES[shape], *(EXPERTS[shape] if recipe == "tiny_moe" else []), f"data.path={random_tokens}"]
+    words += more
     config = jobs.with_layout(resolve(recipe, words, RECIPES), layout)
     stages = memory_per_stage(config, world_size=ranks, backend="torch", gpu=False)
     fullest = dict.fromkeys(range(len(stages)), 0.0)

@@ -75,9 +75,11 @@ class Adapters(nn.Module):
             Of the shape of the layer's output.
         """
         matrices = self.matrices()
-        low = [self._gathered(product) for product in self._low_rank(x, [first for first, _ in matrices.values()])]
+        # Scaled where it is narrow.
+        projected = self._low_rank(x, [first for first, _ in matrices.values()])
+        low = [self.scale * self._gathered(part) for part in projected]
         products = {name: F.linear(part, last) for (name, (_, last)), part in zip(matrices.items(), low, strict=True)}
-        return self.scale * self.joined(products)
+        return self.joined(products)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

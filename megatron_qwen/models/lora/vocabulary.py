@@ -82,7 +82,7 @@ class EmbeddingAdapter(_OfVocabulary):
             )
         elif self.group.size() > 1:
             low = tensor_parallel.reduce_from_tensor_model_parallel_region(low, group=self.group)
-        return self.scale * F.linear(low, first.t())
+        return F.linear(self.scale * low, first.t())
 
 
 class HeadAdapter(_OfVocabulary):

@@ -52,8 +52,8 @@ def _layer(rows: torch.Tensor, counts: Counts, experts: Sequence[torch.nn.Module
     products = {}
     for part in matrices[0]:
         low = _grouped(first.dropped(rows), counts, [of_expert[part][0] for of_expert in matrices])
-        products[part] = _grouped(low, counts, [of_expert[part][1] for of_expert in matrices])
-    return out + first.scale * first.joined(products)
+        products[part] = _grouped(first.scale * low, counts, [of_expert[part][1] for of_expert in matrices])
+    return out + first.joined(products)
 
 
 def _grouped(rows: torch.Tensor, counts: Counts, weights: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -66,7 +66,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: Counts, *weights: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(rows, *weights)
+        ctx.save_for_backward(rows if any(ctx.needs_input_grad[2:]) else None, *weights)
         ctx.counts = counts
         return grouped_gemm(rows, weights, counts)
 
@@ -75,6 +75,6 @@ class _GroupedLinear(torch.autograd.Function):
         rows, *weights = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         grad_rows = grouped_gemm(gradient, [weight.t() for weight in weights], ctx.counts)
-        if not any(ctx.needs_input_grad[2:]):
+        if rows is None:
             return grad_rows, None, *[None] * len(weights)
         return grad_rows, None, *grouped_weight_gradients(gradient, rows, ctx.counts)

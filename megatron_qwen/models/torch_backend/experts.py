@@ -45,7 +45,8 @@ class GroupedExperts(SequentialMLP):
 class _Experts(torch.autograd.Function):
     """rows [n, h], routing weights [n], tokens per expert, then E x [2 f, h] and E x [h, f] -> [n, h].
 
-    Saves its input and the output of the first GEMM for the backward pass; SwiGLU is recomputed there.
+    Saves its input and the output of the first GEMM for the backward pass; SwiGLU is recomputed there. With frozen
+    weights the input is not needed.
     """
 
     @staticmethod
@@ -54,7 +55,7 @@ class _Experts(torch.autograd.Function):
     ) -> torch.Tensor:
         first, second = matrices[: len(counts)], matrices[len(counts) :]
         gate_up = grouped_gemm(rows, first, counts)
-        ctx.save_for_backward(rows, probs, gate_up, *matrices)
+        ctx.save_for_backward(rows if any(ctx.needs_input_grad[3:]) else None, probs, gate_up, *matrices)
         ctx.counts = counts
         return grouped_gemm(weighed(swiglu(gate_up), probs), second, counts)
 
@@ -65,13 +66,14 @@ class _Experts(torch.autograd.Function):
         first, second = matrices[: len(counts)], matrices[len(counts) :]
         gradient = gradients[0].contiguous()
         active = swiglu(gate_up)
-        grad_second = grouped_weight_gradients(gradient, weighed(active, probs), counts)
+        frozen = [None] * len(counts)
+        grad_second = frozen if rows is None else grouped_weight_gradients(gradient, weighed(active, probs), counts)
         gradweighed = grouped_gemm(gradient, [weight.t() for weight in second], counts)
         grad_probs = (gradweighed * active).sum(dim=-1, dtype=torch.float32).to(probs.dtype)
         grad_active = weighed(gradweighed, probs)
         del active, gradweighed
         grad_gate_up = swiglu_gradient(gate_up, grad_active)
         del grad_active
-        grad_first = grouped_weight_gradients(grad_gate_up, rows, counts)
+        grad_first = frozen if rows is None else grouped_weight_gradients(grad_gate_up, rows, counts)
         grad_rows = grouped_gemm(grad_gate_up, [weight.t() for weight in first], counts)
         return grad_rows, grad_probs, None, *grad_first, *grad_second

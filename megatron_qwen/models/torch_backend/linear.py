@@ -20,7 +20,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """x w' + bias."""
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         out = dense_gemm.linear(x.flatten(0, -2), weight, bias)
         # _unsafe_view: autograd forbids in-place operations, which later layers use, on a view from a Function.
         shaped: torch.Tensor = torch.ops.aten._unsafe_view(out, (*x.shape[:-1], len(weight)))
@@ -30,9 +30,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """dx = g w, dw = g' x, db = sum of g; of frozen weights only the first."""
         x, weight = ctx.saved_tensors
-        gradient, rows = gradients[0].flatten(0, -2), x.flatten(0, -2)
-        grad_x = dense_gemm.linear(gradient, weight.t()).view_as(x)
-        grad_weight = _weight_gradient(weight, gradient, rows) if ctx.needs_input_grad[1] else None
+        gradient = gradients[0].flatten(0, -2)
+        grad_x = dense_gemm.linear(gradient, weight.t()).view(*gradients[0].shape[:-1], weight.shape[1])
+        grad_weight = None if x is None else _weight_gradient(weight, gradient, x.flatten(0, -2))
         return grad_x, grad_weight, gradient.sum(0) if ctx.needs_input_grad[2] else None
 
 

@@ -50,7 +50,7 @@ class Metrics(Callback):
         progress, result, world = trainer.components.progress, record.result, dist.get_world_size()
         config = record.config
         speed = result.tokens / record.step_time_s
-        tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length) / 1e12
+        tflops = speed / world * training_flops_per_token(config.model, config.data.seq_length, config.lora) / 1e12
         return {
             **result.metrics,  # first, so that none of an objective replaces a figure of the step
             "iteration": record.iteration,

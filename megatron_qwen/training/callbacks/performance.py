@@ -63,7 +63,7 @@ class Performance(Callback):
         self._seconds["data_wait_s"] += record.data_wait_s
         if record.iteration - self.resumed_at > _WARM_UP_STEPS:
             tokens = record.result.tokens / record.step_time_s
-            flops = training_flops_per_token(record.config.model, record.config.data.seq_length)
+            flops = training_flops_per_token(record.config.model, record.config.data.seq_length, record.config.lora)
             self._speeds.append((tokens / dist.get_world_size(), flops))
         if time.time() - self._written > _WRITE_INTERVAL_S:
             self._write()
@@ -125,7 +125,7 @@ class Performance(Callback):
             "seq_length": config.data.seq_length,
             "routing": _routing(trainer),
             "tokens_per_second_per_device": speed,
-            "model_flops_per_token": training_flops_per_token(config.model, config.data.seq_length),
+            "model_flops_per_token": training_flops_per_token(config.model, config.data.seq_length, config.lora),
             "model_flops_formula": FORMULA,
             "model_tflops_per_device": None if flops is None else flops / 1e12,
             "mfu": None if flops is None or peak is None else flops / (peak * 1e12),
