@@ -11,6 +11,7 @@ from megatron_qwen.cli import Parser, run_program
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import ConfigError, Problem
+from megatron_qwen.estimate.adapters import described
 from megatron_qwen.estimate.assumptions import Assumptions
 from megatron_qwen.estimate.hardware import KINDS, Hardware
 from megatron_qwen.estimate.hardware_file import find_hardware
@@ -219,6 +220,8 @@ def _print(
 ) -> None:
     config = shown[0].config
     precision = f"FP8 {config.precision.fp8}" if config.precision.fp8 else config.precision.dtype
+    if adapters := described(config):
+        print(adapters)
     print(
         f"{config.recipe} on {options.gpus} x {device.name} ({device.source}): {precision}, sequence "
         f"{config.data.seq_length}, {config.training.global_batch_size} sequences a step"

@@ -42,6 +42,8 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
     if config.performance.moe_shared_expert_overlap and any(".shared_expert." in layer.name for layer in chosen):
         fix = "calls the shared expert in pieces, past its adapters; set it to false."
         yield Problem("performance.moe_shared_expert_overlap", "true", fix)
+    if config.performance.cuda_graph_impl == "local":
+        yield Problem("performance.cuda_graph_impl", "local", "was never run with adapters; set it to none.")
     if config.performance.fp8_param_gather:
         fix = "is for weights that are trained; set it to false: with LoRA they are not."
         yield Problem("performance.fp8_param_gather", "true", fix)

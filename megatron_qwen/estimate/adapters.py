@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from megatron_qwen.config.lora import EMBEDDING, LoraTarget, targets
 from megatron_qwen.config.pipeline import layers_per_stage
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.estimate.parameters import count_parameters
 
 _ROW_PARALLEL = ("o_proj", "down_proj")
 
@@ -58,6 +59,20 @@ def trained_parameters(config: RunConfig) -> int | None:
         )
         total += copies * lora.rank * (target.inputs + target.outputs)
     return total
+
+
+def described(config: RunConfig) -> str | None:
+    """What a run with LoRA trains, for people; None without LoRA."""
+    trained = trained_parameters(config)
+    if trained is None:
+        return None
+    names = [target.name for target in targets(config.lora, config.model)]
+    whole = f", and {', '.join(config.lora.modules_to_save)} whole" if config.lora.modules_to_save else ""
+    total = count_parameters(config.model).total
+    return (
+        f"LoRA of rank {config.lora.rank} on {', '.join(names)}{whole}: trains {trained / 1e6:,.1f}M parameters beside "
+        f"{total / 1e6:,.1f}M ({trained / total:.2%})"
+    )
 
 
 def trains_output(config: RunConfig) -> bool:

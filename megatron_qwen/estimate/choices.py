@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_qwen.config.blend import stage_configs
+from megatron_qwen.config.lora import targets
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import TrainingConfig
 from megatron_qwen.errors import Problem
+from megatron_qwen.estimate.adapters import adapts_experts
 from megatron_qwen.estimate.flops import training_flops_per_token
 from megatron_qwen.estimate.machine import Machine
 from megatron_qwen.estimate.memory import memory_per_stage
@@ -98,6 +100,9 @@ def impossible(config: RunConfig, machine: Machine) -> Iterator[Problem]:
         )
     if performance.moe_grouped_gemm and config.precision.emulate_fp8:
         fix = "cannot be combined with precision.emulate_fp8, which computes experts one by one; set it to null."
+        yield Problem("performance.moe_grouped_gemm", "true", fix)
+    if performance.moe_grouped_gemm and te and adapts_experts(config):
+        fix = "is one module for all experts in the te backend, which no adapter can be put beside; set it to null."
         yield Problem("performance.moe_grouped_gemm", "true", fix)
     if performance.fp8_param_gather and te and config.precision.fp8 is None:
         yield Problem(
@@ -271,6 +276,8 @@ def _shared_expert(config: RunConfig, machine: Machine, world_size: int) -> _Val
         return False, "no shared expert"
     if not machine.gpu:
         return False, "no overlap of communication with compute on a CPU"
+    if any(".shared_expert." in target.name for target in targets(config.lora, config.model)):
+        return False, "calls the shared expert in pieces, past its adapters"
     if config.parallel.expert_model_parallel_size == 1:
         return False, "expert-parallel size 1: no all-to-all to overlap with"
     if config.performance.moe_token_dispatcher == "allgather":
@@ -283,6 +290,8 @@ def _shared_expert(config: RunConfig, machine: Machine, world_size: int) -> _Val
 def _grouped(config: RunConfig, machine: Machine, world_size: int) -> _ValueAndReason:
     if not config.model.is_moe:
         return False, "a dense model"
+    if machine.backend == "te" and adapts_experts(config):
+        return False, "Transformer Engine's grouped experts are one module, which no adapter can be put beside"
     if machine.backend == "te":
         return True, "Transformer Engine's grouped GEMM"
     if config.precision.emulate_fp8:

@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from megatron.core.transformer import TransformerConfig
 
 from megatron_qwen import device
-from megatron_qwen.config.lora import targets
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.errors import ConfigError, Problem
 from megatron_qwen.models.apex_kernels import nvidia_apex_is_here
@@ -25,7 +24,7 @@ def transformer_config(config: RunConfig, backend: Backend) -> TransformerConfig
     try:
         return TransformerConfig(
             **_shape(config),
-            **_experts(config, backend),
+            **_experts(config),
             **_layout(config),
             **_numbers(config, backend),
             **_recompute(config),
@@ -58,7 +57,7 @@ def _shape(config: RunConfig) -> dict[str, Any]:
     }
 
 
-def _experts(config: RunConfig, backend: Backend) -> dict[str, Any]:
+def _experts(config: RunConfig) -> dict[str, Any]:
     model = config.model
     if not model.is_moe:
         return {}
@@ -74,20 +73,18 @@ def _experts(config: RunConfig, backend: Backend) -> dict[str, Any]:
         "moe_router_force_load_balancing": model.moe_router_force_load_balancing,
         "moe_z_loss_coeff": model.moe_z_loss_coeff,
         "moe_router_dtype": "fp32",
-        **_dispatch(config, backend),
+        **_dispatch(config),
     }
 
 
-def _dispatch(config: RunConfig, backend: Backend) -> dict[str, Any]:
+def _dispatch(config: RunConfig) -> dict[str, Any]:
     performance = config.performance
     dispatcher = performance.moe_token_dispatcher or "alltoall"
-    adapted = any(layer.per_expert for layer in targets(config.lora, config.model))
     flex = dispatcher in ("deepep", "hybridep")
     settings: dict[str, Any] = {
         "moe_token_dispatcher_type": "flex" if flex else dispatcher,
         "moe_shared_expert_overlap": bool(performance.moe_shared_expert_overlap),
-        # Transformer Engine's grouped experts are one module, which no adapter can be put beside.
-        "moe_grouped_gemm": bool(performance.moe_grouped_gemm) and not (backend.name == "te" and adapted),
+        "moe_grouped_gemm": bool(performance.moe_grouped_gemm),
         "moe_permute_fusion": bool(performance.fused_kernels),
     }
     return settings | ({"moe_flex_dispatcher_backend": dispatcher} if flex else {})

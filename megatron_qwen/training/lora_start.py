@@ -15,6 +15,7 @@ from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.errors import CheckpointError, ConfigError, Problem
+from megatron_qwen.estimate.adapters import described
 from megatron_qwen.files import atomic_write_json
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
@@ -82,7 +83,7 @@ def load_frozen(components: TrainingComponents, directory: RunDirectory) -> Path
     CheckpointWeights(CheckpointReader(place), components.config.model)  # compares shapes
     state.load_base(place, components.model.modules, components.groups)
     if dist.get_rank() == 0:
-        log.info("LoRA: the frozen weights are those of %s", place)
+        log.info("%s; the frozen weights are those of %s", described(components.config), place)
     return place if start.new_adapters else None
 
 
