@@ -192,7 +192,6 @@ def _to_peft_parser(actions: "argparse._SubParsersAction[Parser]") -> None:
     parser.add_argument("checkpoint", type=Path, help="a run directory, a checkpoint root or one iteration")
     parser.add_argument("out", type=Path, help="the directory to create")
     parser.add_argument("--iteration", type=int, help="which checkpoint; default: the newest")
-    parser.add_argument("--base", type=Path, help=_BASE_HELP)
     parser.add_argument("--base-name", help="base_model_name_or_path: the base model as transformers loads it")
     parser.add_argument("--local-paths", action="store_true", help="name data and checkpoint by their paths, too")
     parser.add_argument("--json", action="store_true", help="the result as JSON on standard output")

@@ -65,7 +65,7 @@ class CheckpointSource:
         path: one iteration's directory.
         iteration: its number.
         config: the run it belongs to.
-        weights: its weights; of adapters, with the base that they are merged into.
+        weights: its weights; of adapters, merged with those that they are for, if it was opened so.
         entries: what its manifest notes; None for one that another program wrote.
         state: its counters and layout; empty where nothing is noted.
         common: what Megatron-LM noted, of a checkpoint that it wrote.
@@ -135,6 +135,7 @@ def open_checkpoint(
     where_needed: bool = False,
     tokenizer: Path | None = None,
     base: Path | None = None,
+    merged: bool = True,
 ) -> CheckpointSource:
     """Opens a checkpoint for reading; everything but the weights is checked at once, the weights when they are read.
 
@@ -146,6 +147,7 @@ def open_checkpoint(
         where_needed: leave ``config`` out of account where the checkpoint has a run.yaml, instead of refusing it.
         tokenizer: tokenizer directory, instead of the run's.
         base: where the weights that its adapters are for may be, if they were moved.
+        merged: open adapters with the weights that they are for; False opens adapters alone.
 
     Raises:
         CheckpointError: it is damaged, or does not fit its configuration; names everything that is wrong.
@@ -168,7 +170,7 @@ def open_checkpoint(
     if problems := _contradictions(common, resolved, chosen.path):
         raise CheckpointError(problems)
     state = read_state(chosen.path)
-    weights = _weights(chosen.path, entries, resolved, state, base)
+    weights = _weights(chosen.path, entries, resolved, state, base, merged=merged)
     return CheckpointSource(
         chosen.path,
         chosen.iteration,
@@ -182,14 +184,25 @@ def open_checkpoint(
 
 
 def _weights(
-    path: Path, entries: dict[str, FileEntry] | None, config: RunConfig, state: dict[str, Any], base: Path | None
+    path: Path,
+    entries: dict[str, FileEntry] | None,
+    config: RunConfig,
+    state: dict[str, Any],
+    base: Path | None,
+    *,
+    merged: bool,
 ) -> ModelWeights:
     reader, found = CheckpointReader(path, entries), noted(state)
     if found is None:
         if base is not None:
             raise ConfigError(Problem("--base", base, f"is for adapters; {path} has whole weights. Omit it."))
+        if not merged:
+            fix = "has no adapters: its run trained all weights. Export it with mq convert to-hf."
+            raise ConversionError(Problem(str(path), None, fix))
         return CheckpointWeights(reader, config.model)
     adapters = CheckpointWeights(reader, config.model, adapter_mappings(config.lora, config.model))
+    if not merged:
+        return adapters
     place = locate(found, also=base, wanted_by=str(path))
     log.info("%s: its adapters are merged into the weights of %s", path, place)
     frozen = CheckpointWeights(CheckpointReader(place, _trusted_entries(place)), config.model)

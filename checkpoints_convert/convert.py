@@ -149,7 +149,7 @@ def _to_peft(options: argparse.Namespace) -> int:
     from checkpoints_convert.lora.to_peft import to_peft
     from checkpoints_convert.progress import gb
 
-    source = open_checkpoint(options.checkpoint, iteration=options.iteration, base=options.base)
+    source = open_checkpoint(options.checkpoint, iteration=options.iteration, merged=False)
     size = to_peft(source, options.out, base_name=options.base_name, local_paths=options.local_paths)
     said = {"source": str(source.path), "out": str(options.out), "weight_bytes": size}
     print(json.dumps(said) if options.json else f"{options.out}: {gb(size)} of adapters from {source.path}")

@@ -9,6 +9,7 @@ import torch
 from checkpoints_convert.checkpoint_source import choose, read_state
 from megatron_qwen.checkpoint import manifest
 from megatron_qwen.checkpoint.common_state import read_common_state
+from megatron_qwen.checkpoint.lora_base import noted
 from megatron_qwen.checkpoint.paths import MANIFEST, STATE
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.errors import Problem
@@ -142,6 +143,7 @@ def _noted(directory: Path, tensors: list[TensorRow]) -> tuple[str, dict[str, An
             "tokens": progress.get("consumed_tokens"),
             "code": code.get("commit") or code.get("version"),
             "torch": state.get("torch"),
+            "adapters for the weights of": None if (base := noted(state)) is None else base.path,
         }
         sizes = {short: state.get("layout", {}).get(name) or 1 for name, short in _SIZES.items()}
         return _layout(sizes), facts

@@ -1,15 +1,17 @@
 """``mq convert merge``: a checkpoint of adapters and its base as one checkpoint of whole weights."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from checkpoints_convert.arguments import SHARD_BYTES
 from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.conversion import DTYPES, Converted
-from checkpoints_convert.lora.to_peft import adapters_of
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import RowSpan
 from megatron_qwen.checkpoint.lora_base import LORA_BASE
 from megatron_qwen.checkpoint.merged import MergedWeights
+from megatron_qwen.config.sections import ObjectiveConfig
+from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
@@ -37,7 +39,10 @@ def merge(
         ConversionError: the checkpoint has no adapters, or ``out`` is occupied.
         DiskFullError: there is not enough room.
     """
-    weights = adapters_of(source)
+    weights = source.weights
+    if not isinstance(weights, MergedWeights):
+        fix = "has no adapters: its weights are whole already."
+        raise ConversionError(Problem(str(source.path), None, fix))
     items = list(core_tensors(source.config.model))
     formats = {item.mapping.core: DTYPES[dtype] if dtype else weights.dtype(item.mapping.core) for item in items}
     note = {
@@ -49,6 +54,8 @@ def merge(
     identity = {"kind": "merge", "source": note, "out": str(out.absolute()), "dtype": dtype, "code": code_version()}
     first = next(iter(formats.values()))
     config = new_run(source.config.architecture, out, dtype=first, tokenizer=source.tokenizer is not None)
+    # What it was trained for decides where a release says that answers end.
+    config = replace(config, objective=ObjectiveConfig(kind=source.config.objective.kind))
     outputs = [output_tensor(item, formats[item.mapping.core], [_span(weights, item)]) for item in items]
     files = shards(outputs, limit=SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, source.tokenizer, note, identity)

@@ -14,9 +14,7 @@ from checkpoints_convert.origin import checkpoint_origin, data_origin, published
 from checkpoints_convert.release import sha256
 from checkpoints_convert.work import require_free
 from megatron_qwen.checkpoint.lora_base import LORA_BASE
-from megatron_qwen.checkpoint.merged import MergedWeights
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
-from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.files import publish, sync_tree, temporary_name
 from megatron_qwen.hf.adapters import adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import core_tensors
@@ -29,7 +27,7 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
     """Writes the directory, which appears only when it is complete.
 
     Args:
-        source: a checkpoint of a run with LoRA.
+        source: a checkpoint of adapters, opened without the weights that they are for.
         out: the directory to make.
         base_name: of the base model, as transformers loads it.
         local_paths: name data and checkpoint by their paths on this machine in manifest.json.
@@ -38,13 +36,12 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
         Bytes of the weights.
 
     Raises:
-        ConversionError: the checkpoint has no adapters, or ``out`` is occupied.
+        ConversionError: ``out`` is occupied.
     """
-    weights = adapters_of(source)
     require_free(out)
     lora, model = source.config.lora, source.config.model
     tensors = {
-        item.names[0]: _as_in_peft(item.names[0], weights.adapters.rows(item, 0, item.mapping.num_rows))
+        item.names[0]: _as_in_peft(item.names[0], source.weights.rows(item, 0, item.mapping.num_rows))
         for item in core_tensors(model, adapter_mappings(lora, model))
     }
     draft = temporary_name(out.absolute())
@@ -65,18 +62,6 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
 
 def _as_in_peft(name: str, tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.t() if turned_in_peft(name) else tensor).contiguous()
-
-
-def adapters_of(source: CheckpointSource) -> MergedWeights:
-    """The weights of a checkpoint that has adapters.
-
-    Raises:
-        ConversionError: it has none.
-    """
-    if not isinstance(source.weights, MergedWeights):
-        fix = "has no adapters: its run trained all weights. Export it with mq convert to-hf."
-        raise ConversionError(Problem(str(source.path), None, fix))
-    return source.weights
 
 
 def _manifest(source: CheckpointSource, draft: Path, *, local_paths: bool) -> dict[str, Any]:

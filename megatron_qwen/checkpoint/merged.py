@@ -20,13 +20,10 @@ class MergedWeights:
         base: the frozen weights.
         adapters: a checkpoint of adapters, opened with the table of ``hf/adapters.py``.
         lora: which adapters they are.
-
-    Attributes:
-        adapters: as given.
     """
 
     def __init__(self, base: CheckpointWeights, adapters: CheckpointWeights, lora: LoraConfig) -> None:
-        self._base, self._scale, self.adapters = base, lora.scale, adapters
+        self._base, self._scale, self._adapters = base, lora.scale, adapters
         table = {mapping.core: mapping for mapping in adapter_mappings(lora, base.model)}
         self._whole = {name for name in table if any(name == mapping.core for mapping in tensor_mappings(base.model))}
         self._parts = {
@@ -47,7 +44,7 @@ class MergedWeights:
         """Rows of a weight at one layer and expert, without its leading dimensions."""
         core = item.mapping.core
         if core in self._whole:
-            return self.adapters.rows(item, start, stop).to(self.dtype(core))
+            return self._adapters.rows(item, start, stop).to(self.dtype(core))
         found = self._base.rows(item, start, stop)
         if not self._parts[core]:
             return found
@@ -63,15 +60,15 @@ class MergedWeights:
 
     def chunks(self) -> Iterator[Chunk]:
         """Every stored slice of the checkpoint of adapters; the base is verified as it is read."""
-        return self.adapters.chunks()
+        return self._adapters.chunks()
 
     def _product(
         self, matrices: tuple[TensorMapping, TensorMapping], item: CoreTensor, start: int, stop: int
     ) -> torch.Tensor:
         """Rows of scale x lora_B lora_A in fp32."""
         first, last = (CoreTensor(mapping, item.leading, ()) for mapping in matrices)
-        low = self.adapters.rows(first, 0, first.mapping.num_rows).float()
-        return self._scale * (self.adapters.rows(last, start, stop).float() @ low)
+        low = self._adapters.rows(first, 0, first.mapping.num_rows).float()
+        return self._scale * (self._adapters.rows(last, start, stop).float() @ low)
 
 
 def _parts_with_adapters(

@@ -70,8 +70,8 @@ def described(config: RunConfig) -> str | None:
     whole = f", and {', '.join(config.lora.modules_to_save)} whole" if config.lora.modules_to_save else ""
     total = count_parameters(config.model).total
     return (
-        f"LoRA of rank {config.lora.rank} on {', '.join(names)}{whole}: trains {trained / 1e6:,.1f}M parameters beside "
-        f"{total / 1e6:,.1f}M ({trained / total:.2%})"
+        f"LoRA of rank {config.lora.rank} on {', '.join(names)}{whole}: trains {trained:,} parameters "
+        f"beside {total:,} ({trained / total:.2%})"
     )
 
 

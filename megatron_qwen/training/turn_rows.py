@@ -128,7 +128,9 @@ def tell_of_untrained(components: TrainingComponents) -> None:
         raise ConfigError(Problem("lora.modules_to_save", list(components.config.lora.modules_to_save), fix))
     found = untrained(modules, data.turn_tokens, unused, tp)
     if found and dist.get_rank() == 0:
-        example = f'{_FIELD}={{"{found[-1]}": "end of the turn"}}'
+        end = next((name for name in found if data.turn_tokens[name] in data.ends_of_turn), None)
+        meaning = "beginning of a turn" if end is None else "end of the turn"
+        example = f'{_FIELD}={{"{end or found[0]}": "{meaning}"}}'
         log.warning(
             "the rows of %s look untrained: they are like those that no token has. Fine-tuning trains them; %s begins "
             "with the mean of the words' rows.",

@@ -1,6 +1,7 @@
 """Adapters of PEFT in and out: the same bits, the same logits, and a refusal of what would compute something else."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_qwen.checkpoint.paths import STATE, iteration_dir
 from tests.checkpoints_convert.models import make
+from tests.checkpoints_convert.refusal import assert_untouched, refused
 from tests.conftest import run
 from tests.tiers import cases
 
@@ -115,3 +117,105 @@ def test_a_merged_checkpoint_is_what_an_export_merges(imported, tmp_path):
     state = json.loads((iteration_dir(tmp_path / "whole" / "checkpoints", 0) / STATE).read_text())
     assert "lora_base" not in state
     convert("verify", imported / "base", tmp_path / "whole", code=1)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """A model's checkpoint and an adapter for it, to be spoilt."""
+    root = tmp_path_factory.mktemp("parts")
+    hf = make("qwen2 odd", root / "hf", dtype=torch.float32, loud=True)
+    write_adapter(root / "adapter", hf, ["q_proj", "down_proj"])
+    convert("from-hf", hf, root / "base")
+    return root
+
+
+def spoilt(parts, tmp_path, *, tensors=None, drop=(), **settings):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    content = json.loads((parts / "adapter" / CONFIG).read_text())
+    (adapter / CONFIG).write_text(json.dumps(content | settings))
+    kept = {name: value for name, value in load_file(parts / "adapter" / WEIGHTS).items() if name not in drop}
+    save_file(kept | (tensors or {}), adapter / WEIGHTS, metadata={"format": "pt"})
+    return adapter
+
+
+LAYER = "base_model.model.model.layers.1.self_attn.q_proj"
+WRONG = [
+    ({"peft_type": "IA3"}, {}, "peft_type = IA3: is no LoRA"),
+    ({"r": 0}, {}, "r = 0: must be a whole number"),
+    ({"lora_alpha": -1}, {}, "lora_alpha = -1: must be a number above 0"),
+    ({"use_dora": True}, {}, "use_dora = True: is not supported"),
+    ({"rank_pattern": {"q_proj": 8}}, {}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": 8}}, {}, "alpha_pattern"),
+    ({"bias": "all"}, {}, "bias = all: trains biases"),
+    ({"layers_to_transform": [0]}, {}, "layers_to_transform"),
+    ({"init_lora_weights": "pissa"}, {}, "init_lora_weights = pissa: changes the base model's weights"),
+    ({"trainable_token_indices": [3]}, {}, "trainable_token_indices"),
+    ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {}, "target_parameters"),
+    ({"a_field_of_tomorrow": 1}, {}, "a_field_of_tomorrow = 1: is not supported"),
+    ({"r": 8}, {}, "must have the shape (8, 48)"),
+    ({"modules_to_save": ["lm_head"]}, {}, "adapters are missing"),
+    ({}, {"drop": [f"{LAYER}.lora_A.weight"]}, "adapters are missing"),
+    ({}, {"tensors": {f"{LAYER}.lora_C.weight": torch.zeros(1)}}, "are no adapter that this model can have"),
+    ({}, {"tensors": {f"{LAYER}.lora_A.weight": torch.zeros(4, 47)}}, "must have the shape (4, 48)"),
+    ({}, {"tensors": {f"{LAYER}.lora_A.weight": torch.zeros(4, 48).half()}}, "all tensors must have one format"),
+    (
+        {},
+        {"tensors": {"base_model.model.model.layers.0.mlp.gate.lora_A.weight": torch.zeros(4, 48)}},
+        "are no adapter that this model can have",
+    ),
+    (
+        {},
+        {"tensors": {"base_model.model.lm_head.base_layer.weight": torch.zeros(330, 48)}},
+        "lm_head.base_layer.weight: is not the weight of",
+    ),
+]
+
+
+@pytest.mark.parametrize(("settings", "how", "said"), WRONG, ids=[said for *_, said in WRONG])
+def test_what_would_compute_something_else_is_refused(settings, how, said, parts, tmp_path):
+    adapter = spoilt(parts, tmp_path, **how, **settings)
+    assert said in refused("from-peft", adapter, tmp_path / "out", "--base", parts / "base")
+    assert_untouched(tmp_path)
+
+
+def test_all_that_is_wrong_is_said_at_once(parts, tmp_path):
+    adapter = spoilt(parts, tmp_path, use_dora=True, bias="all", r=None)
+    told = refused("from-peft", adapter, tmp_path / "out", "--base", parts / "base")
+    assert all(field in told for field in ("use_dora", "bias", "must be a whole number"))
+
+
+def test_a_directory_without_an_adapter_is_refused(parts, tmp_path):
+    told = refused("from-peft", parts / "hf", tmp_path / "out", "--base", parts / "base")
+    assert "adapter_config.json: is missing" in told
+    (tmp_path / "pickle").mkdir()
+    shutil.copy(parts / "adapter" / CONFIG, tmp_path / "pickle")
+    (tmp_path / "pickle" / "adapter_model.bin").write_bytes(b"x")
+    assert "is a pickle" in refused("from-peft", tmp_path / "pickle", tmp_path / "out", "--base", parts / "base")
+    (tmp_path / "cut").mkdir()
+    shutil.copy(parts / "adapter" / CONFIG, tmp_path / "cut")
+    (tmp_path / "cut" / WEIGHTS).write_bytes((parts / "adapter" / WEIGHTS).read_bytes()[:-7])
+    assert "cannot be read" in refused("from-peft", tmp_path / "cut", tmp_path / "out", "--base", parts / "base")
+
+
+def test_whole_weights_have_no_adapters(parts, tmp_path):
+    assert "has no adapters" in refused("to-peft", parts / "base", tmp_path / "out")
+    assert "has no adapters" in refused("merge", parts / "base", tmp_path / "out")
+    told = refused("merge", parts / "base", tmp_path / "out", "--base", parts / "base", exit_codes=(2,))
+    assert "is for adapters" in told
+    assert_untouched(tmp_path)
+
+
+def test_a_base_that_is_gone_is_named(parts, tmp_path):
+    shutil.copytree(parts / "base", tmp_path / "base")
+    convert("from-peft", parts / "adapter", tmp_path / "lora", "--base", tmp_path / "base")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    assert "is not there" in refused("merge", tmp_path / "lora", tmp_path / "out")
+    convert("merge", tmp_path / "lora", tmp_path / "out", "--base", tmp_path / "moved")
+    convert("to-peft", tmp_path / "lora", tmp_path / "adapter")  # needs no base
+
+
+def test_adapters_of_adapters_are_refused(parts, tmp_path):
+    convert("from-peft", parts / "adapter", tmp_path / "lora", "--base", parts / "base")
+    told = refused("from-peft", parts / "adapter", tmp_path / "out", "--base", tmp_path / "lora")
+    assert "has adapters itself: merge them first" in told

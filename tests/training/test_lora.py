@@ -33,7 +33,7 @@ def lora_run(recipe, documents, start, *, layout=None, steps=STEPS, **lora):
 
 def adapter_at(run_dir, out, iteration):
     """The adapters of a checkpoint as PEFT's files."""
-    to_peft(open_checkpoint(run_dir, iteration=iteration), out, base_name=None)
+    to_peft(open_checkpoint(run_dir, iteration=iteration, merged=False), out, base_name=None)
     return out
 
 
