@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints_convert.checkpoint_source import CheckpointSource
+from megatron_qwen.checkpoint.lora_base import noted
+from megatron_qwen.config.lora import targets
 from megatron_qwen.config.sections import ModelConfig, RopeConfig
 from megatron_qwen.estimate.parameters import count_parameters
 from megatron_qwen.provenance import code_version
@@ -86,6 +88,11 @@ def _stage(source: CheckpointSource) -> list[tuple[str, str]]:
     if config.objective.kind == "sft":
         began = f", from `{_run_name(Path(config.checkpoint.load))}`" if config.checkpoint.load else ""
         rows.append(("Stage", f"supervised fine-tuning, mean over {config.objective.average}s{began}"))
+    base = noted(source.state)
+    if base is not None:
+        names = ", ".join(target.name for target in targets(config.lora, config.model))
+        into = f"merged into `{_run_name(Path(base.path))}`, manifest xxh3-128 `{base.digest}`"
+        rows.append(("Adapters", f"LoRA of rank {config.lora.rank} on {names}, {into}"))
     found: dict[str, float] = {}
     for record in _records(source):
         found |= {

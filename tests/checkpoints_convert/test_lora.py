@@ -105,6 +105,7 @@ def test_merged_it_has_the_logits_of_peft_unmerged(imported, tmp_path):
     plain = logits(base)
     unmerged = logits(PeftModel.from_pretrained(base, tmp_path / "back"))
     merged = logits(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged"))
+    assert "merged into `base`" in (tmp_path / "merged" / "README.md").read_text()
     assert (unmerged - plain).abs().max() > 0.1
     assert (merged - unmerged).abs().max() < 1e-5 * max(1.0, plain.abs().max())
 
