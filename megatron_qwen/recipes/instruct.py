@@ -27,10 +27,10 @@ from megatron_qwen.recipes import dense, moe
 LENGTH, LONG = 32_768, 262_144
 OPTIM = OptimConfig(learning_rate=7e-6, min_learning_rate=7e-7, weight_decay=0.1, clip_grad=1.0, lr_warmup_iters=0)
 BATCH = TrainingConfig(train_iters=1000, global_batch_size=64, eval_interval=100)
-_TP4, _TP8 = (ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=True) for size in (4, 8))
+TP4, TP8 = (ParallelConfig(tensor_model_parallel_size=size, sequence_parallel=True) for size in (4, 8))
 
 
-def _tuned(base: RunConfig, *, parallel: ParallelConfig | None = None, positions: int = LENGTH) -> RunConfig:
+def tuned(base: RunConfig, *, parallel: ParallelConfig | None = None, positions: int = LENGTH) -> RunConfig:
     """The fine-tuning of a base model; ``positions`` of the model that comes out."""
     return replace(
         base,
@@ -47,42 +47,42 @@ def _tuned(base: RunConfig, *, parallel: ParallelConfig | None = None, positions
 
 def qwen2_5_0_5b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-0.5B: one GPU per model replica."""
-    return _tuned(dense.qwen2_5_0_5b())
+    return tuned(dense.qwen2_5_0_5b())
 
 
 def qwen2_5_1_5b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-1.5B: one GPU per model replica."""
-    return _tuned(dense.qwen2_5_1_5b())
+    return tuned(dense.qwen2_5_1_5b())
 
 
 def qwen2_5_3b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-3B: two GPUs per model replica."""
-    return _tuned(dense.qwen2_5_3b(), parallel=replace(_TP4, tensor_model_parallel_size=2))
+    return tuned(dense.qwen2_5_3b(), parallel=replace(TP4, tensor_model_parallel_size=2))
 
 
 def qwen2_5_7b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-7B: four GPUs per model replica."""
-    return _tuned(dense.qwen2_5_7b(), parallel=_TP4)
+    return tuned(dense.qwen2_5_7b(), parallel=TP4)
 
 
 def qwen2_5_14b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-14B: eight GPUs per model replica."""
-    return _tuned(dense.qwen2_5_14b(), parallel=_TP8)
+    return tuned(dense.qwen2_5_14b(), parallel=TP8)
 
 
 def qwen2_5_32b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-32B: 16 GPUs per model replica."""
-    return _tuned(dense.qwen2_5_32b())
+    return tuned(dense.qwen2_5_32b())
 
 
 def qwen2_5_72b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2.5-72B: 32 GPUs per model replica."""
-    return _tuned(dense.qwen2_5_72b())
+    return tuned(dense.qwen2_5_72b())
 
 
 def qwen1_5_moe_a2_7b_instruct() -> RunConfig:
     """Fine-tuning of Qwen1.5-MoE-A2.7B by the numbers of Qwen2.5: rows of its 8,192 positions, EP 4."""
-    config = _tuned(moe.qwen1_5_moe_a2_7b(), positions=8192)
+    config = tuned(moe.qwen1_5_moe_a2_7b(), positions=8192)
     return replace(
         config, data=DataConfig(seq_length=8192), training=replace(BATCH, global_batch_size=256), rope=RopeConfig()
     )
@@ -90,12 +90,12 @@ def qwen1_5_moe_a2_7b_instruct() -> RunConfig:
 
 def qwen2_57b_a14b_instruct() -> RunConfig:
     """Fine-tuning of Qwen2-57B-A14B by the numbers of Qwen2.5: EP 8, TP 2, PP 4."""
-    return _tuned(moe.qwen2_57b_a14b())
+    return tuned(moe.qwen2_57b_a14b())
 
 
 def qwen2_5_turbo_standin_instruct() -> RunConfig:
     """STAND-IN for Qwen2.5-Turbo: the first stage, conversations of at most 32,768 tokens."""
-    return _tuned(moe.qwen2_5_turbo_standin(), positions=LONG)
+    return tuned(moe.qwen2_5_turbo_standin(), positions=LONG)
 
 
 def qwen2_5_turbo_standin_instruct_long() -> RunConfig:
@@ -112,4 +112,4 @@ def qwen2_5_turbo_standin_instruct_long() -> RunConfig:
 
 def qwen2_5_plus_standin_instruct() -> RunConfig:
     """STAND-IN for Qwen2.5-Plus: its fine-tuning."""
-    return _tuned(moe.qwen2_5_plus_standin())
+    return tuned(moe.qwen2_5_plus_standin())

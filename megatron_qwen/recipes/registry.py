@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.recipes import dense, instruct, moe, qwen3, small
+from megatron_qwen.recipes import dense, instruct, moe, qwen3, small, specialised
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     recipe.__name__: recipe
@@ -31,6 +31,21 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
         instruct.qwen2_5_turbo_standin_instruct,
         instruct.qwen2_5_turbo_standin_instruct_long,
         instruct.qwen2_5_plus_standin_instruct,
+        specialised.qwen2_5_coder_0_5b,
+        specialised.qwen2_5_coder_1_5b,
+        specialised.qwen2_5_coder_3b,
+        specialised.qwen2_5_coder_7b,
+        specialised.qwen2_5_coder_14b,
+        specialised.qwen2_5_coder_32b,
+        specialised.qwen2_5_coder_7b_instruct,
+        specialised.qwen2_5_coder_32b_instruct,
+        specialised.qwen2_5_math_1_5b,
+        specialised.qwen2_5_math_7b,
+        specialised.qwen2_5_math_72b,
+        specialised.qwen2_5_math_1_5b_instruct,
+        specialised.qwen2_5_math_7b_instruct,
+        specialised.qwen2_5_math_72b_instruct,
+        specialised.qwq_32b_sft,
         qwen3.qwen3_0_6b,
         qwen3.qwen3_1_7b,
         qwen3.qwen3_4b,

@@ -1,9 +1,12 @@
 """Recipes of released models against the figures of their config.json, written down by hand."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from megatron_qwen.config.blend import read_blend, stage_configs
+from megatron_qwen.config.checks import problems
 from megatron_qwen.estimate.choices import choose
 from megatron_qwen.estimate.hardware import hardware
 from megatron_qwen.estimate.layouts import layouts
@@ -60,10 +63,43 @@ def test_fine_tuning_has_the_numbers_of_the_report(name):
     assert config.objective.kind == "sft"
     assert (optim.learning_rate, optim.min_learning_rate, optim.weight_decay, optim.clip_grad) == (7e-6, 7e-7, 0.1, 1.0)
     expected = {"qwen1_5_moe_a2_7b_instruct": 8192, "qwen2_5_turbo_standin_instruct_long": 262_144}
-    assert config.data.seq_length == expected.get(name, 32_768)
+    assert config.data.seq_length == expected.get(name, 4096 if "_math_" in name else 32_768)
     assert config.data.seq_length * config.training.global_batch_size == 2**21
     assert config.model == replace(base.model, max_position_embeddings=config.model.max_position_embeddings)
     assert config.parallel.context_parallel_size == 1
+
+
+def test_continued_pretraining_reads_the_published_tokens():
+    """arXiv 2409.12186: 5.2T tokens of files and 300B of repositories; arXiv 2409.12122: 1T, at 4,096."""
+    for name in [name for name in RECIPES if "_coder_" in name or "_math_" in name]:
+        config = RECIPES[name]()
+        assert config.recipe == name
+        if name.endswith("_instruct"):
+            continue
+        length, tokens = (8192, 5.5e12) if "_coder_" in name else (4096, 1e12)
+        step = config.data.seq_length * config.training.global_batch_size
+        assert config.data.seq_length == length
+        assert config.training.train_iters * step == pytest.approx(tokens, rel=1e-5)
+        base = RECIPES[name.replace("_coder", "").replace("_math", "")]()
+        assert step == base.data.seq_length * base.training.global_batch_size
+        assert config.model == replace(base.model, max_position_embeddings=config.model.max_position_embeddings)
+
+
+def test_the_mixture_of_code_in_the_docs(tmp_path):
+    """The blend of docs/fine_tuning.md with a recipe: both stages, their lengths and tokens, and the shares."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "fine_tuning.md").read_text()
+    (block,) = [part.split("```")[0] for part in text.split("```yaml\n")[1:] if "fim_rate" in part.split("```")[0]]
+    (tmp_path / "code.yaml").write_text(block)
+    config = RECIPES["qwen2_5_coder_7b"]().with_section("data", blend=str(tmp_path / "code.yaml"))
+    assert not problems(config)
+    blend = read_blend(tmp_path / "code.yaml")
+    assert [stage.tokens for stage in blend.stages] == [5_200_000_000_000, None]
+    assert blend.sources["code"].fim_spm_rate == 0.0 < blend.sources["code"].fim_rate
+    files, repositories = stage_configs(config)
+    assert (files.data.seq_length, repositories.data.seq_length) == (8192, 32_768)
+    assert (files.rope.base, repositories.rope.base) == (10_000, 1_000_000)
+    assert files.training.global_batch_size * 8192 == repositories.training.global_batch_size * 32_768
+    assert blend.stages[0].weights == {"code": 0.7, "text": 0.2, "math": 0.1}
 
 
 @pytest.mark.parametrize("name", MOE)

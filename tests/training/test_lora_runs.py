@@ -197,8 +197,9 @@ def test_the_base_may_compute_in_fp8(recipe, pool, starts, masked_documents, tmp
     assert steps[1]["loss"] != steps[0]["loss"]
 
 
-def test_dropout_is_the_same_after_a_resume(pool, starts, masked_documents, tmp_path):
-    config = config_of("tiny_dense", masked_documents, starts["tiny_dense"], lora={"dropout": 0.2}, layout=TP2 | SP)
+@pytest.mark.parametrize("layout", cases([], [TP2 | SP]))
+def test_dropout_is_the_same_after_a_resume(layout, pool, starts, masked_documents, tmp_path):
+    config = config_of("tiny_dense", masked_documents, starts["tiny_dense"], lora={"dropout": 0.2}, layout=layout)
     attempt(pool, 2, config, tmp_path / "run")
     again = half_done(tmp_path / "run", tmp_path)
     assert pool[2].run(jobs.attempt, config, again) == [0, 0]
