@@ -40,6 +40,11 @@ class ObjectiveResult:
     metrics: Mapping[str, Mean] = field(default_factory=dict)
 
 
+def whole_numbers(weights: torch.Tensor, unit: int) -> torch.Tensor:
+    """Weights of tokens as multiples of 1 / ``unit``, so that their sum is a whole number whatever they are."""
+    return weights if unit == 1 else (weights * unit).round()
+
+
 class Objective(Protocol):
     """The loss of a run. It is called on the ranks of the last pipeline stage; all TP ranks get the same result."""
 

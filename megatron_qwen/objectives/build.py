@@ -8,18 +8,19 @@ from megatron_qwen.objectives.base import Objective
 from megatron_qwen.objectives.pretrain import Pretrain
 from megatron_qwen.objectives.sft import Sft
 
-# Each gets the section, for its settings, and the ids that end an answer in its data.
-_KINDS: dict[str, Callable[[ObjectiveConfig, Sequence[int]], Objective]] = {
-    "pretrain": lambda _settings, _ends: Pretrain(),
+# Each gets the section, for its settings, and of its data the ids that end an answer and the unit of weights.
+_KINDS: dict[str, Callable[[ObjectiveConfig, Sequence[int], int], Objective]] = {
+    "pretrain": lambda _settings, _ends, unit: Pretrain(unit),
     "sft": Sft,
 }
 
 
-def build_objective(config: RunConfig, *, ends_of_turn: Sequence[int] = ()) -> Objective:
+def build_objective(config: RunConfig, *, ends_of_turn: Sequence[int] = (), loss_unit: int = 1) -> Objective:
     """The objective that objective.kind names.
 
     Args:
         config: the run.
         ends_of_turn: ids that end an answer in its data.
+        loss_unit: weights of tokens in its data are multiples of 1 / loss_unit.
     """
-    return _KINDS[config.objective.kind](config.objective, ends_of_turn)
+    return _KINDS[config.objective.kind](config.objective, ends_of_turn, loss_unit)

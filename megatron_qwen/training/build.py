@@ -44,7 +44,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
     config, choices = choose(config, machine, world_size=dist.get_world_size())
     # Before groups and model, which take minutes at scale: a wrong path is reported at once.
     data = TrainingData(config)
-    objective = build_objective(config, ends_of_turn=data.ends_of_turn)
+    objective = build_objective(config, ends_of_turn=data.ends_of_turn, loss_unit=data.loss_unit)
     require_fields(data, objective)
     # Before megatron-core is asked for an optimizer, which then finds this Adam.
     groups = process_groups.create(

@@ -15,8 +15,10 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.data.token_files.token_file import TokenFile
 from megatron_qwen.data.tokenizers.tokenizer import load_tokenizer
 from megatron_qwen.recipes.registry import RECIPES
+from megatron_qwen.rundir import RunDirectory
 from tests.conftest import run
 from tests.data.chat.conftest import template
+from tests.distributed import jobs
 from tests.tiers import cases
 from tests.training.attempts import attempt
 
@@ -103,6 +105,27 @@ def test_turns_end(tuned):
     assert first["end_probability"] < 0.05
     assert last["end_probability"] >= 0.99
     assert last["validation_end_probability"] >= 0.99
+
+
+LORA = ("lora.rank=16", "lora.alpha=32")
+
+
+def test_frozen_rows_that_must_end_turns_are_refused(place, base, pool):
+    directory = RunDirectory(place / "frozen")
+    directory.claim(sft(place, base, *LORA))
+    with pytest.raises(AssertionError, match=r"leaves the rows of <\|im_end\|>, <\|im_start\|> as they are"):
+        pool[2].run(jobs.attempt, sft(place, base, *LORA), place / "frozen")
+    half = sft(place, base, *LORA, "lora.modules_to_save=[embed_tokens]")  # the output rows stay
+    RunDirectory(place / "half").claim(half)
+    with pytest.raises(AssertionError, match=r"lora\.modules_to_save=.*lm_head"):
+        pool[2].run(jobs.attempt, half, place / "half")
+
+
+@pytest.mark.parametrize("steps", cases([], [STEPS]))
+def test_adapters_beside_trained_rows_end_turns(steps, place, base, pool):
+    words = (*LORA, "lora.modules_to_save=[embed_tokens,lm_head]", DESCRIBED, "optim.learning_rate=1e-2")
+    found = attempt(pool, 2, sft(place, base, *words, steps=steps), place / "adapters")
+    assert found[-1]["validation_end_probability"] >= 0.9
 
 
 def test_held_out_loss_falls(place, base, tuned, pool):

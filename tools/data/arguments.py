@@ -99,6 +99,19 @@ def _prepare(actions: Any) -> None:
         metavar="NAME=VALUE",
         help="for the chat template, such as enable_thinking=false; VALUE is JSON or a text",
     )
+    chat.add_argument(
+        "--message-weights",
+        action="store_true",
+        help="a message's weight may be any number of hundredths from 0 to 1: so much its loss counts",
+    )
+    chat.add_argument(
+        "--no-loss-between",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("BEGIN", "END"),
+        help="no loss on what an answer has from one text to another, as '<think>' '</think>'",
+    )
     prepare.add_argument("--field", default="text", help="field or column that holds the text")
     prepare.add_argument("--prompt-field", help="field of text that goes before it and carries no loss")
     prepare.add_argument(

@@ -45,7 +45,7 @@ class _Chat:
 
     number: int
     tokens: list[int]
-    mask: list[int]
+    mask: list[float]
 
 
 def main(options: argparse.Namespace) -> int:
@@ -100,11 +100,19 @@ def _chosen(tokens: "TokenSet", options: argparse.Namespace) -> Iterator[_Chat]:
         start, stop = tokens.document_start(number), tokens.document_start(number + 1)
         mask = tokens.loss_mask(start, stop)
         assert mask is not None
-        yield _Chat(number, [int(token) for token in tokens.tokens(start, stop)], [int(one) for one in mask])
+        yield _Chat(
+            number,
+            [int(token) for token in tokens.tokens(start, stop)],
+            [_weight(one, tokens.loss_unit) for one in mask],
+        )
+
+
+def _weight(value: int, unit: int) -> float:
+    return int(value) if unit == 1 else int(value) / unit
 
 
 def _counts(chat: _Chat) -> str:
-    return f"{len(chat.tokens):,} tokens, {sum(chat.mask):,} with loss"
+    return f"{len(chat.tokens):,} tokens, {sum(weight > 0 for weight in chat.mask):,} with loss"
 
 
 def _runs(chat: _Chat, tokenizer: "Tokenizer") -> Iterator[tuple[bool, str]]:

@@ -106,7 +106,12 @@ def _chat_options(options: argparse.Namespace) -> "ChatOptions":
             variables[name] = json.loads(value)
         except ValueError:
             variables[name] = value
-    return ChatOptions(chat_template_of(options.tokenizer, variables), options.max_tokens)
+    silent = tuple((first, last) for first, last in options.no_loss_between)
+    if any(not text for pair in silent for text in pair):
+        raise ConfigError(Problem("--no-loss-between", "", "needs two texts that are not empty."))
+    return ChatOptions(
+        chat_template_of(options.tokenizer, variables), options.max_tokens, options.message_weights, silent
+    )
 
 
 def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
@@ -120,7 +125,12 @@ def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
         problems.append(Problem("--shard-gib", options.shard_gib, "must be a number above 0."))
     if options.max_tokens is not None and options.max_tokens < 2:
         problems.append(Problem("--max-tokens", options.max_tokens, "must be at least 2."))
-    others = {"--max-tokens": options.max_tokens is not None, "--template-variable": bool(options.template_variable)}
+    others = {
+        "--max-tokens": options.max_tokens is not None,
+        "--template-variable": bool(options.template_variable),
+        "--message-weights": options.message_weights,
+        "--no-loss-between": bool(options.no_loss_between),
+    }
     texts = {
         "--field": options.field != "text",
         "--prompt-field": options.prompt_field is not None,

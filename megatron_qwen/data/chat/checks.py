@@ -14,6 +14,8 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _READ = frozenset(("role", "content", "tool_calls", "tool_call_id", "name", "weight", "function_call", *_REASONING))
 _JSON = (str, int, float, bool, list, dict)
 _DEEPEST = 64
+WHOLE = 100  # hundredths
+_ROUNDING = 1e-9
 # Unicode keeps these for programs' own use; rendering takes some of them as marks (marks.py).
 _NO_CHARACTERS = re.compile("[\ufdd0-\ufdef]")
 
@@ -45,7 +47,7 @@ def _checked(messages: Any, tools: Any, prompt: int) -> Conversation:
         raise _Wrong("messages are no list", "messages must be a list.")
     if not messages:
         raise _Wrong("no messages", "has no messages.")
-    made, untrained, answers = [], set[int](), 0
+    made, untrained, answers, parts = [], set[int](), 0, list[tuple[int, int]]()
     calls: _Calls | None = None  # of the assistant's last message, while results may come
     for place, message in enumerate(messages):
         # Nearly all messages: two fields, and a text with something in it.
@@ -74,11 +76,13 @@ def _checked(messages: Any, tools: Any, prompt: int) -> Conversation:
             answers += 1
             if place < prompt or weight == 0:
                 untrained.add(place)
+            elif weight < WHOLE:
+                parts.append((place, weight))
         made.append(one)
     if answers == len(untrained):
         what = "has no message of the assistant" if not answers else "has no message of the assistant with a loss"
         raise _Wrong("nothing to train", f"{what}: nothing would be learnt from it.")
-    return Conversation(made, _tools(tools), frozenset(untrained))
+    return Conversation(made, _tools(tools), frozenset(untrained), tuple(parts))
 
 
 class _Calls:
@@ -101,7 +105,7 @@ class _Calls:
 
 
 def _message(message: Any, where: str) -> tuple[dict[str, Any], int]:
-    """A message as templates take it, and its weight."""
+    """A message as templates take it, and its weight in hundredths."""
     if not isinstance(message, dict):
         raise _Wrong("message is no object", f"{where} must be an object with role and content.")
     if "role" not in message:
@@ -119,8 +123,12 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], int]:
     }
     one["role"] = role
     weight = one.pop("weight", 1)
-    if weight not in (0, 1) or isinstance(weight, float):
-        raise _Wrong("weight", f"{where}.weight is {weight!r}; it must be 0 or 1.")
+    if (
+        not isinstance(weight, int | float)
+        or not 0 <= weight <= 1
+        or abs(weight * WHOLE - round(weight * WHOLE)) > _ROUNDING
+    ):
+        raise _Wrong("weight", f"{where}.weight is {weight!r}; it must be from 0 to 1, in hundredths.")
     thought = next((one[name] for name in _REASONING if name in one), None)
     if thought is not None:
         if not isinstance(thought, str) or role != "assistant":
@@ -140,7 +148,7 @@ def _message(message: Any, where: str) -> tuple[dict[str, Any], int]:
             raise _Wrong("tool calls", f"{where}.tool_calls must be a list.")
         one["tool_calls"] = [_call(call, f"{where}.tool_calls[{number}]") for number, call in enumerate(calls)]
     one["content"] = _content(one, where)
-    return one, int(weight)
+    return one, round(weight * WHOLE)
 
 
 def _content(message: dict[str, Any], where: str) -> str:

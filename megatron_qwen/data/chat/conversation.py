@@ -14,11 +14,13 @@ class Conversation:
         messages: role, content, tool_calls and whatever else the template reads.
         tools: that the assistant may call, as JSON schemas; empty for none.
         untrained: places of the assistant's messages that carry no loss.
+        hundredths: places of those whose loss counts in part, each with its weight in hundredths.
     """
 
     messages: list[dict[str, Any]]
     tools: tuple[dict[str, Any], ...] = ()
     untrained: frozenset[int] = frozenset()
+    hundredths: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

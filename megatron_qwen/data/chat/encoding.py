@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,13 +28,21 @@ Ids = npt.NDArray[np.int32]
 Mask = npt.NDArray[np.uint8]
 
 
+class Span(NamedTuple):
+    """Characters [begin, end) of an answer, or a part of one, and how much its tokens count."""
+
+    begin: int
+    end: int
+    weight: int
+
+
 @dataclass(frozen=True)
 class EncodedConversation:
     """Ids and mask of a conversation.
 
     Args:
         ids: [n].
-        mask: 1 where a token is one that the assistant wrote, [n].
+        mask: how much the loss of a token counts, in 1 / unit: 0 where the assistant did not write it, [n].
         spelled: how often messages spell a control token, by its name.
     """
 
@@ -57,6 +65,8 @@ class ChatEncoder:
         tokenizer: the reference, which knows the control tokens.
         as_text: whether control tokens that messages spell are text; else they are the tokens.
         fast: whether plain conversations may be rendered without Jinja.
+        unit: mask of a token that counts whole.
+        silent: pairs of texts; what an answer has from the first to the second carries no loss.
 
     Attributes:
         control: ids of control tokens by name.
@@ -73,7 +83,10 @@ class ChatEncoder:
         *,
         as_text: bool = True,
         fast: bool = True,
+        unit: int = 1,
+        silent: Sequence[tuple[str, str]] = (),
     ) -> None:
+        self._unit, self._silent = unit, tuple(silent)
         self._template, self._encoder, self._tokenizer, self._as_text = template, encoder, tokenizer, as_text
         self.control = dict(tokenizer.spellable)
         names = tuple(self.control)
@@ -85,7 +98,7 @@ class ChatEncoder:
         self._not_own = any_of([name for name in names if name not in own])
         self._plain: _PlainEncoding | None = None
         if fast and self._form is not None and (turns := learn(template)) is not None:
-            self._plain = _PlainEncoding.of(turns, self._form, self._cut, self.control, encoder)
+            self._plain = _PlainEncoding.of(turns, self._form, self._cut, self.control, encoder, unit)
 
     def __call__(self, conversation: Conversation) -> EncodedConversation:
         """Encodes.
@@ -93,11 +106,16 @@ class ChatEncoder:
         Raises:
             TemplateRefuses: the template cannot render it, or its answers are not to be found.
         """
-        if self._plain is not None and not conversation.tools:
+        if conversation.hundredths and self._unit == 1:
+            raise TemplateRefuses("a message counts in part, which --message-weights allows")
+        if self._plain is not None and not conversation.tools and not self._may_be_silent(conversation):
             found = self._plain(conversation)
             if found is not None:
                 return found
         return self._by_jinja(conversation)
+
+    def _may_be_silent(self, conversation: Conversation) -> bool:
+        return any(first in str(message["content"]) for first, _ in self._silent for message in conversation.messages)
 
     def _by_jinja(self, conversation: Conversation) -> EncodedConversation:
         messages: Sequence[Mapping[str, Any]] = conversation.messages
@@ -109,6 +127,7 @@ class ChatEncoder:
             raise TemplateRefuses("it does not write calls of tools")
         text = self._template.render(messages, tools)
         text, spans = self._spans(text, conversation)
+        spans = [part for span in spans for part in _without_silent(text, span, self._silent)]
         if self._as_text and (messages != conversation.messages or tools != list(conversation.tools)):
             self._require_as_unmarked(text, conversation)
         if AS_TEXT in text:
@@ -146,18 +165,19 @@ class ChatEncoder:
         names = self._not_own if message["role"] == "assistant" else self._names
         return {name: value if name == "role" else marked(value, names) for name, value in message.items()}
 
-    def _spans(self, text: str, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
+    def _spans(self, text: str, conversation: Conversation) -> tuple[str, list[Span]]:
+        """A text without marks, and the characters [a, b) of its answers, each with its weight."""
         answers = [place for place, one in enumerate(conversation.messages) if one["role"] == "assistant"]
         text, spans = marked_spans(text)
         if self._form is not None:
             spans = self._form.spans(text, len(answers))
-        if conversation.untrained and len(spans) != len(answers):
-            raise TemplateRefuses("it marks other parts than whole messages of the assistant, and some carry no loss")
-        if conversation.untrained:
-            spans = [span for place, span in zip(answers, spans, strict=True) if place not in conversation.untrained]
-        return text, spans
+        weights = dict.fromkeys(conversation.untrained, 0) | dict(conversation.hundredths)
+        if weights and len(spans) != len(answers):
+            raise TemplateRefuses("it marks other parts than whole messages of the assistant, which count differently")
+        own = [weights.get(place, self._unit) for place in answers] if weights else [self._unit] * len(spans)
+        return text, [Span(*span, weight) for span, weight in zip(spans, own, strict=True) if weight]
 
-    def _encoded(self, text: str, spans: Sequence[tuple[int, int]]) -> tuple[Ids, Mask]:
+    def _encoded(self, text: str, spans: Sequence[Span]) -> tuple[Ids, Mask]:
         ids: list[Ids] = [np.zeros(0, dtype=np.int32)]
         masks: list[Mask] = [np.zeros(0, dtype=np.uint8)]
         at = 0
@@ -166,13 +186,14 @@ class ChatEncoder:
             at = end
             if number % 2:
                 ids.append(np.asarray([self.control[piece]], dtype=np.int32))
-                masks.append(np.full(1, any(a <= begin and end <= b for a, b in spans), dtype=np.uint8))
+                own_weight = sum(span.weight for span in spans if span.begin <= begin and end <= span.end)
+                masks.append(np.full(1, own_weight, dtype=np.uint8))
             elif piece:
                 own = self._ids(piece)
                 mask = np.zeros(len(own), dtype=np.uint8)
-                for a, b in spans:
+                for a, b, weight in spans:
                     if a < end and b > begin:
-                        mask[self._tokens(piece, own, a - begin) : self._tokens(piece, own, b - begin)] = 1
+                        mask[self._tokens(piece, own, a - begin) : self._tokens(piece, own, b - begin)] = weight
                 ids.append(own)
                 masks.append(mask)
         found, mask = np.concatenate(ids), np.concatenate(masks)
@@ -182,7 +203,7 @@ class ChatEncoder:
         places = self._tokenizer.offsets(text)
         if len(places) != len(whole):
             whole = np.asarray(self._tokenizer.encode_batch([text])[0], dtype=np.int32)
-        inside = [any(a <= begin < b for a, b in spans) for begin, _ in places]
+        inside = [sum(weight for a, b, weight in spans if a <= begin < b) for begin, _ in places]
         return whole, np.asarray(inside, dtype=np.uint8)
 
     def _ids(self, piece: str) -> Ids:
@@ -202,6 +223,27 @@ class ChatEncoder:
         return sum(begin < crossed for begin, _ in places)
 
 
+def _without_silent(text: str, span: Span, silent: Sequence[tuple[str, str]]) -> list[Span]:
+    """The parts of an answer that carry loss.
+
+    Raises:
+        TemplateRefuses: a part that begins does not end in it.
+    """
+    parts, at = [], span.begin
+    while True:
+        begins = [(text.find(first, at, span.end), first, last) for first, last in silent]
+        begin, first, last = min((one for one in begins if one[0] >= 0), default=(-1, "", ""))
+        if begin < 0:
+            break
+        end = text.find(last, begin + len(first), span.end)
+        if end < 0:
+            raise TemplateRefuses(f"an answer has {first} without {last}")
+        parts.append(Span(at, begin, span.weight))
+        at = end + len(last)
+    parts.append(Span(at, span.end, span.weight))
+    return [part for part in parts if part.begin < part.end]
+
+
 @dataclass(frozen=True)
 class _PlainEncoding:
     """Plain conversations in one call of the encoder.
@@ -218,6 +260,7 @@ class _PlainEncoding:
         least: least id of a control token.
         control: whether an id is one of control, [largest + 1].
         all_above: whether every id from the least on is.
+        unit: mask of a token that counts whole.
     """
 
     turns: PlainTurns
@@ -231,10 +274,17 @@ class _PlainEncoding:
     least: int
     control: npt.NDArray[np.bool_]
     all_above: bool
+    unit: int
 
     @classmethod
     def of(
-        cls, turns: PlainTurns, form: AnswerForm, cut: re.Pattern[str], control: Mapping[str, int], encoder: Encoder
+        cls,
+        turns: PlainTurns,
+        form: AnswerForm,
+        cut: re.Pattern[str],
+        control: Mapping[str, int],
+        encoder: Encoder,
+        unit: int,
     ) -> "_PlainEncoding | None":
         """None where answers do not begin and end in the way that this finds them."""
         asks, behind = turns.around["assistant"]
@@ -261,6 +311,7 @@ class _PlainEncoding:
             min(control.values()),
             is_control,
             bool(is_control[min(control.values()) :].all()) and encoder.vocab_size <= len(is_control),
+            unit,
         )
 
     def __call__(self, conversation: Conversation) -> EncodedConversation | None:
@@ -276,7 +327,8 @@ class _PlainEncoding:
             places = places[(above < len(self.control)) & self.control[np.minimum(above, len(self.control) - 1)]]
         is_system = messages[0]["role"] == "system"
         at = self.first[is_system]
-        opened, closed = [], []
+        opened, closed, weights = [], [], list[int]()
+        parts = dict(conversation.hundredths)
         count, before, untrained = self.count, self.before, conversation.untrained
         for place, message in enumerate(messages):
             role = message["role"]
@@ -285,6 +337,7 @@ class _PlainEncoding:
             if role == "assistant" and place not in untrained:
                 opened.append(at + before - 1)
                 closed.append(at + before)
+                weights.append(parts.get(place, self.unit))
             at += count[role]
         if at != len(places):
             return None
@@ -294,6 +347,6 @@ class _PlainEncoding:
             return None  # a token goes on into the answer
         starts += len(self.head)
         change = np.zeros(len(ids) + 1, dtype=np.int8)
-        change[starts] = 1
-        change[stops + 1] -= 1
+        change[starts] = weights
+        change[stops + 1] -= np.asarray(weights, dtype=np.int8)
         return EncodedConversation(ids, np.cumsum(change[:-1], dtype=np.int8).view(np.uint8), {})

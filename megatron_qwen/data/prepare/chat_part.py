@@ -34,7 +34,15 @@ def chat_encoder(plan: PreparationPlan, encoder: Encoder, *, fast: bool) -> Chat
     if not isinstance(tokenizer, BpeTokenizer):
         fix = "is a SentencePiece model; conversations need a tokenizer.json (transformers can write one)."
         raise DataError(Problem(str(plan.tokenizer), None, fix))
-    return ChatEncoder(plan.chat.template, encoder, tokenizer, as_text=plan.documents.control_as_text, fast=fast)
+    return ChatEncoder(
+        plan.chat.template,
+        encoder,
+        tokenizer,
+        as_text=plan.documents.control_as_text,
+        fast=fast,
+        unit=plan.chat.loss_unit,
+        silent=plan.chat.silent,
+    )
 
 
 def keep_ready(plan: PreparationPlan, encoder: Encoder) -> None:
@@ -70,7 +78,7 @@ class ChatPart:
         # The tokenizer's own library is taken where something was not as it should be: then Jinja renders as well.
         fast = not isinstance(encoder, TokenizerEncoder)
         self._encode, self._most = _kept(plan, encoder, fast=fast), plan.chat.most_tokens
-        self._ids = self._encode.control
+        self._ids, self._unit = self._encode.control, plan.chat.loss_unit
         self._encoded: list[EncodedConversation] = []
         self.spelled: Counter[int] = Counter()
 
@@ -79,6 +87,12 @@ class ChatPart:
         reasons = Counter(bad.reason or "other" for bad in block.bad)
         for document in block.texts:
             assert isinstance(document, ChatDocument)
+            if document.conversation.hundredths and self._unit == 1:
+                block.bad.append(
+                    document.bad("a message's weight is between 0 and 1; give --message-weights.", "weight")
+                )
+                reasons["weight"] += 1
+                continue
             try:
                 found = self._encode(document.conversation)
             except TemplateRefuses as error:
@@ -118,6 +132,7 @@ class ChatPart:
                     "messages": conversation.messages,
                     "tools": list(conversation.tools),
                     "untrained": sorted(conversation.untrained),
+                    "hundredths": list(conversation.hundredths),
                     "ids": found.ids.tolist(),
                     "mask": found.mask.tolist(),
                 }

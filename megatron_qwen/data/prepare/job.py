@@ -191,7 +191,8 @@ class _Proof:
                 raise _OtherIds(text)
         part.samples.clear()
         for chat in part.chats:
-            conversation = Conversation(chat["messages"], tuple(chat["tools"]), frozenset(chat["untrained"]))
+            parts = tuple((place, weight) for place, weight in chat.get("hundredths", ()))
+            conversation = Conversation(chat["messages"], tuple(chat["tools"]), frozenset(chat["untrained"]), parts)
             assert self._chats is not None
             try:
                 expected = self._chats(conversation)

@@ -87,7 +87,7 @@ def window(tokens: TokenSet, spans: Sequence[TokenSpan], *, stop: int, reading: 
             row = np.append(row, row[-1:])
             mask[-1] = 0.0
         if (own := tokens.loss_mask(begin + 1, min(end + 1, stop))) is not None:
-            mask[: len(own)] *= own
+            mask[: len(own)] *= own / np.float32(tokens.loss_unit)
         if reading.eod_mask_loss or reading.reset_attention_mask:
             ends = tokens.document_ends(begin, end) - begin
             if reading.eod_mask_loss:
@@ -124,7 +124,7 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
         labels[at : at + len(own) - 1] = own[1:]
         mask[at : at + size] = 1.0
         if (carried := tokens.loss_mask(begin + 1, begin + len(own))) is not None:
-            mask[at : at + len(own) - 1] *= carried
+            mask[at : at + len(own) - 1] *= carried / np.float32(tokens.loss_unit)
         if len(tokens.document_ends(end - 1, end)):  # the next token belongs to another document
             mask[at + size - 1] = 0.0
             labels[at + size - 1] = row[at + size - 1]

@@ -160,6 +160,11 @@ class TrainingData:
         return tuple(sorted(end for end in ends if end is not None))
 
     @property
+    def loss_unit(self) -> int:
+        """Such a part of 1 is the least weight of a token's loss; 1 where tokens have loss or none."""
+        return max(source.tokens.loss_unit for source in self.sources.values())
+
+    @property
     def turn_tokens(self) -> dict[str, int]:
         """Ids of the control tokens that begin and end answers, by name."""
         return {

@@ -15,6 +15,10 @@ from megatron_qwen.files import atomic_write_json
 _COPY_BYTES = 1 << 24
 
 
+# Key in ``Manifest.chat``: the value of a loss mask where a token counts whole, if that is not 1.
+LOSS_UNIT = "loss_unit"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """The manifest of a token file, or of a set of token files (shards).

@@ -101,6 +101,9 @@ def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -
         elif manifest.end_of_text != noted[0].end_of_text:
             fix = f"ends documents with another token than {files[0].prefix} (id {noted[0].end_of_text})."
             problems.append(Problem(str(file.prefix), manifest.end_of_text, fix))
+        elif file.loss_unit != files[0].loss_unit:
+            fix = f"has other units of weights than {files[0].prefix}: prepare both with --message-weights, or neither."
+            problems.append(Problem(str(file.prefix), f"1/{file.loss_unit}", fix))
         elif file.dtype != files[0].dtype:
             fix = f"has another token width than {files[0].prefix} ({files[0].dtype}); prepare it again."
             problems.append(Problem(str(file.prefix), file.dtype, fix))

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.token_files.manifest import read_manifest, with_ending
+from megatron_qwen.data.token_files.manifest import LOSS_UNIT, read_manifest, with_ending
 from megatron_qwen.data.token_files.object_store import StoredArray
 from megatron_qwen.data.token_files.token_index import DTYPES, HEADER, read_header, token_dtype, write_index
 from megatron_qwen.errors import DataError, Problem
@@ -59,8 +59,11 @@ class TokenFile:
         noted = read_manifest(self.prefix) if url is not None else None
         mask = with_ending(self.prefix, ".mask")
         self.has_mask = mask.is_file() if url is None else noted is not None and noted.mask_xxh3_128 is not None
+        self.loss_unit = 1
         if self.has_mask:
             self._mask = self._open(".mask", np.dtype(np.uint8), self.num_tokens)
+            noted = read_manifest(self.prefix) if noted is None else noted
+            self.loss_unit = 1 if noted is None else int(noted.chat.get(LOSS_UNIT, 1))
 
     def _open(self, ending: str, dtype: np.dtype[Any], count: int) -> Any:
         """``count`` numbers of a file, as a memory map or in an object store; a slice reads only what it needs."""
@@ -112,7 +115,7 @@ class TokenFile:
         return copied
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Whether tokens start .. stop - 1 carry loss as labels, copied."""
+        """How much the loss of tokens start .. stop - 1 counts as labels, in 1 / ``loss_unit``; copied."""
         return np.array(self._mask[start:stop]) if self.has_mask else np.ones(stop - start, dtype=np.uint8)
 
     def document(self, index: int) -> npt.NDArray[np.int64]:

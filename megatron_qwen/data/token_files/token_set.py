@@ -65,8 +65,13 @@ class TokenSet:
         ]
         return np.concatenate(parts)
 
+    @property
+    def loss_unit(self) -> int:
+        """The value of ``loss_mask`` where a token counts whole; all files with a mask have the same."""
+        return max((file.loss_unit for file in self.files if file.has_mask), default=1)
+
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8] | None:
-        """Which of these tokens carry loss as labels; None where all do."""
+        """How much the loss of these tokens counts as labels, in 1 / ``loss_unit``; None where all count whole."""
         if not any(file.has_mask for file in self.files):
             return None
         if start >= stop:

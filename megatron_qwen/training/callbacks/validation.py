@@ -121,7 +121,9 @@ class _ByPart:
 
     def __init__(self, components: TrainingComponents, parts: TextParts | ConversationParts) -> None:
         self._place, self._parts = components.batch_slice.device, parts
-        objective = build_objective(components.config, ends_of_turn=components.data.ends_of_turn)
+        objective = build_objective(
+            components.config, ends_of_turn=components.data.ends_of_turn, loss_unit=components.data.loss_unit
+        )
         self._losses = PartLosses(objective, components.groups, parts)
         self._forward_step = ForwardStep(components.config, components.groups, self._losses)
         self.found: Mapping[str, float] = {}

@@ -63,6 +63,84 @@ def prepare(chat, out, *words):
     return run("tools.data", "prepare", "--chat", "--tokenizer", chat, "--output", out, *words)
 
 
+WEIGHED = [
+    {"role": "user", "content": "one?"},
+    {"role": "assistant", "content": "a quarter", "weight": 0.25},
+    {"role": "user", "content": "two?"},
+    {"role": "assistant", "content": "<think>\nhidden\n</think>\n\nwhole"},
+    {"role": "user", "content": "three?"},
+    {"role": "assistant", "content": "nothing", "weight": 0},
+    {"role": "user", "content": "four?"},
+    {"role": "assistant", "content": "some", "weight": 0.07},
+]
+
+
+def shown_as(chat, out, records, *words):
+    done = prepare(chat, out, write(out.parent / f"{out.name}.jsonl", records), *words)
+    assert done.returncode == 0, done.stderr
+    told = run("tools.data", "inspect", "--chat", out, "--head", len(records), "--json", check=True)
+    return json.loads(told.stdout)
+
+
+@pytest.mark.parametrize("tools", [[], [{"type": "function", "function": {"name": "f", "parameters": {}}}]])
+def test_messages_count_in_part(tools, chat, tmp_path):
+    """Without tools and with them: joined from what stands around turns, and by Jinja."""
+    record = {"messages": WEIGHED, **({"tools": tools} if tools else {})}
+    (found,) = shown_as(chat, tmp_path / "out", [record], "--message-weights")
+    flat = [{name: value for name, value in one.items() if name != "weight"} for one in WEIGHED]
+    (plain,) = shown_as(chat, tmp_path / "plain", [{**record, "messages": flat}])
+    assert found["tokens"] == plain["tokens"]
+    runs, before = [], 0
+    for weight, carries in zip(found["mask"], plain["mask"], strict=True):
+        if carries and not before:
+            runs.append(set())
+        if carries:
+            runs[-1].add(weight)
+        else:
+            assert weight == 0
+        before = carries
+    assert runs == [{0.25}, {1.0}, {0.0}, {0.07}]
+    assert read_manifest(tmp_path / "out").chat["loss_unit"] == 100
+    assert TokenSet(tmp_path / "out").loss_unit == 100
+
+
+def test_a_weight_in_part_is_refused_unless_it_is_asked_for(chat, tmp_path):
+    done = prepare(chat, tmp_path / "out", write(tmp_path / "in.jsonl", [{"messages": WEIGHED}]))
+    assert done.returncode == 3
+    assert "--message-weights" in done.stderr
+
+
+def test_parts_of_answers_without_loss(chat, tmp_path):
+    words = ("--message-weights", "--no-loss-between", "<think>", "</think>\n\n")
+    (found,) = shown_as(chat, tmp_path / "out", [{"messages": WEIGHED}], *words)
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(chat / "tokenizer.json"))
+    texts = ["".join(oracle.decode(ids) for ids in run_) for run_ in _runs_with_loss(found)]
+    assert texts == ["a quarter<|im_end|>", "whole<|im_end|>", "some<|im_end|>"]
+    open_ended = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think> on and on"}]
+    done = prepare(chat, tmp_path / "bad", write(tmp_path / "bad.jsonl", [{"messages": open_ended}]), *words)
+    assert done.returncode == 3
+    assert "has <think> without </think>" in done.stderr
+
+
+def _runs_with_loss(found):
+    runs, before = [], 0
+    for token, weight in zip(found["tokens"], found["mask"], strict=True):
+        if weight and not before:
+            runs.append([])
+        if weight:
+            runs[-1].append([token])
+        before = weight
+    return runs
+
+
+def test_files_of_other_units_are_not_merged(chat, tmp_path):
+    shown_as(chat, tmp_path / "a", [{"messages": WEIGHED}], "--message-weights")
+    shown_as(chat, tmp_path / "b", [{"messages": WEIGHED[2:4]}])
+    done = run("tools.data", "merge", tmp_path / "a", tmp_path / "b", "--output", tmp_path / "both")
+    assert done.returncode == 3
+    assert "has other units of weights" in done.stderr
+
+
 def test_tokens_and_masks(chat, talks, tmp_path):
     plain = [one for one in talks if "<" not in json.dumps(one)]
     assert len(plain) > 50
