@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from launch.snapshot import NOTE
 from launch.snapshot import freeze as freeze_code
 from launch.submission import setup_lines
 from megatron_qwen.attempts import now
+from megatron_qwen.checkpoint.paths import LORA_BASE, STATE, committed
 from megatron_qwen.config.blend import read_blend
 from megatron_qwen.config.render import to_yaml
 from megatron_qwen.errors import ConfigError, Problem
@@ -160,7 +162,19 @@ def _mounted(request: SubmitRequest) -> list[Path]:
         )
     others = (data.tokenizer, request.config.evaluation.task_dir, checkpoint.load, checkpoint.branch_from)
     wanted += [Path(path) for path in others if path]
+    wanted += [Path(path) for path in _bases(request)]
     return list(dict.fromkeys(wanted))
+
+
+def _bases(request: SubmitRequest) -> Iterator[str]:
+    """Places of frozen weights, where a run begins or goes on from a checkpoint of adapters."""
+    named = (request.run_dir, request.config.checkpoint.load, request.config.checkpoint.branch_from)
+    for place in (Path(path) for path in named if path):
+        own = [place] if (place / STATE).is_file() else []
+        own += [path for root in (place / "checkpoints", place) for _, path in committed(root)]
+        for path in own[:1]:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                yield str(json.loads((path / STATE).read_text())[LORA_BASE]["path"])
 
 
 def note_jobs(request: SubmitRequest, jobs: list[str], *, exclude: Sequence[str] = ()) -> None:

@@ -56,6 +56,7 @@ class RunDirectory:
         self.data = self.path / "data.json"
         self.blend = self.path / "blend.yaml"
         self.checkpoints = self.path / "checkpoints"
+        self.reference = self.path / "reference.safetensors"
         self.lora_base = self.path / "lora_base.json"
         self.tokenizer = self.path / "tokenizer"
         self.samples = self.path / "samples.jsonl"

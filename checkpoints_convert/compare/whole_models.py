@@ -8,6 +8,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_qwen import device
 from megatron_qwen.checkpoint import find, state
+from megatron_qwen.checkpoint.lora_base import noted
 from megatron_qwen.checkpoint.paths import RUN_YAML
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ParallelConfig
@@ -15,6 +16,7 @@ from megatron_qwen.config.source import resolve
 from megatron_qwen.data.reading.samples import SampleSource
 from megatron_qwen.data.token_files.statistics import unigram_entropy
 from megatron_qwen.distributed import groups as process_groups
+from megatron_qwen.errors import CheckpointError, Problem
 from megatron_qwen.hf import library
 from megatron_qwen.models.backend import choose
 from megatron_qwen.models.build import Model, build_model, for_one_rank
@@ -45,6 +47,9 @@ class Agreement:
 def load_checkpoint(path: Path) -> tuple[RunConfig, Model, ProcessGroupCollection]:
     """Builds the model of a checkpoint on the one rank that has joined, in fp32, with its weights."""
     chosen = find.newest_good(find.resolve(path), strict=False)
+    if noted(state.read_state(chosen.path)) is not None:
+        fix = "holds adapters alone; compare what mq convert merge makes of it."
+        raise CheckpointError(Problem(str(chosen.path), None, fix))
     config = resolve(str(chosen.path / RUN_YAML), ["precision.dtype=fp32", "precision.fp8=null"], RECIPES)
     config = RunConfig(**{**vars(config), "parallel": ParallelConfig()})
     groups = process_groups.create(config.parallel, seed=config.training.seed)

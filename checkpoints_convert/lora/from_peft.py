@@ -1,5 +1,6 @@
 """``mq convert from-peft``: an adapter of PEFT as a checkpoint of adapters, to train on, generate with, or merge."""
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,16 +19,18 @@ from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_te
 from checkpoints_convert.output import RowSpan
 from checkpoints_convert.release import sha256
 from checkpoints_convert.tensor_set import ExportedWeights
-from megatron_qwen.checkpoint.lora_base import LORA_BASE, identified
+from megatron_qwen.checkpoint.lora_base import identified
 from megatron_qwen.checkpoint.merged import MergedWeights
+from megatron_qwen.checkpoint.paths import LORA_BASE
 from megatron_qwen.config.lora import EMBEDDING, HEAD, LoraConfig, possible_targets
-from megatron_qwen.config.sections import ModelConfig
+from megatron_qwen.config.sections import ModelConfig, ObjectiveConfig
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.adapters import PREFIX, adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
 
 _KEY = re.compile(re.escape(PREFIX) + r"(?:model\.)?(?:layers\.\d+\.)?(.+)\.lora_(?:embedding_)?[AB]\b")
+log = logging.getLogger(__name__)
 _COPY = (f"{EMBEDDING}.base_layer.weight", f"{HEAD}.base_layer.weight")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -75,7 +78,7 @@ def read_adapter(path: Path, model: ModelConfig) -> PeftAdapter:
     copies = {name: tensors.pop(name) for name in list(tensors) if name.endswith(_COPY)}
     found = {_EXPERT.sub(".experts.", match.group(1)) for name in tensors if (match := _KEY.match(name))}
     known = [target.name for target in possible_targets(model)]
-    lora = lora_of(content, tuple(name for name in known if name in found), path / CONFIG)
+    lora = lora_of(content, tuple(name for name in known if name in found), path / CONFIG, model)
     if problems := _misfits(path, lora, model, tensors):
         raise ConversionError(problems)
     return PeftAdapter(path, lora, tensors, copies)
@@ -137,20 +140,23 @@ def from_peft(
         raise ConversionError(problems)
     dtype = next(iter(adapter.tensors.values())).dtype
     noted = identified(base.path).as_json()
-    hashes = {name: sha256(path / name) for name in (CONFIG, WEIGHTS)}
+    tokenizer = path if (path / "tokenizer.json").is_file() else base.tokenizer
+    if base.config.objective.kind == "pretrain":
+        log.warning("%s: whether it was trained to answer is not noted there: an export ends as its base does", path)
+    hashes = {name: sha256(path / name) for name in (CONFIG, WEIGHTS, "tokenizer.json") if (path / name).is_file()}
     note: dict[str, Any] = {"kind": "peft", "path": str(path.absolute()), "files": hashes}
     identity = {"kind": "from-peft", "source": note, "base": noted, "out": str(out.absolute()), "code": code_version()}
     config = new_run(
-        base.config.architecture, out, dtype=base.weights.dtype(_any_core(model)), tokenizer=base.tokenizer is not None
+        base.config.architecture, out, dtype=base.weights.dtype(_any_core(model)), tokenizer=tokenizer is not None
     )
     outputs = [
         output_tensor(item, dtype, [_span(adapter.tensors[item.names[0]])]) for item in _items(adapter.lora, model)
     ]
     checkpoint = NewCheckpoint(
         out,
-        replace(config, lora=adapter.lora),
+        replace(config, lora=adapter.lora, objective=ObjectiveConfig(kind=base.config.objective.kind)),
         shards(outputs, limit=SHARD_BYTES),
-        base.tokenizer,
+        tokenizer,
         note,
         identity,
         table=adapter_mappings(adapter.lora, model),

@@ -8,8 +8,8 @@ from checkpoints_convert.checkpoint_source import CheckpointSource
 from checkpoints_convert.conversion import DTYPES, Converted
 from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_tensor, shards, write_checkpoint
 from checkpoints_convert.output import RowSpan
-from megatron_qwen.checkpoint.lora_base import LORA_BASE
 from megatron_qwen.checkpoint.merged import MergedWeights
+from megatron_qwen.checkpoint.paths import LORA_BASE
 from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_qwen.config.lora import EMBEDDING, LoraConfig, LoraTarget, matches, possible_targets, targets
+from megatron_qwen.config.lora import EMBEDDING, HEAD, LoraConfig, LoraTarget, matches, possible_targets, targets
 from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConversionError, Problem
 
@@ -13,7 +13,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Fields of PEFT 0.21 whose value changes nothing of what is computed, or that are read here.
 _READ = ("peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "modules_to_save", "target_modules")
 _OF_NO_EFFECT = (
-    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "exclude_modules",
+    "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "megatron_core", "peft_version", "qalora_group_size", "revision", "task_type",
 )  # fmt: skip
 # Initial values that leave the base model's weights as they are.
@@ -28,16 +28,21 @@ def peft_config(lora: LoraConfig, model: ModelConfig, *, base_name: str | None) 
         model: what they are for.
         base_name: of the base model, as transformers loads it.
     """
+    chosen = targets(lora, model)
+    # PEFT fuses the gates and ups of experts (transformers 5) and doubles rank and alpha: under rsLoRA that is another
+    # scale, and it refuses dropout there.
+    experts = any(target.per_expert for target in chosen)
+    alpha = lora.scale * (lora.rank or 0) if experts else lora.alpha
     content: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": lora.rank,
-        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
-        "target_modules": _target_modules(targets(lora, model), model),
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+        "lora_dropout": 0.0 if experts else lora.dropout,
+        "use_rslora": lora.use_rslora and not experts,
+        "target_modules": _target_modules(chosen, model),
         "modules_to_save": list(lora.modules_to_save) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -58,13 +63,14 @@ def _target_modules(chosen: tuple[LoraTarget, ...], model: ModelConfig) -> list[
     return rf"(?:.*\.)?({'|'.join(names)})"
 
 
-def lora_of(content: Mapping[str, Any], names: tuple[str, ...], path: Path) -> LoraConfig:
+def lora_of(content: Mapping[str, Any], names: tuple[str, ...], path: Path, model: ModelConfig) -> LoraConfig:
     """The adapters that a file describes.
 
     Args:
         content: of the file.
         names: layers of which the weights file has adapters.
         path: the file, for messages.
+        model: what they are for.
 
     Raises:
         ConversionError: it asks for what a run cannot have; with everything of that kind.
@@ -77,13 +83,19 @@ def lora_of(content: Mapping[str, Any], names: tuple[str, ...], path: Path) -> L
         wrong.append(Problem(f"{path}: lora_alpha", alpha, "must be a number above 0."))
     if wrong:
         raise ConversionError(wrong)
+    saved = tuple(content.get("modules_to_save") or ())
+    tied = model.share_embeddings_and_output_weights
+    if unknown := [name for name in saved if name not in ((EMBEDDING,) if tied else (EMBEDDING, HEAD))]:
+        known = EMBEDDING if tied else f"{EMBEDDING} and {HEAD}"
+        fix = f"can be {known} here{' (embeddings are tied)' if tied else ''}; merge it with PEFT instead."
+        raise ConversionError(Problem(f"{path}: modules_to_save", ", ".join(map(str, unknown)), fix))
     return LoraConfig(
         rank=rank,
         alpha=float(alpha),
         use_rslora=bool(content.get("use_rslora", False)),
         dropout=float(content.get("lora_dropout") or 0.0),
         target_modules=names,
-        modules_to_save=tuple(content.get("modules_to_save") or ()),
+        modules_to_save=saved,
     )
 
 

@@ -1,6 +1,7 @@
 """``mq convert to-peft``: a run's adapters as PEFT's files, which others load beside the base model."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from checkpoints_convert.lora.peft_config import CONFIG, WEIGHTS, peft_config
 from checkpoints_convert.origin import checkpoint_origin, data_origin, published_configuration
 from checkpoints_convert.release import sha256
 from checkpoints_convert.work import require_free
-from megatron_qwen.checkpoint.lora_base import LORA_BASE
+from megatron_qwen.checkpoint.paths import LORA_BASE
+from megatron_qwen.config.lora import targets
 from megatron_qwen.data.tokenizers.tokenizer import copy_tokenizer
 from megatron_qwen.files import publish, sync_tree, temporary_name
 from megatron_qwen.hf.adapters import adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import core_tensors
 from megatron_qwen.provenance import code_version
 
+log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 
 
@@ -39,6 +42,11 @@ def to_peft(source: CheckpointSource, out: Path, *, base_name: str | None, local
         ConversionError: ``out`` is occupied.
     """
     require_free(out)
+    if any(".shared_expert." in target.name for target in targets(source.config.lora, source.config.model)):
+        log.warning(
+            "PEFT with transformers 5 does not load adapters of a shared expert, and says so in a warning alone: merge "
+            "them instead (mq convert merge, to-hf)"
+        )
     lora, model = source.config.lora, source.config.model
     tensors = {
         item.names[0]: _as_in_peft(item.names[0], source.weights.rows(item, 0, item.mapping.num_rows))

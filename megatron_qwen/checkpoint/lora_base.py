@@ -11,11 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_qwen.checkpoint import find, manifest
-from megatron_qwen.checkpoint.paths import MANIFEST
+from megatron_qwen.checkpoint.paths import LORA_BASE, MANIFEST
 from megatron_qwen.errors import CheckpointError, Problem
-
-# Key in state.json.
-LORA_BASE = "lora_base"
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ def locate(base: LoraBase, *, also: Path | None, wanted_by: str) -> Path:
     there = "has other weights now" if (Path(base.path) / MANIFEST).is_file() else "is not there"
     looked = "" if also is None else f", and {also} does not have them either"
     fix = (
-        f"{there}{looked}: the adapters of {wanted_by} are for the weights it had. Put that checkpoint back, or name "
-        "the place where it is now (checkpoint.load of a run, --base of a conversion)."
+        f"{there}{looked}: the adapters of {wanted_by} are for the weights it had. Put that checkpoint back; of a run "
+        "that began with it checkpoint.load may name its new place, and mq convert merge --base makes whole weights."
     )
     raise CheckpointError(Problem(base.path, None, fix))

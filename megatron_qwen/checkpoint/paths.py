@@ -9,6 +9,8 @@ STATE = "state.json"
 GENERATORS = "generators.safetensors"
 LATEST = "latest"
 TOKENIZER = "tokenizer"
+# Key in state.json: the checkpoint whose frozen weights adapters are for (``lora_base.py``).
+LORA_BASE = "lora_base"
 
 _COMMITTED = re.compile(r"iter_(\d{7,})")
 

@@ -4,17 +4,19 @@ from collections.abc import Iterator
 
 from megatron_qwen.config.lora import EMBEDDING, HEAD
 from megatron_qwen.config.run import RunConfig
+from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.errors import Problem
 
 
 def objective_problems(config: RunConfig) -> Iterator[Problem]:
     """What is wrong with the section."""
+    yield from _unused(config)
     described = config.objective.token_descriptions
     if not described:
         return
     where, value = "objective.token_descriptions", ", ".join(described)
-    if config.objective.kind != "sft":
-        yield Problem(where, value, "is for objective.kind=sft; omit it.")
+    if config.objective.kind == "pretrain":
+        yield Problem(where, value, "is for fine-tuning (objective.kind=sft); omit it.")
     if config.checkpoint.load is None:
         yield Problem(where, value, "needs checkpoint.load, the model whose rows describe the tokens.")
     tied = config.model.share_embeddings_and_output_weights
@@ -25,3 +27,16 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
         )
     if config.data.tokenizer is None:
         yield Problem(where, value, "needs data.tokenizer, which says what the words' rows are.")
+
+
+def _unused(config: RunConfig) -> Iterator[Problem]:
+    """Settings of an objective that is not trained would be taken for its settings."""
+    objective, default = config.objective, ObjectiveConfig()
+    for name in ("dpo_loss", "beta", "label_smoothing"):
+        if objective.kind != "dpo" and (value := getattr(objective, name)) != getattr(default, name):
+            yield Problem(f"objective.{name}", value, "is for objective.kind=dpo; omit it.")
+    if objective.kind == "dpo" and objective.average != default.average:
+        yield Problem("objective.average", objective.average, "is for objective.kind=sft: dpo is a mean over pairs.")
+    if objective.label_smoothing and objective.dpo_loss in ("hinge", "ipo"):
+        fix = f"has no effect on dpo_loss={objective.dpo_loss}; set it to 0."
+        yield Problem("objective.label_smoothing", objective.label_smoothing, fix)

@@ -193,7 +193,7 @@ class DataConfig:
     packing: Literal["windows", "best_fit"] | None = setting(
         None,
         doc="How samples are made of data.path: windows over the stream of documents, or whole documents packed by "
-        "best fit, which do not attend to one another; null is best_fit with objective.kind=sft, else windows.",
+        "best fit, which do not attend to one another; null is windows with objective.kind=pretrain, else best_fit.",
     )
     tokenizer: str | None = setting(None, doc="Directory of the Hugging Face tokenizer that the tokens were made with.")
     seq_length: int = setting(4096, doc="Tokens per sample.", minimum=2)
@@ -276,15 +276,30 @@ class TrainingConfig:
 class ObjectiveConfig:
     """What the model is trained for."""
 
-    kind: Literal["pretrain", "sft"] = setting(
+    kind: Literal["pretrain", "sft", "dpo"] = setting(
         "pretrain",
         doc="pretrain: cross-entropy of the next token; sft: of what the assistant wrote in whole conversations "
-        "(`mq data prepare --chat`).",
+        "(`mq data prepare --chat`); dpo: preferences between two answers (`mq data prepare --pairs`).",
     )
     average: Literal["token", "sequence", "sample"] = setting(
         "token",
         doc="With sft, what counts the same in the global batch: tokens with loss, sequences (conversations), or "
         "samples (packed rows).",
+    )
+    dpo_loss: Literal["sigmoid", "hinge", "ipo", "robust"] = setting(
+        "sigmoid",
+        doc="With dpo, the loss of the margin between the rewards of a pair: sigmoid (arXiv 2305.18290), hinge (SLiC, "
+        "arXiv 2305.10425), ipo (arXiv 2310.12036, with log-probabilities averaged over an answer's tokens), or robust "
+        "(arXiv 2403.00409).",
+    )
+    beta: float = setting(
+        0.1, doc="With dpo, what log-probability ratios are multiplied by; with ipo its tau.", above=0.0
+    )
+    label_smoothing: float = setting(
+        0.0,
+        doc="With dpo and sigmoid or robust, the probability that a pair is labelled the wrong way round.",
+        minimum=0.0,
+        below=0.5,
     )
     token_descriptions: Mapping[str, str] = setting(
         factory=dict,

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.objectives.base import Objective
+from megatron_qwen.objectives.dpo import Dpo
 from megatron_qwen.objectives.pretrain import Pretrain
 from megatron_qwen.objectives.sft import Sft
 
@@ -12,6 +13,7 @@ from megatron_qwen.objectives.sft import Sft
 _KINDS: dict[str, Callable[[ObjectiveConfig, Sequence[int], int], Objective]] = {
     "pretrain": lambda _settings, _ends, unit: Pretrain(unit),
     "sft": Sft,
+    "dpo": Dpo,
 }
 
 

@@ -43,6 +43,7 @@ class OutputHead:
         sequence_parallel: whether hidden states are split over the TP ranks.
         vocab_size: rows of the whole matrix without padding.
         chunk_tokens: tokens whose logits are held at a time.
+        context: the CP ranks, which share the sequences; None where each has whole ones.
     """
 
     weight: torch.Tensor
@@ -50,6 +51,29 @@ class OutputHead:
     sequence_parallel: bool
     vocab_size: int
     chunk_tokens: int
+    context: dist.ProcessGroup | None = None
+
+    @property
+    def counts(self) -> bool:
+        """Whether this rank is the one of its CP ranks that counts what all of them know, such as whole sequences."""
+        return self.context is None or self.context.rank() == 0
+
+    def sequence_sums(self, values: torch.Tensor, numbers: torch.Tensor, sequences: int) -> torch.Tensor:
+        """Sum of the values of each sequence over all its tokens, [sequences]; the same on every CP rank.
+
+        The gradient is that of this rank's tokens.
+
+        Args:
+            values: of some tokens of this rank, [n].
+            numbers: of the sequence of each, [n].
+            sequences: how many there are.
+        """
+        own = values.new_zeros(sequences).index_add(0, numbers, values)
+        if self.context is None or self.context.size() == 1:
+            return own
+        whole = own.detach().clone()
+        dist.all_reduce(whole, group=self.context)
+        return own + (whole - own.detach())
 
     def cross_entropy(
         self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *, skip_weightless: bool = False
@@ -85,6 +109,18 @@ class OutputHead:
         """
         found = log_probs(self._rows(hidden), self.weight, labels.t().reshape(-1), self._layout)
         return found.view(labels.shape[1], labels.shape[0]).t()
+
+    def log_probs_where(self, hidden: torch.Tensor, labels: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the labels that are chosen, [n] in fp32, in the order of ``chosen.flatten()`` of [s, b].
+
+        Args:
+            hidden: as in ``cross_entropy``.
+            labels: [b, s].
+            chosen: bool, [b, s]; at least one is. Its number must be known on the host: on a GPU this waits for it.
+        """
+        (places,) = chosen.t().reshape(-1).nonzero(as_tuple=True)
+        rows = self._rows(hidden).index_select(0, places)
+        return log_probs(rows, self.weight, labels.t().reshape(-1)[places], self._layout)
 
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """This rank's logits of some tokens, [n, h] -> [n, padded vocabulary / TP]; without autograd."""

@@ -20,6 +20,7 @@ from megatron_qwen.training.build import build_components
 from megatron_qwen.training.callbacks.build import build_callbacks, build_guard
 from megatron_qwen.training.callbacks.heartbeat import AttemptSuperseded
 from megatron_qwen.training.environment_log import ENVIRONMENT, record_environment
+from megatron_qwen.training.reference import know_reference
 from megatron_qwen.training.resume import resume
 from megatron_qwen.training.start_log import keep_log, log_choices, log_data
 from megatron_qwen.training.trainer import Trainer
@@ -48,6 +49,7 @@ def run_attempt(
     components = build_components(config)
     # Before the attempt is recorded: a run that cannot be built or resumed leaves no attempt in attempts.jsonl.
     resumed_at = resume(components, directory)
+    know_reference(components, directory, resumed_at=resumed_at)
     controlled = attempt_of_controller() is not None
     attempt = _begin(directory)
     record_environment(directory.logs(attempt) / ENVIRONMENT)

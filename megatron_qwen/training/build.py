@@ -23,6 +23,7 @@ from megatron_qwen.training.forward import ForwardStep
 from megatron_qwen.training.kernels import start_kernels
 from megatron_qwen.training.machine import common_machine
 from megatron_qwen.training.progress import TrainingProgress
+from megatron_qwen.training.router_losses import with_router_losses
 from megatron_qwen.training.schedule_hooks import install_schedule_hooks
 from megatron_qwen.training.start_log import log_build
 
@@ -53,7 +54,7 @@ def build_components(config: RunConfig) -> TrainingComponents:
     # The one choice that needs a trial: whether torch.compile works on every rank.
     config, choices = start_kernels(config, choices)
     place = device.current()
-    model = build_model(config, groups, backend, device=place)
+    model = build_model(with_router_losses(config, data), groups, backend, device=place)
     optimizer = build_optimizer(config, model, groups)
     install_schedule_hooks(model, optimizer, groups)
     if dist.get_rank() == 0:

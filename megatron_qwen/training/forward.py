@@ -100,6 +100,7 @@ class ForwardStep:
             sequence_parallel=self._sequence_parallel,
             vocab_size=self._vocab_size,
             chunk_tokens=self._chunk_tokens,
+            context=self._groups.cp,
         )
         return self._objective(hidden_states, head, context)
 

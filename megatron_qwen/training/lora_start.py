@@ -9,14 +9,16 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_qwen.checkpoint import find, state
-from megatron_qwen.checkpoint.lora_base import LORA_BASE, LoraBase, identified, locate, noted
-from megatron_qwen.checkpoint.paths import committed
+from megatron_qwen.checkpoint.lora_base import LoraBase, identified, locate, noted
+from megatron_qwen.checkpoint.paths import LORA_BASE, RUN_YAML, committed
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.checkpoint.weights import CheckpointWeights
 from megatron_qwen.config.checkpoint import CheckpointConfig
+from megatron_qwen.config.source import resolve
 from megatron_qwen.errors import CheckpointError, ConfigError, Problem
 from megatron_qwen.estimate.adapters import described
 from megatron_qwen.files import atomic_write_json
+from megatron_qwen.recipes.registry import RECIPES
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
 
@@ -71,14 +73,15 @@ def load_frozen(components: TrainingComponents, directory: RunDirectory) -> Path
         ConfigError: the run would begin from what cannot be a base.
     """
     settings = components.config.checkpoint
-    start = _start_of_run(directory, settings)
+    start, verified = _start_of_run(directory, settings), False
     if start is None:
         start = _first_start(settings)
+        verified = start.new_adapters  # every file was read when it was chosen
         if dist.get_rank() == 0:
             start.write(directory.lora_base)
     also = None if settings.load is None else Path(settings.load)
     place = locate(start.base, also=also, wanted_by=str(directory.path))
-    if damage := find.shared_damage(place):
+    if not verified and (damage := find.shared_damage(place)):
         raise CheckpointError(damage)
     CheckpointWeights(CheckpointReader(place), components.config.model)  # compares shapes
     state.load_base(place, components.model.modules, components.groups)
@@ -103,7 +106,7 @@ def require_fitting(saved: dict[str, Any], path: Path, components: TrainingCompo
         directory: of the run.
 
     Raises:
-        ConfigError: it holds adapters alone, and the run trains all weights.
+        ConfigError: it holds adapters alone, and the run trains all weights; or the run scales them otherwise.
         CheckpointError: its adapters are for other weights than the run has loaded.
     """
     theirs = noted(saved)
@@ -112,11 +115,23 @@ def require_fitting(saved: dict[str, Any], path: Path, components: TrainingCompo
             fix = "holds adapters (LoRA) alone: merge them first (mq convert merge), or train on with the same lora.*."
             raise ConfigError(Problem("checkpoint.load", path, fix))
         return
+    _require_same_scale(path, components)
     start = LoraStart.read(directory.lora_base)
     if start is not None and (theirs is None or theirs.digest != start.base.digest):
         of = "whole weights" if theirs is None else f"adapters for {theirs.path}"
         fix = f"has {of}, but {directory.lora_base} names {start.base.path}; use the checkpoints of one run."
         raise CheckpointError(Problem(str(path), None, fix))
+
+
+def _require_same_scale(path: Path, components: TrainingComponents) -> None:
+    """Nothing in the tensors says what their product is multiplied by."""
+    mine, before = components.config.lora, resolve(str(path / RUN_YAML), [], RECIPES).lora
+    if mine.scale != before.scale:
+        fix = (
+            f"and lora.use_rslora={str(mine.use_rslora).lower()} scale adapters by {mine.scale:g}, but those of {path} "
+            f"by {before.scale:g}; set lora.alpha={before.alpha:g} lora.use_rslora={str(before.use_rslora).lower()}."
+        )
+        raise ConfigError(Problem("lora.alpha", f"{mine.alpha:g}", fix))
 
 
 def _start_of_run(directory: RunDirectory, settings: CheckpointConfig) -> LoraStart | None:

@@ -9,7 +9,10 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from checkpoints_convert.lora.peft_config import peft_config
 from megatron_qwen.checkpoint.paths import STATE, iteration_dir
+from megatron_qwen.config.lora import LoraConfig as OurLora
+from megatron_qwen.recipes.registry import RECIPES
 from tests.checkpoints_convert.models import make
 from tests.checkpoints_convert.refusal import assert_untouched, refused
 from tests.conftest import run
@@ -153,6 +156,7 @@ WRONG = [
     ({"init_lora_weights": "pissa"}, {}, "init_lora_weights = pissa: changes the base model's weights"),
     ({"trainable_token_indices": [3]}, {}, "trainable_token_indices"),
     ({"target_parameters": ["mlp.experts.gate_up_proj"]}, {}, "target_parameters"),
+    ({"modules_to_save": ["norm"]}, {}, "modules_to_save = norm: can be embed_tokens and lm_head here"),
     ({"a_field_of_tomorrow": 1}, {}, "a_field_of_tomorrow = 1: is not supported"),
     ({"r": 8}, {}, "must have the shape (8, 48)"),
     ({"modules_to_save": ["lm_head"]}, {}, "adapters are missing"),
@@ -197,6 +201,17 @@ def test_a_directory_without_an_adapter_is_refused(parts, tmp_path):
     shutil.copy(parts / "adapter" / CONFIG, tmp_path / "cut")
     (tmp_path / "cut" / WEIGHTS).write_bytes((parts / "adapter" / WEIGHTS).read_bytes()[:-7])
     assert "cannot be read" in refused("from-peft", tmp_path / "cut", tmp_path / "out", "--base", parts / "base")
+
+
+def test_files_of_experts_say_what_peft_multiplies(parts):
+    """PEFT doubles rank and alpha of fused experts, and refuses dropout there."""
+    model = RECIPES["tiny_moe"]().model
+    lora = OurLora(rank=16, alpha=8.0, use_rslora=True, dropout=0.1)
+    content = peft_config(lora, model, base_name=None)
+    assert (content["lora_alpha"], content["use_rslora"], content["lora_dropout"]) == (32, False, 0.0)
+    attention = OurLora(rank=16, alpha=8.0, use_rslora=True, dropout=0.1, target_modules=("self_attn.*",))
+    content = peft_config(attention, model, base_name=None)
+    assert (content["lora_alpha"], content["use_rslora"], content["lora_dropout"]) == (8, True, 0.1)
 
 
 def test_whole_weights_have_no_adapters(parts, tmp_path):

@@ -175,3 +175,27 @@ def _recorder() -> Any:
             self.found.append(_reported(trainer, record) | {"updates": self.updates})
 
     return Recorder()
+
+
+def flip_a_frozen_weight(config: RunConfig, run_dir: Path) -> str:
+    """Changes a bit of a weight that is not trained; how the check of held state names it begins with this word."""
+    import torch
+
+    from megatron_qwen.training.integrity import held_state
+
+    components, _ = _resumed(config, run_dir)
+    held = held_state.weights(components, expert=False)
+    frozen = [name for name in held if name.startswith("frozen ")]
+    own = [name for name in held if not name.startswith("frozen ")]
+    assert len(own) == 1
+    names = {
+        name for module in components.model.modules for name, one in module.named_parameters() if not one.requires_grad
+    }
+    expert = held_state.weights(components, expert=True)
+    assert len(names) == len(frozen) + sum(name.startswith("frozen ") for name in expert)
+    before = held_state.fingerprints(list(held.values()))
+    with torch.no_grad():
+        held[frozen[3]].view(torch.int32).view(-1)[0] ^= 1
+    after = held_state.fingerprints(list(held.values()))
+    (changed,) = [name for name, a, b in zip(held, before, after, strict=True) if a != b]
+    return changed.split()[0]

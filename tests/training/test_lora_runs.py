@@ -8,8 +8,7 @@ import subprocess
 
 import pytest
 
-from megatron_qwen.checkpoint.lora_base import LORA_BASE
-from megatron_qwen.checkpoint.paths import STATE, iteration_dir
+from megatron_qwen.checkpoint.paths import LORA_BASE, STATE, iteration_dir
 from megatron_qwen.checkpoint.read import CheckpointReader
 from megatron_qwen.rundir import RunDirectory
 from tests.conftest import command, environment, run
@@ -144,6 +143,22 @@ def test_adapters_begin_a_run_with_adapters_and_no_other(straight, pool, tmp_pat
     RunDirectory(tmp_path / "other").claim(other)
     with pytest.raises(AssertionError, match="lora_A: has the shape"):
         pool[1].run(jobs.attempt, other, tmp_path / "other")
+
+
+def test_adapters_are_not_taken_with_another_scale(straight, pool, tmp_path):
+    _, config, run_dir = straight
+    further = config.with_section("checkpoint", load=str(run_dir / "checkpoints"))
+    for name, change in (("alpha", {"alpha": 16.0}), ("rs", {"use_rslora": True})):
+        other = further.with_section("lora", **change)
+        RunDirectory(tmp_path / name).claim(other)
+        with pytest.raises(AssertionError, match=r"set lora\.alpha=8 lora\.use_rslora=false"):
+            pool[1].run(jobs.attempt, other, tmp_path / name)
+
+
+def test_a_flipped_frozen_weight_is_found(straight, pool, starts, masked_documents, tmp_path):
+    recipe, config, _ = straight
+    RunDirectory(tmp_path / "run").claim(config)
+    assert pool[1].run(ranks.flip_a_frozen_weight, config, tmp_path / "run") == ["frozen"]
 
 
 def test_another_model_named_before_the_first_checkpoint_is_the_base(pool, starts, masked_documents, tmp_path):

@@ -91,6 +91,11 @@ def _prepare(actions: Any) -> None:
         help="records are conversations (OpenAI's, ShareGPT's or Alpaca's form), which the tokenizer's chat template "
         "renders; the assistant's messages alone carry loss",
     )
+    chat.add_argument(
+        "--pairs",
+        action="store_true",
+        help="records are pairs of a chosen and a rejected answer (TRL's or ShareGPT's form), for objective.kind=dpo",
+    )
     chat.add_argument("--max-tokens", type=int, help="leave out longer conversations, and count them")
     chat.add_argument(
         "--template-variable",

@@ -37,7 +37,8 @@ def main(options: argparse.Namespace) -> int:
         where=parse_conditions(options.where),
         separator=options.separator,
         max_document_bytes=options.max_document_mib << 20,
-        chat=options.chat,
+        chat=options.chat or options.pairs,
+        pairs=options.pairs,
     )
     inputs = told_inputs(options.files, text_field=FORMS if options.chat else (options.field,))
     documents = DocumentOptions(options.end_token, control_as_text=options.control_tokens == "text")
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace) -> int:
         prefix=options.output,
         options=read,
         documents=documents,
-        chat=_chat_options(options) if options.chat else None,
+        chat=_chat_options(options) if options.chat or options.pairs else None,
         skip_bad=options.on_error == "skip",
         left_out=inputs.left_out,
         shard_bytes=None if options.shard_gib is None else int(options.shard_gib * (1 << 30)),
@@ -136,7 +137,7 @@ def _require_sensible(options: argparse.Namespace) -> tuple[int, int]:
         "--prompt-field": options.prompt_field is not None,
         "--separator": options.separator is not None,
     }
-    for name, given in (texts if options.chat else others).items():
+    for name, given in (texts if options.chat or options.pairs else others).items():
         if given:
             what = "has no effect on conversations" if options.chat else "needs --chat"
             problems.append(Problem(name, None, f"{what}; omit it."))

@@ -20,6 +20,7 @@ from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.chat.marks import AS_TEXT, any_of, marked, without
 from megatron_qwen.data.chat.plain_turns import PlainTurns, learn
 from megatron_qwen.data.chat.template import ChatTemplate, TemplateRefuses
+from megatron_qwen.data.token_files.manifest import LOSS_BITS, MEMBER
 from megatron_qwen.data.tokenizers.encoder import Encoder
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer
 
@@ -42,7 +43,8 @@ class EncodedConversation:
 
     Args:
         ids: [n].
-        mask: how much the loss of a token counts, in 1 / unit: 0 where the assistant did not write it, [n].
+        mask: how much the loss of a token counts, in 1 / unit: 0 where the assistant did not write it; and a bit
+            where a further sequence of the document begins, [n].
         spelled: how often messages spell a control token, by its name.
     """
 
@@ -53,7 +55,14 @@ class EncodedConversation:
     @cached_property
     def trained(self) -> int:
         """Tokens that carry loss."""
-        return int(np.count_nonzero(self.mask))
+        return int(np.count_nonzero(self.mask & LOSS_BITS))
+
+    def followed_by(self, other: "EncodedConversation") -> "EncodedConversation":
+        """Both as the sequences of one document."""
+        mask = np.concatenate((self.mask, other.mask))
+        mask[len(self.ids)] |= MEMBER
+        spelled = Counter(self.spelled) + Counter(other.spelled)
+        return EncodedConversation(np.concatenate((self.ids, other.ids)), mask, spelled)
 
 
 class ChatEncoder:
@@ -115,7 +124,10 @@ class ChatEncoder:
         return self._by_jinja(conversation)
 
     def _may_be_silent(self, conversation: Conversation) -> bool:
-        return any(first in str(message["content"]) for first, _ in self._silent for message in conversation.messages)
+        """Whether an answer has a part without loss, which a template may also begin before the answer."""
+        asks = "" if self._form is None else self._form.asks
+        texts = [asks, *(str(message["content"]) for message in conversation.messages)]
+        return any(end in text for pair in self._silent for end in pair for text in texts)
 
     def _by_jinja(self, conversation: Conversation) -> EncodedConversation:
         messages: Sequence[Mapping[str, Any]] = conversation.messages
@@ -127,7 +139,8 @@ class ChatEncoder:
             raise TemplateRefuses("it does not write calls of tools")
         text = self._template.render(messages, tools)
         text, spans = self._spans(text, conversation)
-        spans = [part for span in spans for part in _without_silent(text, span, self._silent)]
+        asks = "" if self._form is None else self._form.asks
+        spans = [part for span in spans for part in _without_silent(text, span, self._silent, asks)]
         if self._as_text and (messages != conversation.messages or tools != list(conversation.tools)):
             self._require_as_unmarked(text, conversation)
         if AS_TEXT in text:
@@ -223,25 +236,46 @@ class ChatEncoder:
         return sum(begin < crossed for begin, _ in places)
 
 
-def _without_silent(text: str, span: Span, silent: Sequence[tuple[str, str]]) -> list[Span]:
+def _without_silent(text: str, span: Span, silent: Sequence[tuple[str, str]], asks: str) -> list[Span]:
     """The parts of an answer that carry loss.
 
+    Args:
+        text: rendered.
+        span: of the answer.
+        silent: pairs of texts; from the first to the second there is no loss.
+        asks: what the template writes to ask for an answer: it may hold the first of a pair already.
+
     Raises:
-        TemplateRefuses: a part that begins does not end in it.
+        TemplateRefuses: one of a pair is there without the other, or is marked as text although it is a token.
     """
+    if not silent:
+        return [span]
+    if AS_TEXT in text[span.begin : span.end] and any(
+        without(text[span.begin : span.end]).count(end) != text.count(end, span.begin, span.end)
+        for pair in silent
+        for end in pair
+    ):
+        raise TemplateRefuses("its text is to have no loss between control tokens: give --control-tokens encode")
+    begins = text.endswith(asks, 0, span.begin)
+    opened = [last for first, last in silent if begins and asks.rfind(first) > asks.rfind(last)]
     parts, at = [], span.begin
+    if opened:
+        end = text.find(opened[0], at, span.end)
+        if end < 0:
+            raise TemplateRefuses(f"an answer has no {opened[0]}, which the prompt for it waits for")
+        at = end + len(opened[0])
     while True:
-        begins = [(text.find(first, at, span.end), first, last) for first, last in silent]
-        begin, first, last = min((one for one in begins if one[0] >= 0), default=(-1, "", ""))
-        if begin < 0:
-            break
+        found = [(text.find(first, at, span.end), first, last) for first, last in silent]
+        begin, first, last = min((one for one in found if one[0] >= 0), default=(span.end, "", ""))
+        if any(text.find(end, at, begin) >= 0 for _, end in silent):
+            raise TemplateRefuses("an answer has the end of a part without loss, and not its beginning")
+        parts.append(Span(at, begin, span.weight))
+        if begin == span.end:
+            return [part for part in parts if part.begin < part.end]
         end = text.find(last, begin + len(first), span.end)
         if end < 0:
             raise TemplateRefuses(f"an answer has {first} without {last}")
-        parts.append(Span(at, begin, span.weight))
         at = end + len(last)
-    parts.append(Span(at, span.end, span.weight))
-    return [part for part in parts if part.begin < part.end]
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,12 @@ def _prompt_and_completion(record: dict[str, Any]) -> _Made:
     return prompt + completion, record.get("tools"), len(prompt)
 
 
+def sharegpt_messages(record: dict[str, Any]) -> list[Any] | Rejected:
+    """The messages of ShareGPT's form."""
+    made = _sharegpt(record)
+    return made if isinstance(made, Rejected) else made[0]
+
+
 def _sharegpt(record: dict[str, Any]) -> _Made:
     turns, messages = record["conversations"], list[Any]()
     if not isinstance(turns, list):

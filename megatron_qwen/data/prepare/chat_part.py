@@ -1,7 +1,7 @@
 """The conversations of a part: encoded, counted, and some of them kept for a comparison."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from megatron_qwen.data.chat.conversation import Conversation
 from megatron_qwen.data.chat.encoding import ChatEncoder, EncodedConversation
@@ -87,29 +87,32 @@ class ChatPart:
         reasons = Counter(bad.reason or "other" for bad in block.bad)
         for document in block.texts:
             assert isinstance(document, ChatDocument)
-            if document.conversation.hundredths and self._unit == 1:
+            both = (document.conversation, *(() if document.other is None else (document.other,)))
+            if any(one.hundredths for one in both) and self._unit == 1:
                 block.bad.append(
                     document.bad("a message's weight is between 0 and 1; give --message-weights.", "weight")
                 )
                 reasons["weight"] += 1
                 continue
             try:
-                found = self._encode(document.conversation)
+                encoded = [self._encode(one) for one in both]
             except TemplateRefuses as error:
                 reason = "the template refuses it"
                 block.bad.append(document.bad(f"the chat template cannot render it: {error}.", reason))
                 reasons[reason] += 1
                 continue
-            if not found.trained:
+            found = encoded[0] if len(encoded) == 1 else encoded[0].followed_by(encoded[1])
+            if not all(one.trained for one in encoded):
                 reason = "nothing to train"
                 block.bad.append(document.bad("no token of it carries loss.", reason))
                 reasons[reason] += 1
                 continue
-            if self._most is not None and len(found.ids) > self._most:
+            if self._most is not None and max(len(one.ids) for one in encoded) > self._most:
                 block.filtered += 1
                 reasons[f"longer than {self._most:,} tokens"] += 1
                 continue
             self._count(document.conversation, found, part)
+            self._keep(both, encoded, part)
         block.texts.clear()
         part.reasons = dict(Counter(part.reasons) + reasons)
 
@@ -126,7 +129,12 @@ class ChatPart:
         part.answers += answers - len(conversation.untrained)
         for name, count in found.spelled.items():
             self.spelled[self._ids[name]] += count
-        if len(part.chats) < _COMPARED and len(found.ids) <= _LONGEST_COMPARED:
+
+    def _keep(self, both: Sequence[Conversation], encoded: Sequence[EncodedConversation], part: Part) -> None:
+        """Keeps some conversations, to be rendered and encoded in another way."""
+        for conversation, found in zip(both, encoded, strict=True):
+            if len(part.chats) >= _COMPARED or len(found.ids) > _LONGEST_COMPARED:
+                return
             part.chats.append(
                 {
                     "messages": conversation.messages,

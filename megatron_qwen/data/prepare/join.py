@@ -13,7 +13,14 @@ import xxhash
 from megatron_qwen.data.chat.answers import answer_form
 from megatron_qwen.data.prepare.part_file import COUNTS, Part, part_path
 from megatron_qwen.data.prepare.plan import OutputShard, PreparationPlan
-from megatron_qwen.data.token_files.manifest import Manifest, chats_together, file_digest, with_ending, write_manifest
+from megatron_qwen.data.token_files.manifest import (
+    MEMBERS,
+    Manifest,
+    chats_together,
+    file_digest,
+    with_ending,
+    write_manifest,
+)
 from megatron_qwen.data.token_files.token_index import write_index
 from megatron_qwen.data.tokenizers.tokenizer import BpeTokenizer, Tokenizer
 from megatron_qwen.errors import DataError, Problem
@@ -184,6 +191,7 @@ def _chat(plan: PreparationPlan, parts: Sequence[Part], tokenizer: Tokenizer) ->
         "answers": sum(part.answers for part in parts),
         "longest": max((part.longest for part in parts), default=0),
         "reasons": dict(sorted(reasons.items())),
+        **({MEMBERS: 2} if plan.options.pairs else {}),
     }
 
 

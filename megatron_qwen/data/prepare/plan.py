@@ -128,6 +128,8 @@ def make_plan(
         DataError: a parquet file cannot be read or lacks a column; the tokenizer cannot be used.
     """
     stated = {**asdict(options), "where": [f"{one.field}{one.sign}{one.value}" for one in options.where]}
+    if not options.pairs:
+        del stated["pairs"]  # as earlier versions stated them
     if chat is None:
         del stated["chat"]  # as it was before there were conversations: what was prepared then is recognised
     documents = documents or DocumentOptions()

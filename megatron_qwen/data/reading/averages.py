@@ -24,6 +24,21 @@ def fields_of(average: Average) -> tuple[ExtraField, ...]:
     return () if average == "token" else (WEIGHT, COUNT)
 
 
+class AverageFields:
+    """``SampleFields`` of a mean.
+
+    Args:
+        average: what counts the same in the loss.
+    """
+
+    def __init__(self, average: Average = "token") -> None:
+        self._average, self.fields = average, fields_of(average)
+
+    def of(self, sample: Sample, source: str) -> Sample:
+        """A sample with its fields."""
+        return with_average(sample, self._average)
+
+
 def with_average(sample: Sample, average: Average) -> Sample:
     """A sample with the fields of an average."""
     if average == "token":

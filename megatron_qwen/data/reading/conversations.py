@@ -1,10 +1,11 @@
 """What fine-tuning asks of its sources: conversations are read whole, and do not see one another."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from megatron_qwen.config.blend import Blend
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.reading.sources import OpenSource
+from megatron_qwen.data.token_files.manifest import MEMBERS
 from megatron_qwen.errors import DataError, Problem
 
 _AT_A_TIME = 1 << 20  # lengths that are looked at
@@ -43,6 +44,25 @@ def require_whole(sources: Mapping[str, OpenSource], blend: Blend, config: RunCo
             problems.append(Problem(source.where, f"{longer:,} conversations", fix))
     if problems:
         raise DataError(problems)
+
+
+def require_pairs_or_none(sources: Mapping[str, OpenSource], config: RunConfig) -> None:
+    """Raises DataError for sources of other documents where pairs are wanted, and the other way round."""
+    if problems := list(_other_kinds(sources, wants_pairs=config.objective.kind == "dpo", config=config)):
+        raise DataError(problems)
+
+
+def _other_kinds(sources: Mapping[str, OpenSource], *, wants_pairs: bool, config: RunConfig) -> Iterator[Problem]:
+    for source in sources.values():
+        has_pairs = source.chat.get(MEMBERS, 1) == 2
+        if wants_pairs and not has_pairs:
+            fix = "has no pairs of answers, which objective.kind=dpo needs (mq data prepare --pairs)."
+            yield Problem(source.where, source.spec.path, fix)
+        elif has_pairs and not wants_pairs:
+            fix = (
+                f"has pairs of answers, of which objective.kind={config.objective.kind} would train the rejected, too."
+            )
+            yield Problem(source.where, source.spec.path, fix)
 
 
 def _longer(source: OpenSource, length: int) -> int:

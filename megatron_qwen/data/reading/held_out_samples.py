@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 
 from megatron_qwen.data.order.apportion import Apportionment
-from megatron_qwen.data.reading.averages import Average, fields_of, with_average
 from megatron_qwen.data.reading.held_out_rows import HeldOutRows
+from megatron_qwen.data.reading.sample_fields import SampleFields
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import HeldOut, OpenSource
 from megatron_qwen.errors import DataError, Problem
@@ -17,14 +17,14 @@ class HeldOutSamples:
         parts: held-out windows or rows by source.
         weights: share of each source; those without held-out windows are left out.
         seq_length: tokens of a sample.
-        average: what counts the same in the loss.
+        fields: that the objective needs beside the tokens.
     """
 
     def __init__(
-        self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int, *, average: Average = "token"
+        self, parts: Mapping[str, HeldOut], weights: Mapping[str, float], seq_length: int, *, fields: SampleFields
     ) -> None:
-        self.parts, self.seq_length, self._average = dict(parts), seq_length, average
-        self.is_packed, self.extra_fields = any(part.is_packed for part in parts.values()), fields_of(average)
+        self.parts, self.seq_length, self._fields = dict(parts), seq_length, fields
+        self.is_packed, self.extra_fields = any(part.is_packed for part in parts.values()), fields.fields
         self._names = sorted(parts)
         self._next = Apportionment([weights[name] for name in self._names])
         self._order: list[tuple[int, int]] = []
@@ -42,7 +42,8 @@ class HeldOutSamples:
     def __getitem__(self, index: int) -> Sample:
         """Sample ``index`` of an endless stream."""
         chosen, own = self._place(index)
-        return with_average(self.parts[self._names[chosen]][own], self._average)
+        name = self._names[chosen]
+        return self._fields.of(self.parts[name][own], name)
 
     def source_of(self, index: int) -> int:
         """Which of ``names`` sample ``index`` is of."""

@@ -7,6 +7,7 @@ from megatron_qwen.config.blend import SourceSpec
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order.phase import Phase, SourcePosition
 from megatron_qwen.data.order.stream import TokenSpan
+from megatron_qwen.data.reading.averages import AverageFields
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample
 from megatron_qwen.data.reading.sources import OpenSource, open_model_source
@@ -72,6 +73,6 @@ class Replay:
             lengths = {int(length): share for length, share in entry.reading["lengths"].items()}
             self._reader = (
                 entry.first_sample,
-                SampleReader(sources, phase, reading=reading, lengths=lengths, seed=seed),
+                SampleReader(sources, phase, reading=reading, lengths=lengths, seed=seed, fields=AverageFields()),
             )
         return self._reader[1]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from megatron_qwen.data.order.phase import Phase
 from megatron_qwen.data.order.stream import TokenSpan
-from megatron_qwen.data.reading.averages import Average, fields_of, with_average
+from megatron_qwen.data.reading.sample_fields import SampleFields
 from megatron_qwen.data.reading.samples import ReadingOptions, Sample, cut
 from megatron_qwen.data.reading.sources import OpenSource
 
@@ -23,7 +23,7 @@ class SampleReader:
         reading: how samples are made of tokens.
         lengths: share of the samples that is cut into independent sequences of each length; empty cuts none.
         seed: of the run.
-        average: what counts the same in the loss.
+        fields: that the objective needs beside the tokens.
     """
 
     def __init__(
@@ -34,9 +34,9 @@ class SampleReader:
         reading: ReadingOptions,
         lengths: Mapping[int, float],
         seed: int,
-        average: Average = "token",
+        fields: SampleFields,
     ) -> None:
-        self.average, self.extra_fields = average, fields_of(average)
+        self.fields, self.extra_fields = fields, fields.fields
         self.sources, self.phase, self.reading, self.lengths, self.seed = sources, phase, reading, lengths, seed
         self.seq_length = phase.seq_length
         packs = any(sources[name].spec.packing == "best_fit" for name in phase.names)
@@ -53,7 +53,7 @@ class SampleReader:
         read = self.sources[name].read(spans, seq_length=self.seq_length, reading=self.reading, key=key)
         length = self._length(key)
         whole = read if length == self.seq_length else cut(read, length)
-        return name, spans, with_average(whole, self.average)
+        return name, spans, self.fields.of(whole, name)
 
     def _length(self, key: tuple[int, ...]) -> int:
         """Length of the independent sequences in a sample; over the samples of a source each length has its share."""

@@ -24,6 +24,8 @@ class Sample:
         starts: [n] positions at which independent sequences begin, the first is 0; they do not attend to one another.
         extra: the source's extra fields by name, [s] or [n].
         padding: positions at the end that hold no token.
+        documents: numbers of the documents that a packed sample holds, in its order.
+        members: how many sequences each of them is.
     """
 
     tokens: npt.NDArray[np.int64]
@@ -32,6 +34,8 @@ class Sample:
     starts: npt.NDArray[np.int64]
     extra: Mapping[str, npt.NDArray[np.generic]] = field(default_factory=dict)
     padding: int = 0
+    documents: tuple[int, ...] = ()
+    members: tuple[int, ...] = ()
 
 
 class SampleSource(Protocol):
@@ -116,7 +120,7 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
     row = np.zeros(seq_length, dtype=np.int64)
     labels = np.zeros(seq_length, dtype=np.int64)
     mask = np.zeros(seq_length, dtype=np.float32)
-    starts, at = [], 0
+    starts, at, members = [], 0, []
     for begin, end in spans:
         size = end - begin
         own = tokens.tokens(begin, min(end + 1, tokens.num_tokens))
@@ -128,13 +132,17 @@ def packed(tokens: TokenSet, spans: Sequence[TokenSpan], *, seq_length: int, rea
         if len(tokens.document_ends(end - 1, end)):  # the next token belongs to another document
             mask[at + size - 1] = 0.0
             labels[at + size - 1] = row[at + size - 1]
-        starts.append(at)
+        first = [at, *(at + tokens.member_starts(begin, end) - begin).tolist()]
+        starts += first
+        members.append(len(first))
         at += size
     if at < seq_length:
         row[at:] = labels[at:] = row[at - 1]
         starts.append(at)
     _require_known(tokens, spans, row[:at], reading)
-    return Sample(row, labels, mask, _starts(starts, seq_length), padding=seq_length - at)
+    documents = tuple(tokens.document_at(begin) for begin, _ in spans)
+    starts_ = _starts(starts, seq_length)
+    return Sample(row, labels, mask, starts_, padding=seq_length - at, documents=documents, members=tuple(members))
 
 
 def cut(sample: Sample, length: int) -> Sample:

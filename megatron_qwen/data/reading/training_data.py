@@ -26,10 +26,10 @@ from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_sour
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
-from megatron_qwen.data.reading.averages import Average, fields_of
-from megatron_qwen.data.reading.conversations import require_whole
-from megatron_qwen.data.reading.extra_fields import ExtraField
+from megatron_qwen.data.reading.conversations import require_pairs_or_none, require_whole
 from megatron_qwen.data.reading.held_out_samples import HeldOutSamples, held_out
+from megatron_qwen.data.reading.pair_fields import Reference
+from megatron_qwen.data.reading.sample_fields import SampleFields, sample_fields
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions
 from megatron_qwen.data.reading.sources import OpenSource, open_model_sources, require_room
@@ -93,7 +93,7 @@ class StageReader(SampleReader):
         idle: Mapping[str, SourcePosition],
     ) -> None:
         super().__init__(
-            data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed, average=data.average
+            data.sources, phase, reading=data.reading, lengths=stage.lengths, seed=data.seed, fields=data.fields
         )
         self.data, self.stage, self.config, self.ends, self.idle = data, stage, config, ends, dict(idle)
 
@@ -129,9 +129,8 @@ class TrainingData:
 
     def __init__(self, config: RunConfig) -> None:
         self.config, self.seed = config, config.training.seed
-        self.average: Average = config.objective.average if config.objective.kind == "sft" else "token"
-        self.extra_fields: tuple[ExtraField, ...] = fields_of(self.average)
-        self.held_out_fields = self.extra_fields
+        self.fields: SampleFields = sample_fields(config)
+        self.extra_fields = self.held_out_fields = self.fields.fields
         self.blend = blend_of(config)
         self.sources = open_model_sources(self.blend, config.data)
         self.reading = ReadingOptions(
@@ -142,7 +141,8 @@ class TrainingData:
             for name in stage.weights:
                 if self.sources[name].spec.packing == "windows":
                     require_room(self.sources[name], seq_length)
-        if config.objective.kind == "sft":
+        require_pairs_or_none(self.sources, config)
+        if config.objective.kind != "pretrain":
             require_whole(self.sources, self.blend, config)
         self._orders = {name: order_of(source, self.seed) for name, source in self.sources.items()}
         self._row_tokens: dict[tuple[str, int], float] = {}
@@ -152,6 +152,16 @@ class TrainingData:
         # The current phase, and later ones that the loader has read ahead into. A checkpoint may be written while it is
         # ahead: the ledger must not contain what only the loader has read.
         self._open = [self._begin(self.blend.stages[0], 0, {})]
+
+    def know(self, references: Mapping[str, Reference]) -> None:
+        """From now on samples have what a reference model thinks of their answers.
+
+        Args:
+            references: sums of log-probabilities by source, [documents, 2].
+        """
+        self.fields = sample_fields(self.config, references)
+        for reader in self._open:
+            reader.fields = self.fields
 
     @property
     def ends_of_turn(self) -> tuple[int, ...]:
@@ -225,9 +235,9 @@ class TrainingData:
             seed=self.seed,
             reading=reading,
             fraction=self.config.data.validation_fraction,
-            rows=self.config.objective.kind == "sft",
+            rows=self.config.objective.kind != "pretrain",
         )
-        return HeldOutSamples(parts, stage.weights, seq_length, average=self.average)
+        return HeldOutSamples(parts, stage.weights, seq_length, fields=self.fields)
 
     def validation(self, reader: StageReader) -> HeldOutSamples:
         """Held-out samples of a reader's stage."""
@@ -350,7 +360,7 @@ def packing_of(config: RunConfig) -> Literal["windows", "best_fit"]:
     """How samples are made of data.path."""
     if config.data.packing is not None:
         return config.data.packing
-    return "best_fit" if config.objective.kind == "sft" else "windows"
+    return "windows" if config.objective.kind == "pretrain" else "best_fit"
 
 
 def blend_of(config: RunConfig) -> Blend:

@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_qwen.data.chat.conversation import Conversation, Rejected
 from megatron_qwen.data.chat.forms import conversation_of
+from megatron_qwen.data.chat.pairs import pair_of
 from megatron_qwen.data.text.filters import Condition, lookup
 from megatron_qwen.data.text.long import LongText
 from megatron_qwen.errors import Problem
@@ -25,6 +26,7 @@ class ReadOptions:
         separator: string that divides a .txt file into documents; None: the file is one document.
         max_document_bytes: a longer document is a bad record.
         chat: whether records are conversations (``data/chat``); then no field is looked for.
+        pairs: whether they are pairs of conversations.
     """
 
     field: str = "text"
@@ -33,6 +35,7 @@ class ReadOptions:
     separator: str | None = None
     max_document_bytes: int = 512 << 20
     chat: bool = False
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,14 @@ class ChatDocument:
     """A conversation, with its place in the input: whether its template can render it is seen later.
 
     Args:
-        conversation: the messages.
+        conversation: the messages; of a pair the chosen one.
+        other: of a pair the rejected one.
         bad: called with what is wrong with it and the kind of mistake, makes a bad record of it.
     """
 
     conversation: Conversation
     bad: Callable[[str, str], BadRecord]
+    other: Conversation | None = None
 
 
 # A text, a pair of prompt and text, a text that is too long for one string, or a conversation.
@@ -110,13 +115,14 @@ class Block:
 
 def take_chat(block: Block, record: Any, options: ReadOptions, bad: Callable[[str, str], BadRecord]) -> None:
     """Adds a record's conversation to a block, or a bad record."""
-    found = conversation_of(record)
+    found = pair_of(record) if options.pairs else conversation_of(record)
     if isinstance(found, Rejected):
         block.bad.append(bad(found.fix, found.reason))
     elif not all(condition.holds(record) for condition in options.where):
         block.filtered += 1
     else:
-        block.texts.append(ChatDocument(found, bad))
+        first, other = found if isinstance(found, tuple) else (found, None)
+        block.texts.append(ChatDocument(first, bad, other))
 
 
 def take(block: Block, record: dict[str, Any], text: Any, options: ReadOptions) -> str | None:

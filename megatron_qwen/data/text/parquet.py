@@ -7,6 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from megatron_qwen.data.chat import pairs
 from megatron_qwen.data.chat.forms import FIELDS, FORMS
 from megatron_qwen.data.text.blocks import BadRecord, Block, ReadOptions, take, take_chat
 from megatron_qwen.data.text.filters import lookup
@@ -26,8 +27,9 @@ def row_groups(file: InputFile, options: ReadOptions) -> list[int]:
     """
     with _opened(file) as source:
         schema = source.schema_arrow
-        if options.chat and not set(FORMS) & set(schema.names):
-            fix = f"has no conversations: none of its columns is {', '.join(FORMS)}."
+        wanted = pairs.FIELDS[1:3] if options.pairs else FORMS
+        if options.chat and not set(wanted) & set(schema.names):
+            fix = f"has no conversations: none of its columns is {', '.join(wanted)}."
             raise DataError(Problem(str(file.path), ", ".join(sorted(schema.names)), fix))
         if missing := sorted(name for name in _fields(options) if not _has(schema, name)):
             fix = f"has no such column; it has {', '.join(sorted(schema.names))}. See --field."
@@ -52,7 +54,8 @@ def parquet_blocks(
         row = sum(source.metadata.row_group(index).num_rows for index in range(start))
         columns = sorted({_column(source.schema_arrow, name) for name in _fields(options)})
         if options.chat:
-            columns = sorted({*columns, *(set(FIELDS) & set(source.schema_arrow.names))})
+            read = pairs.FIELDS if options.pairs else FIELDS
+            columns = sorted({*columns, *(set(read) & set(source.schema_arrow.names))})
         share = file.size / max(source.num_row_groups, 1)
         for group in groups:
             try:

@@ -17,6 +17,10 @@ _COPY_BYTES = 1 << 24
 
 # Key in ``Manifest.chat``: the value of a loss mask where a token counts whole, if that is not 1.
 LOSS_UNIT = "loss_unit"
+# A byte of a .mask: the weight of a token's loss, and a bit where a further sequence of the same document begins.
+LOSS_BITS, MEMBER = 0x7F, 0x80
+# Key in ``Manifest.chat``: sequences of each document, if not one; 2 for pairs of answers.
+MEMBERS = "members"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import xxhash
 
 from megatron_qwen.data.token_files.manifest import (
+    MEMBERS,
     Manifest,
     chats_together,
     file_digest,
@@ -104,6 +105,9 @@ def _require_compatible(files: Sequence[TokenFile], noted: Sequence[Manifest]) -
         elif file.loss_unit != files[0].loss_unit:
             fix = f"has other units of weights than {files[0].prefix}: prepare both with --message-weights, or neither."
             problems.append(Problem(str(file.prefix), f"1/{file.loss_unit}", fix))
+        elif manifest.chat.get(MEMBERS) != noted[0].chat.get(MEMBERS):
+            fix = f"and {files[0].prefix}: one has pairs of answers, the other has not."
+            problems.append(Problem(str(file.prefix), None, fix))
         elif file.dtype != files[0].dtype:
             fix = f"has another token width than {files[0].prefix} ({files[0].dtype}); prepare it again."
             problems.append(Problem(str(file.prefix), file.dtype, fix))
@@ -163,7 +167,7 @@ def _write_mask(files: Sequence[TokenFile], target: Path) -> str:
     with target.open("wb") as out:
         for file in files:
             for start in range(0, file.num_tokens, _COPY_BYTES):
-                out.write(file.loss_mask(start, min(start + _COPY_BYTES, file.num_tokens)).data)
+                out.write(file.raw_mask(start, min(start + _COPY_BYTES, file.num_tokens)).data)
     return file_digest(target)
 
 

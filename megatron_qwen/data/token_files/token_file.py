@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from megatron_qwen.data.token_files.manifest import LOSS_UNIT, read_manifest, with_ending
+from megatron_qwen.data.token_files.manifest import LOSS_BITS, LOSS_UNIT, MEMBER, read_manifest, with_ending
 from megatron_qwen.data.token_files.object_store import StoredArray
 from megatron_qwen.data.token_files.token_index import DTYPES, HEADER, read_header, token_dtype, write_index
 from megatron_qwen.errors import DataError, Problem
@@ -116,7 +116,20 @@ class TokenFile:
 
     def loss_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """How much the loss of tokens start .. stop - 1 counts as labels, in 1 / ``loss_unit``; copied."""
+        if not self.has_mask:
+            return np.ones(stop - start, dtype=np.uint8)
+        weights: npt.NDArray[np.uint8] = np.array(self._mask[start:stop]) & np.uint8(LOSS_BITS)
+        return weights
+
+    def raw_mask(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """The .mask as it is: weights, and where members of a document begin; copied."""
         return np.array(self._mask[start:stop]) if self.has_mask else np.ones(stop - start, dtype=np.uint8)
+
+    def member_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Positions in [start, stop) where a further sequence of the same document begins, such as the rejected one."""
+        if not self.has_mask:
+            return np.zeros(0, dtype=np.int64)
+        return start + np.flatnonzero(np.array(self._mask[start:stop]) & MEMBER)
 
     def document(self, index: int) -> npt.NDArray[np.int64]:
         """All tokens of one document."""

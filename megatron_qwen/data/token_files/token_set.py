@@ -84,6 +84,18 @@ class TokenSet:
             ]
         )
 
+    def member_starts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Positions in [start, stop) where a further sequence of the same document begins."""
+        if start >= stop or not any(file.has_mask for file in self.files):
+            return np.zeros(0, dtype=np.int64)
+        first = bisect.bisect_right(self.token_starts, start) - 1
+        return np.concatenate(
+            [
+                self.files[index].member_starts(max(start, base := self.token_starts[index]) - base, end) + base
+                for index, end in self._pieces(first, stop)
+            ]
+        )
+
     def document_start(self, document: int) -> int:
         """Position of a document's first token; of the end for ``num_documents``."""
         if document == self.num_documents:

@@ -91,7 +91,7 @@ class Validation(Callback):
             sources = components.data.sources
             texts = [name for name, source in sources.items() if source.tokens.loss_mask(0, 1) is None]
             self._by_part = _ByPart(components, ConversationParts(texts))
-        elif self._tokenizer is not None:
+        elif components.config.objective.kind == "pretrain" and self._tokenizer is not None:
             counts = bytes_of_tokens(self._tokenizer, components.batch_slice.device)
             if counts is None:
                 log.info("no bits per byte: the tokens of %s do not say which text they stand for", self._tokenizer)

@@ -12,8 +12,17 @@ Named = dict[str, torch.Tensor]
 
 
 def weights(components: TrainingComponents, *, expert: bool) -> Named:
-    """The buffers that hold all weights of the rank: the experts' under expert parallelism, or all others."""
-    return {
+    """The buffers that hold all weights of the rank: the experts' under expert parallelism, or all others.
+
+    Frozen weights are in no buffer; each is one tensor.
+    """
+    frozen = {
+        f"frozen {name} of chunk {index}": parameter.data
+        for index, module in enumerate(components.model.modules)
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad and getattr(parameter, "allreduce", True) is not expert
+    }
+    return frozen | {
         f"weights of chunk {index}, buffer {number}{', experts' if expert else ''}": buffer.param_data
         for index, chunk in enumerate(components.model.chunks)
         for number, buffer in enumerate(chunk.expert_parallel_buffers if expert else chunk.buffers)

@@ -1,6 +1,7 @@
 """``mq data prepare --chat`` and ``mq data inspect --chat``: what is prepared, what is left out and why."""
 
 import json
+import shutil
 import signal
 import subprocess
 from collections import Counter
@@ -120,6 +121,27 @@ def test_parts_of_answers_without_loss(chat, tmp_path):
     done = prepare(chat, tmp_path / "bad", write(tmp_path / "bad.jsonl", [{"messages": open_ended}]), *words)
     assert done.returncode == 3
     assert "has <think> without </think>" in done.stderr
+
+
+def test_thinking_that_the_prompt_begins_has_no_loss(chat, tmp_path):
+    """As templates of models that always think: the generation prompt ends with <think>."""
+    directory = tmp_path / "thinks"
+    shutil.copytree(chat, directory)
+    plain = "'<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n'"
+    (directory / "chat_template.jinja").write_text(
+        "{% for message in messages %}{{ " + plain + " }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "<think>\nhm\n</think>\n\n42"}]
+    words = ("--no-loss-between", "<think>", "</think>\n\n")
+    (found,) = shown_as(directory, tmp_path / "out", [{"messages": talk}], *words)
+    oracle = PreTrainedTokenizerFast(tokenizer_file=str(chat / "tokenizer.json"))
+    texts = ["".join(oracle.decode(ids) for ids in run_) for run_ in _runs_with_loss(found)]
+    assert texts == ["42<|im_end|>"]
+    talk[1]["content"] = "hm</think>\n\n42"
+    done = prepare(chat, tmp_path / "bad", write(tmp_path / "bad.jsonl", [{"messages": talk}]), *words)
+    assert done.returncode == 3
+    assert "the end of a part without loss, and not its beginning" in done.stderr
 
 
 def _runs_with_loss(found):
