@@ -188,9 +188,8 @@ def flip_a_frozen_weight(config: RunConfig, run_dir: Path) -> str:
     frozen = [name for name in held if name.startswith("frozen ")]
     own = [name for name in held if not name.startswith("frozen ")]
     assert len(own) == 1
-    names = {
-        name for module in components.model.modules for name, one in module.named_parameters() if not one.requires_grad
-    }
+    named = [pair for module in components.model.modules for pair in module.named_parameters()]
+    names = {name for name, parameter in named if not parameter.requires_grad}
     expert = held_state.weights(components, expert=True)
     assert len(names) == len(frozen) + sum(name.startswith("frozen ") for name in expert)
     before = held_state.fingerprints(list(held.values()))

@@ -155,8 +155,8 @@ def test_adapters_are_not_taken_with_another_scale(straight, pool, tmp_path):
             pool[1].run(jobs.attempt, other, tmp_path / name)
 
 
-def test_a_flipped_frozen_weight_is_found(straight, pool, starts, masked_documents, tmp_path):
-    recipe, config, _ = straight
+def test_a_flipped_frozen_weight_is_found(straight, pool, tmp_path):
+    _, config, _ = straight
     RunDirectory(tmp_path / "run").claim(config)
     assert pool[1].run(ranks.flip_a_frozen_weight, config, tmp_path / "run") == ["frozen"]
 
