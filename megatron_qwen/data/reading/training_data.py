@@ -19,16 +19,16 @@ A resume needs only the last phase and the positions. ``replay.py`` finds every 
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from megatron_qwen.config.blend import Blend, DataStage, read_blend, single_source
+from megatron_qwen.config.blend import DataStage
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
 from megatron_qwen.data.reading.conversations import require_pairs_or_none, require_whole
 from megatron_qwen.data.reading.held_out_samples import HeldOutSamples, held_out
 from megatron_qwen.data.reading.pair_fields import Reference
+from megatron_qwen.data.reading.run_blend import blend_of
 from megatron_qwen.data.reading.sample_fields import SampleFields, sample_fields
 from megatron_qwen.data.reading.sample_reader import SampleReader
 from megatron_qwen.data.reading.samples import ReadingOptions
@@ -354,27 +354,6 @@ class TrainingData:
             resumed=positions,
         )
         return self._reader(stage, phase, positions)
-
-
-def packing_of(config: RunConfig) -> Literal["windows", "best_fit"]:
-    """How samples are made of data.path."""
-    if config.data.packing is not None:
-        return config.data.packing
-    return "windows" if config.objective.kind == "pretrain" else "best_fit"
-
-
-def blend_of(config: RunConfig) -> Blend:
-    """The blend in data.blend, or a blend of the single source data.path.
-
-    Raises:
-        ConfigError: the blend file is wrong.
-        DataError: neither is given.
-    """
-    if config.data.blend is not None:
-        return read_blend(Path(config.data.blend))
-    if config.data.path is None:
-        raise DataError(Problem("data.path", "null", "must name a token file (`mq data prepare` makes one)."))
-    return single_source(config.data.path, packing=packing_of(config))
 
 
 def order_of(source: OpenSource, seed: int, noted: Mapping[str, Any] | None = None) -> SourceOrder:
