@@ -85,9 +85,13 @@ def _stage(source: CheckpointSource) -> list[tuple[str, str]]:
     """What the last stage of training was, and its scores."""
     rows = []
     config = source.config
+    began = f", from `{_run_name(Path(config.checkpoint.load))}`" if config.checkpoint.load else ""
     if config.objective.kind == "sft":
-        began = f", from `{_run_name(Path(config.checkpoint.load))}`" if config.checkpoint.load else ""
         rows.append(("Stage", f"supervised fine-tuning, mean over {config.objective.average}s{began}"))
+    elif config.objective.of_pairs:
+        how = f" with {config.objective.dpo_loss} loss" if config.objective.kind == "dpo" else ""
+        what = f"preferences between answers, {config.objective.kind}{how}, beta {config.objective.beta:g}"
+        rows.append(("Stage", what + began))
     base = noted(source.state)
     if base is not None:
         names = ", ".join(target.name for target in targets(config.lora, config.model))

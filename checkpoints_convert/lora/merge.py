@@ -10,7 +10,6 @@ from checkpoints_convert.new_checkpoint import NewCheckpoint, new_run, output_te
 from checkpoints_convert.output import RowSpan
 from megatron_qwen.checkpoint.merged import MergedWeights
 from megatron_qwen.checkpoint.paths import LORA_BASE
-from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors
 from megatron_qwen.provenance import code_version
@@ -54,8 +53,8 @@ def merge(
     identity = {"kind": "merge", "source": note, "out": str(out.absolute()), "dtype": dtype, "code": code_version()}
     first = next(iter(formats.values()))
     config = new_run(source.config.architecture, out, dtype=first, tokenizer=source.tokenizer is not None)
-    # What it was trained for decides where a release says that answers end.
-    config = replace(config, objective=ObjectiveConfig(kind=source.config.objective.kind))
+    # What it was trained for decides where a release says that answers end, and is on its card.
+    config = replace(config, objective=replace(source.config.objective, token_descriptions={}))
     outputs = [output_tensor(item, formats[item.mapping.core], [_span(weights, item)]) for item in items]
     files = shards(outputs, limit=SHARD_BYTES)
     checkpoint = NewCheckpoint(out, config, files, source.tokenizer, note, identity)

@@ -32,11 +32,13 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
 def _unused(config: RunConfig) -> Iterator[Problem]:
     """Settings of an objective that is not trained would be taken for its settings."""
     objective, default = config.objective, ObjectiveConfig()
-    for name in ("dpo_loss", "beta", "label_smoothing"):
-        if objective.kind != "dpo" and (value := getattr(objective, name)) != getattr(default, name):
-            yield Problem(f"objective.{name}", value, "is for objective.kind=dpo; omit it.")
-    if objective.kind == "dpo" and objective.average != default.average:
-        yield Problem("objective.average", objective.average, "is for objective.kind=sft: dpo is a mean over pairs.")
+    of = {"dpo_loss": ("dpo",), "label_smoothing": ("dpo",), "nll_coeff": ("dpo",), "beta": ("dpo", "orpo")}
+    for name, kinds in of.items():
+        if objective.kind not in kinds and (value := getattr(objective, name)) != getattr(default, name):
+            yield Problem(f"objective.{name}", value, f"is for objective.kind={' or '.join(kinds)}; omit it.")
+    if objective.of_pairs and objective.average != default.average:
+        fix = f"is for objective.kind=sft: {objective.kind} is a mean over pairs."
+        yield Problem("objective.average", objective.average, fix)
     if objective.label_smoothing and objective.dpo_loss in ("hinge", "ipo"):
         fix = f"has no effect on dpo_loss={objective.dpo_loss}; set it to 0."
         yield Problem("objective.label_smoothing", objective.label_smoothing, fix)

@@ -6,6 +6,7 @@ from megatron_qwen.config.run import RunConfig
 from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.objectives.base import Objective
 from megatron_qwen.objectives.dpo import Dpo
+from megatron_qwen.objectives.orpo import Orpo
 from megatron_qwen.objectives.pretrain import Pretrain
 from megatron_qwen.objectives.sft import Sft
 
@@ -14,6 +15,7 @@ _KINDS: dict[str, Callable[[ObjectiveConfig, Sequence[int], int], Objective]] = 
     "pretrain": lambda _settings, _ends, unit: Pretrain(unit),
     "sft": Sft,
     "dpo": Dpo,
+    "orpo": Orpo,
 }
 
 

@@ -27,8 +27,8 @@ from megatron_qwen.data.reading.training_data import StageReader, TrainingData
 from megatron_qwen.errors import CheckpointError, DataError, Problem
 from megatron_qwen.files import atomic_path
 from megatron_qwen.objectives.base import Mean, ObjectiveResult
-from megatron_qwen.objectives.dpo import answer_log_probs
 from megatron_qwen.objectives.output_head import OutputHead
+from megatron_qwen.objectives.pairs import answer_log_probs
 from megatron_qwen.rundir import RunDirectory
 from megatron_qwen.training.components import TrainingComponents
 from megatron_qwen.training.forward import ForwardStep

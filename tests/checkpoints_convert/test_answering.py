@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,6 +85,18 @@ def test_the_card_names_stage_data_and_scores(released):
     assert "xxh3-128" in card
     assert "| `validation_end_probability` | " in card
     assert "apply_chat_template" in card
+
+
+def test_the_card_names_the_objective_of_preferences(tuned, tmp_path):
+    source = open_checkpoint(tuned / "run")
+    for words, said in [
+        ({"kind": "dpo", "beta": 0.3}, "| Stage | preferences between answers, dpo with sigmoid loss, beta 0.3 |"),
+        ({"kind": "orpo"}, "| Stage | preferences between answers, orpo, beta 0.1 |"),
+    ]:
+        config = source.config.with_section("objective", **words)
+        out = tmp_path / config.objective.kind
+        export(replace(source, config=config), out, ExportOptions(quiet=True))
+        assert said in (out / "README.md").read_text()
 
 
 def test_transformers_answers_and_stops(released):

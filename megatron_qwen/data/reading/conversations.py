@@ -48,7 +48,7 @@ def require_whole(sources: Mapping[str, OpenSource], blend: Blend, config: RunCo
 
 def require_pairs_or_none(sources: Mapping[str, OpenSource], config: RunConfig) -> None:
     """Raises DataError for sources of other documents where pairs are wanted, and the other way round."""
-    if problems := list(_other_kinds(sources, wants_pairs=config.objective.kind == "dpo", config=config)):
+    if problems := list(_other_kinds(sources, wants_pairs=config.objective.of_pairs, config=config)):
         raise DataError(problems)
 
 
@@ -56,7 +56,8 @@ def _other_kinds(sources: Mapping[str, OpenSource], *, wants_pairs: bool, config
     for source in sources.values():
         has_pairs = source.chat.get(MEMBERS, 1) == 2
         if wants_pairs and not has_pairs:
-            fix = "has no pairs of answers, which objective.kind=dpo needs (mq data prepare --pairs)."
+            kind = config.objective.kind
+            fix = f"has no pairs of answers, which objective.kind={kind} needs (mq data prepare --pairs)."
             yield Problem(source.where, source.spec.path, fix)
         elif has_pairs and not wants_pairs:
             fix = (

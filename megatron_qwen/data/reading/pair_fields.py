@@ -27,12 +27,12 @@ class PairFields:
     """``SampleFields`` of pairs.
 
     Args:
+        referred: batches have the reference's field.
         references: by source; None while they are not known yet: until then samples lack the field.
     """
 
-    fields = (SIDE, SEQUENCE, PAIR, REFERENCE)
-
-    def __init__(self, references: Mapping[str, Reference] | None = None) -> None:
+    def __init__(self, *, referred: bool, references: Mapping[str, Reference] | None = None) -> None:
+        self.fields: tuple[ExtraField, ...] = (SIDE, SEQUENCE, PAIR, *((REFERENCE,) if referred else ()))
         self._references = references
 
     def of(self, sample: Sample, source: str) -> Sample:

@@ -28,6 +28,6 @@ def sample_fields(config: RunConfig, references: Mapping[str, Reference] | None 
         config: the run.
         references: what a reference model thinks of the answers of each source, where that is known.
     """
-    if config.objective.kind == "dpo":
-        return PairFields(references)
+    if config.objective.of_pairs:
+        return PairFields(referred=config.objective.kind == "dpo", references=references)
     return AverageFields(config.objective.average if config.objective.kind == "sft" else "token")

@@ -1,4 +1,4 @@
-"""Preferences against TRL's DPOTrainer and against the definition, packed and under every layout."""
+"""Preferences against TRL's trainers and against the definition, packed and under every layout."""
 
 import itertools
 import json
@@ -25,7 +25,15 @@ from tests.tiers import cases
 from tests.training.attempts import attempt
 
 STEPS, BATCH, LENGTH, RATE = 5, 4, 192, 1e-3
-KINDS = [("sigmoid", 0.0), ("hinge", 0.0), ("ipo", 0.0), ("robust", 0.1)]
+# Objective, its loss, label smoothing, weight of the chosen answer's cross-entropy.
+KINDS = [
+    ("dpo", "sigmoid", 0.0, 0.0),
+    ("orpo", "", 0.0, 0.0),
+    ("dpo", "sigmoid", 0.1, 0.2),
+    ("dpo", "hinge", 0.0, 0.0),
+    ("dpo", "ipo", 0.0, 0.0),
+    ("dpo", "robust", 0.1, 0.0),
+]
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +109,11 @@ def pairs_of(config, samples):
     return found
 
 
-@pytest.mark.parametrize(("kind", "smoothing"), cases(KINDS[:1], KINDS[1:]))
-def test_steps_are_those_of_trl(kind, smoothing, place, pool, tmp_path):
-    words = (f"objective.dpo_loss={kind}", f"objective.label_smoothing={smoothing}", "objective.beta=0.3")
+@pytest.mark.parametrize(("objective", "kind", "smoothing", "nll"), cases(KINDS[:2], KINDS[2:]))
+def test_steps_are_those_of_trl(objective, kind, smoothing, nll, place, pool, tmp_path):
+    words = [f"objective.kind={objective}", "objective.beta=0.3"]
+    if objective == "dpo":
+        words += [f"objective.dpo_loss={kind}", f"objective.label_smoothing={smoothing}", f"objective.nll_coeff={nll}"]
     config = configure(place, "tiny_dense", "long", *words)
     rows = pairs_of(config, range(STEPS * BATCH))
     assert len(rows) == STEPS * BATCH
@@ -115,18 +125,22 @@ def test_steps_are_those_of_trl(kind, smoothing, place, pool, tmp_path):
         "out": str(tmp_path / "trl"),
         "batch": BATCH,
     }
-    spec |= {"rate": RATE, "rows": rows, "loss": kind, "label_smoothing": smoothing, "beta": 0.3}
+    spec |= {"rate": RATE, "rows": rows, "objective": objective, "loss": kind, "label_smoothing": smoothing}
+    # TRL's cross-entropy is a mean over the tokens of a micro-batch: of one pair each, it is a mean over pairs.
+    spec |= {"beta": 0.3, "nll_coeff": nll, "accumulate": BATCH if nll else 1}
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, "-P", "-m", "tests.training.trl_dpo_run", str(tmp_path / "spec.json")]
+    command = [sys.executable, "-P", "-m", "tests.training.trl_pairs_run", str(tmp_path / "spec.json")]
     subprocess.run(command, check=True, cwd=ROOT, env=environment() | {"PYTHONPATH": str(ROOT)}, timeout=500)
     theirs = json.loads((tmp_path / "trl" / "steps.json").read_text())
     ours = attempt(pool, 1, config, tmp_path / "run")
     gap = max(abs(one["loss"] - other["loss"]) for one, other in zip(ours, theirs, strict=True))
-    print(f"{kind}: {ours[0]['loss']:.6f} to {ours[-1]['loss']:.6f}, largest gap {gap:.1e}")
-    names = {"reward_margin": "rewards/margins", "reward_accuracy": "rewards/accuracies", "logp_chosen": "logps/chosen"}
+    print(f"{objective} {kind} {nll}: {ours[0]['loss']:.6f} to {ours[-1]['loss']:.6f}, largest gap {gap:.1e}")
+    names = {"reward_margin": "rewards/margins", "logp_chosen": "logps/chosen"}
+    if objective == "orpo":
+        names = {"odds_ratio_log": "log_odds_chosen", "nll": "nll_loss"}
     for one, other in zip(ours, theirs, strict=True):
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-5, rel=1e-5)
-        for mine, their in names.items():
+        for mine, their in ({"reward_accuracy": "rewards/accuracies"} | names).items():
             assert one[mine] == pytest.approx(other[their], abs=2e-4, rel=1e-5), mine
 
 
@@ -151,29 +165,35 @@ MORE = [
 _ALONE: dict = {}
 
 
-@pytest.mark.parametrize(("recipe", "name", "size", "layout"), [*LAYOUTS, MORE[0], *cases([], MORE[1:])])
-def test_a_layout_changes_nothing(recipe, name, size, layout, place, pool, tmp_path):
-    config = configure(place, recipe, "short", "objective.beta=0.5", "data.validation_fraction=0.1")
+def _layouts():
+    quick = [("dpo", *one) for one in (*LAYOUTS, MORE[0])] + [("orpo", *MORE[0])]
+    return cases(quick, [("dpo", *one) for one in MORE[1:]] + [("orpo", *one) for one in (*LAYOUTS, *MORE[1:])])
+
+
+@pytest.mark.parametrize(("objective", "recipe", "name", "size", "layout"), _layouts())
+def test_a_layout_changes_nothing(objective, recipe, name, size, layout, place, pool, tmp_path):
+    words = (f"objective.kind={objective}", "objective.beta=0.5", "data.validation_fraction=0.1")
+    config = configure(place, recipe, "short", *words)
     config = config.with_section("training", eval_iters=1, eval_interval=2)
-    if recipe not in _ALONE:
-        _ALONE[recipe] = attempt(pool, 1, config, tmp_path / "alone")
+    if (objective, recipe) not in _ALONE:
+        _ALONE[objective, recipe] = attempt(pool, 1, config, tmp_path / "alone")
     layout = dict(layout)
     micro = layout.pop("micro", 2)
     config = jobs.with_layout(config, layout).with_section("training", micro_batch_size=micro)
-    for one, other in zip(attempt(pool, size, config, tmp_path / "run"), _ALONE[recipe], strict=True):
+    for one, other in zip(attempt(pool, size, config, tmp_path / "run"), _ALONE[objective, recipe], strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=2e-6, abs=2e-6)
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
-        for key in ("reward_margin", "logp_chosen", "validation_loss", "validation_reward_margin"):
+        for key in ("reward_margin", "odds_ratio_log", "logp_chosen", "validation_loss", "validation_logp_chosen"):
             if key in other:
                 assert one[key] == pytest.approx(other[key], rel=1e-4, abs=1e-4), key
-    assert "validation_reward_margin" in other
+    assert "validation_logp_chosen" in other
 
 
 def test_a_packed_batch_is_the_mean_over_its_pairs(place, pool, tmp_path):
     """By transformers, every answer alone in a forward pass, after some steps."""
     from transformers import AutoModelForCausalLM
 
-    words = ("objective.beta=0.5", "objective.label_smoothing=0.2")
+    words = ("objective.beta=0.5", "objective.label_smoothing=0.2", "objective.nll_coeff=0.3")
     config = configure(place, "tiny_dense", "short", *words)
     steps = attempt(pool, 1, config, tmp_path / "run")
     shorter = config.with_section("training", train_iters=STEPS - 1)
@@ -195,7 +215,8 @@ def test_a_packed_batch_is_the_mean_over_its_pairs(place, pool, tmp_path):
         )
         margin = 0.5 * ((policy[0] - reference[0]) - (policy[1] - reference[1]))
         sigmoid = torch.nn.functional.logsigmoid
-        losses.append(-0.8 * sigmoid(margin) - 0.2 * sigmoid(-margin))
+        nll = -policy[0] / len(pair["chosen_ids"])
+        losses.append(-0.8 * sigmoid(margin) - 0.2 * sigmoid(-margin) + 0.3 * nll)
     assert len(losses) > BATCH
     assert steps[-1]["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=2e-6)
 
