@@ -23,7 +23,8 @@ from megatron_qwen.checkpoint.lora_base import identified
 from megatron_qwen.checkpoint.merged import MergedWeights
 from megatron_qwen.checkpoint.paths import LORA_BASE
 from megatron_qwen.config.lora import EMBEDDING, HEAD, LoraConfig, possible_targets
-from megatron_qwen.config.sections import ModelConfig, ObjectiveConfig
+from megatron_qwen.config.objective import ObjectiveConfig
+from megatron_qwen.config.sections import ModelConfig
 from megatron_qwen.errors import ConversionError, Problem
 from megatron_qwen.hf.adapters import PREFIX, adapter_mappings, turned_in_peft
 from megatron_qwen.hf.mapping import CoreTensor, core_tensors

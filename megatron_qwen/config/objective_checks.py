@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from megatron_qwen.config.lora import EMBEDDING, HEAD
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.errors import Problem
 
 

@@ -8,12 +8,12 @@ from megatron_qwen.config.checkpoint import CheckpointConfig
 from megatron_qwen.config.evaluation import EvaluationConfig
 from megatron_qwen.config.fields import FieldInfo, field_infos
 from megatron_qwen.config.lora import LoraConfig
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.config.resilience import ResilienceConfig
 from megatron_qwen.config.sections import (
     DataConfig,
     MetricsConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimConfig,
     ParallelConfig,
     PerformanceConfig,

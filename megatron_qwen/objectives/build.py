@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import ObjectiveConfig
 from megatron_qwen.objectives.base import Objective
 from megatron_qwen.objectives.dpo import Dpo
 from megatron_qwen.objectives.orpo import Orpo

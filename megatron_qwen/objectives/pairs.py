@@ -7,7 +7,7 @@ from typing import ClassVar
 
 import torch
 
-from megatron_qwen.config.sections import ObjectiveConfig
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.data.reading.extra_fields import ExtraField
 from megatron_qwen.data.reading.pair_fields import CHOSEN, REFERENCE, REJECTED, SEQUENCE, SIDE

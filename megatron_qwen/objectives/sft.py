@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_qwen.config.sections import ObjectiveConfig
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.data.reading.averages import COUNT, WEIGHT, fields_of
 from megatron_qwen.objectives.base import Mean, ObjectiveResult, whole_numbers

@@ -13,15 +13,9 @@ Packed rows cannot be split over context-parallel ranks in the te backend, so th
 
 from dataclasses import replace
 
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.config.run import RunConfig
-from megatron_qwen.config.sections import (
-    DataConfig,
-    ObjectiveConfig,
-    OptimConfig,
-    ParallelConfig,
-    RopeConfig,
-    TrainingConfig,
-)
+from megatron_qwen.config.sections import DataConfig, OptimConfig, ParallelConfig, RopeConfig, TrainingConfig
 from megatron_qwen.recipes import dense, moe
 
 LENGTH, LONG = 32_768, 262_144

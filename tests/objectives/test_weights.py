@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_qwen.config.sections import ObjectiveConfig
+from megatron_qwen.config.objective import ObjectiveConfig
 from megatron_qwen.data.loaders.batches import Batch
 from megatron_qwen.objectives.output_head import OutputHead
 from megatron_qwen.objectives.pretrain import Pretrain

@@ -29,7 +29,7 @@ STEPS, BATCH, LENGTH, RATE = 5, 4, 192, 1e-3
 KINDS = [
     ("dpo", "sigmoid", 0.0, 0.0),
     ("orpo", "", 0.0, 0.0),
-    ("dpo", "sigmoid", 0.1, 0.2),
+    ("dpo", "sigmoid", 0.0, 0.2),  # TRL's sigmoid has no smoothing: that is compared below
     ("dpo", "hinge", 0.0, 0.0),
     ("dpo", "ipo", 0.0, 0.0),
     ("dpo", "robust", 0.1, 0.0),
