@@ -126,12 +126,18 @@ def require_fitting(saved: dict[str, Any], path: Path, components: TrainingCompo
 def _require_same_scale(path: Path, components: TrainingComponents) -> None:
     """Nothing in the tensors says what their product is multiplied by."""
     mine, before = components.config.lora, resolve(str(path / RUN_YAML), [], RECIPES).lora
-    if mine.scale != before.scale:
-        fix = (
-            f"and lora.use_rslora={str(mine.use_rslora).lower()} scale adapters by {mine.scale:g}, but those of {path} "
-            f"by {before.scale:g}; set lora.alpha={before.alpha:g} lora.use_rslora={str(before.use_rslora).lower()}."
+    if before.rank is None:
+        return  # whole weights, which is said elsewhere
+    if (mine.rank, mine.scale) != (before.rank, before.scale):
+        has, had = (
+            f"lora.rank={one.rank} lora.alpha={one.alpha:g} lora.use_rslora={str(one.use_rslora).lower()}"
+            for one in (mine, before)
         )
-        raise ConfigError(Problem("lora.alpha", f"{mine.alpha:g}", fix))
+        fix = (
+            f"makes adapters of rank {mine.rank} scaled by {mine.scale:g}; those of {path} have rank {before.rank} "
+            f"and are scaled by {before.scale:g}: set {had}."
+        )
+        raise ConfigError(Problem("lora", has, fix))
 
 
 def _start_of_run(directory: RunDirectory, settings: CheckpointConfig) -> LoraStart | None:

@@ -141,7 +141,7 @@ def test_adapters_begin_a_run_with_adapters_and_no_other(straight, pool, tmp_pat
         pool[1].run(jobs.attempt, plain, tmp_path / "plain")
     other = further.with_section("lora", rank=8)
     RunDirectory(tmp_path / "other").claim(other)
-    with pytest.raises(AssertionError, match="lora_A: has the shape"):
+    with pytest.raises(AssertionError, match=r"have rank 4 and are scaled by 2: set lora\.rank=4 lora\.alpha=8"):
         pool[1].run(jobs.attempt, other, tmp_path / "other")
 
 
@@ -151,7 +151,7 @@ def test_adapters_are_not_taken_with_another_scale(straight, pool, tmp_path):
     for name, change in (("alpha", {"alpha": 16.0}), ("rs", {"use_rslora": True})):
         other = further.with_section("lora", **change)
         RunDirectory(tmp_path / name).claim(other)
-        with pytest.raises(AssertionError, match=r"set lora\.alpha=8 lora\.use_rslora=false"):
+        with pytest.raises(AssertionError, match=r"set lora\.rank=4 lora\.alpha=8 lora\.use_rslora=false"):
             pool[1].run(jobs.attempt, other, tmp_path / name)
 
 

@@ -126,7 +126,7 @@ class ChatEncoder:
     def _may_be_silent(self, conversation: Conversation) -> bool:
         """Whether an answer has a part without loss, which a template may also begin before the answer."""
         asks = "" if self._form is None else self._form.asks
-        texts = [asks, *(str(message["content"]) for message in conversation.messages)]
+        texts = [asks, *(str(message.get("content")) for message in conversation.messages)]
         return any(end in text for pair in self._silent for end in pair for text in texts)
 
     def _by_jinja(self, conversation: Conversation) -> EncodedConversation:
