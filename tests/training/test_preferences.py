@@ -251,3 +251,18 @@ def test_pairs_are_for_preferences_and_conversations_are_not(place, pool, tmp_pa
         TrainingData(configure(place, "tiny_dense", "short", "objective.kind=pretrain"))
     with pytest.raises(DataError, match=r"has no pairs of answers, which objective\.kind=dpo needs"):
         TrainingData(configure(place, "tiny_dense", "text"))
+
+
+def test_a_source_that_the_reference_would_not_meet_is_refused(place, tmp_path):
+    """Its pass is over the first stage's rows: it would look for the other pairs for ever."""
+    sources = {name: {"path": str(place / name), "packing": "best_fit"} for name in ("short", "long")}
+    stages = [
+        {"name": "first", "tokens": LENGTH * BATCH * 2, "weights": {"short": 1.0}},
+        {"name": "second", "weights": {"short": 0.5, "long": 0.5}},
+    ]
+    (tmp_path / "blend.yaml").write_text(json.dumps({"sources": sources, "stages": stages}))
+    words = ("data.path=null", f"data.blend={tmp_path / 'blend.yaml'}")
+    told = r"source long of stage second: is not in the first stage, first, whose rows the reference reads"
+    with pytest.raises(DataError, match=told):
+        TrainingData(configure(place, "tiny_dense", "short", *words))
+    TrainingData(configure(place, "tiny_dense", "short", *words, "objective.kind=orpo"))

@@ -52,6 +52,18 @@ def require_pairs_or_none(sources: Mapping[str, OpenSource], config: RunConfig) 
         raise DataError(problems)
 
 
+def require_reference(blend: Blend, config: RunConfig) -> None:
+    """Raises DataError for sources that the reference's pass, over the first stage's rows, would not meet."""
+    if config.objective.kind != "dpo":
+        return
+    first = blend.stages[0]
+    met = {name for name, weight in first.weights.items() if weight > 0}
+    later = {name: stage.name for stage in blend.stages[1:] for name in stage.weights if name not in met}
+    fix = f"is not in the first stage, {first.name}, whose rows the reference reads; give both stages the same sources."
+    if later:
+        raise DataError([Problem(f"source {name} of stage {stage}", None, fix) for name, stage in later.items()])
+
+
 def _other_kinds(sources: Mapping[str, OpenSource], *, wants_pairs: bool, config: RunConfig) -> Iterator[Problem]:
     for source in sources.values():
         has_pairs = source.chat.get(MEMBERS, 1) == 2

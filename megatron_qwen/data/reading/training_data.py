@@ -25,7 +25,7 @@ from megatron_qwen.config.blend import DataStage
 from megatron_qwen.config.run import RunConfig
 from megatron_qwen.data.order import packing, stream
 from megatron_qwen.data.order.phase import Phase, SourceOrder, SourcePosition
-from megatron_qwen.data.reading.conversations import require_pairs_or_none, require_whole
+from megatron_qwen.data.reading.conversations import require_pairs_or_none, require_reference, require_whole
 from megatron_qwen.data.reading.held_out_samples import HeldOutSamples, held_out
 from megatron_qwen.data.reading.pair_fields import Reference
 from megatron_qwen.data.reading.run_blend import blend_of
@@ -142,6 +142,7 @@ class TrainingData:
                 if self.sources[name].spec.packing == "windows":
                     require_room(self.sources[name], seq_length)
         require_pairs_or_none(self.sources, config)
+        require_reference(self.blend, config)
         if config.objective.kind != "pretrain":
             require_whole(self.sources, self.blend, config)
         self._orders = {name: order_of(source, self.seed) for name, source in self.sources.items()}
